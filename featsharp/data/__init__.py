@@ -1,0 +1,19 @@
+"""Images and views for training; knows no model."""
+
+from featsharp.data.images import IMAGE_EXTENSIONS, decode_image, image_to_tensor
+from featsharp.data.pack import PackReport, pack_images
+from featsharp.data.sources import ImageMixture, ImageSource, LoadedImage, WeightedPath, open_source, parse_data_dir
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "ImageMixture",
+    "ImageSource",
+    "LoadedImage",
+    "PackReport",
+    "WeightedPath",
+    "decode_image",
+    "image_to_tensor",
+    "open_source",
+    "pack_images",
+    "parse_data_dir",
+]

@@ -1,0 +1,44 @@
+"""Errors whose message is written for the user: what was given, what is allowed, what to do.
+
+The command line prints the message of a :class:`FeatSharpError` as one line and exits with a non-zero status; anything
+else is a defect of ours and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FeatSharpError(Exception):
+    """Base of every error that the user can act on."""
+
+
+class ConfigError(FeatSharpError, ValueError):
+    """A name, option or combination of options that cannot work."""
+
+
+class InputError(FeatSharpError, ValueError):
+    """Tensors or images that an operation cannot take (shape, size, range, NaN)."""
+
+
+class DataError(FeatSharpError, ValueError):
+    """A file or folder of images that cannot be used."""
+
+
+class CheckpointError(FeatSharpError, ValueError):
+    """A checkpoint that cannot be read, written or used."""
+
+
+class BackboneMismatchError(CheckpointError):
+    """A checkpoint trained for another backbone than the one at hand."""
+
+
+class MissingDependencyError(FeatSharpError, ImportError):
+    """An optional package or weight file is absent; the message gives the install command."""
+
+
+def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> ConfigError:
+    """The error for a name that does not exist: the nearest matches first, then all that do."""
+    allowed = sorted(allowed)
+    nearest = difflib.get_close_matches(given, allowed, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(repr(name) for name in nearest)}?" if nearest else ""
+    return ConfigError(f"unknown {kind} {given!r}{hint} Available: {', '.join(allowed) or 'none'}")

@@ -1,0 +1,34 @@
+"""The bias buffer: a learned map that cancels the fixed pattern which position embeddings leave in the features.
+
+FeatSharp (arXiv 2502.16025), figure 11. It is added, in normalised space, to everything that the backbone says: the
+low-resolution map, every tile and every training target.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from featsharp.ops.resize import resize
+
+
+class BiasBuffer(nn.Module):
+    """Adds a learned [1, C, h, w] map, zero at the start, resized to whatever grid the features have.
+
+    Args:
+        embed_dim: Channels C.
+        grid: Tokens (h, w) of the backbone's native size.
+    """
+
+    def __init__(self, embed_dim: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.buffer = nn.Parameter(torch.zeros(1, embed_dim, *grid))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C, h, w] to the same shape and dtype."""
+        return features + self.at(tuple(features.shape[-2:])).to(features.dtype)
+
+    def at(self, grid: tuple[int, int]) -> Tensor:
+        """The map at a grid of (h, w) tokens, [1, C, h, w]."""
+        return resize(self.buffer, grid)
+
+    def extra_repr(self) -> str:
+        return f"shape={tuple(self.buffer.shape)}"

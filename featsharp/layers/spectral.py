@@ -1,0 +1,80 @@
+"""Spectral reparametrisation of linear layers: training in low precision stays stable (AM-RADIO family).
+
+    W_eff = W * (softplus(t) + 0.05) / (sigma(W) + 1e-6)
+
+``sigma`` is the largest singular value, tracked by one power-iteration step per training forward; the scalar ``t`` is
+learned and starts where the numerator is 1. A stacked weight (query, key and value) is scaled part by part. Before
+inference :func:`fold_spectral` turns the product into a plain weight.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+FLOOR = 0.05
+EPS = 1e-6
+
+
+class SpectralScale(nn.Module):
+    """Parametrisation that gives each of ``parts`` equal row blocks of a weight a learned spectral norm.
+
+    Args:
+        weight: [parts * rows, cols]; only its shape and singular vectors at the start are used.
+        parts: Number of row blocks that are scaled on their own.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, weight: Tensor, parts: int = 1) -> None:
+        super().__init__()
+        self.parts = parts
+        # Two-dimensional, so that the decay rule of the optimiser (which spares vectors) reaches it.
+        self.log_scale = nn.Parameter(torch.full((parts, 1), math.log(math.expm1(1 - FLOOR)), dtype=weight.dtype))
+        left, _, right = torch.linalg.svd(weight.detach().float().unflatten(0, (parts, -1)), full_matrices=False)
+        self.register_buffer("u", left[..., 0].to(weight.dtype).contiguous())
+        self.register_buffer("v", right[..., 0, :].to(weight.dtype).contiguous())
+
+    def norms(self, weight: Tensor) -> Tensor:
+        """The estimated largest singular value of each part, [parts]."""
+        return torch.einsum("pr,prc,pc->p", self.u, weight.unflatten(0, (self.parts, -1)), self.v)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        blocks = weight.unflatten(0, (self.parts, -1))
+        if self.training:
+            self._power_iteration(blocks.detach())
+        scale = (F.softplus(self.log_scale) + FLOOR) / (self.norms(weight) + EPS)[:, None]
+        return (blocks * scale[..., None]).flatten(0, 1)
+
+    @torch.no_grad()
+    def _power_iteration(self, blocks: Tensor) -> None:
+        # New tensors, not in place: autograd may hold the old ones from an earlier forward of the same step.
+        self.u = F.normalize(torch.einsum("prc,pc->pr", blocks, self.v), dim=-1)
+        self.v = F.normalize(torch.einsum("prc,pr->pc", blocks, self.u), dim=-1)
+
+
+def add_spectral(module: nn.Module) -> None:
+    """Reparametrise every ``nn.Linear`` inside ``module``; a layer's ``spectral_parts`` attribute says how it is cut."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and not parametrize.is_parametrized(layer):
+            parts = int(getattr(layer, "spectral_parts", 1))
+            parametrize.register_parametrization(layer, "weight", SpectralScale(layer.weight, parts))
+
+
+def fold_spectral(module: nn.Module) -> None:
+    """Replace every reparametrised weight by its present value; the module computes the same as in eval mode."""
+    for layer in module.modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+
+
+def spectral_norms(module: nn.Module) -> dict[str, Tensor]:
+    """Learned spectral norms by layer name, each [parts]."""
+    return {
+        name.removesuffix(".parametrizations.weight.0"): F.softplus(part.log_scale.detach()).flatten() + FLOOR
+        for name, part in module.named_modules()
+        if isinstance(part, SpectralScale)
+    }

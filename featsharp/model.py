@@ -1,0 +1,199 @@
+"""The sharp encoder: image -> backbone -> normalizer -> bias buffer -> upsampler -> sharp features.
+
+Convention:
+    Images given to a sharp encoder are already whitened (``input_conditioner`` does it). Both feature maps cover the
+    whole image whatever its size: nothing is cropped or padded, each axis is scaled on its own.
+"""
+
+import warnings
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from featsharp.backbones.base import Backbone, BackboneOutput
+from featsharp.errors import ConfigError, InputError
+from featsharp.layers.bias_buffer import BiasBuffer
+from featsharp.normalizers import Normalizer
+from featsharp.ops.resize import resize
+from featsharp.upsamplers.base import UpsampleFeatures, Upsampler
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["InputConditioner", "SharpEncoder", "UpsampleFeatures"]
+
+
+class InputConditioner(nn.Module):
+    """Whitening of pixels in [0, 1], like torchvision's ``Normalize``: ``(x - mean) / std`` per channel.
+
+    It warns once about input that looks whitened already (values outside of [0, 1]).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self._warned = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[..., 3, H, W] in [0, 1], floating point, to the same shape and dtype."""
+        if not images.is_floating_point():
+            raise InputError(f"input_conditioner takes pixels in [0, 1]; got {images.dtype}, divide by 255 first")
+        if not self._warned and images.numel() and (images.amin() < -0.01 or images.amax() > 1.01):
+            warnings.warn(
+                f"input_conditioner got values from {images.amin():.2f} to {images.amax():.2f}; it expects pixels in "
+                "[0, 1]. Are the images already whitened, or in 0..255?",
+                stacklevel=2,
+            )
+            self._warned = True
+        return (images - self.mean.to(images)) / self.std.to(images)
+
+    def invert(self, images: Tensor) -> Tensor:
+        """Whitened images back to pixels in [0, 1]."""
+        return images * self.std.to(images) + self.mean.to(images)
+
+
+class SharpEncoder(nn.Module):
+    """A frozen backbone whose features come out sharp.
+
+    Args:
+        backbone: The frozen encoder.
+        upsampler: Built for the backbone's ``embed_dim``.
+        normalizer: Fitted, or to be fitted before use.
+        bias_buffer: None for none.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        upsampler: Upsampler,
+        normalizer: Normalizer,
+        bias_buffer: BiasBuffer | None = None,
+    ) -> None:
+        super().__init__()
+        if upsampler.embed_dim != backbone.embed_dim:
+            raise ConfigError(
+                f"the upsampler is for {upsampler.embed_dim} channels, backbone {backbone.name!r} has {backbone.embed_dim}"
+            )
+        self.backbone = backbone
+        self.normalizer = normalizer
+        self.bias_buffer = bias_buffer
+        self.upsampler = upsampler
+        self.input_conditioner = InputConditioner(backbone.mean, backbone.std)
+        # How a checkpoint rebuilds this encoder; builder.create_encoder fills it in.
+        self.recipe: dict[str, Any] = {}
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels C of both feature maps."""
+        return self.backbone.embed_dim
+
+    @property
+    def factor(self) -> int:
+        """Gain of the high-resolution map over the low-resolution one, in each direction."""
+        return self.upsampler.factor
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per token of the backbone."""
+        return self.backbone.patch_size
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(h, w) in pixels at which the low-resolution pass has the backbone's native size."""
+        k = self.upsampler.input_upsample_factor
+        return self.backbone.input_size[0] * k, self.backbone.input_size[1] * k
+
+    def encode(self, images: Tensor) -> BackboneOutput:
+        """Whitened images of a size the backbone takes to normalised, de-biased features; gradients reach the bias only."""
+        with torch.no_grad():
+            features, summary = self.backbone(images)
+            features = self.normalizer(features)
+        if self.bias_buffer is not None:
+            features = self.bias_buffer(features)
+        return BackboneOutput(features, summary)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        denormalize: bool = False,
+        return_summary: bool = False,
+        low_res_size: tuple[int, int] | None = None,
+    ) -> UpsampleFeatures:
+        """Sharp features of whitened images.
+
+        Args:
+            images: [B, 3, H, W], whitened, any size from one patch upwards.
+            denormalize: True returns features in the backbone's own space, False in normalised space (PHI-S: every
+                channel has mean 0 and variance about 1).
+            return_summary: Whether to return the backbone's summary (CLS or pooled token of the low-resolution pass,
+                unchanged: upsampling does not improve it).
+            low_res_size: (h, w) in pixels of the low-resolution pass. Default: the image size divided by
+                ``upsampler.input_upsample_factor``, to whole patches, or the one size of a fixed-size backbone.
+
+        Returns:
+            ``low_res`` [B, C, h, w], ``high_res`` [B, C, factor * h, factor * w], ``summary`` [B, C_s] or None.
+
+        Raises:
+            InputError: For images that are no [B, 3, H, W] batch or too small, or a summary that the backbone lacks.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise InputError(f"a sharp encoder takes whitened images [B, 3, H, W]; got {tuple(images.shape)}")
+        if return_summary and self.backbone.summary_dim is None:
+            raise InputError(f"backbone {self.backbone.name!r} has no summary; call without return_summary")
+        size = low_res_size or self.low_res_size(tuple(images.shape[-2:]))
+        low_res, high_res, summary = self.upsampler(images, self.encode, size)
+        if denormalize:
+            low_res, high_res = self.normalizer.denormalize(low_res), self.normalizer.denormalize(high_res)
+        return UpsampleFeatures(low_res, high_res, summary if return_summary else None)
+
+    def low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) in pixels of the low-resolution pass for an image of ``image_size``."""
+        k = self.upsampler.input_upsample_factor
+        return self.backbone.fit_size(image_size[0] / k, image_size[1] / k)
+
+    @torch.inference_mode()
+    def encode_image(
+        self,
+        image: "str | PathLike[str] | Image",
+        *,
+        size: tuple[int, int] | None = None,
+        denormalize: bool = True,
+        return_summary: bool = False,
+    ) -> UpsampleFeatures:
+        """Sharp features of one picture, lined up with its pixels.
+
+        The picture is whitened, and scaled (never cropped or padded) so that the low-resolution pass has about as many
+        tokens as at the backbone's native size, with the picture's aspect ratio. Cell (y, x) of an (h, w) map is
+        centred at pixel ``((y + 0.5) * H / h, (x + 0.5) * W / w)`` of the H x W picture.
+
+        Args:
+            image: A file, or a PIL image.
+            size: (h, w) in pixels to scale the picture to instead; the picture's own size keeps every detail.
+
+        Returns:
+            As :meth:`forward`, with B = 1, on the device of the encoder.
+        """
+        from featsharp.data.images import decode_image, image_to_tensor
+
+        pixels = image_to_tensor(decode_image(image))[None]
+        k = self.upsampler.input_upsample_factor
+        low_res_size = self._native_low_res_size(tuple(pixels.shape[-2:])) if size is None else None
+        size = size or (low_res_size[0] * k, low_res_size[1] * k)
+        parameter = next(self.upsampler.parameters(), next(self.backbone.parameters(), pixels))
+        whitened = self.input_conditioner(resize(pixels, size).to(parameter.device)).to(parameter.dtype)
+        return self(whitened, denormalize=denormalize, return_summary=return_summary, low_res_size=low_res_size)
+
+    def _native_low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        height, width = image_size
+        self.backbone.fit_size(height, width)  # refuses a picture smaller than one patch
+        native_h, native_w = self.backbone.input_size
+        scale = (native_h * native_w / (height * width)) ** 0.5
+        p = self.backbone.patch_size
+        return self.backbone.fit_size(max(p, height * scale), max(p, width * scale))

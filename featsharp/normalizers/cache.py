@@ -1,0 +1,186 @@
+"""Feature statistics on disk, keyed by everything that they depend on.
+
+One safetensors file per key: ``statistics.count``, ``statistics.mean``, ``statistics.scatter`` (float64; covariance =
+scatter / (count - 1)), and per fitted normalizer its buffers as ``transform.<name>.<buffer>``. The buffers are kept
+because a rotation cannot be reproduced from the covariance on another machine. The key is in the file's metadata.
+
+The cache only saves time: a file that cannot be read or written is logged and otherwise ignored.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from featsharp.errors import InputError, MissingDependencyError
+from featsharp.normalizers.base import Normalizer
+from featsharp.normalizers.statistics import FeatureStatistics
+
+_LOGGER = logging.getLogger(__name__)
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StatisticsKey:
+    """What the statistics of a backbone's features depend on.
+
+    Args:
+        backbone: Name of the backbone.
+        weights_sha256: ``Backbone.weights_hash()``.
+        input_size: (h, w) in pixels of the images that were encoded.
+        data: A tag for the data: whatever tells one set of images from another.
+        samples: How many images were asked for.
+        seed: Seed of the draw of images.
+    """
+
+    backbone: str
+    weights_sha256: str
+    input_size: tuple[int, int]
+    data: str
+    samples: int
+    seed: int
+
+    def to_json(self) -> str:
+        """The key as text, the same for equal keys."""
+        return json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True)
+
+    def digest(self) -> str:
+        """SHA-256 of :meth:`to_json`, the name of the cache file."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+class CachedStatistics(NamedTuple):
+    """What a cache file holds."""
+
+    statistics: FeatureStatistics
+    transforms: dict[str, dict[str, Tensor]]  # normalizer name -> its buffers
+
+
+def fit_with_cache(
+    normalizer: Normalizer,
+    key: StatisticsKey,
+    collect: Callable[[], FeatureStatistics],
+    cache_dir: str | Path | None = None,
+) -> None:
+    """Fit ``normalizer`` from the cache, or from ``collect()``, whose result is then cached.
+
+    Args:
+        collect: Runs the backbone over the data; called only when the cache holds nothing usable for ``key``.
+        cache_dir: See :func:`cache_path`.
+    """
+    cached = load_statistics(key, cache_dir)
+    if cached is not None and cached.statistics.embed_dim != normalizer.embed_dim:
+        _LOGGER.warning("ignoring cached statistics of another width than the normalizer's; computing them again")
+        cached = None
+    if cached is not None and _restore(normalizer, cached.transforms.get(normalizer.name)):
+        return
+    statistics = cached.statistics if cached is not None else collect()
+    normalizer.fit(statistics)
+    transforms = dict(cached.transforms) if cached is not None else {}
+    transforms[normalizer.name] = dict(normalizer.named_buffers())
+    save_statistics(key, CachedStatistics(statistics, transforms), cache_dir)
+
+
+def load_statistics(key: StatisticsKey, cache_dir: str | Path | None = None) -> CachedStatistics | None:
+    """What was saved for ``key``; None, with a warning where there is a file, when it is absent or unusable."""
+    safetensors = _safetensors()
+    path = cache_path(key, cache_dir)
+    if not path.exists():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            saved_key = (file.metadata() or {}).get("key")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if saved_key != key.to_json():
+            raise InputError("it belongs to another key")
+        return _unpack(tensors)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        _LOGGER.warning("ignoring the statistics cache %s (%s); computing the statistics again", path, error)
+        return None
+
+
+def save_statistics(key: StatisticsKey, cached: CachedStatistics, cache_dir: str | Path | None = None) -> Path | None:
+    """Write a cache file so that readers see the old one or the whole new one.
+
+    Returns:
+        The file, or None when it could not be written, which is logged as a warning.
+    """
+    _safetensors()
+    from safetensors.torch import save
+
+    path = cache_path(key, cache_dir)
+    content = save(_pack(cached), metadata={"key": key.to_json()})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_atomically(path, content)
+    except OSError as error:
+        _LOGGER.warning("cannot write the statistics cache %s (%s); continuing without it", path, error)
+        return None
+    return path
+
+
+def cache_path(key: StatisticsKey, cache_dir: str | Path | None = None) -> Path:
+    """The file of ``key`` in ``cache_dir``, by default $FEATSHARP_CACHE, else featsharp in the user's cache folder."""
+    if cache_dir is None:
+        user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache_dir = os.environ.get("FEATSHARP_CACHE") or user_cache / "featsharp"
+    return Path(cache_dir).expanduser() / "statistics" / f"{key.digest()}.safetensors"
+
+
+def _restore(normalizer: Normalizer, buffers: dict[str, Tensor] | None) -> bool:
+    """Put cached buffers into the normalizer; False when they are absent or are not a fit of this very module."""
+    own = dict(normalizer.named_buffers())
+    if buffers is None or {k: v.shape for k, v in buffers.items()} != {k: v.shape for k, v in own.items()}:
+        return False
+    if not (buffers["fitted"] and all(value.isfinite().all() for value in buffers.values())):
+        return False
+    normalizer.load_state_dict(buffers, strict=False)  # not strict: trained weights are no part of the fit
+    return True
+
+
+def _pack(cached: CachedStatistics) -> dict[str, Tensor]:
+    tensors = {f"statistics.{name}": value for name, value in cached.statistics.state().items()}
+    for normalizer, buffers in cached.transforms.items():
+        tensors |= {f"transform.{normalizer}.{name}": value.cpu() for name, value in buffers.items()}
+    return {name: value.detach().contiguous().clone() for name, value in tensors.items()}
+
+
+def _unpack(tensors: dict[str, Tensor]) -> CachedStatistics:
+    state: dict[str, Tensor] = {}
+    transforms: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        group, _, rest = name.partition(".")
+        if group == "statistics":
+            state[rest] = value
+        elif group == "transform":
+            normalizer, _, buffer = rest.rpartition(".")
+            transforms.setdefault(normalizer, {})[buffer] = value
+    return CachedStatistics(FeatureStatistics.from_state(state), transforms)
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem[:16], suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the statistics cache needs safetensors, which is not installed; pip install safetensors"
+        ) from error
+    return safetensors

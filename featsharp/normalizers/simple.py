@@ -1,0 +1,40 @@
+"""Normalizers that need no statistics: LayerNorm over channels, and none.
+
+Shapes: B batch, C channels, (H, W) token grid.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from featsharp.normalizers.base import NORMALIZERS, Normalizer
+
+
+@NORMALIZERS.register("layernorm", "LayerNorm over channels with affine weights, FeatUp's choice; no inverse")
+class ChannelLayerNorm(Normalizer):
+    """LayerNorm over the channels of each token, with trainable ``weight`` and ``bias`` [C]. Has no inverse."""
+
+    name = "layernorm"
+    invertible = False
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__(embed_dim)
+        self.weight = nn.Parameter(torch.ones(embed_dim))
+        self.bias = nn.Parameter(torch.zeros(embed_dim))
+
+    def _normalize(self, features: Tensor) -> Tensor:
+        weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
+        return F.layer_norm(features.movedim(1, -1), (self.embed_dim,), weight, bias).movedim(-1, 1)
+
+
+@NORMALIZERS.register("none", "features as the backbone gives them")
+class NoNormalizer(Normalizer):
+    """Identity, both ways; ``fit`` only records the variance that :attr:`variance_scale` reports."""
+
+    name = "none"
+
+    def _normalize(self, features: Tensor) -> Tensor:
+        return features
+
+    def _denormalize(self, features: Tensor) -> Tensor:
+        return features

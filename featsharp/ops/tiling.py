@@ -1,0 +1,64 @@
+"""Cutting an image into tiles and putting tile features back: exact inverses of each other.
+
+Tiles are row-major within an image: batch order is (image, tile row, tile column).
+"""
+
+import torch
+from torch import Tensor
+
+from featsharp.errors import InputError
+
+
+def split_tiles(x: Tensor, tiles: tuple[int, int]) -> Tensor:
+    """Cut [B, C, ty*h, tx*w] into [B*ty*tx, C, h, w]."""
+    batch, channels, height, width = x.shape
+    rows, cols = tiles
+    if height % rows or width % cols:
+        raise InputError(f"{height}x{width} cannot be cut into {rows}x{cols} equal tiles; resize it first")
+    x = x.reshape(batch, channels, rows, height // rows, cols, width // cols)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch * rows * cols, channels, height // rows, width // cols)
+
+
+def join_tiles(x: Tensor, tiles: tuple[int, int]) -> Tensor:
+    """Put [B*ty*tx, C, h, w] back together as [B, C, ty*h, tx*w]; the inverse of :func:`split_tiles`."""
+    rows, cols = tiles
+    total, channels, height, width = x.shape
+    x = x.reshape(total // (rows * cols), rows, cols, channels, height, width)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, rows * height, cols * width)
+
+
+def window_starts(length: int, window: int, overlap: int) -> list[int]:
+    """First cells of the fewest windows that cover ``length`` cells with at least ``overlap`` cells in common."""
+    if not 0 <= overlap < window:
+        raise InputError(f"the overlap of tiles must be from 0 to {window - 1} cells; got {overlap}")
+    if length <= window:
+        return [0]
+    count = -(-(length - overlap) // (window - overlap))
+    return [round(i * (length - window) / (count - 1)) for i in range(count)]
+
+
+def blend_windows(windows: Tensor, starts: tuple[list[int], list[int]], size: tuple[int, int]) -> Tensor:
+    """Average overlapping windows into one map, each fading out linearly towards its edges.
+
+    Args:
+        windows: [B*ny*nx, C, h, w], ordered (image, row, column).
+        starts: First row of each of the ny windows and first column of each of the nx.
+        size: (H, W) of the map.
+
+    Returns:
+        [B, C, H, W]. A map that all windows agree on is returned unchanged (the weights sum to one).
+    """
+    rows, cols = starts
+    height, width = windows.shape[-2:]
+    ramp_y, ramp_x = (
+        torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).to(windows) for n in (height, width)
+    )
+    weight = ramp_y[:, None] * ramp_x
+    windows = windows.reshape(-1, len(rows), len(cols), *windows.shape[1:])
+    total = windows.new_zeros(windows.shape[0], windows.shape[3], *size)
+    weights = windows.new_zeros(size)
+    for i, y in enumerate(rows):
+        for j, x in enumerate(cols):
+            total[..., y : y + height, x : x + width] += windows[:, i, j] * weight
+            weights[y : y + height, x : x + width] += weight
+    return total / weights

@@ -1,0 +1,118 @@
+"""Models of how a backbone pools high-resolution content into a token; learned in training, discarded afterwards.
+
+Each maps [B, C, f*h, f*w] to [B, C, h, w]. FeatUp (arXiv 2403.10516, figure 3) and FeatSharp (arXiv 2502.16025). Where
+the published versions pad with zeros, ours mirror the border, so that border tokens do not fade.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featsharp.errors import unknown_name
+from featsharp.registry import Registry
+
+DOWNSAMPLERS: Registry[nn.Module] = Registry("downsampler")
+
+
+def create_downsampler(name: str, embed_dim: int, factor: int, kernel_size: int = 9) -> nn.Module:
+    """Build a downsampler by name ("attention", "simple" or "area")."""
+    if name not in DOWNSAMPLERS:
+        raise unknown_name("downsampler", name, DOWNSAMPLERS.names())
+    return DOWNSAMPLERS[name].factory(embed_dim, factor, kernel_size)
+
+
+@DOWNSAMPLERS.register("area", "mean over factor x factor cells, no parameters")
+class AreaDownsampler(nn.Module):
+    """Mean over each factor x factor cell: the parameter-free reference."""
+
+    def __init__(self, embed_dim: int, factor: int, kernel_size: int = 0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, self.factor)
+
+
+@DOWNSAMPLERS.register("simple", "one learned blur kernel for all channels and places")
+class SimpleDownsampler(nn.Module):
+    """A K x K blur kernel, non-negative and summing to one, applied at stride ``factor``; a box at the start."""
+
+    def __init__(self, embed_dim: int, factor: int, kernel_size: int = 9) -> None:
+        super().__init__()
+        self.factor = factor
+        self.logits = nn.Parameter(torch.ones(kernel_size, kernel_size))
+
+    def kernel(self) -> Tensor:
+        """The blur kernel, [K, K]."""
+        weight = F.softplus(self.logits)
+        return weight / weight.sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        kernel = self.kernel()
+        # Depthwise convolution as one channel per image: the kernel is shared.
+        padded = pad_cells(x, kernel.shape[0], self.factor).flatten(0, 1)[:, None]
+        out = F.conv2d(padded, kernel[None, None].to(x.dtype), stride=self.factor)
+        return out.unflatten(0, (-1, channels)).squeeze(2)
+
+
+@DOWNSAMPLERS.register("attention", "a K x K kernel predicted for every token from the features under it")
+class AttentionDownsampler(nn.Module):
+    """Every output token is a convex mix of the (blurred) features in the K x K window around its cell.
+
+    Args:
+        embed_dim: Channels C.
+        factor: Stride f.
+        kernel_size: K.
+        dropout: Probability that a tap is left out of the softmax; in training mode only.
+
+    With zero filters the weights are ``softmax(logit_bias)`` everywhere: a simple downsampler.
+    """
+
+    blur: Tensor
+
+    def __init__(self, embed_dim: int, factor: int, kernel_size: int = 9, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.factor = factor
+        self.kernel_size = kernel_size
+        self.dropout = dropout
+        # The published filters have a common offset of 1, which cancels in the softmax but swamps a masked logit.
+        self.saliency = nn.Conv2d(embed_dim, kernel_size**2, kernel_size, stride=factor)
+        nn.init.normal_(self.saliency.weight, std=0.01)
+        nn.init.normal_(self.saliency.bias, std=0.01)
+        self.logit_bias = nn.Parameter(0.1 * torch.randn(kernel_size**2, 1, 1))
+        taps = torch.exp(-(torch.arange(-2.0, 3.0) ** 2) / 0.5**0.5)
+        kernel = taps[:, None] * taps
+        self.register_buffer("blur", kernel / kernel.sum(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels, k = x.shape[1], self.kernel_size
+        padded = pad_cells(x, k, self.factor)
+        logits = self.saliency(padded) + self.logit_bias
+        if self.training and self.dropout > 0:
+            dropped = torch.rand_like(logits) < self.dropout
+            # A token that lost all of its taps keeps them.
+            logits = logits.masked_fill(dropped & ~dropped.all(1, keepdim=True), float("-inf"))
+        weights = logits.softmax(1)  # [B, K^2, h, w]
+        flat = F.pad(x.flatten(0, 1)[:, None], (2, 2, 2, 2), mode="replicate")
+        blurred = F.conv2d(flat, self.blur[None, None].to(x.dtype)).reshape_as(x)
+        blurred = pad_cells(blurred, k, self.factor)
+        rows, cols = weights.shape[-2:]
+        out = x.new_zeros(x.shape[0], channels, rows, cols)
+        # One tap at a time: unfolding would hold K^2 / f^2 copies of the map.
+        for tap in range(k * k):
+            dy, dx = divmod(tap, k)
+            piece = blurred[..., dy : dy + rows * self.factor : self.factor, dx : dx + cols * self.factor : self.factor]
+            out = out + weights[:, tap : tap + 1] * piece[..., :rows, :cols]
+        return out
+
+
+def pad_cells(x: Tensor, kernel_size: int, factor: int) -> Tensor:
+    """Pad so that a K x K window at stride ``factor`` is centred on every factor x factor cell.
+
+    Borders are mirrored, and repeated where the map is smaller than the mirror.
+    """
+    total = max(kernel_size - factor, 0)
+    before, after = total // 2, total - total // 2
+    mode = "reflect" if max(before, after) < min(x.shape[-2:]) else "replicate"
+    return F.pad(x, (before, after, before, after), mode=mode)

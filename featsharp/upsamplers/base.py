@@ -1,0 +1,97 @@
+"""The upsampler contract.
+
+An upsampler sees an image and a function ``encode`` that turns whitened images into normalised, de-biased backbone
+features; it never sees a backbone. *Guided* upsamplers need one pass of ``encode`` and the image; *re-encoding* ones
+call it again on tiles.
+
+Convention:
+    ``low_res`` is [B, C, h, w] and ``high_res`` [B, C, factor * h, factor * w]; both cover exactly the whole image, so
+    cell (y, x) of an (h, w) map is centred at pixel ``((y + 0.5) * H / h, (x + 0.5) * W / w)`` of an H x W image.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from featsharp.errors import ConfigError
+from featsharp.ops.resize import resize
+
+# [N, 3, h*p, w*p] whitened -> (features [N, C, h, w], summary [N, C_s] or None)
+Encode = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+class UpsampleFeatures(NamedTuple):
+    """What a sharp encoder returns; the summary is the backbone's own, from the low-resolution pass."""
+
+    low_res: Tensor  # [B, C, h, w]
+    high_res: Tensor  # [B, C, factor * h, factor * w]
+    summary: Tensor | None = None  # [B, C_s]
+
+
+class Upsampler(nn.Module):
+    """Base of all upsamplers.
+
+    Attributes:
+        embed_dim: Channels C of the features.
+        factor: Gain f in each direction.
+        input_upsample_factor: How much larger than the low-resolution pass the image should be to be of use: f for
+            upsamplers that look at tiles, 1 for guided ones.
+        trainable: Whether there is anything to learn.
+        needs: What the upsampler uses besides features, for ``featsharp ls upsamplers``.
+    """
+
+    trainable: bool = False
+    needs: str = "image"
+
+    def __init__(self, embed_dim: int, factor: int) -> None:
+        super().__init__()
+        if not isinstance(factor, int) or factor < 1:
+            raise ConfigError(f"the upsampling factor must be a whole number of at least 1; got {factor!r}")
+        self.embed_dim = embed_dim
+        self.factor = factor
+
+    @property
+    def input_upsample_factor(self) -> int:
+        return 1
+
+    def forward(self, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> UpsampleFeatures:
+        """Sharpen what ``encode`` says about an image.
+
+        Args:
+            image: [B, 3, H, W], whitened, any size.
+            encode: See :data:`Encode`.
+            low_res_size: (h, w) in pixels of the low-resolution pass, a size that the backbone takes.
+        """
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, factor={self.factor}"
+
+
+class GuidedUpsampler(Upsampler):
+    """An upsampler that needs the low-resolution features and the image only; subclasses implement ``upsample``."""
+
+    def forward(self, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> UpsampleFeatures:
+        low_res, summary = encode(resize(image, low_res_size))
+        return UpsampleFeatures(low_res, self.upsample(low_res, image), summary)
+
+    def upsample(self, features: Tensor, image: Tensor) -> Tensor:
+        """Features [B, C, h, w] and an image of any size [B, 3, H, W] to [B, C, factor * h, factor * w]."""
+        raise NotImplementedError
+
+    def high_res_grid(self, features: Tensor) -> tuple[int, int]:
+        """(h, w) of the output for low-resolution features."""
+        return features.shape[-2] * self.factor, features.shape[-1] * self.factor
+
+
+def prime_factors(factor: int) -> list[int]:
+    """Prime factors in ascending order: 12 -> [2, 2, 3]; 1 -> []."""
+    primes = []
+    divisor = 2
+    while factor > 1:
+        while factor % divisor == 0:
+            primes.append(divisor)
+            factor //= divisor
+        divisor += 1
+    return primes

@@ -1,0 +1,42 @@
+"""What all tests share: options, fixed seeds and visible skips."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--runslow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only, tests marked gpu are skipped"
+    slow = "run" if config.getoption("--runslow") else "skipped (--runslow runs them)"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}; slow tests: {slow}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skip_slow = pytest.mark.skip(reason="slow: run with --runslow (make test-slow)")
+    skip_gpu = pytest.mark.skip(reason="gpu: no CUDA device")
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--runslow"):
+            item.add_marker(skip_slow)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(skip_gpu)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Every test draws the same numbers, alone or among others."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (third parties draw from the global generator)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def clean_environment() -> dict[str, str]:
+    """The environment for a subprocess that must find ``featsharp`` by its installation or the working folder only."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "COV_"))}
