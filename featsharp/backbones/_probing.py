@@ -120,7 +120,7 @@ def solve_facts(
             wanted = "BCHW (or transpose its rows and columns)" if len(native) == 4 else "BNC"
             raise ConfigError(
                 f"{name!r} gives {shape_text(native)} at {size_text(size)} pixels and {shape_text(wide)} at twice "
-                f"the width: the axes are in another order; permute them to {wanted} with output=lambda y: y.permute(...)"
+                f"the width: the axes are in another order; permute them to {wanted} with output="
             )
     if len(native) == 4:
         sides = native[2:]

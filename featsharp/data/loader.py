@@ -1,0 +1,104 @@
+"""Batches of training views, in an order that depends on the seed and the step only.
+
+Sample n of a run is the same whatever the number of processes and workers: step s of a run with ``world`` ranks takes the
+samples ``(s * world + rank) * batch ...``, so a resumed run goes on where it stopped and two processes see together what
+one would see with twice the batch.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from featsharp.data.sources import ImageMixture
+from featsharp.data.views import ViewConfig, Views, sample_views
+
+
+class ViewBatch(NamedTuple):
+    """One step's data, and what had to be passed over to get it."""
+
+    views: Views
+    skipped: list[tuple[str, str]]  # (name, reason)
+
+
+class ViewDataset(Dataset[tuple[Views, list[tuple[str, str]]]]):
+    """Sample n of an image mixture as a canvas and its homographies.
+
+    Args:
+        mixture: Where images come from.
+        size: (h, w) of the base view in pixels.
+        config: Ranges of the views.
+        seed: Of the random views; independent of the mixture's own.
+    """
+
+    def __init__(self, mixture: ImageMixture, size: tuple[int, int], config: ViewConfig, seed: int) -> None:
+        self.mixture, self.size, self.config, self.seed = mixture, size, config, seed
+
+    def __getitem__(self, n: int) -> tuple[Views, list[tuple[str, str]]]:
+        loaded = self.mixture.load(n)
+        rng = np.random.default_rng((self.seed, n))
+        return sample_views(loaded.image, self.size, self.config, rng), loaded.skipped
+
+
+class StepSampler:
+    """The sample numbers of every step from ``first_step`` to ``last_step`` (exclusive) for one rank."""
+
+    def __init__(self, first_step: int, last_step: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.steps = range(first_step, last_step)
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            first = (step * self.world + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+
+
+def view_loader(dataset: ViewDataset, sampler: StepSampler, num_workers: int) -> DataLoader[ViewBatch]:
+    """Load the batches of ``sampler``, decoding in ``num_workers`` processes (0: in this one)."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate_views,
+        # Workers are forked where the system forks: their threads would fight for the cores of the training process.
+        worker_init_fn=_single_thread,
+        prefetch_factor=2 if num_workers else None,
+        # Without a generator of its own the loader would draw from the global one, and a resumed run once more.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def collate_views(samples: list[tuple[Views, list[tuple[str, str]]]]) -> ViewBatch:
+    """Stack samples and join what they skipped."""
+    views = Views(*(torch.stack(parts) for parts in zip(*(views for views, _ in samples), strict=True)))
+    return ViewBatch(views, [entry for _, skipped in samples for entry in skipped])
+
+
+class SkipLog:
+    """Counts what was passed over, by reason, and remembers each name once."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}
+
+    def add(self, skipped: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Add entries; returns those that are new."""
+        new = [(name, reason) for name, reason in skipped if name not in self.names]
+        self.names.update(new)
+        return new
+
+    def summary(self) -> str:
+        """For example "3 images skipped (2 truncated, 1 uniform)"; empty when there were none."""
+        if not self.names:
+            return ""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(self.names.values()).most_common())
+        return f"{len(self.names)} images skipped ({reasons})"
+
+
+def _single_thread(worker: int) -> None:
+    torch.set_num_threads(1)

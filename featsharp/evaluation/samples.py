@@ -1,0 +1,84 @@
+"""What the evaluation tasks share: images in, feature maps in the backbone's own space out, intervals over images."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from featsharp.data.images import decode_image
+from featsharp.data.sources import open_source
+from featsharp.errors import DataError, InputError
+from featsharp.model import SharpEncoder
+
+
+class Estimate(NamedTuple):
+    """A number and its 95 % interval over images."""
+
+    value: float
+    low: float
+    high: float
+
+
+class ImageSet:
+    """The readable images of a folder or tar, by name; what cannot be read is listed in ``skipped``."""
+
+    def __init__(self, folder: str | Path, limit: int | None = None) -> None:
+        self._source = open_source(folder)
+        self._limit = limit
+        self.folder = str(folder)
+        self.skipped: list[tuple[str, str]] = []
+
+    def __iter__(self) -> Iterator[tuple[str, Image]]:
+        """Name and RGB picture of each; the order is that of the names."""
+        self.skipped = list((problem, "damaged shard") for problem in self._source.problems)
+        found = 0
+        for index in range(len(self._source)):
+            if found == self._limit:
+                return
+            name = self._source.name(index)
+            try:
+                image = decode_image(self._source.read(index), name=name)
+            except DataError as error:
+                self.skipped.append((name, str(error)))
+                continue
+            found += 1
+            yield name, image
+        if found == 0:
+            raise DataError(f"{self.folder} holds no readable image; the first problem: {self.skipped[0][1]}")
+
+
+def predict_raw(encoder: SharpEncoder, images: Tensor, low_res_size: tuple[int, int]) -> Tensor:
+    """High-resolution features in the backbone's own space, its positional pattern put back: [B, C, H, W], float32.
+
+    Taking the learned bias off again makes encoders with and without a bias buffer answer to the same target.
+    """
+    high_res = encoder(images, low_res_size=low_res_size).high_res.float()
+    if encoder.bias_buffer is not None:
+        high_res = high_res - encoder.bias_buffer.at((high_res.shape[-2], high_res.shape[-1]))
+    raw = encoder.normalizer.denormalize(high_res)
+    if not torch.isfinite(raw).all():
+        raise InputError(
+            f"the encoder returned NaN or infinite features for {len(images)} image(s); is the checkpoint damaged, or "
+            "half precision too narrow for this backbone?"
+        )
+    return raw
+
+
+def bootstrap(
+    per_image: Sequence[Sequence[float]], statistic: Callable[[np.ndarray], float], *, resamples: int = 1000
+) -> Estimate:
+    """A statistic of all images with its 95 % percentile interval under resampling of images (seed fixed).
+
+    Args:
+        per_image: One row of numbers per image.
+        statistic: Maps rows [images, numbers] to a number.
+    """
+    rows = np.asarray(per_image, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    draws = [statistic(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(resamples)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Estimate(float(statistic(rows)), float(low), float(high))

@@ -1,0 +1,59 @@
+"""Zoom cosine: are the sharp features what the backbone would have said had it looked closer?
+
+For random half-size crops of an image: the cosine similarity, in the backbone's own space, between the sharp features
+inside the crop and the backbone's features of the crop at its native size.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image
+
+from featsharp.data.views import canvas_margin, cut_canvas
+from featsharp.evaluation.samples import Estimate, bootstrap, predict_raw
+from featsharp.model import SharpEncoder
+
+
+class ZoomMeter:
+    """Collects the zoom cosine of one encoder, image by image.
+
+    Args:
+        encoder: In eval mode.
+        crops: Random crops per image; they start at whole tokens.
+        seed: Of the crops; the same seed gives every encoder the same crops.
+    """
+
+    def __init__(self, encoder: SharpEncoder, *, crops: int = 4, seed: int = 0) -> None:
+        self.encoder, self.crops, self.seed = encoder, crops, seed
+        self._rows: list[tuple[float]] = []
+
+    @torch.inference_mode()
+    def add(self, image: Image) -> None:
+        """Measure one RGB picture."""
+        encoder, backbone = self.encoder, self.encoder.backbone
+        native, patch = backbone.input_size, backbone.patch_size
+        device = next(backbone.parameters()).device
+        size = (2 * native[0], 2 * native[1])
+        my, mx = canvas_margin(size)
+        canvas, _ = cut_canvas(image, size)
+        whitened = encoder.input_conditioner(canvas[None, :, my : my + size[0], mx : mx + size[1]].to(device))
+        grid = backbone.grid_size(native)
+        features = predict_raw(encoder, whitened, native)
+        # One cell per token of the doubled image: finer maps are averaged, coarser ones repeated.
+        cells = (2 * grid[0], 2 * grid[1])
+        if features.shape[-2] > cells[0]:
+            features = F.adaptive_avg_pool2d(features, cells)
+        elif features.shape[-2] < cells[0]:
+            features = F.interpolate(features, cells, mode="nearest")
+        rng = np.random.default_rng((self.seed, len(self._rows)))
+        starts = [(int(rng.integers(grid[0] + 1)), int(rng.integers(grid[1] + 1))) for _ in range(self.crops)]
+        crops = torch.cat(
+            [whitened[..., y * patch : y * patch + native[0], x * patch : x * patch + native[1]] for y, x in starts]
+        )
+        targets = backbone(crops).features.float()
+        predictions = torch.cat([features[..., y : y + grid[0], x : x + grid[1]] for y, x in starts])
+        self._rows.append((F.cosine_similarity(predictions, targets, dim=1).mean().item(),))
+
+    def result(self) -> Estimate:
+        """Mean over images."""
+        return bootstrap(self._rows, lambda rows: float(rows[:, 0].mean()))

@@ -1,0 +1,54 @@
+"""One training step: views -> features -> losses -> gradients."""
+
+import torch
+from torch import Tensor
+
+from featsharp.data.views import Views, base_view, render_views
+from featsharp.errors import InputError
+from featsharp.model import SharpEncoder
+from featsharp.ops.resize import resize
+from featsharp.training.objective import Losses, MultiViewObjective
+
+# A token counts when at least this part of its pixels shows image.
+TOKEN_COVERAGE = 0.99
+
+
+def backward_step(
+    encoder: SharpEncoder, objective: MultiViewObjective, views: Views, low_res_size: tuple[int, int]
+) -> Losses:
+    """Add the gradients of one batch to ``encoder`` and ``objective``.
+
+    The objective is differentiated down to a detached leaf of the high-resolution map, whose gradient then runs once
+    through the upsampler, however many views there are. The result equals the gradient of the whole.
+
+    Args:
+        encoder: In training mode; the backbone stays frozen.
+        objective: What compares views.
+        views: Canvases with pixels in [0, 1], on the encoder's device.
+        low_res_size: (h, w) in pixels of the low-resolution pass and of the rendered views.
+
+    Raises:
+        InputError: When the loss is not finite; nothing was changed but gradients.
+    """
+    base, base_mask = base_view(views)
+    targets, token_masks = encode_views(encoder, views, low_res_size)
+    high_res = encoder.upsampler(encoder.input_conditioner(base), encoder.encode, low_res_size).high_res
+    leaf = high_res.detach().requires_grad_()
+    losses = objective(leaf, base_mask, targets, token_masks, views.homographies)
+    if not torch.isfinite(losses.total):
+        raise InputError(
+            f"the training loss is {losses.total.item()}; the backbone or the upsampler returns NaN or infinite features "
+            "(lower the learning rate, or use float32)"
+        )
+    losses.total.backward()
+    if high_res.requires_grad:
+        high_res.backward(leaf.grad)
+    return losses
+
+
+def encode_views(encoder: SharpEncoder, views: Views, low_res_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """What the backbone says about every view: features [B*n, C, h, w] and token masks [B*n, 1, h, w]."""
+    images, masks = render_views(views, low_res_size)
+    features = encoder.encode(encoder.input_conditioner(images)).features
+    grid = (features.shape[-2], features.shape[-1])
+    return features, (resize(masks, grid) > TOKEN_COVERAGE).to(features.dtype)

@@ -1,0 +1,240 @@
+"""The training loop: step, log, look, save, resume."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from featsharp.builder import save_checkpoint
+from featsharp.checkpoint import read_checkpoint
+from featsharp.data.loader import SkipLog, StepSampler, ViewDataset, view_loader
+from featsharp.data.views import Views
+from featsharp.errors import CheckpointError
+from featsharp.layers.spectral import add_spectral, spectral_norms
+from featsharp.model import SharpEncoder
+from featsharp.training.distributed import World, average_gradients, copy_from_main
+from featsharp.training.objective import Losses, MultiViewObjective
+from featsharp.training.optim import OptimConfig, build_optimizer, build_schedule
+from featsharp.training.step import backward_step
+from featsharp.training.writers import VizWriter
+
+logger = logging.getLogger(__name__)
+
+LAST, BEST = "last.pth", "best.pth"
+
+
+class Validation(NamedTuple):
+    """What a look at the fixed validation samples found; ``score`` decides which checkpoint is the best."""
+
+    score: float
+    scalars: dict[str, float]
+    images: dict[str, Tensor]  # [3, H, W] in [0, 1]
+
+
+Validate = Callable[[SharpEncoder, MultiViewObjective], Validation]
+
+
+@dataclass
+class LoopConfig:
+    """How long, how often, where.
+
+    Attributes:
+        num_steps: The run ends after exactly this many steps.
+        batch_size: Images per step and process.
+        num_workers: Processes that decode images; 0 decodes in the training process.
+        log_frequency, val_frequency, checkpoint_frequency: In steps; 0 for never (but at the end).
+        seed: Of everything random.
+        spectral: Whether linear layers are trained under spectral reparametrisation.
+    """
+
+    num_steps: int
+    batch_size: int = 4
+    num_workers: int = 1
+    log_frequency: int = 10
+    val_frequency: int = 1000
+    checkpoint_frequency: int = 500
+    seed: int = 0
+    spectral: bool = True
+    low_res_size: tuple[int, int] = (224, 224)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+class Trainer:
+    """Trains the upsampler and the bias buffer of an encoder.
+
+    Args:
+        encoder: With a fitted normalizer, on the device of ``world``.
+        objective: On the same device.
+        dataset: Of training views.
+        config: See :class:`LoopConfig`.
+        folder: Where ``last.pth`` and ``best.pth`` go.
+        writer: Receives scalars and pictures; only on the main process.
+        world: This process among all.
+        run_config: The composed configuration, kept in the checkpoints.
+        validate: Looks at fixed samples every ``val_frequency`` steps and at the end.
+        progress: Whether to show a progress bar with the loss and the time left.
+    """
+
+    def __init__(
+        self,
+        encoder: SharpEncoder,
+        objective: MultiViewObjective,
+        dataset: ViewDataset,
+        config: LoopConfig,
+        folder: Path,
+        writer: VizWriter,
+        world: World,
+        *,
+        run_config: Mapping[str, Any] | None = None,
+        validate: Validate | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.encoder, self.objective, self.dataset, self.config = encoder, objective, dataset, config
+        self.folder, self.writer, self.world = folder, writer, world
+        self.run_config, self.validate, self.progress = run_config, validate, progress
+        if config.spectral:
+            add_spectral(encoder.upsampler)
+        self.trained = nn.ModuleDict({"upsampler": encoder.upsampler})
+        if encoder.bias_buffer is not None:
+            self.trained["bias_buffer"] = encoder.bias_buffer
+        copy_from_main([*self.trained.parameters(), *objective.parameters()], world)
+        self.optimizer = build_optimizer(self.trained, objective, config.optim)
+        self.schedule = build_schedule(self.optimizer, config.optim, config.num_steps)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.step = 0
+        self.best_score = float("-inf")
+        self.skipped = SkipLog()
+        self.seconds_per_step = float("nan")
+        self._rng_state: Tensor | None = None
+
+    def run(self) -> None:
+        """Train to the last step, then save and validate."""
+        from tqdm import tqdm
+
+        torch.manual_seed(self.config.seed + self.world.rank)
+        if self._rng_state is not None:
+            torch.set_rng_state(self._rng_state)
+        sampler = StepSampler(
+            self.step, self.config.num_steps, self.config.batch_size, self.world.rank, self.world.size
+        )
+        bar = tqdm(
+            total=self.config.num_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            file=sys.stderr,
+            disable=not (self.progress and self.world.is_main),
+        )
+        durations: list[float] = []
+        start = time.perf_counter()
+        with bar:
+            for views, skipped in view_loader(self.dataset, sampler, self.config.num_workers):
+                for name, reason in self.skipped.add(skipped):
+                    logger.warning("skipped %s: %s", name, reason)
+                losses = self.train_step(Views(*(x.to(self.world.device) for x in views)))
+                durations.append(time.perf_counter() - start)
+                bar.set_postfix(loss=f"{losses.reconstruction.item():.4f}", refresh=False)
+                bar.update()
+                self._report(losses, durations[-1])
+                start = time.perf_counter()
+        self.seconds_per_step = sorted(durations)[len(durations) // 2] if durations else float("nan")
+        if self.skipped.names:
+            logger.warning(self.skipped.summary())
+        self._save_and_validate()
+
+    def train_step(self, views: Views) -> Losses:
+        """One optimiser step on a batch of views."""
+        self.encoder.train()
+        self.objective.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = backward_step(self.encoder, self.objective, views, self.config.low_res_size)
+        average_gradients(self.parameters, self.world)
+        self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        return losses
+
+    def save(self, name: str = LAST) -> Path:
+        """Write a checkpoint that a run can resume from; returns its path."""
+        path = self.folder / name
+        save_checkpoint(self.encoder, path, config=self.run_config, training=self.state())
+        return path
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as tensors and plain values."""
+        return {
+            "step": self.step,
+            "best_score": self.best_score,
+            "trained": self.trained.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "skipped": dict(self.skipped.names),
+        }
+
+    def resume(self, path: Path) -> None:
+        """Go on where the checkpoint at ``path`` was written."""
+        state = read_checkpoint(path)["training"]
+        if state is None:
+            raise CheckpointError(f"checkpoint {path} holds no training state; start a new run in another folder")
+        if state["step"] > self.config.num_steps:
+            raise CheckpointError(
+                f"checkpoint {path} is at step {state['step']}, beyond num_training_steps={self.config.num_steps}"
+            )
+        self.trained.load_state_dict(state["trained"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.best_score = state["best_score"]
+        self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_steps, self.step)
+        self._rng_state = state["rng"]
+        self.skipped.names.update(state["skipped"])
+
+    def _report(self, losses: Losses, seconds: float) -> None:
+        config, step = self.config, self.step
+        if self.world.is_main and config.log_frequency and step % config.log_frequency == 0:
+            scalars = {f"loss/{name}": value.item() for name, value in losses._asdict().items()}
+            scalars |= {
+                "fidelity/train": 1 / max(losses.reconstruction.item(), 1e-12),
+                "optim/gradient_norm": self.gradient_norm.item(),
+                "optim/learning_rate": self.optimizer.param_groups[0]["lr"],
+                "speed/seconds_per_step": seconds,
+                "data/skipped": len(self.skipped.names),
+            }
+            norms = spectral_norms(self.encoder.upsampler)
+            if norms:
+                scalars["optim/spectral_norm_median"] = torch.cat(list(norms.values())).median().item()
+            for name, value in scalars.items():
+                self.writer.scalar(name, value, step)
+        if step == config.num_steps:
+            return  # run() saves and validates at the end
+        if config.val_frequency and step % config.val_frequency == 0:
+            self._save_and_validate()
+        elif config.checkpoint_frequency and step % config.checkpoint_frequency == 0 and self.world.is_main:
+            self.save()
+
+    def _save_and_validate(self) -> None:
+        if not self.world.is_main:
+            return
+        if self.validate is not None:
+            self.encoder.eval()
+            self.objective.eval()
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                found = self.validate(self.encoder, self.objective)
+            for name, value in found.scalars.items():
+                self.writer.scalar(name, value, self.step)
+            for name, image in found.images.items():
+                self.writer.image(name, image, self.step)
+            if found.score > self.best_score:
+                self.best_score = found.score
+                self.save(BEST)
+        self.save()
+
+

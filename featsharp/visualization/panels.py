@@ -1,0 +1,54 @@
+"""Pictures side by side, as tensors; figures with captions need matplotlib."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featsharp.errors import DataError, MissingDependencyError
+
+
+def panel(pictures: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """Join RGB pictures [3, h, w] in [0, 1] in a row, each enlarged to ``size`` with visible cells: [3, H, n * W]."""
+    return torch.cat([F.interpolate(picture[None].cpu().float(), size, mode="nearest")[0] for picture in pictures], -1)
+
+
+def save_picture(picture: Tensor, path: Path) -> None:
+    """Write an RGB picture [3, h, w] in [0, 1] as PNG."""
+    from PIL import Image
+
+    pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+
+
+def save_figure(rows: list[Mapping[str, Tensor]], path: Path, *, cell: float = 2.4) -> None:
+    """Write a grid of captioned pictures.
+
+    Args:
+        rows: One mapping of caption to picture [3, h, w] per row; all rows have the same captions.
+        path: PNG file.
+        cell: Side of one picture in inches.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError('figures need: pip install "featsharp[viz]"') from error
+    captions = list(rows[0])
+    figure = Figure(figsize=(cell * len(captions), cell * len(rows) + 0.25), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), len(captions), squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        for axis, caption in zip(line, captions, strict=True):
+            axis.imshow(row[caption].clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            axis.set_axis_off()
+    for axis, caption in zip(axes[0], captions, strict=True):
+        axis.set_title(caption, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)

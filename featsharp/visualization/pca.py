@@ -1,0 +1,37 @@
+"""Feature maps as pictures: three principal components, one basis for all maps that are to be compared."""
+
+import torch
+from torch import Tensor
+
+from featsharp.errors import InputError
+
+
+class FeaturePCA:
+    """Projects C-channel maps to RGB.
+
+    The basis and the colour range are those of the map it was fitted on, so colours of other maps mean the same. The
+    range spans the 1st to 99th percentile of each component; the sign makes each component's largest weight positive.
+
+    Args:
+        features: [B, C, h, w] to fit on; C >= 3 and at least 4 positions, all finite.
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        if features.ndim != 4 or features.shape[1] < 3 or features[:, 0].numel() < 4:
+            raise InputError(f"PCA needs a [B, C, h, w] map with C >= 3 and 4 positions; got {tuple(features.shape)}")
+        if not torch.isfinite(features).all():
+            raise InputError("cannot draw features with NaN or infinite values")
+        rows = features.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
+        self.mean = rows.mean(0)
+        _, _, components = torch.linalg.svd(rows - self.mean, full_matrices=False)
+        components = components[:3]
+        strongest = components.gather(1, components.abs().argmax(1, keepdim=True))
+        self.components = components * strongest.sign()
+        projected = (rows - self.mean) @ self.components.T
+        self.low, self.high = torch.quantile(projected, torch.tensor([0.01, 0.99], device=rows.device), dim=0)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[B, C, h, w] to RGB [B, 3, h, w] in [0, 1]."""
+        projected = torch.einsum("bchw,kc->bkhw", features.detach().float() - self.mean[:, None, None], self.components)
+        spread = (self.high - self.low).clamp(min=1e-12)
+        return ((projected - self.low[:, None, None]) / spread[:, None, None]).clamp(0, 1)
