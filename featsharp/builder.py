@@ -1,6 +1,5 @@
 """From names and files to sharp encoders, and back to files."""
 
-import copy
 import re
 from collections.abc import Mapping
 from os import PathLike
@@ -14,7 +13,7 @@ from featsharp.backbones.base import Backbone
 from featsharp.checkpoint import read_checkpoint, write_checkpoint
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError
 from featsharp.layers.bias_buffer import BiasBuffer
-from featsharp.layers.spectral import fold_spectral
+from featsharp.layers.spectral import folded_state
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import create_normalizer
 from featsharp.upsamplers import create_upsampler
@@ -55,11 +54,15 @@ def create_encoder(
     options = dict(upsampler_options or {})
     if isinstance(upsampler, Upsampler):
         if options or factor not in (None, upsampler.factor):
-            raise ConfigError(f"an upsampler object brings its own factor ({upsampler.factor}) and options; leave them out")
+            raise ConfigError(
+                f"an upsampler object brings its own factor ({upsampler.factor}) and options; leave them out"
+            )
         module, name = upsampler, None
     else:
         if factor is None:
-            raise ConfigError(f"which factor should {upsampler!r} have? For example create_encoder(..., {upsampler!r}, 2)")
+            raise ConfigError(
+                f"which factor should {upsampler!r} have? For example create_encoder(..., {upsampler!r}, 2)"
+            )
         module, name = create_upsampler(upsampler, backbone, factor, options=options), upsampler
     grid = backbone.grid_size(backbone.input_size)
     encoder = SharpEncoder(
@@ -96,7 +99,9 @@ def load_from_file(path: str | PathLike[str], *, featurizer: str | Backbone | No
     pseudo = PSEUDO_PATH.fullmatch(str(path))
     if pseudo and not Path(path).exists():
         if featurizer is None:
-            raise ConfigError(f"{path} is no file but an untrained upsampler; give it a backbone: featurizer='vits14-focus'")
+            raise ConfigError(
+                f"{path} is no file but an untrained upsampler; give it a backbone: featurizer='vits14-focus'"
+            )
         return create_encoder(featurizer, pseudo["name"], int(pseudo["factor"]))
     content = read_checkpoint(path)
     saved = content["encoder"]
@@ -147,9 +152,7 @@ def save_checkpoint(
 
 def model_state(encoder: SharpEncoder) -> dict[str, torch.Tensor]:
     """The encoder's own tensors: no backbone, spectral factors folded into plain weights, on the CPU."""
-    upsampler = copy.deepcopy(encoder.upsampler)
-    fold_spectral(upsampler.eval())
-    state = {f"upsampler.{key}": value for key, value in upsampler.state_dict().items()}
+    state = {f"upsampler.{key}": value for key, value in folded_state(encoder.upsampler).items()}
     state |= {f"normalizer.{key}": value for key, value in encoder.normalizer.state_dict().items()}
     if encoder.bias_buffer is not None:
         state |= {f"bias_buffer.{key}": value for key, value in encoder.bias_buffer.state_dict().items()}
@@ -157,7 +160,7 @@ def model_state(encoder: SharpEncoder) -> dict[str, torch.Tensor]:
 
 
 def load_model_state(encoder: SharpEncoder, state: Mapping[str, torch.Tensor], source: object) -> None:
-    """Load :func:`model_state` into an encoder; anything missing, left over or of another shape is an error."""
+    """Load :func:`model_state` into an encoder; missing, surplus, misshapen and NaN tensors are errors."""
     own = {key: value for key, value in encoder.state_dict().items() if not key.startswith("backbone.")}
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
@@ -165,9 +168,17 @@ def load_model_state(encoder: SharpEncoder, state: Mapping[str, torch.Tensor], s
         for key in sorted(own.keys() & state.keys())
         if own[key].shape != state[key].shape
     ]
-    for problem, keys in (("lacks", missing), ("has unknown", unexpected), ("has other shapes:", shapes)):
+    diverged = [key for key, value in sorted(state.items()) if not value.isfinite().all()]
+    for problem, keys in (
+        ("lacks", missing),
+        ("has unknown", unexpected),
+        ("has other shapes:", shapes),
+        ("holds NaN or infinite values in", diverged),
+    ):
         if keys:
-            raise CheckpointError(f"checkpoint {source} {problem} {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}")
+            raise CheckpointError(
+                f"checkpoint {source} {problem} {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
+            )
     encoder.load_state_dict(state, strict=False)
 
 
@@ -179,8 +190,8 @@ def _backbone_for(saved: Mapping[str, Any], featurizer: str | Backbone | None, p
         if featurizer is not None:
             raise
         raise CheckpointError(
-            f"checkpoint {path} was trained for backbone {saved['name']!r}, which cannot be built by name; pass the same "
-            "backbone as featurizer="
+            f"checkpoint {path} was trained for backbone {saved['name']!r}, which cannot be built by name; pass the "
+            "same backbone as featurizer="
         ) from error
     present = backbone.describe()
     # A label differs between two wrappers of one model; what the model is made of does not.
@@ -195,4 +206,3 @@ def _backbone_for(saved: Mapping[str, Any], featurizer: str | Backbone | None, p
             + "; ".join(different)
         )
     return backbone
-

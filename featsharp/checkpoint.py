@@ -1,8 +1,8 @@
 """The checkpoint file: tensors and plain values only, written atomically, read without running code.
 
-A file is one dictionary: ``format`` and ``version``; ``encoder`` (how to rebuild the sharp encoder, and which backbone it
-belongs to); ``model`` (its tensors, without the backbone's); ``config`` (the composed training configuration, or None);
-``training`` (everything a resumed run needs, or None).
+A file is one dictionary: ``format`` and ``version``; ``encoder`` (how to rebuild the sharp encoder, and which backbone
+it belongs to); ``model`` (its tensors, without the backbone's); ``config`` (the composed training configuration, or
+None); ``training`` (everything a resumed run needs, or None).
 """
 
 import os
@@ -36,8 +36,8 @@ def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> N
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
         raise CheckpointError(
-            f"cannot write checkpoint {path}: {_first_line(error)}. An earlier file of that name is unchanged; free some "
-            "space or choose another folder"
+            f"cannot write checkpoint {path}: {_first_line(error)}. An earlier file of that name is unchanged; free "
+            "some space or choose another folder"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -64,7 +64,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a featsharp checkpoint; `featsharp train` writes them")
     if content["version"] > VERSION:
-        raise CheckpointError(f"checkpoint {path} has version {content['version']}, newer than this featsharp; upgrade it")
+        raise CheckpointError(
+            f"checkpoint {path} has version {content['version']}, newer than this featsharp; upgrade it"
+        )
     return content
 
 

@@ -16,7 +16,7 @@ from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.errors import ConfigError, InputError
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.normalizers import Normalizer
-from featsharp.ops.resize import resize
+from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import UpsampleFeatures, Upsampler
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class SharpEncoder(nn.Module):
         super().__init__()
         if upsampler.embed_dim != backbone.embed_dim:
             raise ConfigError(
-                f"the upsampler is for {upsampler.embed_dim} channels, backbone {backbone.name!r} has {backbone.embed_dim}"
+                f"the upsampler is for {upsampler.embed_dim} channels, but backbone {backbone.name!r} has "
+                f"{backbone.embed_dim}; build it for this backbone"
             )
         self.backbone = backbone
         self.normalizer = normalizer
@@ -110,7 +111,10 @@ class SharpEncoder(nn.Module):
         return self.backbone.input_size[0] * k, self.backbone.input_size[1] * k
 
     def encode(self, images: Tensor) -> BackboneOutput:
-        """Whitened images of a size the backbone takes to normalised, de-biased features; gradients reach the bias only."""
+        """Whitened images of a size that the backbone takes to normalised, de-biased features.
+
+        Only the bias buffer gets a gradient.
+        """
         with torch.no_grad():
             features, summary = self.backbone(images)
             features = self.normalizer(features)
@@ -147,7 +151,7 @@ class SharpEncoder(nn.Module):
             raise InputError(f"a sharp encoder takes whitened images [B, 3, H, W]; got {tuple(images.shape)}")
         if return_summary and self.backbone.summary_dim is None:
             raise InputError(f"backbone {self.backbone.name!r} has no summary; call without return_summary")
-        size = low_res_size or self.low_res_size(tuple(images.shape[-2:]))
+        size = low_res_size or self.low_res_size(size_of(images))
         low_res, high_res, summary = self.upsampler(images, self.encode, size)
         if denormalize:
             low_res, high_res = self.normalizer.denormalize(low_res), self.normalizer.denormalize(high_res)
@@ -155,8 +159,7 @@ class SharpEncoder(nn.Module):
 
     def low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) in pixels of the low-resolution pass for an image of ``image_size``."""
-        k = self.upsampler.input_upsample_factor
-        return self.backbone.fit_size(image_size[0] / k, image_size[1] / k)
+        return self._scaled_size(image_size, 1 / self.upsampler.input_upsample_factor)
 
     @torch.inference_mode()
     def encode_image(
@@ -183,17 +186,21 @@ class SharpEncoder(nn.Module):
         from featsharp.data.images import decode_image, image_to_tensor
 
         pixels = image_to_tensor(decode_image(image))[None]
-        k = self.upsampler.input_upsample_factor
-        low_res_size = self._native_low_res_size(tuple(pixels.shape[-2:])) if size is None else None
-        size = size or (low_res_size[0] * k, low_res_size[1] * k)
+        low_res_size = None
+        if size is None:
+            k = self.upsampler.input_upsample_factor
+            low_res_size = self._native_low_res_size(size_of(pixels))
+            size = low_res_size[0] * k, low_res_size[1] * k
         parameter = next(self.upsampler.parameters(), next(self.backbone.parameters(), pixels))
         whitened = self.input_conditioner(resize(pixels, size).to(parameter.device)).to(parameter.dtype)
         return self(whitened, denormalize=denormalize, return_summary=return_summary, low_res_size=low_res_size)
 
     def _native_low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        height, width = image_size
-        self.backbone.fit_size(height, width)  # refuses a picture smaller than one patch
         native_h, native_w = self.backbone.input_size
-        scale = (native_h * native_w / (height * width)) ** 0.5
-        p = self.backbone.patch_size
-        return self.backbone.fit_size(max(p, height * scale), max(p, width * scale))
+        return self._scaled_size(image_size, (native_h * native_w / (image_size[0] * image_size[1])) ** 0.5)
+
+    def _scaled_size(self, image_size: tuple[int, int], scale: float) -> tuple[int, int]:
+        """The size that the backbone takes nearest to ``scale`` times the image's, at least one patch per side."""
+        self.backbone.fit_size(*image_size)  # refuses an image that is itself smaller than one patch
+        height, width = (max(self.backbone.patch_size, side * scale) for side in image_size)
+        return self.backbone.fit_size(height, width)

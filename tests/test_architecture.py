@@ -25,6 +25,7 @@ LEVELS = (
     ("model",),
     ("builder",),
     ("training", "evaluation", "visualization"),
+    ("configs", "validation"),
     ("train",),
     ("cli",),
 )

@@ -1,4 +1,4 @@
-"""The type of every configuration key. What is not here does not exist: a mistyped key fails before anything is built."""
+"""The type of every configuration key. What is not here does not exist: a mistyped key fails at once."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,16 +14,18 @@ class ModelConfig:
 
 @dataclass
 class UpsamplerConfig:
-    """``name`` and ``factor`` as ``create_upsampler`` takes them; ``options`` are its class's keyword arguments."""
+    """``name`` and ``factor`` as ``create_upsampler`` takes them; ``options`` are its class's keyword arguments;
+    ``dtype`` is the autocast type of training."""
 
     name: str = "???"
     factor: int = 2
+    dtype: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class NormalizerConfig:
-    """``num_samples`` images of ``dist_train_data_dir`` are encoded for the statistics, which ``cache`` keeps on disk."""
+    """``num_samples`` images of ``dist_train_data_dir`` give the statistics, which ``cache`` keeps on disk."""
 
     name: str = "phi-s"
     num_samples: int = 512
@@ -49,9 +51,9 @@ class ObjectiveSchema:
     """See ``featsharp.training.objective.ObjectiveConfig``."""
 
     distance: str = "mse"
-    downsampler: str = "attention"
-    kernel_size: int = 9
-    uncertainty: bool = True
+    downsampler: str = "simple"
+    kernel_size: int = 5
+    uncertainty: bool = False
     border_weight: float = 2.0
     tv_weight: float = 0.0
 
@@ -60,8 +62,8 @@ class ObjectiveSchema:
 class OptimSchema:
     """See ``featsharp.training.optim.OptimConfig``."""
 
-    learning_rate: float = 5e-4
-    jbu_learning_rate: float = 1e-4
+    learning_rate: float = 1e-3
+    jbu_learning_rate: float = 1e-3
     spectral_scale: float = 0.1
     uncertainty_learning_rate: float = 1e-5
     warmup_steps: int = 100

@@ -1,13 +1,13 @@
 """Batches of training views, in an order that depends on the seed and the step only.
 
-Sample n of a run is the same whatever the number of processes and workers: step s of a run with ``world`` ranks takes the
-samples ``(s * world + rank) * batch ...``, so a resumed run goes on where it stopped and two processes see together what
-one would see with twice the batch.
+Sample n of a run is the same whatever the number of processes and workers: step s of a run with ``world`` ranks takes
+the samples ``(s * world + rank) * batch ...``, so a resumed run goes on where it stopped and two processes see together
+what one would see with twice the batch.
 """
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from featsharp.data.sources import ImageMixture
 from featsharp.data.views import ViewConfig, Views, sample_views
+from featsharp.errors import DataError
 
 
 class ViewBatch(NamedTuple):
@@ -24,7 +25,7 @@ class ViewBatch(NamedTuple):
     skipped: list[tuple[str, str]]  # (name, reason)
 
 
-class ViewDataset(Dataset[tuple[Views, list[tuple[str, str]]]]):
+class ViewDataset:
     """Sample n of an image mixture as a canvas and its homographies.
 
     Args:
@@ -59,19 +60,28 @@ class StepSampler:
             yield list(range(first, first + self.batch_size))
 
 
-def view_loader(dataset: ViewDataset, sampler: StepSampler, num_workers: int) -> DataLoader[ViewBatch]:
-    """Load the batches of ``sampler``, decoding in ``num_workers`` processes (0: in this one)."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
+def load_views(dataset: ViewDataset, sampler: StepSampler, num_workers: int) -> Iterator[ViewBatch]:
+    """The batches of ``sampler``, decoded in ``num_workers`` processes (0: in this one).
+
+    Raises:
+        DataError: When the data holds too few usable images.
+    """
+    loader: DataLoader[ViewBatch | DataError] = DataLoader(
+        _Batches(dataset),
+        batch_size=None,
+        sampler=sampler,
         num_workers=num_workers,
-        collate_fn=collate_views,
+        collate_fn=_as_is,
         # Workers are forked where the system forks: their threads would fight for the cores of the training process.
         worker_init_fn=_single_thread,
         prefetch_factor=2 if num_workers else None,
         # Without a generator of its own the loader would draw from the global one, and a resumed run once more.
         generator=torch.Generator().manual_seed(0),
     )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 def collate_views(samples: list[tuple[Views, list[tuple[str, str]]]]) -> ViewBatch:
@@ -98,6 +108,23 @@ class SkipLog:
             return ""
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(self.names.values()).most_common())
         return f"{len(self.names)} images skipped ({reasons})"
+
+
+class _Batches(Dataset[ViewBatch | DataError]):
+    """Whole batches, or the error instead of one: an exception in a worker would arrive as the text of a traceback."""
+
+    def __init__(self, samples: ViewDataset) -> None:
+        self.samples = samples
+
+    def __getitem__(self, numbers: list[int]) -> ViewBatch | DataError:
+        try:
+            return collate_views([self.samples[n] for n in numbers])
+        except DataError as error:
+            return error
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 def _single_thread(worker: int) -> None:

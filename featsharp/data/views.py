@@ -158,15 +158,18 @@ def render_views(views: Views, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
     They are warped at the resolution of the base view and then shrunk with antialias to ``size``.
     """
-    batch, count = views.homographies.shape[:2]
+    count = views.homographies.shape[1]
     my, mx = _margin_of(views.canvas)
     full = (views.canvas.shape[-2] - 2 * my, views.canvas.shape[-1] - 2 * mx)
     to_canvas = torch.diag(
-        torch.tensor([full[1] / views.canvas.shape[-1], full[0] / views.canvas.shape[-2], 1.0], device=views.canvas.device)
+        torch.tensor(
+            [full[1] / views.canvas.shape[-1], full[0] / views.canvas.shape[-2], 1.0], device=views.canvas.device
+        )
     )
     homographies = (to_canvas @ views.homographies).flatten(0, 1)
     images, masks = (
-        warp(x.repeat_interleave(count, 0), homographies, full, padding_mode="zeros") for x in (views.canvas, views.mask)
+        warp(x.repeat_interleave(count, 0), homographies, full, padding_mode="zeros")
+        for x in (views.canvas, views.mask)
     )
     # A cell counts as image only where all that it was made of is.
     masks = (resize(masks * inside(homographies, full), size) > 0.99).to(images)
@@ -178,5 +181,7 @@ def _margin_of(canvas: Tensor) -> tuple[int, int]:
     found = []
     for length in canvas.shape[-2:]:
         inner = round(length / (1 + 2 * MARGIN))
-        found.append(next((length - n) // 2 for n in range(inner - 2, inner + 3) if n + 2 * round(n * MARGIN) == length))
+        found.append(
+            next((length - n) // 2 for n in range(inner - 2, inner + 3) if n + 2 * round(n * MARGIN) == length)
+        )
     return found[0], found[1]

@@ -2,13 +2,14 @@
 
     fidelity = sum(mask * variance) / sum(mask * squared error)      (FeatSharp, arXiv 2502.16025; higher is better)
 
-The protocol makes runs comparable: held-out images, views fixed by the image's number, masks eroded by one token, errors
-in the backbone's own space without any learned bias, pooled over images as a ratio of sums, and two downsamplers: area
-pooling, which has no parameters, and the run's own where there is one. The variance is that of the targets, so the best
-constant scores 1; PHI-S scales the whole space by one number, so the ratio is the same in PHI-S space.
+The protocol makes runs comparable: held-out images, views fixed by the image's number, masks eroded by one token,
+errors in the backbone's own space without any learned bias, pooled over images as a ratio of sums, and two
+downsamplers: area pooling, which has no parameters, and the run's own where there is one. The variance is that of the
+targets, so the best constant scores 1; PHI-S scales the whole space by one number, so the ratio is the same in PHI-S
+space.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from featsharp.data.views import ViewConfig, Views, base_view, cut_canvas, render_views, sample_homography
 from featsharp.errors import ConfigError
-from featsharp.evaluation.samples import Estimate, bootstrap, predict_raw
+from featsharp.evaluation.samples import Estimate, bootstrap, encode_raw, predict_raw
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
 from featsharp.ops.warp import inside, warp
@@ -65,7 +66,7 @@ class FidelityMeter:
     @torch.inference_mode()
     def add(self, image: Image) -> None:
         """Measure one RGB picture."""
-        encoder, device = self.encoder, next(self.encoder.backbone.parameters()).device
+        encoder, device = self.encoder, self.encoder.input_conditioner.mean.device
         rng = np.random.default_rng((self.seed, len(self._rows)))
         canvas, mask = cut_canvas(image, self.size)
         homographies = np.stack([sample_homography(self.size, self.views, rng) for _ in range(self.views.num_views)])
@@ -73,7 +74,7 @@ class FidelityMeter:
         views = Views(*(x.to(device) for x in views))
         native = encoder.backbone.input_size
         images, masks = render_views(views, native)
-        targets = encoder.backbone(encoder.input_conditioner(images)).features.float()
+        targets = encode_raw(encoder, encoder.input_conditioner(images))
         grid = (targets.shape[-2], targets.shape[-1])
         high_res = predict_raw(encoder, encoder.input_conditioner(base_view(views)[0]), native)
         to_base = views.homographies[0]
@@ -113,15 +114,9 @@ class FidelityMeter:
         if downsampler is None:
             return F.adaptive_avg_pool2d(warped, grid)
         normalizer = self.encoder.normalizer
+        if not normalizer.invertible:
+            return downsampler(warped)
         return normalizer.denormalize(downsampler(normalizer(warped)))
-
-
-def measure_fidelity(encoder: SharpEncoder, images: Iterable[Image], **options: object) -> dict[str, Estimate]:
-    """:class:`FidelityMeter` over all ``images``; options are its keyword arguments."""
-    meter = FidelityMeter(encoder, **options)  # type: ignore[arg-type]
-    for image in images:
-        meter.add(image)
-    return meter.result()
 
 
 def _erode(mask: Tensor) -> Tensor:

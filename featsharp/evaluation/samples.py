@@ -1,5 +1,6 @@
 """What the evaluation tasks share: images in, feature maps in the backbone's own space out, intervals over images."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from featsharp.data.images import decode_image
 from featsharp.data.sources import open_source
 from featsharp.errors import DataError, InputError
 from featsharp.model import SharpEncoder
+
+logger = logging.getLogger(__name__)
 
 
 class Estimate(NamedTuple):
@@ -34,7 +37,7 @@ class ImageSet:
 
     def __iter__(self) -> Iterator[tuple[str, Image]]:
         """Name and RGB picture of each; the order is that of the names."""
-        self.skipped = list((problem, "damaged shard") for problem in self._source.problems)
+        self.skipped = [(problem, "damaged shard") for problem in self._source.problems]
         found = 0
         for index in range(len(self._source)):
             if found == self._limit:
@@ -43,12 +46,23 @@ class ImageSet:
             try:
                 image = decode_image(self._source.read(index), name=name)
             except DataError as error:
-                self.skipped.append((name, str(error)))
+                reason = str(error).removeprefix(f"{name}: ")
+                logger.warning("%s skipped: %s", name, reason)
+                self.skipped.append((name, reason))
                 continue
             found += 1
             yield name, image
         if found == 0:
             raise DataError(f"{self.folder} holds no readable image; the first problem: {self.skipped[0][1]}")
+
+
+def encode_raw(encoder: SharpEncoder, images: Tensor) -> Tensor:
+    """What the backbone itself says about whitened images, [B, C, h, w] float32, in its own space.
+
+    Where the normalizer has no inverse (LayerNorm), here and in :func:`predict_raw`: in normalised space.
+    """
+    features = encoder.backbone(images).features.float()
+    return features if encoder.normalizer.invertible else encoder.normalizer(features)
 
 
 def predict_raw(encoder: SharpEncoder, images: Tensor, low_res_size: tuple[int, int]) -> Tensor:
@@ -59,7 +73,7 @@ def predict_raw(encoder: SharpEncoder, images: Tensor, low_res_size: tuple[int, 
     high_res = encoder(images, low_res_size=low_res_size).high_res.float()
     if encoder.bias_buffer is not None:
         high_res = high_res - encoder.bias_buffer.at((high_res.shape[-2], high_res.shape[-1]))
-    raw = encoder.normalizer.denormalize(high_res)
+    raw = encoder.normalizer.denormalize(high_res) if encoder.normalizer.invertible else high_res
     if not torch.isfinite(raw).all():
         raise InputError(
             f"the encoder returned NaN or infinite features for {len(images)} image(s); is the checkpoint damaged, or "

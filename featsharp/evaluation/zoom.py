@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL.Image import Image
 
 from featsharp.data.views import canvas_margin, cut_canvas
-from featsharp.evaluation.samples import Estimate, bootstrap, predict_raw
+from featsharp.evaluation.samples import Estimate, bootstrap, encode_raw, predict_raw
 from featsharp.model import SharpEncoder
 
 
@@ -32,11 +32,12 @@ class ZoomMeter:
         """Measure one RGB picture."""
         encoder, backbone = self.encoder, self.encoder.backbone
         native, patch = backbone.input_size, backbone.patch_size
-        device = next(backbone.parameters()).device
         size = (2 * native[0], 2 * native[1])
         my, mx = canvas_margin(size)
         canvas, _ = cut_canvas(image, size)
-        whitened = encoder.input_conditioner(canvas[None, :, my : my + size[0], mx : mx + size[1]].to(device))
+        whitened = encoder.input_conditioner(
+            canvas[None, :, my : my + size[0], mx : mx + size[1]].to(encoder.input_conditioner.mean.device)
+        )
         grid = backbone.grid_size(native)
         features = predict_raw(encoder, whitened, native)
         # One cell per token of the doubled image: finer maps are averaged, coarser ones repeated.
@@ -50,7 +51,7 @@ class ZoomMeter:
         crops = torch.cat(
             [whitened[..., y * patch : y * patch + native[0], x * patch : x * patch + native[1]] for y, x in starts]
         )
-        targets = backbone(crops).features.float()
+        targets = encode_raw(encoder, crops)
         predictions = torch.cat([features[..., y : y + grid[0], x : x + grid[1]] for y, x in starts])
         self._rows.append((F.cosine_similarity(predictions, targets, dim=1).mean().item(),))
 

@@ -7,7 +7,7 @@ low-resolution map, every tile and every training target.
 import torch
 from torch import Tensor, nn
 
-from featsharp.ops.resize import resize
+from featsharp.ops.resize import resize, size_of
 
 
 class BiasBuffer(nn.Module):
@@ -24,7 +24,7 @@ class BiasBuffer(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, C, h, w] to the same shape and dtype."""
-        return features + self.at(tuple(features.shape[-2:])).to(features.dtype)
+        return features + self.at(size_of(features)).to(features.dtype)
 
     def at(self, grid: tuple[int, int]) -> Tensor:
         """The map at a grid of (h, w) tokens, [1, C, h, w]."""

@@ -59,12 +59,13 @@ class LocalSelfAttention(nn.Module):
     def __init__(self, dim: int, *, window: int = 7, pad_heads: bool = False) -> None:
         super().__init__()
         if dim % NUM_HEADS:
-            raise ConfigError(f"local attention has {NUM_HEADS} heads and needs a multiple of {NUM_HEADS} channels; got {dim}")
+            raise ConfigError(
+                f"local attention has {NUM_HEADS} heads and needs a multiple of {NUM_HEADS} channels; got {dim}"
+            )
         self.window = window
         self.head_dim = dim // NUM_HEADS
         self.padded_dim = 1 << (self.head_dim - 1).bit_length() if pad_heads else self.head_dim
-        self.qkv = nn.Linear(dim, 3 * NUM_HEADS * self.padded_dim, bias=False)
-        self.qkv.spectral_parts = 3
+        self.qkv = StackedLinear(dim, NUM_HEADS * self.padded_dim, 3, bias=False)
         self.proj = nn.Linear(dim, dim)
         self.register_buffer("bias", distance_bias(window), persistent=False)
 
@@ -92,13 +93,20 @@ class SwiGLU(nn.Module):
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(in_dim, 2 * hidden_dim)
-        self.gate_up.spectral_parts = 2
+        self.gate_up = StackedLinear(in_dim, hidden_dim, 2)
         self.down = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate) * up)
+
+
+class StackedLinear(nn.Linear):
+    """Several linear layers of the same input, computed as one; their spectral norms are learned one by one."""
+
+    def __init__(self, in_dim: int, out_dim: int, parts: int, *, bias: bool = True) -> None:
+        super().__init__(in_dim, parts * out_dim, bias=bias)
+        self.spectral_parts = parts
 
 
 def swiglu_width(hidden_dim: int) -> int:

@@ -3,8 +3,8 @@
     W_eff = W * (softplus(t) + 0.05) / (sigma(W) + 1e-6)
 
 ``sigma`` is the largest singular value, tracked by one power-iteration step per training forward; the scalar ``t`` is
-learned and starts where the numerator is 1. A stacked weight (query, key and value) is scaled part by part. Before
-inference :func:`fold_spectral` turns the product into a plain weight.
+learned and starts where the numerator is 1. A stacked weight (query, key and value) is scaled part by part. Checkpoints
+hold the product as a plain weight (:func:`folded_state`), so that inference knows nothing of this.
 """
 
 import math
@@ -40,35 +40,50 @@ class SpectralScale(nn.Module):
 
     def norms(self, weight: Tensor) -> Tensor:
         """The estimated largest singular value of each part, [parts]."""
-        return torch.einsum("pr,prc,pc->p", self.u, weight.unflatten(0, (self.parts, -1)), self.v)
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.einsum("pr,prc,pc->p", self.u, weight.unflatten(0, (self.parts, -1)), self.v)
 
     def forward(self, weight: Tensor) -> Tensor:
-        blocks = weight.unflatten(0, (self.parts, -1))
         if self.training:
-            self._power_iteration(blocks.detach())
+            self._power_iteration(weight.detach().unflatten(0, (self.parts, -1)))
+        return self.scaled(weight)
+
+    def scaled(self, weight: Tensor) -> Tensor:
+        """The effective weight by the present estimate, which stays as it is."""
+        blocks = weight.unflatten(0, (self.parts, -1))
         scale = (F.softplus(self.log_scale) + FLOOR) / (self.norms(weight) + EPS)[:, None]
         return (blocks * scale[..., None]).flatten(0, 1)
 
     @torch.no_grad()
     def _power_iteration(self, blocks: Tensor) -> None:
         # New tensors, not in place: autograd may hold the old ones from an earlier forward of the same step.
-        self.u = F.normalize(torch.einsum("prc,pc->pr", blocks, self.v), dim=-1)
-        self.v = F.normalize(torch.einsum("prc,pr->pc", blocks, self.u), dim=-1)
+        with torch.autocast(blocks.device.type, enabled=False):
+            self.u = F.normalize(torch.einsum("prc,pc->pr", blocks, self.v), dim=-1)
+            self.v = F.normalize(torch.einsum("prc,pr->pc", blocks, self.u), dim=-1)
 
 
 def add_spectral(module: nn.Module) -> None:
-    """Reparametrise every ``nn.Linear`` inside ``module``; a layer's ``spectral_parts`` attribute says how it is cut."""
+    """Reparametrise every ``nn.Linear`` inside ``module``; a layer's ``spectral_parts`` says how it is cut."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear) and not parametrize.is_parametrized(layer):
             parts = int(getattr(layer, "spectral_parts", 1))
             parametrize.register_parametrization(layer, "weight", SpectralScale(layer.weight, parts))
 
 
-def fold_spectral(module: nn.Module) -> None:
-    """Replace every reparametrised weight by its present value; the module computes the same as in eval mode."""
-    for layer in module.modules():
-        if parametrize.is_parametrized(layer, "weight"):
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+def folded_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict with plain effective weights, as a module without reparametrisation takes it.
+
+    The module is left alone. (Removing the parametrisations of a deep copy would not leave it alone: the copy shares
+    the class that torch makes for a parametrised layer, and loses ``weight`` for both.)
+    """
+    state = dict(module.state_dict())
+    for name, part in module.named_modules():
+        if isinstance(part, SpectralScale):
+            prefix = name.removesuffix("0")  # "(layer.)parametrizations.weight."
+            raw = state[f"{prefix}original"]
+            state = {key: value for key, value in state.items() if not key.startswith(prefix)}
+            state[f"{prefix.removesuffix('parametrizations.weight.')}weight"] = part.scaled(raw).detach()
+    return state
 
 
 def spectral_norms(module: nn.Module) -> dict[str, Tensor]:

@@ -66,16 +66,16 @@ def local_attention(
     _check(query, key, value, window, bias, border)
     height, width = query.shape[1:3]
     halo = window // 2
-    rows, cols = _Axis(height, halo, border), _Axis(width, halo, border)
+    rows, cols = _Axis(height, halo, border, query.device), _Axis(width, halo, border, query.device)
     index, in_window = _window_index(window, query.device)
     table = query.new_zeros(query.shape[3], window * window) if bias is None else bias.flatten(1)
     block_bias = table[:, index].to(_softmax_dtype(value.dtype))  # [N, BLOCK^2, (BLOCK + 2 halo)^2]
 
     def attend(band: Tensor) -> Tensor:
         """Outputs of the block rows in ``band``: [B, len(band) * BLOCK, cols.blocks * BLOCK, N, E]."""
-        q = _cut(query * scale, rows.blocks_of(band), cols.blocks_of())
-        k = _cut(key, rows.windows_of(band), cols.windows_of())
-        v = _cut(value, rows.windows_of(band), cols.windows_of())
+        q = _cut(query, rows.block[band], cols.block) * scale
+        k = _cut(key, rows.window[band], cols.window)
+        v = _cut(value, rows.window[band], cols.window)
         allowed = in_window
         if border == "clip":
             valid = rows.valid[band][:, None, :, None] & cols.valid[None, :, None, :]
@@ -87,8 +87,6 @@ def local_attention(
         out = out.unflatten(4, (BLOCK, BLOCK)).permute(0, 1, 4, 2, 5, 3, 6)
         return out.flatten(3, 4).flatten(1, 2)
 
-    rows.to(query.device)
-    cols.to(query.device)
     per_row = query.shape[0] * cols.blocks * block_bias.numel()
     band_rows = max(1, max_band_scores // per_row)
     bands = torch.arange(rows.blocks, device=query.device).split(band_rows)
@@ -104,23 +102,14 @@ def local_attention(
 class _Axis:
     """One axis of the map cut into blocks: which pixels belong to each block, and which to its window."""
 
-    def __init__(self, length: int, halo: int, border: Border) -> None:
+    def __init__(self, length: int, halo: int, border: Border, device: torch.device) -> None:
         self.blocks = -(-length // BLOCK)
-        starts = torch.arange(self.blocks)[:, None] * BLOCK
+        starts = torch.arange(self.blocks, device=device)[:, None] * BLOCK
         # The last block may run past the map: its surplus queries are computed and dropped.
-        self.block = (starts + torch.arange(BLOCK)).clamp(max=length - 1)
-        position = starts + torch.arange(-halo, BLOCK + halo)
+        self.block = (starts + torch.arange(BLOCK, device=device)).clamp(max=length - 1)
+        position = starts + torch.arange(-halo, BLOCK + halo, device=device)
         self.valid = (position >= 0) & (position < length)
         self.window = _reflect(position, length) if border == "reflect" else position.clamp(0, length - 1)
-
-    def to(self, device: torch.device) -> None:
-        self.block, self.window, self.valid = (t.to(device) for t in (self.block, self.window, self.valid))
-
-    def blocks_of(self, band: Tensor | None = None) -> Tensor:
-        return self.block if band is None else self.block[band]
-
-    def windows_of(self, band: Tensor | None = None) -> Tensor:
-        return self.window if band is None else self.window[band]
 
 
 def _reflect(position: Tensor, length: int) -> Tensor:
@@ -155,7 +144,9 @@ def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _check(query: Tensor, key: Tensor, value: Tensor, window: int, bias: Tensor | None, border: str) -> None:
     if window < 1 or window % 2 == 0:
-        raise ConfigError(f"the window of local attention must be odd; got {window}, use {max(1, window - 1)} or {window + 1}")
+        raise ConfigError(
+            f"the window of local attention must be odd; got {window}, use {max(1, window - 1)} or {window + 1}"
+        )
     if border not in ("clip", "reflect"):
         raise ConfigError(f"unknown border {border!r}; use 'clip' or 'reflect'")
     if query.ndim != 5 or query.shape != key.shape or query.shape[:4] != value.shape[:4] or value.ndim != 5:

@@ -10,6 +10,11 @@ from torch import Tensor
 from featsharp.errors import InputError
 
 
+def size_of(x: Tensor) -> tuple[int, int]:
+    """(h, w) of an image or a map: its last two dimensions."""
+    return x.shape[-2], x.shape[-1]
+
+
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize; exactly ``F.interpolate(mode="bilinear")`` when no axis shrinks.
 
@@ -22,7 +27,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if x.ndim != 4 or min(size) < 1:
         raise InputError(f"resize takes a [B, C, H, W] tensor and a size of at least 1x1; got {tuple(x.shape)}, {size}")
-    if tuple(x.shape[-2:]) == tuple(size):
+    if size_of(x) == tuple(size):
         return x
     shrinks = size[0] < x.shape[-2] or size[1] < x.shape[-1]
     if not shrinks:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from featsharp.errors import InputError
+from featsharp.ops.resize import size_of
 
 
 def split_tiles(x: Tensor, tiles: tuple[int, int]) -> Tensor:
@@ -48,17 +49,21 @@ def blend_windows(windows: Tensor, starts: tuple[list[int], list[int]], size: tu
     Returns:
         [B, C, H, W]. A map that all windows agree on is returned unchanged (the weights sum to one).
     """
-    rows, cols = starts
-    height, width = windows.shape[-2:]
-    ramp_y, ramp_x = (
-        torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).to(windows) for n in (height, width)
-    )
-    weight = ramp_y[:, None] * ramp_x
-    windows = windows.reshape(-1, len(rows), len(cols), *windows.shape[1:])
-    total = windows.new_zeros(windows.shape[0], windows.shape[3], *size)
-    weights = windows.new_zeros(size)
-    for i, y in enumerate(rows):
-        for j, x in enumerate(cols):
-            total[..., y : y + height, x : x + width] += windows[:, i, j] * weight
-            weights[y : y + height, x : x + width] += weight
-    return total / weights
+    height, width = size_of(windows)
+    shares_y = _shares(starts[0], height, size[0]).to(windows)
+    shares_x = _shares(starts[1], width, size[1]).to(windows)
+    windows = windows.unflatten(0, (-1, len(starts[0]), len(starts[1])))
+    out = windows.new_zeros(windows.shape[0], windows.shape[3], *size)
+    for i, y in enumerate(starts[0]):
+        for j, x in enumerate(starts[1]):
+            out[..., y : y + height, x : x + width] += windows[:, i, j] * shares_y[i][:, None] * shares_x[j]
+    return out
+
+
+def _shares(starts: list[int], window: int, length: int) -> Tensor:
+    """Along one axis: the weight of each window's cells, [windows, window]; those on one cell of the map sum to one."""
+    ramp = torch.minimum(torch.arange(1, window + 1), torch.arange(window, 0, -1)).double()
+    total = ramp.new_zeros(length)
+    for start in starts:
+        total[start : start + window] += ramp
+    return torch.stack([ramp / total[start : start + window] for start in starts])

@@ -24,7 +24,9 @@ def homography_grid(homography: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = size
     y = (2 * torch.arange(height, device=homography.device, dtype=homography.dtype) + 1) / height - 1
     x = (2 * torch.arange(width, device=homography.device, dtype=homography.dtype) + 1) / width - 1
-    points = torch.stack([x.expand(height, width), y[:, None].expand(height, width), torch.ones_like(x).expand(height, width)], -1)
+    points = torch.stack(
+        [x.expand(height, width), y[:, None].expand(height, width), torch.ones_like(x).expand(height, width)], -1
+    )
     mapped = points.reshape(1, -1, 3) @ homography.transpose(1, 2)
     return (mapped[..., :2] / mapped[..., 2:]).reshape(-1, height, width, 2)
 

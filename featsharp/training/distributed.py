@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from featsharp.ops.device import find_device
+
 
 class World(NamedTuple):
     """This process among all: rank of world."""
@@ -28,10 +30,7 @@ def start_world(device: str) -> World:
     Args:
         device: "auto" (CUDA where there is one), or a torch device.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "auto":
-        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    chosen = find_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:
         return World(0, 1, chosen)
     if not dist.is_initialized():

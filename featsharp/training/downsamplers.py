@@ -35,12 +35,17 @@ class AreaDownsampler(nn.Module):
 
 @DOWNSAMPLERS.register("simple", "one learned blur kernel for all channels and places")
 class SimpleDownsampler(nn.Module):
-    """A K x K blur kernel, non-negative and summing to one, applied at stride ``factor``; a box at the start."""
+    """A K x K blur kernel, non-negative and summing to one, applied at stride ``factor``.
+
+    It starts close to the mean of the factor x factor cell (the published start is a box of K x K).
+    """
 
     def __init__(self, embed_dim: int, factor: int, kernel_size: int = 9) -> None:
         super().__init__()
         self.factor = factor
-        self.logits = nn.Parameter(torch.ones(kernel_size, kernel_size))
+        self.logits = nn.Parameter(torch.full((kernel_size, kernel_size), -4.0))
+        first = max(kernel_size - factor, 0) // 2
+        self.logits.data[first : first + factor, first : first + factor] = 1.0
 
     def kernel(self) -> Tensor:
         """The blur kernel, [K, K]."""
@@ -79,6 +84,7 @@ class AttentionDownsampler(nn.Module):
         # The published filters have a common offset of 1, which cancels in the softmax but swamps a masked logit.
         self.saliency = nn.Conv2d(embed_dim, kernel_size**2, kernel_size, stride=factor)
         nn.init.normal_(self.saliency.weight, std=0.01)
+        assert self.saliency.bias is not None
         nn.init.normal_(self.saliency.bias, std=0.01)
         self.logit_bias = nn.Parameter(0.1 * torch.randn(kernel_size**2, 1, 1))
         taps = torch.exp(-(torch.arange(-2.0, 3.0) ** 2) / 0.5**0.5)

@@ -39,9 +39,9 @@ class ObjectiveConfig:
     """
 
     distance: str = "mse"
-    downsampler: str = "attention"
-    kernel_size: int = 9
-    uncertainty: bool = True
+    downsampler: str = "simple"
+    kernel_size: int = 5
+    uncertainty: bool = False
     border_weight: float = 2.0
     tv_weight: float = 0.0
 
@@ -86,7 +86,7 @@ class MultiViewObjective(nn.Module):
             homographies: [B, n, 3, 3], view to base.
         """
         count = homographies.shape[1]
-        large, small = tuple(high_res.shape[-2:]), tuple(targets.shape[-2:])
+        large, small = (high_res.shape[-2], high_res.shape[-1]), (targets.shape[-2], targets.shape[-1])
         to_base = homographies.flatten(0, 1)
 
         def to_views(x: Tensor, size: tuple[int, int], padding_mode: str = "reflection") -> Tensor:
@@ -119,7 +119,7 @@ class MultiViewObjective(nn.Module):
 class UncertaintyNet(nn.Module):
     """Log variance u of the prediction at every place; errors are weighed by exp(-u), u / 2 is the price.
 
-    [B, C, H, W] to [B, 1, H, W], zero at the start. It sees the detached map, so that an upsampler cannot buy itself off.
+    [B, C, H, W] to [B, 1, H, W], zero at the start. It sees the detached map: an upsampler cannot buy itself off.
     """
 
     def __init__(self, embed_dim: int, hidden_dim: int = 256) -> None:

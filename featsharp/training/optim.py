@@ -24,8 +24,8 @@ class OptimConfig:
         clip_norm: Largest global gradient norm.
     """
 
-    learning_rate: float = 5e-4
-    jbu_learning_rate: float = 1e-4
+    learning_rate: float = 1e-3
+    jbu_learning_rate: float = 1e-3
     spectral_scale: float = 0.1
     uncertainty_learning_rate: float = 1e-5
     warmup_steps: int = 100

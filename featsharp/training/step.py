@@ -14,7 +14,11 @@ TOKEN_COVERAGE = 0.99
 
 
 def backward_step(
-    encoder: SharpEncoder, objective: MultiViewObjective, views: Views, low_res_size: tuple[int, int]
+    encoder: SharpEncoder,
+    objective: MultiViewObjective,
+    views: Views,
+    low_res_size: tuple[int, int],
+    autocast_dtype: torch.dtype | None = None,
 ) -> Losses:
     """Add the gradients of one batch to ``encoder`` and ``objective``.
 
@@ -26,19 +30,23 @@ def backward_step(
         objective: What compares views.
         views: Canvases with pixels in [0, 1], on the encoder's device.
         low_res_size: (h, w) in pixels of the low-resolution pass and of the rendered views.
+        autocast_dtype: Type of the upsampler's matrix products; None: that of its weights. The losses are computed in
+            float32 either way.
 
     Raises:
         InputError: When the loss is not finite; nothing was changed but gradients.
     """
     base, base_mask = base_view(views)
     targets, token_masks = encode_views(encoder, views, low_res_size)
-    high_res = encoder.upsampler(encoder.input_conditioner(base), encoder.encode, low_res_size).high_res
+    with torch.autocast(base.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        high_res = encoder.upsampler(encoder.input_conditioner(base), encoder.encode, low_res_size).high_res
+    high_res = high_res.to(base.dtype)
     leaf = high_res.detach().requires_grad_()
     losses = objective(leaf, base_mask, targets, token_masks, views.homographies)
     if not torch.isfinite(losses.total):
         raise InputError(
-            f"the training loss is {losses.total.item()}; the backbone or the upsampler returns NaN or infinite features "
-            "(lower the learning rate, or use float32)"
+            f"the training loss is {losses.total.item()}; the backbone or the upsampler returns NaN or infinite "
+            "features (lower the learning rate, or use float32)"
         )
     losses.total.backward()
     if high_res.requires_grad:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from featsharp.builder import save_checkpoint
 from featsharp.checkpoint import read_checkpoint
-from featsharp.data.loader import SkipLog, StepSampler, ViewDataset, view_loader
+from featsharp.data.loader import SkipLog, StepSampler, ViewDataset, load_views
 from featsharp.data.views import Views
 from featsharp.errors import CheckpointError
 from featsharp.layers.spectral import add_spectral, spectral_norms
@@ -51,6 +52,9 @@ class LoopConfig:
         log_frequency, val_frequency, checkpoint_frequency: In steps; 0 for never (but at the end).
         seed: Of everything random.
         spectral: Whether linear layers are trained under spectral reparametrisation.
+        low_res_size: (h, w) in pixels of the low-resolution pass and of the rendered views.
+        autocast_dtype: Type of the upsampler's matrix products; None: float32.
+        optim: Rates and schedule.
     """
 
     num_steps: int
@@ -62,6 +66,7 @@ class LoopConfig:
     seed: int = 0
     spectral: bool = True
     low_res_size: tuple[int, int] = (224, 224)
+    autocast_dtype: torch.dtype | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
@@ -69,7 +74,7 @@ class Trainer:
     """Trains the upsampler and the bias buffer of an encoder.
 
     Args:
-        encoder: With a fitted normalizer, on the device of ``world``.
+        encoder: On the device of ``world``, its normalizer fitted (or about to be loaded by :meth:`resume`).
         objective: On the same device.
         dataset: Of training views.
         config: See :class:`LoopConfig`.
@@ -111,15 +116,11 @@ class Trainer:
         self.best_score = float("-inf")
         self.skipped = SkipLog()
         self.seconds_per_step = float("nan")
-        self._rng_state: Tensor | None = None
 
     def run(self) -> None:
         """Train to the last step, then save and validate."""
         from tqdm import tqdm
 
-        torch.manual_seed(self.config.seed + self.world.rank)
-        if self._rng_state is not None:
-            torch.set_rng_state(self._rng_state)
         sampler = StepSampler(
             self.step, self.config.num_steps, self.config.batch_size, self.world.rank, self.world.size
         )
@@ -134,7 +135,7 @@ class Trainer:
         durations: list[float] = []
         start = time.perf_counter()
         with bar:
-            for views, skipped in view_loader(self.dataset, sampler, self.config.num_workers):
+            for views, skipped in load_views(self.dataset, sampler, self.config.num_workers):
                 for name, reason in self.skipped.add(skipped):
                     logger.warning("skipped %s: %s", name, reason)
                 losses = self.train_step(Views(*(x.to(self.world.device) for x in views)))
@@ -152,8 +153,13 @@ class Trainer:
         """One optimiser step on a batch of views."""
         self.encoder.train()
         self.objective.train()
+        # Random numbers are those of the step, so that a resumed run draws what an uninterrupted one would have.
+        step_seed = np.random.SeedSequence((self.config.seed, self.step, self.world.rank))
+        torch.manual_seed(int(step_seed.generate_state(1)[0]))
         self.optimizer.zero_grad(set_to_none=True)
-        losses = backward_step(self.encoder, self.objective, views, self.config.low_res_size)
+        losses = backward_step(
+            self.encoder, self.objective, views, self.config.low_res_size, self.config.autocast_dtype
+        )
         average_gradients(self.parameters, self.world)
         self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm)
         self.optimizer.step()
@@ -175,13 +181,13 @@ class Trainer:
             "trained": self.trained.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
             "skipped": dict(self.skipped.names),
         }
 
     def resume(self, path: Path) -> None:
         """Go on where the checkpoint at ``path`` was written."""
-        state = read_checkpoint(path)["training"]
+        content = read_checkpoint(path)
+        state = content["training"]
         if state is None:
             raise CheckpointError(f"checkpoint {path} holds no training state; start a new run in another folder")
         if state["step"] > self.config.num_steps:
@@ -189,12 +195,15 @@ class Trainer:
                 f"checkpoint {path} is at step {state['step']}, beyond num_training_steps={self.config.num_steps}"
             )
         self.trained.load_state_dict(state["trained"])
+        # The normalizer too: what was trained belongs to this very rotation, which another fit need not find again.
+        prefix = "normalizer."
+        normalizer = {k.removeprefix(prefix): v for k, v in content["model"].items() if k.startswith(prefix)}
+        self.encoder.normalizer.load_state_dict(normalizer)
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.best_score = state["best_score"]
         self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_steps, self.step)
-        self._rng_state = state["rng"]
         self.skipped.names.update(state["skipped"])
 
     def _report(self, losses: Losses, seconds: float) -> None:
@@ -223,18 +232,18 @@ class Trainer:
     def _save_and_validate(self) -> None:
         if not self.world.is_main:
             return
-        if self.validate is not None:
-            self.encoder.eval()
-            self.objective.eval()
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                found = self.validate(self.encoder, self.objective)
-            for name, value in found.scalars.items():
-                self.writer.scalar(name, value, self.step)
-            for name, image in found.images.items():
-                self.writer.image(name, image, self.step)
-            if found.score > self.best_score:
-                self.best_score = found.score
-                self.save(BEST)
-        self.save()
-
-
+        self.save()  # first, so that no failure of validation costs what was trained
+        if self.validate is None:
+            return
+        self.encoder.eval()
+        self.objective.eval()
+        with torch.no_grad():
+            found = self.validate(self.encoder, self.objective)
+        for name, value in found.scalars.items():
+            self.writer.scalar(name, value, self.step)
+        for name, image in found.images.items():
+            self.writer.image(name, image, self.step)
+        if found.score > self.best_score:
+            self.best_score = found.score
+            self.save(BEST)
+            self.save()

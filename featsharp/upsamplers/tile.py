@@ -6,7 +6,8 @@ No parameters. It sees real detail, at the price of seams, repeated position art
 import torch
 from torch import Tensor
 
-from featsharp.ops.resize import resize
+from featsharp.errors import ConfigError
+from featsharp.ops.resize import resize, size_of
 from featsharp.ops.tiling import blend_windows, join_tiles, split_tiles, window_starts
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
 from featsharp.upsamplers.registration import register_upsampler
@@ -50,40 +51,29 @@ def encode_tiles(
     overlap: int = 0,
     max_tile_batch: int | None = None,
 ) -> UpsampleFeatures:
-    """Low-resolution features and the stitched tile map, from as few calls of ``encode`` as ``max_tile_batch`` allows."""
-    batch = image.shape[0]
+    """Low-resolution features and the stitched tile map, with as few calls of ``encode`` as the batch limit allows."""
+    if max_tile_batch is not None and max_tile_batch < 1:
+        raise ConfigError(f"max_tile_batch must be at least 1, or None for no limit; got {max_tile_batch}")
     height, width = low_res_size
-    low_res_image = resize(image, low_res_size)
-    large = resize(image, (factor * height, factor * width))
+    small, large = resize(image, low_res_size), resize(image, (factor * height, factor * width))
     if overlap == 0:
-        low_res, tiles, summary = _encode_together(low_res_image, split_tiles(large, (factor, factor)), encode, max_tile_batch)
-        return UpsampleFeatures(low_res, join_tiles(tiles, (factor, factor)), summary)
-    # Where tiles start depends on the token grid, which the patch size of the backbone decides.
-    low_res, _, summary = _encode_together(low_res_image, low_res_image[:0], encode, max_tile_batch)
-    grid = tuple(low_res.shape[-2:])
-    patch = (height // grid[0], width // grid[1])
-    starts = tuple(window_starts(factor * n, n, overlap) for n in grid)
-    windows = [
-        large[..., y * patch[0] : y * patch[0] + height, x * patch[1] : x * patch[1] + width]
-        for y in starts[0]
-        for x in starts[1]
-    ]
-    tiles, _ = _encode_chunks(torch.stack(windows, 1).flatten(0, 1), encode, max_tile_batch)
-    high_res = blend_windows(tiles, (starts[0], starts[1]), (factor * grid[0], factor * grid[1]))
-    assert high_res.shape[0] == batch
-    return UpsampleFeatures(low_res, high_res, summary)
+        tiles = split_tiles(large, (factor, factor))
+        features, summary = _encode_in_batches(torch.cat([small, tiles]), encode, max_tile_batch)
+        low_res, high_res = features.split([len(small), len(tiles)])
+        summary = None if summary is None else summary[: len(small)]
+        return UpsampleFeatures(low_res, join_tiles(high_res, (factor, factor)), summary)
+    # Tiles start at whole tokens, and how many pixels these have shows only in the low-resolution features.
+    low_res, summary = _encode_in_batches(small, encode, max_tile_batch)
+    rows, cols = size_of(low_res)
+    starts = window_starts(factor * rows, rows, overlap), window_starts(factor * cols, cols, overlap)
+    tops, lefts = [y * (height // rows) for y in starts[0]], [x * (width // cols) for x in starts[1]]
+    windows = [large[..., top : top + height, left : left + width] for top in tops for left in lefts]
+    tiles, _ = _encode_in_batches(torch.stack(windows, 1).flatten(0, 1), encode, max_tile_batch)
+    return UpsampleFeatures(low_res, blend_windows(tiles, starts, (factor * rows, factor * cols)), summary)
 
 
-def _encode_together(
-    low_res_image: Tensor, tiles: Tensor, encode: Encode, max_tile_batch: int | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One batch of the low-resolution images and all tiles; features of each, and the summary of the former."""
-    batch = low_res_image.shape[0]
-    features, summary = _encode_chunks(torch.cat([low_res_image, tiles]), encode, max_tile_batch)
-    return features[:batch], features[batch:], None if summary is None else summary[:batch]
-
-
-def _encode_chunks(images: Tensor, encode: Encode, max_batch: int | None) -> tuple[Tensor, Tensor | None]:
-    chunks = [encode(chunk) for chunk in images.split(max_batch or len(images))]
-    summaries = [summary for _, summary in chunks if summary is not None]
-    return torch.cat([features for features, _ in chunks]), torch.cat(summaries) if summaries else None
+def _encode_in_batches(images: Tensor, encode: Encode, limit: int | None) -> tuple[Tensor, Tensor | None]:
+    """``encode`` of at most ``limit`` images at a time."""
+    parts = [encode(batch) for batch in images.split(limit or len(images))]
+    summaries = [summary for _, summary in parts if summary is not None]
+    return torch.cat([features for features, _ in parts]), torch.cat(summaries) if summaries else None

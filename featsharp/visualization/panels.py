@@ -1,13 +1,16 @@
 """Pictures side by side, as tensors; figures with captions need matplotlib."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from featsharp.errors import DataError, MissingDependencyError
+from featsharp.data.files import write_file
+from featsharp.errors import MissingDependencyError
 
 
 def panel(pictures: list[Tensor], size: tuple[int, int]) -> Tensor:
@@ -17,14 +20,10 @@ def panel(pictures: list[Tensor], size: tuple[int, int]) -> Tensor:
 
 def save_picture(picture: Tensor, path: Path) -> None:
     """Write an RGB picture [3, h, w] in [0, 1] as PNG."""
-    from PIL import Image
-
     pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "PNG")
+    write_file(path, encoded.getvalue())
 
 
 def save_figure(rows: list[Mapping[str, Tensor]], path: Path, *, cell: float = 2.4) -> None:
@@ -50,5 +49,6 @@ def save_figure(rows: list[Mapping[str, Tensor]], path: Path, *, cell: float = 2
             axis.set_axis_off()
     for axis, caption in zip(axes[0], captions, strict=True):
         axis.set_title(caption, fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    encoded = io.BytesIO()
+    figure.savefig(encoded, format="png", dpi=160)
+    write_file(path, encoded.getvalue())

@@ -1,0 +1,22 @@
+"""Write the images of a folder to webdataset shards.
+
+featsharp pack photos shards
+"""
+
+import argparse
+
+from featsharp.data.pack import pack_images
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", help="folder of images, nested as you like")
+    parser.add_argument("out", help="folder for the shards")
+    parser.add_argument("--images-per-shard", type=int, default=1000)
+    parser.add_argument("--overwrite", action="store_true", help="replace the shards that are in the folder")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    report = pack_images(
+        arguments.images, arguments.out, images_per_shard=arguments.images_per_shard, overwrite=arguments.overwrite
+    )
+    print(f"{report.written} images in {report.shards} shards, {len(report.skipped)} skipped")

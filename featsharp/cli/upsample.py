@@ -1,0 +1,108 @@
+"""Sharp features of images.
+
+    featsharp upsample photo.jpg --checkpoint last.pth -o features
+    featsharp upsample photos --checkpoint tile-2x --backbone vits14-focus -o features
+
+For each image NAME, writes NAME.png (image, low-resolution and sharp features in one PCA basis) and NAME.safetensors
+with low_res [C, h, w] and high_res [C, H, W], float32, in the backbone's own space (in normalised space for a checkpoint
+whose normalizer has no inverse). Both cover the whole image: cell (y, x) of an (H, W) map is centred at pixel
+((y + 0.5) / H, (x + 0.5) / W) of the image's height and width.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from featsharp.builder import load_from_file
+from featsharp.data.files import write_file
+from featsharp.data.images import decode_image, image_to_tensor, is_image_name
+from featsharp.errors import ConfigError, DataError, InputError
+from featsharp.model import SharpEncoder
+from featsharp.ops.device import find_device
+from featsharp.ops.memory import keep_freed_memory
+from featsharp.ops.resize import resize
+from featsharp.visualization.panels import panel, save_picture
+from featsharp.visualization.pca import FeaturePCA
+
+# Longer side of one picture of the PNG, in pixels.
+PICTURE_SIDE = 448
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("--checkpoint", required=True, help="a trained file, or tile-Nx, bilinear-Nx with --backbone")
+    parser.add_argument("--backbone", help="name of the backbone; default: the checkpoint's own")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--size", type=_size, metavar="HxW", help="scale the image to this many pixels first")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    keep_freed_memory()
+    encoder = load_from_file(arguments.checkpoint, featurizer=arguments.backbone).to(find_device(arguments.device))
+    jobs = list(_jobs(arguments.images, arguments.output))
+    if not jobs:
+        raise DataError(f"no image in {', '.join(map(str, arguments.images))}")
+    failed = 0
+    for source, target in jobs:
+        try:
+            upsample_file(encoder, source, target, size=arguments.size)
+        except (DataError, InputError) as error:
+            # One bad image never ends the work on the others.
+            print(f"featsharp upsample: {source}: {str(error).removeprefix(f'{source}: ')}", file=sys.stderr)
+            failed += 1
+        else:
+            print(f"{target}.safetensors")
+    return 1 if failed else 0
+
+
+def upsample_file(encoder: SharpEncoder, source: Path, target: Path, *, size: tuple[int, int] | None = None) -> None:
+    """Write ``target``.safetensors and ``target``.png for one image file."""
+    from safetensors.torch import save
+
+    image = decode_image(source)
+    out = encoder.encode_image(image, size=size, denormalize=encoder.normalizer.invertible)
+    if not torch.isfinite(out.high_res).all():
+        raise InputError("the features hold NaN or infinite values; nothing was written")
+    tensors = {"low_res": out.low_res[0].float().cpu(), "high_res": out.high_res[0].float().cpu()}
+    metadata = {"image_size": f"{image.height}x{image.width}", "layout": "CHW"}
+    scale = PICTURE_SIDE / max(image.size)
+    shape = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))
+    colours = FeaturePCA(out.low_res)
+    photo = resize(image_to_tensor(image)[None], shape)[0]
+    picture = panel([photo, colours(out.low_res)[0], colours(out.high_res)[0]], shape)
+    encoded = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    write_file(target.with_name(target.name + ".safetensors"), encoded)
+    save_picture(picture, target.with_name(target.name + ".png"))
+
+
+def _jobs(paths: list[Path], output: Path) -> Iterator[tuple[Path, Path]]:
+    """Image files with where their results go; folders keep their structure below ``output``."""
+    taken: dict[Path, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.is_file() and is_image_name(p.name))
+            if not found:
+                raise DataError(f"{path} holds no image; it should contain .jpg, .png or other pictures")
+            pairs = [(p, output / p.relative_to(path)) for p in found]
+        elif path.exists():
+            pairs = [(path, output / path.name)]
+        else:
+            raise DataError(f"{path} does not exist")
+        for source, target in pairs:
+            # photo.jpg and photo.png must not share a result.
+            short = target.with_suffix("")
+            result = short if taken.setdefault(short, source) == source else target
+            if result is target and taken.setdefault(target, source) != source:
+                raise ConfigError(f"{source} and {taken[target]} would write the same result; use two output folders")
+            yield source, result
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write HEIGHTxWIDTH, for example 448x672")
+    return int(height), int(width)

@@ -1,0 +1,150 @@
+"""Composing a run's configuration from files and command-line overrides; errors name the nearest valid key."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from featsharp.configs.schema import RunConfig
+from featsharp.errors import ConfigError, MissingDependencyError, unknown_name
+
+GROUPS = ("model", "upsampler", "datasets", "normalizer")
+
+# The least that numbers may be, and the least low end of [low, high] ranges.
+AT_LEAST = {
+    "num_training_steps": 1,
+    "batch_size": 1,
+    "num_workers": 0,
+    "log_frequency": 0,
+    "val_frequency": 0,
+    "checkpoint_frequency": 0,
+    "seed": 0,
+    "normalizer.num_samples": 1,
+    "normalizer.batch_size": 1,
+    "views.num_views": 1,
+    "objective.kernel_size": 1,
+    "viz.num_images": 1,
+}
+RANGES = {"views.zoom": 1.0, "views.jitter_zoom": 0.1, "views.perspective": 0.0}
+
+
+def compose(overrides: Sequence[str]) -> RunConfig:
+    """The typed configuration for overrides like ``["+model=vits14-focus", "num_training_steps=500"]``.
+
+    Raises:
+        ConfigError: For an unknown key, a file that a group does not have, a value of the wrong type, or a required
+            value that is missing.
+    """
+    try:
+        from hydra import compose as hydra_compose
+        from hydra import initialize_config_module
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.errors import HydraException
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+    except ImportError as error:
+        raise MissingDependencyError('training needs: pip install "featsharp[train]"') from error
+
+    _check_overrides(overrides)
+    try:
+        GlobalHydra.instance().clear()
+        with initialize_config_module("featsharp.configs", version_base="1.3"):
+            composed = hydra_compose("base_config", overrides=list(overrides))
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+        if missing:
+            raise _missing(missing)
+        config = OmegaConf.to_object(merged)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"configuration: {_one_line(error)}") from error
+    assert isinstance(config, RunConfig)
+    _check_values(config)
+    return config
+
+
+def options_of(group: str) -> dict[str, str]:
+    """Files of a config group with the description in their comment, by name."""
+    found = {}
+    for file in files("featsharp.configs").joinpath(group).iterdir():
+        if file.name.endswith(".yaml"):
+            comments = [line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")]
+            found[file.name.removesuffix(".yaml")] = " ".join(c for c in comments if not c.startswith("@"))
+    return dict(sorted(found.items()))
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as one mapping with dotted keys; options of an upsampler stay together."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key != "options":
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML, as it is saved beside the checkpoints."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"cannot read the overrides: {str(error).splitlines()[0]}; write key=value") from error
+    keys = _valid_keys()
+    for override in parsed:
+        key = override.key_or_group
+        if key in GROUPS:
+            value = str(override.value())
+            if value not in options_of(key):
+                raise unknown_name(key, value, options_of(key))
+        elif key not in keys and not key.startswith("upsampler.options."):
+            near = difflib.get_close_matches(key, [*keys, *GROUPS], n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"valid keys: {', '.join(sorted(keys))}"
+            raise ConfigError(f"unknown configuration key {key!r}; {hint}")
+
+
+def _valid_keys(schema: Any = RunConfig, prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for field in dataclasses.fields(schema):
+        keys.add(prefix + field.name)
+        if dataclasses.is_dataclass(field.type):
+            keys |= _valid_keys(field.type, f"{prefix}{field.name}.")
+    return keys
+
+
+def _check_values(config: RunConfig) -> None:
+    """Refuse numbers that would fail only in the middle of a run."""
+    flat = flatten(dataclasses.asdict(config))
+    for key, least in AT_LEAST.items():
+        if flat[key] < least:
+            raise ConfigError(f"{key} must be at least {least}; got {flat[key]}")
+    for key, least_low in RANGES.items():
+        values = flat[key]
+        if len(values) != 2 or not least_low <= values[0] <= values[1]:
+            raise ConfigError(f"{key} must be [low, high] with {least_low:g} <= low <= high; got {values}")
+
+
+def _one_line(error: Exception) -> str:
+    """What the configuration library says, with the key and its advice, but without the names of its types."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("object_type", "reference_type"))]
+    return "; ".join(line.replace("full_key:", "at key") for line in kept)
+
+
+def _missing(keys: list[str]) -> ConfigError:
+    hints = {
+        "model.name": f"+model=NAME, one of {', '.join(options_of('model'))}",
+        "upsampler.name": f"+upsampler=NAME, one of {', '.join(options_of('upsampler'))}",
+        "train_data_dir": "train_data_dir=FOLDER of images or tars, or the environment variable FEATSHARP_DATA",
+    }
+    named = [hints[key] for key in hints if key in keys] or [f"{key}=..." for key in keys]
+    return ConfigError("the configuration is not complete; add " + "; and ".join(named))

@@ -1,0 +1,26 @@
+"""Devices by name."""
+
+import torch
+
+from featsharp.errors import ConfigError
+
+
+def find_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that a user named: "auto" is CUDA where there is one.
+
+    Args:
+        name: "auto" or what ``torch.device`` takes.
+        local_rank: Which CUDA device "auto" takes.
+
+    Raises:
+        ConfigError: When there is no such device here.
+    """
+    if name == "auto":
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used here ({reason}); use auto or cpu") from error
+    return device

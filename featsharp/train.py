@@ -1,0 +1,234 @@
+"""Train an upsampler for a backbone, without labels.
+
+    python -m featsharp.train +model=vits14-focus +upsampler=featsharp-2x train_data_dir=photos num_training_steps=500
+    torchrun --nproc-per-node=8 featsharp/train.py +model=siglip2 +upsampler=featsharp-4x train_data_dir=shards
+
+Configuration groups and every default are in ``featsharp/configs``; ``dry_run=true`` prints the plan and stops.
+Artifacts go to ``output_base/output_subdir``: ``last.pth``, ``best.pth``, ``config.yaml`` and TensorBoard event files.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from featsharp.backbones import create_backbone
+from featsharp.builder import create_encoder
+from featsharp.checkpoint import read_checkpoint
+from featsharp.configs.compose import compose, flatten, to_yaml
+from featsharp.configs.schema import RunConfig
+from featsharp.data.files import write_file
+from featsharp.data.loader import StepSampler, ViewDataset, load_views
+from featsharp.data.sources import ImageMixture
+from featsharp.data.views import ViewConfig, base_view
+from featsharp.errors import CheckpointError, ConfigError, FeatSharpError
+from featsharp.model import SharpEncoder
+from featsharp.normalizers import FeatureStatistics, StatisticsKey, fit_with_cache
+from featsharp.ops.memory import keep_freed_memory
+from featsharp.training.distributed import World, copy_from_main, gather_objects, start_world, stop_world
+from featsharp.training.objective import MultiViewObjective, ObjectiveConfig
+from featsharp.training.optim import OptimConfig
+from featsharp.training.trainer import LAST, LoopConfig, Trainer
+from featsharp.training.writers import NullWriter, get_visualizer
+from featsharp.validation import ValidationSamples
+
+logger = logging.getLogger(__name__)
+
+# Keys that a resumed run may change: they do not alter what is learned.
+FREE_TO_CHANGE = {
+    "device", "dry_run", "log_frequency", "val_frequency", "checkpoint_frequency", "num_workers", "output_base",
+    "output_root", "progress", "resume", "val_data_dir", "viz.type", "viz.num_images", "num_training_steps",
+    "normalizer.cache",
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compose, build, train; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    keep_freed_memory()
+    try:
+        config = compose(arguments)
+        if config.dry_run:
+            print(to_yaml(config), end="")
+            return 0
+        train(config)
+    except FeatSharpError as error:
+        print(f"featsharp train: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("featsharp train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    finally:
+        stop_world()
+    return 0
+
+
+def train(config: RunConfig) -> Trainer:
+    """Run a whole training; returns the finished trainer."""
+    if config.train_data_dir is None:
+        raise ConfigError("which images? Set train_data_dir=FOLDER (images or tars), or the variable FEATSHARP_DATA")
+    folder = Path(os.path.expandvars(config.output_root)).expanduser()
+    _check_folder(folder, config)
+    world = start_world(config.device)
+    mixture = ImageMixture.from_data_dir(config.train_data_dir, seed=config.seed)
+    validate = ValidationSamples(config.val_data_dir, config.viz.num_images)
+    backbone = create_backbone(config.model.name, autocast_dtype=autocast_dtype(config.model.dtype, world.device))
+    torch.manual_seed(config.seed)
+    encoder = create_encoder(
+        backbone,
+        config.upsampler.name,
+        config.upsampler.factor,
+        upsampler_options=config.upsampler.options,
+        normalizer=config.normalizer.name,
+        bias_buffer=config.bias_buffer,
+    ).to(world.device)
+    trainable = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    logger.info("%s on %s: %d trainable parameters", config.upsampler.name, backbone.name, trainable)
+    objective = MultiViewObjective(
+        backbone.embed_dim, encoder.factor, ObjectiveConfig(**dataclasses.asdict(config.objective))
+    ).to(world.device)
+    views = dataclasses.asdict(config.views)
+    views = {key: tuple(value) if isinstance(value, list) else value for key, value in views.items()}
+    if world.is_main:
+        write_file(folder / "config.yaml", to_yaml(config).encode())
+    writer = get_visualizer(config.viz.type, folder) if world.is_main else NullWriter()
+    resuming = config.resume and (folder / LAST).exists()
+    if not resuming:
+        fit_normalizer(encoder, config, world)
+    trainer = Trainer(
+        encoder,
+        objective,
+        ViewDataset(mixture, view_size(encoder), ViewConfig(**views), config.seed),
+        LoopConfig(
+            num_steps=config.num_training_steps,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            log_frequency=config.log_frequency,
+            val_frequency=config.val_frequency,
+            checkpoint_frequency=config.checkpoint_frequency,
+            seed=config.seed,
+            spectral=config.spectral,
+            low_res_size=backbone.input_size,
+            autocast_dtype=autocast_dtype(config.upsampler.dtype, world.device),
+            optim=OptimConfig(**dataclasses.asdict(config.optim)),
+        ),
+        folder,
+        writer,
+        world,
+        run_config=dataclasses.asdict(config),
+        validate=validate,
+        progress=config.progress,
+    )
+    if resuming:
+        trainer.resume(folder / LAST)
+        logger.info("resuming %s at step %d", folder / LAST, trainer.step)
+    try:
+        trainer.run()
+    finally:
+        trainer.writer.close()
+    return trainer
+
+
+def view_size(encoder: SharpEncoder) -> tuple[int, int]:
+    """(h, w) of training views in pixels: large enough that zooming in and cutting tiles find real detail."""
+    height, width = encoder.backbone.input_size
+    times = max(2, encoder.upsampler.input_upsample_factor)
+    return height * times, width * times
+
+
+def fit_normalizer(encoder: SharpEncoder, config: RunConfig, world: World) -> None:
+    """Fit PHI-S on images of ``dist_train_data_dir``, each process on its share, or take the fit from the cache."""
+    backbone, settings = encoder.backbone, config.normalizer
+    mixture = ImageMixture.from_data_dir(config.dist_train_data_dir, seed=config.seed)
+
+    def collect() -> FeatureStatistics:
+        return collect_statistics(encoder, mixture, settings.num_samples, settings.batch_size, config, world)
+
+    if not settings.cache or world.size > 1:
+        # With several processes all must take part, whatever each one's disk holds.
+        encoder.normalizer.fit(collect())
+        copy_from_main(encoder.normalizer.buffers(), world)
+        return
+    key = StatisticsKey(
+        backbone=backbone.name,
+        weights_sha256=backbone.weights_hash(),
+        input_size=backbone.input_size,
+        data=data_fingerprint(mixture),
+        samples=settings.num_samples,
+        seed=config.seed,
+    )
+    fit_with_cache(encoder.normalizer, key, collect)
+
+
+@torch.no_grad()
+def collect_statistics(
+    encoder: SharpEncoder, mixture: ImageMixture, samples: int, batch_size: int, config: RunConfig, world: World
+) -> FeatureStatistics:
+    """Streaming statistics of the backbone's features over ``samples`` random crops, merged over all processes."""
+    backbone = encoder.backbone
+    dataset = ViewDataset(mixture, backbone.input_size, ViewConfig(num_views=1), config.seed)
+    steps = -(-samples // (batch_size * world.size))
+    sampler = StepSampler(0, steps, batch_size, world.rank, world.size)
+    statistics = FeatureStatistics(backbone.embed_dim)
+    for views, _ in load_views(dataset, sampler, config.num_workers):
+        images = base_view(views)[0].to(world.device)
+        statistics.update(backbone(encoder.input_conditioner(images)).features)
+    merged = FeatureStatistics(backbone.embed_dim)
+    for part in gather_objects(statistics.state(), world):
+        merged.merge(FeatureStatistics.from_state(part))  # type: ignore[arg-type]
+    return merged
+
+
+def data_fingerprint(mixture: ImageMixture) -> str:
+    """A tag for the images of a mixture: their names and order, and the weights of the sources."""
+    digest = hashlib.sha256(repr(mixture.weights).encode())
+    for source in mixture.sources:
+        for index in range(len(source)):
+            digest.update(source.name(index).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type of matrix products; "auto" is bfloat16 where the hardware multiplies it natively."""
+    names = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name in names:
+        return names[name]
+    if name != "auto":
+        raise ConfigError(f"unknown dtype {name!r}; use auto, {', '.join(names)}")
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else None
+
+
+def _check_folder(folder: Path, config: RunConfig) -> None:
+    """Refuse to overwrite a finished or different run."""
+    last = folder / LAST
+    if not last.exists():
+        return
+    if not config.resume:
+        raise ConfigError(
+            f"{last} exists and resume=false would overwrite it; choose another output_base, or move it away"
+        )
+    saved, present = flatten(read_checkpoint(last)["config"] or {}), flatten(dataclasses.asdict(config))
+    different = [
+        f"{key} {present[key]!r} instead of {saved.get(key)!r}"
+        for key in present
+        if key not in FREE_TO_CHANGE and present[key] != saved.get(key)
+    ]
+    if different:
+        raise CheckpointError(
+            f"cannot resume {last}, which was trained with another configuration: {'; '.join(different)}. Choose "
+            "another output_base, or move it away"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
