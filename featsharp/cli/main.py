@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train an upsampler (arguments as for python -m featsharp.train)",
     "pack": "an image folder to webdataset shards",
     "eval": "measure a checkpoint: fidelity and zoom cosine",
+    "panel": "compare feature maps of encoders as pictures",
     "ls": "what exists: backbones, upsamplers, normalizers, configurations",
 }
 

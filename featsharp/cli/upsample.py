@@ -4,8 +4,8 @@
     featsharp upsample photos --checkpoint tile-2x --backbone vits14-focus -o features
 
 For each image NAME, writes NAME.png (image, low-resolution and sharp features in one PCA basis) and NAME.safetensors
-with low_res [C, h, w] and high_res [C, H, W], float32, in the backbone's own space (in normalised space for a checkpoint
-whose normalizer has no inverse). Both cover the whole image: cell (y, x) of an (H, W) map is centred at pixel
+with low_res [C, h, w] and high_res [C, H, W], float32, in the backbone's own space (in normalised space where the
+normalizer has no inverse). Both cover the whole image: cell (y, x) of an (H, W) map is centred at pixel
 ((y + 0.5) / H, (x + 0.5) / W) of the image's height and width.
 """
 

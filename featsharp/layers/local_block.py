@@ -26,18 +26,26 @@ class LocalBlock(nn.Module):
         window: Side of the attention window, odd.
         published_widths: Pad the head dim to a power of two and use a SwiGLU of 8 C, as the published code does,
             instead of the exact head dim and 4 C (before the usual factor 2/3).
+        layer_norm: Whether the inputs of attention and SwiGLU are normalised.
         layer_scale: Start value of gamma1 and gamma2.
     """
 
     def __init__(
-        self, in_dim: int, out_dim: int, *, window: int = 7, published_widths: bool = False, layer_scale: float = 0.1
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        window: int = 7,
+        layer_norm: bool = True,
+        published_widths: bool = False,
+        layer_scale: float = 0.1,
     ) -> None:
         super().__init__()
         self.out_dim = out_dim
-        self.norm1 = nn.LayerNorm(in_dim)
+        self.norm1 = nn.LayerNorm(in_dim) if layer_norm else nn.Identity()
         self.attention = LocalSelfAttention(in_dim, window=window, pad_heads=published_widths)
         self.scale1 = nn.Parameter(torch.full((in_dim,), layer_scale))
-        self.norm2 = nn.LayerNorm(in_dim)
+        self.norm2 = nn.LayerNorm(in_dim) if layer_norm else nn.Identity()
         self.mlp = SwiGLU(in_dim, swiglu_width(4 * in_dim if published_widths else 4 * out_dim), out_dim)
         self.scale2 = nn.Parameter(torch.full((out_dim,), layer_scale))
 

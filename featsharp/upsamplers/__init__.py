@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from featsharp.errors import ConfigError
-from featsharp.upsamplers import featsharp, featup, interpolate, tile  # noqa: F401  (registers them)
+from featsharp.upsamplers import featsharp, featup, interpolate, jafar, tile  # noqa: F401  (registers them)
 from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler
 from featsharp.upsamplers.registration import UPSAMPLERS, register_upsampler
 

@@ -23,11 +23,12 @@ from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler
 from featsharp.upsamplers.featup import FeatUp
 from featsharp.upsamplers.interpolate import Bilinear
+from featsharp.upsamplers.jafar import JAFAR
 from featsharp.upsamplers.registration import register_upsampler
 from featsharp.upsamplers.tile import encode_tiles
 
 # Maps computed from the low-resolution features and the image; "tiles" comes beside them.
-GUIDED_INPUTS = {"jbu": FeatUp, "bilinear": Bilinear}
+GUIDED_INPUTS = ("jbu", "jafar", "bilinear")
 # Gates of the block at the start.
 LAYER_SCALE = {"published": 1e-6, "mix": 0.1}
 # Part of the tiles in the mixed residual path at the start; 0.3 had the best fidelity of the untrained mixes.
@@ -44,8 +45,10 @@ class FeatSharp(Upsampler):
     Args:
         embed_dim: Channels C, a multiple of 8.
         factor: f; the backbone runs 1 + f^2 times per image.
-        inputs: Maps to fuse, from "jbu", "bilinear" and "tiles"; the first one is the residual path.
+        inputs: Maps to fuse, from "jbu", "jafar", "bilinear" and "tiles"; the first one is the residual path. The paper
+            has JBU and tiles; the published configurations have JAFAR and tiles.
         window: Side of the attention window, odd.
+        layer_norm: Whether the block normalises its inputs; off in the published configurations.
         widths: "lean" (exact head dim, SwiGLU of 4 C) or "published" (padded head dim, SwiGLU of 8 C).
         start: "mix" starts close to 0.7 of the bilinear map and 0.3 of the tiles, with a linear mix in the residual path
             and open gates; "published" starts with a broad JBU blur, no mix, and gates at 1e-6.
@@ -62,6 +65,7 @@ class FeatSharp(Upsampler):
         *,
         inputs: Sequence[str] = ("jbu", "tiles"),
         window: int = 7,
+        layer_norm: bool = True,
         widths: Widths = "lean",
         start: Start = "mix",
         max_tile_batch: int | None = None,
@@ -78,7 +82,11 @@ class FeatSharp(Upsampler):
         self.branches = nn.ModuleDict()
         for name in self.inputs:
             if name == "jbu":
-                self.branches[name] = FeatUp(embed_dim, factor, start="published" if start == "published" else "bilinear")
+                self.branches[name] = FeatUp(
+                    embed_dim, factor, start="published" if start == "published" else "bilinear"
+                )
+            elif name == "jafar":
+                self.branches[name] = JAFAR(embed_dim, factor)
             elif name == "bilinear":
                 self.branches[name] = Bilinear(embed_dim, factor)
             elif name != "tiles":
@@ -92,6 +100,7 @@ class FeatSharp(Upsampler):
             embed_dim * len(self.inputs),
             embed_dim,
             window=window,
+            layer_norm=layer_norm,
             published_widths=widths == "published",
             layer_scale=LAYER_SCALE[start],
         )
@@ -119,7 +128,7 @@ class FeatSharp(Upsampler):
 
     def _start_mix(self) -> Tensor:
         """[C, D]: the first map, with TILE_SHARE of it replaced by the tiles where both are inputs."""
-        share = {name: 0.0 for name in self.inputs}
+        share = dict.fromkeys(self.inputs, 0.0)
         share[self.inputs[0]] = 1.0
         if "tiles" in share and self.inputs[0] != "tiles":
             share |= {self.inputs[0]: 1 - TILE_SHARE, "tiles": TILE_SHARE}

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -163,8 +164,7 @@ def test_memory_is_bounded_by_the_band_and_not_by_the_map():
     sizes = {}
     for height in (64, 256):
         tensors = [t.requires_grad_() for t in inputs(1, height, 16, 2, 2, 2, torch.float32)]
-        run = lambda tensors=tensors: local_attention(*tensors, window=7, max_band_scores=limit)  # noqa: E731
-        sizes[height] = largest_tensor(run)
+        sizes[height] = largest_tensor(partial(local_attention, *tensors, window=7, max_band_scores=limit))
     scores = 256 * 16 * 2 * 14**2  # of the whole larger map
     largest, kept = sizes[256]
     assert largest <= limit < scores / 4

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featsharp.errors import InputError
@@ -32,6 +32,7 @@ def test_sides_that_cannot_be_cut():
         split_tiles(torch.zeros(1, 1, 7, 8), (2, 2))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_windows_cover_with_the_least_overlap_and_are_few(data):
     window = data.draw(st.integers(1, 40))

@@ -1,0 +1,101 @@
+"""The order of training samples depends on the seed and the step only, and nothing that is skipped goes unnoticed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featsharp.data.loader import SkipLog, StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.sources import ImageMixture
+from featsharp.data.views import ViewConfig
+from featsharp.errors import DataError
+
+SIZE = (16, 24)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        pixels = rng.integers(0, 256, (30 + number, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def dataset_of(folder: Path, seed: int = 0) -> ViewDataset:
+    return ViewDataset(ImageMixture.from_data_dir(str(folder), seed=seed), SIZE, ViewConfig(num_views=2), seed)
+
+
+def assert_same(batches: list[ViewBatch], others: list[ViewBatch]) -> None:
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch.views, other.views, strict=True))
+        assert batch.skipped == other.skipped
+
+
+def test_ranks_share_every_step_without_gap_or_overlap():
+    alone = list(StepSampler(0, 5, batch_size=6))
+    ranks = [list(StepSampler(0, 5, batch_size=2, rank=rank, world=3)) for rank in range(3)]
+    for step, numbers in enumerate(alone):
+        assert numbers == [n for rank in ranks for n in rank[step]]
+    assert [n for numbers in alone for n in numbers] == list(range(30))
+    assert len(StepSampler(3, 5, 6)) == 2
+
+
+def test_resumed_sampler_goes_on_where_it_stopped():
+    whole = list(StepSampler(0, 7, 3, rank=1, world=2))
+    assert list(StepSampler(4, 7, 3, rank=1, world=2)) == whole[4:]
+    assert list(StepSampler(7, 7, 3)) == []
+
+
+def test_batches_have_the_shapes_of_the_views(photos):
+    (batch,) = load_views(dataset_of(photos), StepSampler(0, 1, 3), num_workers=0)
+    assert batch.views.canvas.shape == (3, 3, 20, 30)
+    assert batch.views.mask.shape == (3, 1, 20, 30)
+    assert batch.views.homographies.shape == (3, 2, 3, 3)
+    assert batch.skipped == []
+
+
+def test_workers_and_a_restart_change_nothing(photos):
+    (photos / "3.png").write_bytes(b"")
+    whole = list(load_views(dataset_of(photos), StepSampler(0, 4, 3), num_workers=0))
+    assert_same(list(load_views(dataset_of(photos), StepSampler(0, 4, 3), num_workers=1)), whole)
+    assert_same(list(load_views(dataset_of(photos), StepSampler(2, 4, 3), num_workers=0)), whole[2:])
+    other = next(load_views(dataset_of(photos, seed=1), StepSampler(0, 1, 3), num_workers=0))
+    assert not torch.equal(other.views.homographies, whole[0].views.homographies)
+
+
+def test_loading_leaves_the_global_random_state_alone(photos):
+    before = torch.get_rng_state()
+    list(load_views(dataset_of(photos), StepSampler(0, 2, 2), num_workers=0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_unusable_images_are_named_with_their_reason(photos):
+    (photos / "2.png").write_bytes(b"")
+    Image.new("RGB", (40, 40), (7, 7, 7)).save(photos / "4.png")
+    log = SkipLog()
+    new = [
+        entry for batch in load_views(dataset_of(photos), StepSampler(0, 6, 4), 0) for entry in log.add(batch.skipped)
+    ]
+    assert sorted(Path(name).name for name, _ in new) == ["2.png", "4.png"]
+    reasons = {Path(name).name: reason for name, reason in new}
+    assert "empty" in reasons["2.png"]
+    assert reasons["4.png"] == "uniform colour"
+    assert log.add([(name, reason) for name, reason in new]) == []
+    assert log.summary().startswith("2 images skipped (1 ")
+
+
+def test_empty_log_has_no_summary():
+    assert SkipLog().summary() == ""
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_data_without_a_usable_image_is_one_clear_error(tmp_path, num_workers):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="in a row cannot be used") as caught:
+        list(load_views(dataset_of(tmp_path), StepSampler(0, 1, 1), num_workers))
+    assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,188 @@
+"""The FeatSharp block against a reference in plain loops, and its sizes against the formulas of the paper."""
+
+import math
+
+import pytest
+import torch
+
+from featsharp.errors import ConfigError
+from featsharp.layers.local_block import LocalBlock, LocalSelfAttention, distance_bias, swiglu_width
+
+
+def vectors(x):
+    return [[x[i][j] for j in range(len(x[0]))] for i in range(len(x))]
+
+
+def linear(layer, x):
+    bias = layer.bias.tolist() if layer.bias is not None else [0.0] * layer.out_features
+    return [
+        sum(w * v for w, v in zip(row, x, strict=True)) + b for row, b in zip(layer.weight.tolist(), bias, strict=True)
+    ]
+
+
+def layer_norm(layer, x):
+    mean = sum(x) / len(x)
+    variance = sum((v - mean) ** 2 for v in x) / len(x)
+    scaled = [(v - mean) / math.sqrt(variance + 1e-5) for v in x]
+    return [s * w + b for s, w, b in zip(scaled, layer.weight.tolist(), layer.bias.tolist(), strict=True)]
+
+
+def slope(head):
+    return 2.0 ** -(head // 2 + 1)
+
+
+def reference_attention(attention, x, radius):
+    """x: rows of columns of channel lists."""
+    height, width, heads = len(x), len(x[0]), 16
+    padded, head_dim = attention.padded_dim, len(x[0][0]) // heads
+    qkv = [[linear(attention.qkv, cell) for cell in row] for row in x]
+
+    def part(i, j, which, head, length):
+        start = (which * heads + head) * padded
+        return qkv[i][j][start : start + length]
+
+    out = []
+    for i in range(height):
+        out.append([])
+        for j in range(width):
+            cell = []
+            for head in range(heads):
+                query = part(i, j, 0, head, padded)
+                weights, values = [], []
+                for y in range(max(0, i - radius), min(height, i + radius + 1)):
+                    for x_ in range(max(0, j - radius), min(width, j + radius + 1)):
+                        dot = sum(a * b for a, b in zip(query, part(y, x_, 1, head, padded), strict=True))
+                        distance = abs(x_ - j) if head % 2 else abs(y - i)
+                        weights.append(math.exp(dot / math.sqrt(head_dim) - slope(head) * distance))
+                        values.append(part(y, x_, 2, head, head_dim))
+                total = sum(weights)
+                cell += [sum(w * v[d] for w, v in zip(weights, values, strict=True)) / total for d in range(head_dim)]
+            out[-1].append(linear(attention.proj, cell))
+    return out
+
+
+def reference_block(block, x, radius):
+    normed = [[layer_norm(block.norm1, cell) for cell in row] for row in x]
+    attended = reference_attention(block.attention, normed, radius)
+    gamma1, gamma2 = block.scale1.tolist(), block.scale2.tolist()
+    out = []
+    for row, attended_row in zip(x, attended, strict=True):
+        out.append([])
+        for cell, update in zip(row, attended_row, strict=True):
+            x1 = [c + g * u for c, g, u in zip(cell, gamma1, update, strict=True)]
+            both = linear(block.mlp.gate_up, layer_norm(block.norm2, x1))
+            half = len(both) // 2
+            hidden = [g / (1 + math.exp(-g)) * u for g, u in zip(both[:half], both[half:], strict=True)]
+            down = linear(block.mlp.down, hidden)
+            out[-1].append([c + g * d for c, g, d in zip(x1, gamma2, down, strict=False)])
+    return out
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("size", [(2, 3), (4, 1)])
+def test_equals_plain_loops(size, published):
+    block = LocalBlock(48, 16, window=3, published_widths=published).double()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.copy_(0.4 * torch.randn_like(parameter))
+    x = torch.randn(1, *size, 48, dtype=torch.float64)
+    expected = torch.tensor(reference_block(block, x[0].tolist(), radius=1), dtype=torch.float64)
+    out = block(x)
+    assert out.shape == (1, *size, 16)
+    torch.testing.assert_close(out[0], expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_silent_projections_return_the_first_channels_bit_for_bit(published):
+    block = LocalBlock(64, 32, published_widths=published, layer_scale=1.0)
+    for layer in (block.attention.proj, block.mlp.down):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    x = torch.randn(2, 5, 9, 64)
+    assert torch.equal(block(x), x[..., :32])
+
+
+def test_a_window_of_one_is_the_value_projection():
+    attention = LocalSelfAttention(32, window=1)
+    x = torch.randn(2, 3, 5, 32)
+    values = attention.qkv(x)[..., 64:]
+    torch.testing.assert_close(attention(x), attention.proj(values))
+
+
+@pytest.mark.parametrize("window", [1, 3, 7])
+def test_distance_bias(window):
+    bias = distance_bias(window)
+    assert bias.shape == (16, window, window)
+    for head in range(16):
+        for dy in range(window):
+            for dx in range(window):
+                distance = abs((dx if head % 2 else dy) - window // 2)
+                assert bias[head, dy, dx] == -slope(head) * distance
+    assert [slope(0), slope(1), slope(2), slope(15)] == [1 / 2, 1 / 2, 1 / 4, 1 / 256]
+
+
+def formula(channels: int, maps: int, published: bool) -> int:
+    """Parameters of the block: norms, qkv, projection, layer scales, SwiGLU."""
+    wide = channels * maps
+    head = wide // 16
+    padded = 2 ** math.ceil(math.log2(head)) if published else head
+    hidden = 8 * math.ceil(int((4 * wide if published else 4 * channels) * 2 / 3) / 8)
+    attention = 48 * wide * padded + wide**2 + wide
+    swiglu = 2 * wide * hidden + 2 * hidden + hidden * channels + channels
+    return 4 * wide + attention + wide + channels + swiglu
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("channels", [384, 768, 1024, 1152, 1280, 1536])
+def test_parameter_counts(channels, published):
+    with torch.device("meta"):
+        block = LocalBlock(2 * channels, channels, published_widths=published)
+    assert sum(p.numel() for p in block.parameters()) == formula(channels, 2, published)
+
+
+@pytest.mark.parametrize(
+    ("channels", "hidden", "attention", "swiglu"),
+    [(384, 2048, 2_949_888, 3_936_640), (1024, 5464, 16_779_264, 27_987_632), (1280, 6832, 38_013_440, 43_739_744)],
+)
+def test_published_parts(channels, hidden, attention, swiglu):
+    with torch.device("meta"):
+        block = LocalBlock(2 * channels, channels, published_widths=True)
+    assert block.mlp.down.in_features == hidden
+    assert sum(p.numel() for p in block.attention.parameters()) == attention
+    assert sum(p.numel() for p in block.mlp.parameters()) == swiglu
+
+
+def test_swiglu_width():
+    assert [swiglu_width(4 * c) for c in (384, 768, 1024, 1280)] == [1024, 2048, 2736, 3416]
+
+
+def test_layer_scale_starts_where_told():
+    block = LocalBlock(32, 16, layer_scale=0.3)
+    assert (block.scale1 == 0.3).all()
+    assert (block.scale2 == 0.3).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(dtype):
+    block = LocalBlock(64, 32)
+    x = torch.randn(1, 6, 9, 64)
+    exact = block(x)
+    out = block.to(dtype)(x.to(dtype))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), exact, atol=0.05, rtol=0.02)
+
+
+def test_gradient_reaches_every_parameter():
+    block = LocalBlock(32, 16, published_widths=True)
+    block(torch.randn(1, 4, 5, 32)).square().mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in block.parameters())
+
+
+def test_the_bias_is_no_part_of_the_state():
+    assert "attention.bias" not in LocalBlock(32, 16).state_dict()
+
+
+@pytest.mark.parametrize(("dim", "window"), [(40, 7), (8, 7)])
+def test_widths_that_do_not_fit_the_heads(dim, window):
+    with pytest.raises(ConfigError, match="multiple of 16 channels"):
+        LocalSelfAttention(dim, window=window)
