@@ -5,6 +5,7 @@ it belongs to); ``model`` (its tensors, without the backbone's); ``config`` (the
 None); ``training`` (everything a resumed run needs, or None).
 """
 
+import contextlib
 import os
 import pickle
 import zipfile
@@ -40,7 +41,8 @@ def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> N
             "some space or choose another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed, or never made
+            temporary.unlink()
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

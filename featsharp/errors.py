@@ -40,5 +40,5 @@ def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> ConfigError:
     """The error for a name that does not exist: the nearest matches first, then all that do."""
     allowed = sorted(allowed)
     nearest = difflib.get_close_matches(given, allowed, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(repr(name) for name in nearest)}?" if nearest else ""
+    hint = f"; did you mean {' or '.join(repr(name) for name in nearest)}?" if nearest else "."
     return ConfigError(f"unknown {kind} {given!r}{hint} Available: {', '.join(allowed) or 'none'}")

@@ -1,5 +1,6 @@
 """The wheel holds the whole package and asks for little; the tested versions cover every declared dependency."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -56,6 +57,22 @@ def test_wheel_holds_nothing_else(wheel):
     folders = {name.split("/")[0] for name in wheel.namelist()}
     assert folders == {"featsharp", f"featsharp-{featsharp.__version__}.dist-info"}
     assert not [name for name in wheel.namelist() if "test" in Path(name).name or name.endswith((".pyc", ".pth"))]
+
+
+def test_wheel_works_where_it_is_unpacked(wheel, tmp_path):
+    """D1: no compiler, no build step, nothing from the checkout: unpacked beside torch it runs."""
+    wheel.extractall(tmp_path / "site")
+    code = (
+        "import featsharp, torch; assert 'site' in featsharp.__file__, featsharp.__file__;"
+        "e = featsharp.create_encoder('toy-vit', 'featsharp', 2);"
+        "print(tuple(e(torch.zeros(1, 3, 128, 96)).high_res.shape))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(1, 32, 16, 12)"
 
 
 def test_wheel_metadata(wheel):

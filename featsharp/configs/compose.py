@@ -52,7 +52,9 @@ def compose(overrides: Sequence[str]) -> RunConfig:
         with initialize_config_module("featsharp.configs", version_base="1.3"):
             composed = hydra_compose("base_config", overrides=list(overrides))
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
-        missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+        # Unresolved: what is missing may be named by interpolations elsewhere.
+        raw = flatten(OmegaConf.to_container(merged, resolve=False))
+        missing = sorted(key for key, value in raw.items() if value == "???")
         if missing:
             raise _missing(missing)
         config = OmegaConf.to_object(merged)

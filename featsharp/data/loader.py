@@ -98,9 +98,9 @@ class SkipLog:
 
     def add(self, skipped: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """Add entries; returns those that are new."""
-        new = [(name, reason) for name, reason in skipped if name not in self.names]
+        new = {name: reason for name, reason in skipped if name not in self.names}
         self.names.update(new)
-        return new
+        return list(new.items())
 
     def summary(self) -> str:
         """For example "3 images skipped (2 truncated, 1 uniform)"; empty when there were none."""

@@ -41,7 +41,7 @@ class ViewConfig:
 
     num_views: int = 5
     zoom: tuple[float, float] = (1.0, 2.0)
-    jitter_zoom: tuple[float, float] = (0.95, 1.0 / 0.95)
+    jitter_zoom: tuple[float, float] = (0.95, 2.0)
     perspective: tuple[float, float] = (0.01, 0.05)
     rotation: float = 5.0
     shift: float = 0.08

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featsharp.errors import ConfigError
-from featsharp.ops.local_attention import local_attention
+from featsharp.ops.local_attention import check_window, local_attention
 
 NUM_HEADS = 16
 
@@ -66,6 +66,7 @@ class LocalSelfAttention(nn.Module):
 
     def __init__(self, dim: int, *, window: int = 7, pad_heads: bool = False) -> None:
         super().__init__()
+        check_window(window)
         if dim % NUM_HEADS:
             raise ConfigError(
                 f"local attention has {NUM_HEADS} heads and needs a multiple of {NUM_HEADS} channels; got {dim}"

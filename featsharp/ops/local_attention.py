@@ -99,6 +99,14 @@ def local_attention(
     return out[:, :height, :width]
 
 
+def check_window(window: int) -> None:
+    """Raise ConfigError for a window that has no centre."""
+    if window < 1 or window % 2 == 0:
+        raise ConfigError(
+            f"the window of local attention must be odd; got {window}, use {max(1, window - 1)} or {window + 1}"
+        )
+
+
 class _Axis:
     """One axis of the map cut into blocks: which pixels belong to each block, and which to its window."""
 
@@ -143,10 +151,7 @@ def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, window: int, bias: Tensor | None, border: str) -> None:
-    if window < 1 or window % 2 == 0:
-        raise ConfigError(
-            f"the window of local attention must be odd; got {window}, use {max(1, window - 1)} or {window + 1}"
-        )
+    check_window(window)
     if border not in ("clip", "reflect"):
         raise ConfigError(f"unknown border {border!r}; use 'clip' or 'reflect'")
     if query.ndim != 5 or query.shape != key.shape or query.shape[:4] != value.shape[:4] or value.ndim != 5:

@@ -50,8 +50,8 @@ class FeatSharp(Upsampler):
         window: Side of the attention window, odd.
         layer_norm: Whether the block normalises its inputs; off in the published configurations.
         widths: "lean" (exact head dim, SwiGLU of 4 C) or "published" (padded head dim, SwiGLU of 8 C).
-        start: "mix" starts close to 0.7 of the bilinear map and 0.3 of the tiles, with a linear mix in the residual path
-            and open gates; "published" starts with a broad JBU blur, no mix, and gates at 1e-6.
+        start: "mix" starts close to 0.7 of the bilinear map and 0.3 of the tiles, with a linear mix in the residual
+            path and open gates; "published" starts with a broad JBU blur, no mix, and gates at 1e-6.
         max_tile_batch: Most images given to the backbone at once; None: all of them.
     """
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from featsharp.ops.resize import resize
+from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import GuidedUpsampler
 from featsharp.upsamplers.registration import register_upsampler
 
@@ -56,7 +56,7 @@ class JAFAR(GuidedUpsampler):
         query = F.group_norm(F.adaptive_avg_pool2d(self.query_encoder(encoded), size), GROUPS)
         # Reflection needs two cells; a smaller map is its own border.
         query = self.query_conv(query) if min(size) > 1 else F.conv2d(query, self.query_conv.weight, padding=1)
-        key = F.group_norm(F.adaptive_avg_pool2d(self.key_encoder(encoded), features.shape[-2:]), GROUPS)
+        key = F.group_norm(F.adaptive_avg_pool2d(self.key_encoder(encoded), size_of(features)), GROUPS)
         modulation = self.feature_encoder(F.normalize(features, dim=1))
         key = self.gamma(modulation) * key + self.beta(modulation)
         query = self.query_proj(self.query_norm(query.flatten(2).transpose(1, 2)))

@@ -9,10 +9,6 @@ from featsharp.errors import ConfigError
 from featsharp.layers.local_block import LocalBlock, LocalSelfAttention, distance_bias, swiglu_width
 
 
-def vectors(x):
-    return [[x[i][j] for j in range(len(x[0]))] for i in range(len(x))]
-
-
 def linear(layer, x):
     bias = layer.bias.tolist() if layer.bias is not None else [0.0] * layer.out_features
     return [
@@ -21,6 +17,8 @@ def linear(layer, x):
 
 
 def layer_norm(layer, x):
+    if isinstance(layer, torch.nn.Identity):
+        return x
     mean = sum(x) / len(x)
     variance = sum((v - mean) ** 2 for v in x) / len(x)
     scaled = [(v - mean) / math.sqrt(variance + 1e-5) for v in x]
@@ -78,10 +76,10 @@ def reference_block(block, x, radius):
     return out
 
 
-@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize(("published", "norm"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("size", [(2, 3), (4, 1)])
-def test_equals_plain_loops(size, published):
-    block = LocalBlock(48, 16, window=3, published_widths=published).double()
+def test_equals_plain_loops(size, published, norm):
+    block = LocalBlock(48, 16, window=3, layer_norm=norm, published_widths=published).double()
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.copy_(0.4 * torch.randn_like(parameter))
@@ -182,7 +180,12 @@ def test_the_bias_is_no_part_of_the_state():
     assert "attention.bias" not in LocalBlock(32, 16).state_dict()
 
 
-@pytest.mark.parametrize(("dim", "window"), [(40, 7), (8, 7)])
-def test_widths_that_do_not_fit_the_heads(dim, window):
+@pytest.mark.parametrize("dim", [40, 8])
+def test_widths_that_do_not_fit_the_heads(dim):
     with pytest.raises(ConfigError, match="multiple of 16 channels"):
-        LocalSelfAttention(dim, window=window)
+        LocalSelfAttention(dim)
+
+
+def test_even_windows_are_refused_at_once():
+    with pytest.raises(ConfigError, match="must be odd; got 4, use 3 or 5"):
+        LocalSelfAttention(32, window=4)

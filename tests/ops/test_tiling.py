@@ -1,5 +1,7 @@
 """Tiles: cutting and joining are inverse, windows cover the map, blending keeps what all windows agree on."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,7 +45,7 @@ def test_windows_cover_with_the_least_overlap_and_are_few(data):
         assert starts == [0]
         return
     assert (starts[0], starts[-1]) == (0, length - window)
-    steps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(starts)]
     assert all(0 < step <= window - overlap for step in steps)
     assert max(steps) - min(steps) <= 1
     # One window fewer could not reach: its steps would have to be longer than the overlap allows.

@@ -133,10 +133,9 @@ def test_gradients_reach_map_and_parameters(name):
     module = create_downsampler(name, 3, 2, 5)
     x = torch.randn(1, 3, 6, 8, requires_grad=True)
     module(x).square().sum().backward()
-    assert x.grad is not None
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters() if p.numel() > 25)
-    assert x.grad.abs().min() >= 0
-    assert x.grad.abs().max() > 0
+    for tensor in (x, *module.parameters()):
+        assert tensor.grad is not None
+        assert tensor.grad.abs().max() > 0
 
 
 def test_map_smaller_than_the_mirror_is_taken():

@@ -1,0 +1,213 @@
+"""Encoders from names and objects, to files and back."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from featsharp import create_backbone, create_encoder, from_callable, load_from_file, save_checkpoint
+from featsharp.builder import load_model_state, model_state
+from featsharp.checkpoint import read_checkpoint
+from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError
+from featsharp.layers.spectral import add_spectral
+from featsharp.model import SharpEncoder
+from featsharp.normalizers import FeatureStatistics
+from featsharp.upsamplers import create_upsampler
+
+
+def smooth_images(count: int, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(torch.randn(count, 3, 7, 8), size, mode="bicubic")
+
+
+def trained(encoder: SharpEncoder) -> SharpEncoder:
+    """An encoder as training leaves it: every number moved, the normalizer fitted."""
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        if encoder.normalizer.needs_fit:
+            statistics = FeatureStatistics(encoder.embed_dim)
+            statistics.update(encoder.backbone(smooth_images(8, encoder.backbone.input_size)).features)
+            encoder.normalizer.fit(statistics)
+    return encoder
+
+
+def outputs(encoder: SharpEncoder, images: torch.Tensor):
+    with torch.no_grad():
+        return encoder(images)
+
+
+ENCODERS = [
+    ("featup", 4, {}, "phi-s", True),
+    ("featup", 3, {"start": "published"}, "layernorm", False),
+    ("featsharp", 2, {}, "phi-s", True),
+    ("featsharp", 3, {"inputs": ("bilinear", "tiles"), "window": 3, "widths": "published"}, "none", False),
+    ("tile", 2, {"overlap": 2}, "phi-s-onlyalpha", False),
+]
+
+
+@pytest.mark.parametrize(("upsampler", "factor", "options", "normalizer", "bias"), ENCODERS)
+def test_save_and_load(tmp_path, upsampler, factor, options, normalizer, bias):
+    encoder = create_encoder(
+        "toy-vit", upsampler, factor, upsampler_options=options, normalizer=normalizer, bias_buffer=bias
+    )
+    trained(encoder)
+    save_checkpoint(encoder, tmp_path / "last.pth", config={"num_training_steps": 3})
+    loaded = load_from_file(tmp_path / "last.pth")
+    assert not loaded.training
+    assert loaded.recipe == encoder.recipe
+    images = smooth_images(2, (72, 96))
+    for one, other in zip(outputs(encoder, images)[:2], outputs(loaded, images)[:2], strict=True):
+        assert torch.equal(one, other)
+    content = read_checkpoint(tmp_path / "last.pth")
+    assert content["config"] == {"num_training_steps": 3}
+    assert content["training"] is None
+    assert not any(key.startswith("backbone.") for key in content["model"])
+
+
+@pytest.mark.parametrize("upsampler", ["featup", "featsharp"])
+def test_spectral_factors_are_folded_and_training_goes_on_after_saving(tmp_path, upsampler):
+    encoder = create_encoder("toy-vit", upsampler, 2)
+    add_spectral(encoder.upsampler)
+    trained(encoder).train()
+    images = smooth_images(1, (64, 80))
+    for _ in range(2):
+        outputs(encoder, images)  # a power iteration
+        save_checkpoint(encoder, tmp_path / "last.pth")
+        encoder(images).high_res.mean().backward()
+    save_checkpoint(encoder, tmp_path / "last.pth")
+    loaded = load_from_file(tmp_path / "last.pth")
+    assert loaded.state_dict().keys() == create_encoder("toy-vit", upsampler, 2).state_dict().keys()
+    torch.testing.assert_close(
+        outputs(loaded, images).high_res, outputs(encoder.eval(), images).high_res, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_rotation_of_phi_s_is_loaded_bit_for_bit(tmp_path):
+    encoder = trained(create_encoder("toy-vit", "bilinear", 2, normalizer="phi-s"))
+    save_checkpoint(encoder, tmp_path / "last.pth")
+    loaded = load_from_file(tmp_path / "last.pth").normalizer
+    for key, value in encoder.normalizer.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    rotations = [key for key, value in read_checkpoint(tmp_path / "last.pth")["model"].items() if value.ndim == 2]
+    assert rotations == ["normalizer.rotation"]  # once; its inverse is the transpose
+
+
+def test_another_backbone_is_refused_with_what_differs(tmp_path):
+    save_checkpoint(create_encoder("toy-vit", "bilinear", 2), tmp_path / "last.pth")
+    with pytest.raises(BackboneMismatchError, match="for backbone 'toy-vit', not for this 'toy-cnn': weights_sha256"):
+        load_from_file(tmp_path / "last.pth", featurizer="toy-cnn")
+    other = from_callable(nn.Conv2d(3, 16, 4, 4), name="mine", input_size=(64, 64))
+    with pytest.raises(BackboneMismatchError, match="patch_size 4 instead of 8; embed_dim 16 instead of 32"):
+        load_from_file(tmp_path / "last.pth", featurizer=other)
+    same = create_backbone("toy-vit")
+    with torch.no_grad():
+        same.pos_embed[0, 0, 0, 0] += 1e-3
+    with pytest.raises(BackboneMismatchError, match="weights_sha256"):
+        load_from_file(tmp_path / "last.pth", featurizer=same)
+
+
+def test_a_backbone_of_ones_own_comes_back_as_featurizer(tmp_path):
+    trunk = nn.Conv2d(3, 16, 8, 8)
+    encoder = trained(create_encoder(from_callable(trunk, name="mine", input_size=(64, 64)), "featsharp", 2))
+    save_checkpoint(encoder, tmp_path / "last.pth")
+    with pytest.raises(CheckpointError, match="'mine', which cannot be built by name; pass the same backbone as feat"):
+        load_from_file(tmp_path / "last.pth")
+    again = from_callable(trunk, name="another label", input_size=(64, 64))
+    loaded = load_from_file(tmp_path / "last.pth", featurizer=again)
+    assert loaded.backbone is again
+    images = smooth_images(1, (64, 64))
+    assert torch.equal(outputs(loaded, images).high_res, outputs(encoder, images).high_res)
+
+
+@pytest.mark.parametrize(
+    ("path", "upsampler", "factor"),
+    [("tile-2x", "tile", 2), ("bilinear-4x", "bilinear", 4), ("identity-1x", "identity", 1)],
+)
+@pytest.mark.parametrize("featurizer", ["toy-vit", create_backbone("toy-cnn")])
+def test_pseudo_paths(path, upsampler, factor, featurizer):
+    encoder = load_from_file(path, featurizer=featurizer)
+    images = smooth_images(1, (64, 64))
+    expected = create_encoder(featurizer, upsampler, factor)
+    assert torch.equal(outputs(encoder, images).high_res, outputs(expected, images).high_res)
+    assert encoder.factor == factor
+
+
+def test_pseudo_paths_that_cannot_work(tmp_path):
+    with pytest.raises(ConfigError, match="tile-2x is no file but an untrained upsampler; give it a backbone"):
+        load_from_file("tile-2x")
+    with pytest.raises(ConfigError, match="at least 1; got 0"):
+        load_from_file("tile-0x", featurizer="toy-vit")
+    with pytest.raises(CheckpointError, match="checkpoint featsharp-2x does not exist"):
+        load_from_file("featsharp-2x", featurizer="toy-vit")
+
+
+def test_a_file_goes_before_a_pseudo_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(create_encoder("toy-vit", "bilinear", 3), "tile-2x")
+    assert load_from_file("tile-2x").factor == 3
+
+
+def test_tensors_that_do_not_fit_are_named():
+    encoder = create_encoder("toy-vit", "featup", 2, bias_buffer=True)
+    state = model_state(encoder)
+    key = "upsampler.levels.0.sigma"
+    wrong = {
+        f"checkpoint x lacks {key}": {k: v for k, v in state.items() if k != key},
+        "checkpoint x has unknown extra": state | {"extra": torch.zeros(1)},
+        rf"has other shapes: {key} \(2,\) instead of \(\)": state | {key: torch.zeros(2)},
+        f"holds NaN or infinite values in {key}": state | {key: torch.tensor(float("nan"))},
+    }
+    for message, tensors in wrong.items():
+        with pytest.raises(CheckpointError, match=message):
+            load_model_state(encoder, tensors, "x")
+    load_model_state(encoder, state, "x")
+
+
+def test_a_checkpoint_of_a_diverged_run_is_refused(tmp_path):
+    encoder = create_encoder("toy-vit", "featup", 2)
+    torch.nn.init.constant_(encoder.upsampler.levels[0].sigma, float("nan"))
+    save_checkpoint(encoder, tmp_path / "last.pth")
+    with pytest.raises(CheckpointError, match=r"last\.pth holds NaN or infinite values in upsampler\.levels\.0\.sigma"):
+        load_from_file(tmp_path / "last.pth")
+
+
+def test_objects_instead_of_names():
+    backbone = create_backbone("toy-vit")
+    upsampler = create_upsampler("tile", backbone, 2, options={"overlap": 1})
+    for factor in (None, 2):
+        encoder = create_encoder(backbone, upsampler, factor)
+        assert encoder.backbone is backbone
+        assert encoder.upsampler is upsampler
+    with pytest.raises(ConfigError, match=r"brings its own factor \(2\)"):
+        create_encoder(backbone, upsampler, 4)
+    with pytest.raises(ConfigError, match="and options; leave them out"):
+        create_encoder(backbone, upsampler, upsampler_options={"overlap": 2})
+
+
+def test_an_upsampler_object_cannot_be_saved(tmp_path):
+    backbone = create_backbone("toy-vit")
+    encoder = create_encoder(backbone, create_upsampler("tile", backbone, 2))
+    with pytest.raises(CheckpointError, match="@register_upsampler and build it by name"):
+        save_checkpoint(encoder, tmp_path / "last.pth")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("toy-vit", "bilinear"), "which factor should 'bilinear' have"),
+        (("toy-vit", "featshrap", 2), "did you mean 'featsharp'"),
+        (("toy-vti", "bilinear", 2), "did you mean 'toy-vit'"),
+    ],
+)
+def test_names_that_cannot_work(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        create_encoder(*arguments)
+    with pytest.raises(ConfigError, match="unknown normalizer 'phis'; did you mean 'phi-s'"):
+        create_encoder("toy-vit", "bilinear", 2, normalizer="phis")
+
+
+def test_the_bias_buffer_has_the_native_grid():
+    encoder = create_encoder("toy-vit", "bilinear", 2, bias_buffer=True)
+    assert encoder.bias_buffer.buffer.shape == (1, 32, 8, 8)
+    assert create_encoder("toy-vit", "bilinear", 2).bias_buffer is None

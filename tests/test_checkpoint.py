@@ -1,0 +1,146 @@
+"""Checkpoint files: nothing is lost when writing fails, nothing runs when reading, every damage is one clear line."""
+
+import os
+import pickle
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from featsharp.checkpoint import VERSION, read_checkpoint, write_checkpoint
+from featsharp.errors import CheckpointError
+
+CONTENT = {
+    "encoder": {"recipe": {"upsampler": "featup", "factor": 2, "options": {"inputs": ["jbu"]}}},
+    "model": {"weight": torch.arange(2000.0)},
+    "config": None,
+    "training": {"step": 7, "rng": torch.get_rng_state()},
+}
+
+
+@contextmanager
+def full_disk(size: int):
+    """No file may grow beyond ``size`` bytes; the write that would fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "new" / "folder" / "last.pth"
+    write_checkpoint(path, CONTENT)
+    content = read_checkpoint(str(path))
+    assert content["format"] == "featsharp"
+    assert content["version"] == VERSION
+    assert content["encoder"] == CONTENT["encoder"]
+    assert torch.equal(content["model"]["weight"], CONTENT["model"]["weight"])
+    assert content["training"]["step"] == 7
+    assert os.listdir(path.parent) == ["last.pth"]
+
+
+def test_an_existing_file_is_replaced(tmp_path):
+    path = tmp_path / "last.pth"
+    for step in (1, 2):
+        write_checkpoint(path, {"training": {"step": step}})
+    assert read_checkpoint(path)["training"]["step"] == 2
+
+
+@pytest.mark.parametrize("size", [0, 500, 4000])
+def test_a_full_disk_costs_nothing_that_was_there(tmp_path, size):
+    path = tmp_path / "last.pth"
+    write_checkpoint(path, {"model": {"weight": torch.ones(3)}})
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*last\.pth.* unchanged; free some space"):  # noqa: SIM117
+        with full_disk(size):
+            write_checkpoint(path, CONTENT)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["last.pth"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot write checkpoint"):
+        write_checkpoint(tmp_path / "file" / "last.pth", CONTENT)
+
+
+def test_what_fails_to_be_written_leaves_no_trace(tmp_path):
+    with pytest.raises(Exception, match="pickle"):
+        write_checkpoint(tmp_path / "last.pth", {"model": lambda: None})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    with pytest.raises(CheckpointError, match=r"last\.pth does not exist$"):
+        read_checkpoint(tmp_path / "last.pth")
+    (tmp_path / "best.pth").touch()
+    with pytest.raises(CheckpointError, match=r"last\.pth does not exist; that folder has best\.pth"):
+        read_checkpoint(tmp_path / "last.pth")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_truncated_file(tmp_path):
+    path = tmp_path / "last.pth"
+    write_checkpoint(path, CONTENT)
+    whole = path.read_bytes()
+    for length in [0, 1, 3, 100, len(whole) // 2, len(whole) - 100, len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"checkpoint .*last\.pth") as caught:
+            read_checkpoint(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_damaged_bytes_give_our_error_or_none(tmp_path):
+    path = tmp_path / "last.pth"
+    write_checkpoint(path, CONTENT)
+    whole = path.read_bytes()
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(150):
+        start = int(torch.randint(len(whole), (), generator=generator))
+        path.write_bytes(whole[:start] + os.urandom(3) + whole[start + 3 :])
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+
+
+class Malicious:
+    """Makes a folder when unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
+def test_a_pickle_that_runs_code_is_refused(tmp_path, write):
+    path, trace = tmp_path / "evil.pth", tmp_path / "trace"
+    write({"format": "featsharp", "version": 1, "model": Malicious(trace)}, path)
+    with pytest.raises(CheckpointError, match="could run code; it was not loaded"):
+        read_checkpoint(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], {"format": "other", "version": 1}])
+def test_files_of_another_kind(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"other\.pth is not a featsharp checkpoint"):
+        read_checkpoint(tmp_path / "other.pth")
+
+
+def test_a_text_file(tmp_path):
+    (tmp_path / "notes.pth").write_text("not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"notes\.pth"):
+        read_checkpoint(tmp_path / "notes.pth")
+
+
+def test_a_newer_version(tmp_path):
+    torch.save({"format": "featsharp", "version": VERSION + 1}, tmp_path / "new.pth")
+    with pytest.raises(CheckpointError, match=f"version {VERSION + 1}, newer than this featsharp; upgrade it"):
+        read_checkpoint(tmp_path / "new.pth")

@@ -1,0 +1,213 @@
+"""Every configuration file composes with every other, and a mistake in one key is answered at once and in one line."""
+
+import dataclasses
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from featsharp.backbones import BACKBONES
+from featsharp.configs.compose import GROUPS, compose, flatten, options_of, to_yaml
+from featsharp.configs.schema import ObjectiveSchema, OptimSchema, RunConfig, ViewsConfig
+from featsharp.data.views import ViewConfig
+from featsharp.errors import ConfigError
+from featsharp.normalizers import NORMALIZERS
+from featsharp.train import main
+from featsharp.training.downsamplers import DOWNSAMPLERS
+from featsharp.training.objective import DISTANCES, ObjectiveConfig
+from featsharp.training.optim import OptimConfig
+from featsharp.training.writers import WRITERS
+from featsharp.upsamplers import UPSAMPLERS
+
+CONFIGS = Path(compose.__code__.co_filename).parent
+BASE = ["+model=toy-vit", "+upsampler=featsharp-2x", "train_data_dir=photos"]
+
+
+def fields_of(schema: Any) -> dict[str, Any]:
+    """Field names and defaults of a dataclass, tuples as lists."""
+    defaults = dataclasses.asdict(schema())
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+
+
+# Composition
+
+
+@pytest.mark.parametrize("model", options_of("model"))
+def test_every_model_composes_and_names_a_backbone(model):
+    config = compose([f"+model={model}", "+upsampler=bilinear-2x", "train_data_dir=x"])
+    assert config.model.name in BACKBONES or config.model.name.startswith("timm:")
+    assert config.output_root == f"outputs/{config.output_subdir}"
+
+
+@pytest.mark.parametrize("upsampler", options_of("upsampler"))
+def test_every_upsampler_composes_and_exists(upsampler):
+    config = compose(["+model=toy-vit", f"+upsampler={upsampler}", "train_data_dir=x"])
+    assert config.upsampler.name in UPSAMPLERS
+    stem = upsampler.removesuffix("-published")
+    factor = int(stem.rpartition("-")[2].removesuffix("x")) if stem != "identity" else 1
+    assert config.upsampler.factor == factor
+    module = UPSAMPLERS[config.upsampler.name].factory(32, config.upsampler.factor, **config.upsampler.options)
+    assert module.factor == factor
+    assert config.objective.downsampler in DOWNSAMPLERS
+    assert config.objective.distance in DISTANCES
+    assert config.viz.type in WRITERS
+
+
+@pytest.mark.parametrize("normalizer", options_of("normalizer"))
+def test_every_normalizer_composes_and_exists(normalizer):
+    assert compose([*BASE, f"normalizer={normalizer}"]).normalizer.name == normalizer
+    assert normalizer in NORMALIZERS
+
+
+def test_all_pairs_of_models_and_upsamplers_compose_without_conflict():
+    """Files of one group never write keys of the other, so that each pair is the union of both."""
+    written = {
+        group: {
+            name: set(flatten(yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text()))) - {"defaults"}
+            for name in options_of(group)
+        }
+        for group in ("model", "upsampler")
+    }
+    for model, upsampler in product(written["model"].values(), written["upsampler"].values()):
+        assert not model & upsampler
+
+
+def test_published_presets_override_views_and_objective():
+    config = compose(["+model=toy-vit", "+upsampler=featsharp-2x-published", "train_data_dir=x"])
+    assert config.views.jitter_zoom == [0.95, 1.0526]
+    assert config.objective.downsampler == "attention"
+    assert config.objective.uncertainty
+    assert config.upsampler.options == {"widths": "published", "start": "published"}
+
+
+def test_every_file_describes_itself():
+    for group in GROUPS:
+        for name, description in options_of(group).items():
+            assert group == "normalizer" or description.endswith("."), f"{group}/{name}"
+
+
+def test_names_of_the_readme_resolve():
+    """U2, U3."""
+    config = compose(["+model=siglip2", "+upsampler=featsharp-4x", "num_training_steps=9000", "train_data_dir=x"])
+    assert config.model.name.startswith("timm:vit_so400m")
+    assert (config.upsampler.name, config.upsampler.factor) == ("featsharp", 4)
+    assert config.num_training_steps == 9000
+
+
+def test_output_root_of_dinov2_large(monkeypatch):
+    """U5."""
+    config = compose(["+model=dinov2-l_448px", "+upsampler=featsharp-2x", "train_data_dir=x"])
+    assert config.output_root == "outputs/dinov2/large/448"
+    config = compose(["+model=dinov2-l_448px", "+upsampler=featsharp-2x", "train_data_dir=x", "output_base=/runs"])
+    assert config.output_root == "/runs/dinov2/large/448"
+
+
+def test_data_folders_default_to_the_training_data(monkeypatch):
+    """U9, U11, U12."""
+    config = compose(BASE)
+    assert config.val_data_dir == config.dist_train_data_dir == config.train_data_dir == "photos"
+    config = compose([*BASE, "val_data_dir=held-out", "dist_train_data_dir=[[a,2],b]"])
+    assert config.val_data_dir == "held-out"
+    assert config.dist_train_data_dir == [["a", 2], "b"]
+    monkeypatch.setenv("FEATSHARP_DATA", "/data/photos")
+    assert compose(BASE[:2]).val_data_dir == "/data/photos"
+
+
+def test_overrides_reach_their_key_only():
+    config = compose([*BASE, "views.num_views=3", "optim.learning_rate=1e-2", "+upsampler.options.window=5"])
+    plain = flatten(dataclasses.asdict(compose(BASE)))
+    changed = {k: v for k, v in flatten(dataclasses.asdict(config)).items() if plain[k] != v}
+    assert changed == {"views.num_views": 3, "optim.learning_rate": 0.01, "upsampler.options": {"window": 5}}
+    assert yaml.safe_load(to_yaml(config))["views"]["num_views"] == 3
+
+
+# One source of truth
+
+
+def test_defaults_of_the_schema_are_those_of_the_base_file():
+    base = flatten(yaml.safe_load((CONFIGS / "base_config.yaml").read_text()))
+    schema = flatten(dataclasses.asdict(RunConfig()))
+    for key in base.keys() - {"defaults"}:
+        assert schema[key] == base[key], key
+    given_elsewhere = {"train_data_dir", "val_data_dir", "dist_train_data_dir", "output_subdir", "normalizer.name"}
+    given_elsewhere |= {"model.name", "upsampler.name", "upsampler.factor"}
+    assert schema.keys() - base.keys() == given_elsewhere
+    assert RunConfig().normalizer.name == "phi-s"
+
+
+@pytest.mark.parametrize(
+    ("schema", "options"),
+    [(ObjectiveSchema, ObjectiveConfig), (OptimSchema, OptimConfig), (ViewsConfig, ViewConfig)],
+)
+def test_options_of_the_library_are_those_of_the_configuration(schema, options):
+    assert fields_of(schema) == fields_of(options)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["num_trainig_steps=5"], "num_training_steps"),
+        (["optim.learning_rat=1"], "optim.learning_rate"),
+        (["views.zooms=[1,2]"], "views.zoom"),
+        (["+upsampler=featsharp-5x"], "featsharp-4x"),
+        (["+model=siglip"], "siglip2"),
+        (["+modle=siglip2"], "model"),
+        (["normalizer=phis"], "phi-s"),
+        (["zzz=1"], "valid keys: batch_size"),
+        (["num_training_steps=many"], "num_training_steps"),
+        (["views.zoom=[1,wide]"], "views.zoom"),
+        (["views.zoom=3"], "views.zoom"),
+        (["batch_size=1,2"], "batch_size"),
+        (["batch_size=null"], "batch_size"),
+        (["spectral=maybe"], "spectral"),
+        (["batch_size=0"], "batch_size must be at least 1; got 0"),
+        (["views.num_views=0"], "views.num_views must be at least 1"),
+        (["views.zoom=[0.5,2]"], "views.zoom must be"),
+        (["views.jitter_zoom=[1.5,1.2]"], "views.jitter_zoom must be"),
+        (["views.perspective=[0.1]"], "views.perspective must be"),
+        (["batch_size"], "key=value"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(overrides, said):
+    with pytest.raises(ConfigError) as caught:
+        compose([*BASE, *overrides])
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert "object_type" not in str(caught.value)
+
+
+def test_advice_of_the_configuration_library_is_kept():
+    with pytest.raises(ConfigError, match=r"use \+upsampler.options.window=5"):
+        compose([*BASE, "upsampler.options.window=5"])
+
+
+def test_missing_groups_list_what_there_is():
+    with pytest.raises(ConfigError) as caught:
+        compose(["train_data_dir=x"])
+    for name in [*options_of("model"), *options_of("upsampler")]:
+        assert name in str(caught.value)
+
+
+# The plan
+
+
+def test_dry_run_prints_the_plan_and_builds_nothing(tmp_path, monkeypatch, capsys):
+    """U2: no weights are fetched and no folder is made."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["+model=siglip2", "+upsampler=featsharp-4x", "train_data_dir=/none", "dry_run=true"]) == 0
+    plan = yaml.safe_load(capsys.readouterr().out)
+    assert plan["upsampler"] == {"name": "featsharp", "factor": 4, "dtype": "auto", "options": {}}
+    assert plan["output_root"] == "outputs/siglip2/so400m/512"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_names_end_the_command_with_the_valid_ones(capsys):
+    assert main(["+model=siglip2", "+upsampler=featsharp-5x", "dry_run=true"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("featsharp train: unknown upsampler 'featsharp-5x'")
+    assert all(name in line for name in options_of("upsampler"))

@@ -1,0 +1,124 @@
+"""A step's two-part backward equals the gradient of the whole, and never touches the backbone."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from featsharp.builder import create_encoder
+from featsharp.data.views import ViewConfig, Views, base_view, sample_homography
+from featsharp.errors import InputError
+from featsharp.model import SharpEncoder
+from featsharp.normalizers import FeatureStatistics
+from featsharp.training.objective import MultiViewObjective, ObjectiveConfig
+from featsharp.training.step import backward_step, encode_views
+
+LOW_RES = (32, 48)
+
+
+def encoder_of(upsampler: str, backbone: str = "toy-vit", factor: int = 2) -> SharpEncoder:
+    encoder = create_encoder(backbone, upsampler, factor, normalizer="phi-s", bias_buffer=True)
+    statistics = FeatureStatistics(encoder.embed_dim)
+    statistics.update(encoder.backbone(torch.randn(8, 3, 64, 64)).features)
+    encoder.normalizer.fit(statistics)
+    assert encoder.bias_buffer is not None
+    encoder.bias_buffer.buffer.data.normal_(std=0.1)
+    return encoder.train()
+
+
+def some_views(batch: int = 2, count: int = 2) -> Views:
+    """Views of 64 x 96 pixels with a margin of 8 and 12, black in one corner."""
+    rng = np.random.default_rng(0)
+    canvas = torch.rand(batch, 3, 80, 120)
+    mask = torch.ones(batch, 1, 80, 120)
+    mask[0, :, :20, :30] = 0
+    matrices = [sample_homography((64, 96), ViewConfig(jitter_zoom=(0.9, 1.5)), rng) for _ in range(batch * count)]
+    homographies = torch.from_numpy(np.stack(matrices)).float().unflatten(0, (batch, count))
+    return Views(canvas * mask, mask, homographies)
+
+
+@pytest.mark.parametrize("upsampler", ["featsharp", "featup", "bilinear"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ObjectiveConfig(downsampler="simple", uncertainty=False, tv_weight=0.1),
+        ObjectiveConfig(downsampler="attention", kernel_size=3, uncertainty=True),
+    ],
+    ids=["simple", "attention"],
+)
+def test_gradients_equal_those_of_one_graph(upsampler, settings):
+    encoder = encoder_of(upsampler)
+    objective = MultiViewObjective(encoder.embed_dim, 2, settings).train()
+    if objective.uncertainty is not None:
+        objective.uncertainty.out.weight.data.normal_(std=0.1)
+    naive_encoder, naive_objective = copy.deepcopy(encoder), copy.deepcopy(objective)
+    views = some_views()
+
+    torch.manual_seed(1)
+    losses = backward_step(encoder, objective, views, LOW_RES)
+
+    torch.manual_seed(1)
+    base, base_mask = base_view(views)
+    targets, token_masks = encode_views(naive_encoder, views, LOW_RES)
+    image = naive_encoder.input_conditioner(base)
+    high_res = naive_encoder.upsampler(image, naive_encoder.encode, LOW_RES).high_res
+    naive = naive_objective(high_res, base_mask, targets, token_masks, views.homographies)
+    naive.total.backward()
+
+    assert torch.equal(losses.total, naive.total)
+    found = {**dict(encoder.named_parameters()), **dict(objective.named_parameters())}
+    expected = {**dict(naive_encoder.named_parameters()), **dict(naive_objective.named_parameters())}
+    trained = [name for name in found if not name.startswith("backbone.")]
+    assert "bias_buffer.buffer" in trained
+    for name in trained:
+        assert found[name].grad is not None, name
+        scale = expected[name].grad.abs().max()
+        assert (found[name].grad - expected[name].grad).abs().max() <= 1e-5 * scale + 1e-9, name
+    assert found["bias_buffer.buffer"].grad.abs().max() > 0
+
+
+def test_backbone_gets_no_gradient_and_keeps_its_weights():
+    """F10."""
+    encoder = encoder_of("featsharp")
+    objective = MultiViewObjective(encoder.embed_dim, 2, ObjectiveConfig())
+    before = copy.deepcopy(encoder.backbone.state_dict())
+    optimizer = torch.optim.NAdam([p for p in encoder.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        backward_step(encoder, objective, some_views(), LOW_RES)
+        optimizer.step()
+    assert all(p.grad is None and not p.requires_grad for p in encoder.backbone.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in encoder.backbone.state_dict().items())
+    assert not encoder.backbone.training
+
+
+def test_gradients_add_up_until_they_are_cleared():
+    encoder = encoder_of("bilinear")
+    objective = MultiViewObjective(encoder.embed_dim, 2, ObjectiveConfig(downsampler="area", uncertainty=False))
+    views = some_views()
+    backward_step(encoder, objective, views, LOW_RES)
+    assert encoder.bias_buffer is not None
+    once = encoder.bias_buffer.buffer.grad.clone()
+    backward_step(encoder, objective, views, LOW_RES)
+    assert torch.allclose(encoder.bias_buffer.buffer.grad, 2 * once, rtol=1e-4)
+
+
+def test_token_masks_cover_what_the_canvas_shows():
+    encoder = encoder_of("bilinear")
+    views = some_views()._replace(homographies=torch.eye(3).expand(2, 2, 3, 3))
+    features, masks = encode_views(encoder, views, LOW_RES)
+    assert features.shape == (4, 32, 4, 6)
+    # A token is 16 pixels of the base view; the first image is black in the first 12 rows of the first 18 columns.
+    # The antialias kernel may cost the tokens next to these, too, and no others.
+    assert masks.shape == (4, 1, 4, 6)
+    assert masks[:2, :, 0, :2].max() == 0
+    assert masks[:2, :, 2:].min() == masks[:2, :, :, 3:].min() == masks[2:].min() == 1
+
+
+def test_loss_that_is_not_finite_is_refused():
+    encoder = encoder_of("bilinear")
+    assert encoder.bias_buffer is not None
+    encoder.bias_buffer.buffer.data[0, 0, 0, 0] = float("nan")
+    objective = MultiViewObjective(encoder.embed_dim, 2, ObjectiveConfig())
+    with pytest.raises(InputError, match="training loss is nan"):
+        backward_step(encoder, objective, some_views(), LOW_RES)

@@ -1,0 +1,338 @@
+"""The training loop: it learns, ends where it should, resumes bit for bit, and loses nothing when something breaks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from featsharp.backbones.base import Backbone, BackboneOutput
+from featsharp.builder import create_encoder, load_from_file, save_checkpoint
+from featsharp.checkpoint import read_checkpoint
+from featsharp.data.images import image_to_tensor
+from featsharp.data.loader import StepSampler, ViewDataset, load_views
+from featsharp.data.sources import ImageMixture
+from featsharp.data.views import ViewConfig
+from featsharp.errors import CheckpointError, InputError
+from featsharp.model import SharpEncoder
+from featsharp.normalizers import FeatureStatistics
+from featsharp.ops.resize import resize
+from featsharp.training.distributed import World
+from featsharp.training.objective import MultiViewObjective, ObjectiveConfig
+from featsharp.training.optim import OptimConfig
+from featsharp.training.step import backward_step
+from featsharp.training.trainer import LoopConfig, Trainer, Validation
+from featsharp.training.writers import NullWriter
+
+ALONE = World(0, 1, torch.device("cpu"))
+VIEWS = ViewConfig(num_views=3, jitter_zoom=(0.9, 1.6), rotation=8.0, shift=0.15)
+DROPOUT = ObjectiveConfig(downsampler="attention", kernel_size=3, uncertainty=True)
+
+
+class Recorder(NullWriter):
+    """Keeps scalars; ``stop_at`` plays the user who interrupts the run."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.values: dict[str, dict[int, float]] = {}
+        self.pictures: list[tuple[str, int]] = []
+        self.stop_at = stop_at
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        if step == self.stop_at:
+            raise KeyboardInterrupt
+        self.values.setdefault(name, {})[step] = value
+
+    def image(self, name: str, image: Tensor, step: int) -> None:
+        self.pictures.append((name, step))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of three flat regions each, with a little noise."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:96, :96][..., None]
+    for number in range(8):
+        centres, colours = rng.uniform(0, 96, (3, 2)), rng.integers(0, 256, (3, 3))
+        nearest = ((y - centres[:, 0]) ** 2 + (x - centres[:, 1]) ** 2).argmin(-1)
+        pixels = (colours[nearest] + rng.integers(-6, 7, (96, 96, 3))).clip(0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+def trainer_of(
+    photos: Path,
+    folder: Path,
+    encoder: SharpEncoder | None = None,
+    *,
+    objective: ObjectiveConfig = DROPOUT,
+    writer: Recorder | None = None,
+    validate: object = None,
+    **settings: object,
+) -> Trainer:
+    torch.manual_seed(0)
+    if encoder is None:
+        encoder = create_encoder("toy-vit", "featsharp", 2, normalizer="phi-s", bias_buffer=True)
+        statistics = FeatureStatistics(encoder.embed_dim)
+        statistics.update(encoder.backbone(torch.randn(8, 3, 64, 64)).features)
+        encoder.normalizer.fit(statistics)
+    defaults = {
+        "num_steps": 6,
+        "batch_size": 2,
+        "num_workers": 0,
+        "log_frequency": 1,
+        "val_frequency": 0,
+        "checkpoint_frequency": 0,
+        "low_res_size": (64, 64),
+    }
+    return Trainer(
+        encoder,
+        MultiViewObjective(encoder.embed_dim, encoder.factor, objective),
+        ViewDataset(ImageMixture.from_data_dir(str(photos)), (128, 128), VIEWS, seed=0),
+        LoopConfig(**{**defaults, **settings}),  # type: ignore[arg-type]
+        folder,
+        writer or Recorder(),
+        ALONE,
+        validate=validate,  # type: ignore[arg-type]
+        progress=False,
+    )
+
+
+def assert_equal(found: object, expected: object) -> None:
+    """Nested states, equal to the last bit."""
+    if isinstance(expected, Tensor):
+        assert torch.equal(found, expected)  # type: ignore[arg-type]
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()  # type: ignore[attr-defined]
+        for key in expected:
+            assert_equal(found[key], expected[key])  # type: ignore[index]
+    elif isinstance(expected, list):
+        for a, b in zip(found, expected, strict=True):  # type: ignore[call-overload]
+            assert_equal(a, b)
+    else:
+        assert found == expected
+
+
+def test_loss_falls_and_the_run_ends_at_the_last_step(photos, tmp_path):
+    """F1, U6."""
+    writer = Recorder()
+    settings = ObjectiveConfig(downsampler="simple", kernel_size=5, uncertainty=False)
+    encoder = create_encoder("toy-vit", "featsharp", 2, bias_buffer=True)
+    trainer = trainer_of(
+        photos,
+        tmp_path,
+        encoder,
+        objective=settings,
+        writer=writer,
+        num_steps=30,
+        optim=OptimConfig(learning_rate=5e-3, jbu_learning_rate=5e-3),
+    )
+    # The loss of the same views before and after; from step to step it varies with the pictures.
+    (probe,) = load_views(trainer.dataset, StepSampler(99, 100, 8), 0)
+
+    def probe_loss() -> float:
+        loss = backward_step(encoder, trainer.objective, probe.views, (64, 64)).reconstruction.item()
+        encoder.zero_grad()
+        return loss
+
+    before = probe_loss()
+    trainer.run()
+    assert probe_loss() < 0.95 * before
+    assert trainer.step == 30
+    assert list(writer.values["loss/total"]) == list(range(1, 31))
+    assert read_checkpoint(tmp_path / "last.pth")["training"]["step"] == 30
+    assert {"loss/total", "fidelity/train", "optim/gradient_norm", "speed/seconds_per_step"} <= writer.values.keys()
+    assert writer.values["optim/spectral_norm_median"][1] == pytest.approx(1, abs=0.01)
+
+
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(photos, tmp_path):
+    whole = Recorder()
+    uninterrupted = trainer_of(photos, tmp_path / "whole", writer=whole)
+    uninterrupted.run()
+    first = trainer_of(photos, tmp_path / "parts", writer=Recorder(stop_at=5), checkpoint_frequency=3)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    rest = Recorder()
+    second = trainer_of(photos, tmp_path / "parts", writer=rest)
+    # What is not in the checkpoint must not matter: other weights, another fit, another random state.
+    for parameter in second.parameters:
+        parameter.data.normal_()
+    for name, value in second.encoder.normalizer.named_buffers():
+        if name != "fitted":
+            value.normal_()
+    second.resume(tmp_path / "parts" / "last.pth")
+    assert second.step == 3
+    second.run()
+    assert_equal(second.state(), uninterrupted.state())
+    assert_equal(second.encoder.state_dict(), uninterrupted.encoder.state_dict())
+    for name, values in rest.values.items():
+        if name != "speed/seconds_per_step":
+            assert values == {step: whole.values[name][step] for step in (4, 5, 6)}, name
+
+
+def test_best_and_last_checkpoint_load(photos, tmp_path):
+    """U19: scores decide which step is kept as the best; both files rebuild the encoder."""
+    scores = {2: 1.0, 4: 3.0, 6: 2.0}
+    kept: dict[int, Tensor] = {}
+    image = torch.randn(1, 3, 128, 96)
+    writer = Recorder()
+
+    def look(encoder: SharpEncoder, objective: MultiViewObjective) -> Validation:
+        assert not encoder.training
+        assert not objective.training
+        assert not torch.is_grad_enabled()
+        kept[trainer.step] = encoder(image).high_res
+        torch.rand(3)  # what validation draws must not change the run
+        return Validation(scores[trainer.step], {"val/score": scores[trainer.step]}, {"val/x": torch.zeros(3, 2, 2)})
+
+    trainer = trainer_of(photos, tmp_path / "a", writer=writer, validate=look, val_frequency=2)
+    trainer.run()
+    assert writer.values["val/score"] == scores
+    assert writer.pictures == [("val/x", 2), ("val/x", 4), ("val/x", 6)]
+    for name, step in (("best.pth", 4), ("last.pth", 6)):
+        content = read_checkpoint(tmp_path / "a" / name)
+        assert content["training"]["step"] == step
+        assert content["training"]["best_score"] == 3.0
+        loaded = load_from_file(tmp_path / "a" / name)
+        with torch.no_grad():
+            assert torch.allclose(loaded(image).high_res, kept[step], atol=1e-5)
+    unwatched = trainer_of(photos, tmp_path / "b")
+    unwatched.run()
+    assert_equal(unwatched.trained.state_dict(), trainer.trained.state_dict())
+
+
+def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(photos, tmp_path):
+    trainer = trainer_of(photos, tmp_path, checkpoint_frequency=2)
+
+    def poison(step: int) -> None:
+        if step == 3:
+            trainer.encoder.bias_buffer.buffer.data[:] = float("nan")  # type: ignore[union-attr]
+
+    trainer.writer.scalar = lambda name, value, step: poison(step)  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="training loss is nan"):
+        trainer.run()
+    content = read_checkpoint(tmp_path / "last.pth")
+    assert content["training"]["step"] == 2
+    assert all(value.isfinite().all() for value in content["model"].values() if value.is_floating_point())
+    assert load_from_file(tmp_path / "last.pth")(torch.randn(1, 3, 64, 64)).high_res.isfinite().all()
+
+
+def test_failing_validation_does_not_cost_the_training(photos, tmp_path):
+    def fail(encoder: SharpEncoder, objective: MultiViewObjective) -> Validation:
+        raise InputError("nothing to see")
+
+    with pytest.raises(InputError, match="nothing to see"):
+        trainer_of(photos, tmp_path, num_steps=1, validate=fail).run()
+    assert read_checkpoint(tmp_path / "last.pth")["training"]["step"] == 1
+
+
+def test_resume_refuses_what_it_cannot_continue(photos, tmp_path):
+    trainer = trainer_of(photos, tmp_path, num_steps=2)
+    trainer.run()
+    with pytest.raises(CheckpointError, match="at step 2, beyond num_training_steps=1"):
+        trainer_of(photos, tmp_path, num_steps=1).resume(tmp_path / "last.pth")
+    save_checkpoint(trainer.encoder, tmp_path / "plain.pth")
+    with pytest.raises(CheckpointError, match="no training state"):
+        trainer.resume(tmp_path / "plain.pth")
+
+
+def test_skipped_images_are_counted_and_logged_once(photos, tmp_path, caplog):
+    for path in photos.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "broken.png").write_bytes(b"")
+    writer = Recorder()
+    trainer_of(tmp_path, tmp_path / "out", writer=writer, num_steps=9).run()
+    assert writer.values["data/skipped"][9] == 1
+    lines = [record.message for record in caplog.records if "broken.png" in record.message]
+    assert len(lines) == 1
+    assert "1 images skipped" in caplog.text
+
+
+# What multi-view training keeps and what it takes away
+
+
+class Planted(Backbone):
+    """Colours of patches, mixed to 8 channels; plus a fixed pattern; plus noise that each new view draws anew."""
+
+    def __init__(self, *, pattern: float = 0.0, noise: float = 0.0) -> None:
+        super().__init__("planted", patch_size=8, embed_dim=8, input_size=(64, 64))
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("mix", torch.randn(8, 3, 1, 1, generator=generator))
+        self.register_buffer("pattern", pattern * torch.randn(1, 8, 8, 8, generator=generator))
+        self.register_buffer("hash", 300 * torch.randn(8, 3, 8, 8, generator=generator))
+        self.noise = noise
+        self.freeze()
+
+    def signal_of(self, images: Tensor, cell: int = 8) -> Tensor:
+        return F.conv2d(F.avg_pool2d(images, cell), self.mix)
+
+    def noise_of(self, images: Tensor) -> Tensor:
+        return self.noise * torch.sin(F.conv2d(images, self.hash, stride=8))
+
+    def extract(self, images: Tensor) -> BackboneOutput:
+        signal = self.signal_of(images)
+        pattern = resize(self.pattern, (signal.shape[-2], signal.shape[-1]))
+        return BackboneOutput(signal + pattern + self.noise_of(images), None)
+
+
+def train_planted(
+    photos: Path, folder: Path, backbone: Planted, upsampler: str, factor: int, steps: int, rate: float
+) -> SharpEncoder:
+    encoder = create_encoder(backbone, upsampler, factor, bias_buffer=bool(backbone.pattern.any()))
+    trainer = trainer_of(
+        photos,
+        folder,
+        encoder,
+        objective=ObjectiveConfig(downsampler="area", uncertainty=False),
+        num_steps=steps,
+        batch_size=4,
+        optim=OptimConfig(learning_rate=rate, jbu_learning_rate=rate),
+    )
+    trainer.dataset.size = (64, 64)
+    trainer.run()
+    return encoder.eval()
+
+
+def centred(x: Tensor) -> Tensor:
+    """Without the mean over positions, which no view can tell."""
+    return (x - x.mean((2, 3), keepdim=True)).flatten()
+
+
+def test_planted_position_bias_is_recovered_and_removed(photos, tmp_path):
+    """F8."""
+    backbone = Planted(pattern=1.0)
+    encoder = train_planted(photos, tmp_path, backbone, "identity", 1, steps=60, rate=0.1)
+    assert encoder.bias_buffer is not None
+    learned = encoder.bias_buffer.buffer.detach()
+    correlation = torch.corrcoef(torch.stack([centred(learned), centred(-backbone.pattern)]))[0, 1]
+    assert correlation > 0.95
+    # What is left of the pattern in the features of any picture, and what is left of the picture.
+    images = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        rest = encoder(images).high_res - backbone.signal_of(images)
+    assert centred(rest).square().mean() < 0.05 * centred(backbone.pattern).square().mean()
+    assert centred(rest - rest[:1]).abs().max() < 1e-5
+    # It is saved and loaded.
+    loaded = load_from_file(tmp_path / "last.pth", featurizer=Planted(pattern=1.0))
+    assert loaded.bias_buffer is not None
+    assert torch.equal(loaded.bias_buffer.buffer, learned)
+
+
+def test_what_views_disagree_on_is_attenuated_and_what_they_share_is_kept(photos, tmp_path):
+    """F2: of the noise, at most a fifth of the energy (and under half of what bilinear leaves); of the signal, 90 %."""
+    backbone = Planted(noise=1.0)
+    encoder = train_planted(photos, tmp_path, backbone, "featup", 2, steps=60, rate=0.03)
+    images = torch.stack([image_to_tensor(Image.open(path))[:, :64, :64] for path in sorted(photos.iterdir())])
+    whitened = encoder.input_conditioner(images)
+    with torch.no_grad():
+        signal, noise = backbone.signal_of(whitened), backbone.noise_of(whitened)
+        sharp_signal = encoder.upsampler.upsample(signal, whitened)  # type: ignore[operator]
+        sharp_noise = encoder.upsampler.upsample(noise, whitened)  # type: ignore[operator]
+    truth = backbone.signal_of(whitened, cell=4)
+    assert sharp_noise.square().mean() < 0.2 * noise.square().mean()
+    assert sharp_noise.square().mean() < 0.5 * resize(noise, (16, 16)).square().mean()
+    assert (sharp_signal * truth).mean() > 0.9 * truth.square().mean()
+    assert (sharp_signal - truth).square().mean() < 0.5 * (resize(signal, (16, 16)) - truth).square().mean()
