@@ -196,7 +196,7 @@ def _backbone_for(saved: Mapping[str, Any], featurizer: str | Backbone | None, p
     present = backbone.describe()
     # A label differs between two wrappers of one model; what the model is made of does not.
     different = [
-        f"{key} {present[key]!r} instead of {saved[key]!r}"
+        f"{key} {str(present[key])[:12]} instead of {str(saved[key])[:12]}"
         for key in ("patch_size", "embed_dim", "weights_sha256")
         if present[key] != saved[key]
     ]

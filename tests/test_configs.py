@@ -1,6 +1,7 @@
 """Every configuration file composes with every other, and a mistake in one key is answered at once and in one line."""
 
 import dataclasses
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ def test_every_model_composes_and_names_a_backbone(model):
 def test_every_upsampler_composes_and_exists(upsampler):
     config = compose(["+model=toy-vit", f"+upsampler={upsampler}", "train_data_dir=x"])
     assert config.upsampler.name in UPSAMPLERS
-    stem = upsampler.removesuffix("-published")
-    factor = int(stem.rpartition("-")[2].removesuffix("x")) if stem != "identity" else 1
+    named = re.search(r"-(\d+)x", upsampler)
+    factor = int(named[1]) if named else 1
     assert config.upsampler.factor == factor
     module = UPSAMPLERS[config.upsampler.name].factory(32, config.upsampler.factor, **config.upsampler.options)
     assert module.factor == factor

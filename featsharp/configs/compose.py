@@ -53,8 +53,8 @@ def compose(overrides: Sequence[str]) -> RunConfig:
             composed = hydra_compose("base_config", overrides=list(overrides))
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
         # Unresolved: what is missing may be named by interpolations elsewhere.
-        raw = flatten(OmegaConf.to_container(merged, resolve=False))
-        missing = sorted(key for key, value in raw.items() if value == "???")
+        raw: Any = OmegaConf.to_container(merged, resolve=False)
+        missing = sorted(key for key, value in flatten(raw).items() if value == "???")
         if missing:
             raise _missing(missing)
         config = OmegaConf.to_object(merged)

@@ -56,7 +56,7 @@ class FeatUp(GuidedUpsampler):
 
 
 class JBULevel(nn.Module):
-    """One joint bilateral filter after a bilinear enlargement by ``factor``; 1187 parameters less one dead scalar."""
+    """One joint bilateral filter after a bilinear enlargement by ``factor``; 1186 parameters."""
 
     offsets: Tensor
 
@@ -89,7 +89,8 @@ class JBULevel(nn.Module):
 
     def spatial_bias(self) -> Tensor:
         """-|t|^2 / (2 sigma^2), [7, 7]."""
-        return -self.offsets / (2 * self.sigma**2)
+        # The small number keeps 0 / 0 away from the centre when sigma has shrunk to nothing.
+        return -self.offsets / (2 * self.sigma**2 + 1e-12)
 
 
 def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:

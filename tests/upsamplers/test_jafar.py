@@ -1,0 +1,87 @@
+"""JAFAR against a plain loop over places and heads, and what its structure promises."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from featsharp.upsamplers import jafar
+from featsharp.upsamplers.jafar import DIM, JAFAR, NUM_HEADS, AxialRope
+
+
+def looped_attention(query, key, value):
+    """softmax per head, weights averaged over heads, applied to raw values; one place at a time."""
+    out = torch.zeros(query.shape[0], query.shape[1], value.shape[2], dtype=value.dtype)
+    head_dim = query.shape[-1] // NUM_HEADS
+    for b in range(query.shape[0]):
+        for i in range(query.shape[1]):
+            weights = torch.zeros(key.shape[1], dtype=value.dtype)
+            for head in range(NUM_HEADS):
+                part = slice(head * head_dim, (head + 1) * head_dim)
+                scores = torch.stack([query[b, i, part] @ k[part] for k in key[b]]) / math.sqrt(head_dim)
+                weights += scores.softmax(0) / NUM_HEADS
+            out[b, i] = sum(w * v for w, v in zip(weights, value[b], strict=True))
+    return out
+
+
+@pytest.mark.parametrize("band", [2**24, 40])
+def test_attention_equals_the_loop(band, monkeypatch):
+    monkeypatch.setattr(jafar, "MAX_BAND_SCORES", band)
+    query, key, value = torch.randn(2, 15, DIM), torch.randn(2, 6, DIM), torch.randn(2, 6, 5)
+    torch.testing.assert_close(jafar._averaged_attention(query, key, value), looped_attention(query, key, value))
+
+
+def test_bands_have_the_same_gradient(monkeypatch):
+    module, image = JAFAR(16, 2), torch.randn(1, 3, 40, 56)
+    features = torch.randn(1, 16, 3, 5)
+
+    def gradients():
+        module.zero_grad()
+        module.upsample(features, image).square().sum().backward()
+        return [p.grad.clone() for p in module.parameters()]
+
+    whole = gradients()
+    monkeypatch.setattr(jafar, "MAX_BAND_SCORES", 1)
+    torch.testing.assert_close(gradients(), whole)
+
+
+def test_output_stays_in_the_hull_of_the_features():
+    features = torch.randn(2, 16, 5, 3)
+    out = JAFAR(16, 3).upsample(features, torch.randn(2, 3, 70, 50))
+    low, high = features.amin((2, 3), keepdim=True), features.amax((2, 3), keepdim=True)
+    assert out.shape == (2, 16, 15, 9)
+    assert (out >= low - 1e-5).all()
+    assert (out <= high + 1e-5).all()
+
+
+def test_constant_features_stay_constant():
+    features = torch.randn(1, 16, 1, 1).expand(-1, -1, 4, 6)
+    out = JAFAR(16, 2).upsample(features, torch.randn(1, 3, 64, 96))
+    torch.testing.assert_close(out, features[..., :1, :1].expand_as(out))
+
+
+@pytest.mark.parametrize(("channels", "published"), [(384, 631_552), (768, 730_240), (1024, 796_032), (1152, 828_928)])
+def test_parameter_count(channels, published):
+    # Left out: value projection (128 C + 128), output projection (128^2 + 128) and norm (C) that never reach the output.
+    dead = 128 * channels + 128 + 128**2 + 128 + channels
+    assert sum(p.numel() for p in JAFAR(channels, 2).parameters()) == published - dead
+
+
+def test_rope_by_hand():
+    rope = AxialRope()
+    x = torch.randn(1, DIM, 3, 4)
+    out = rope(x)
+    frequencies = 2 * math.pi * 100 ** torch.linspace(0, -1, DIM // 4)
+    for row, col, channel in [(0, 0, 5), (1, 2, 7), (2, 3, 40), (2, 1, 64 + 3), (1, 3, 127)]:
+        at = row / 2 if channel < 64 else col / 3
+        angle = at * frequencies[channel % 32]
+        partner = -x[0, channel + 64, row, col] if channel < 64 else x[0, channel - 64, row, col]
+        expected = x[0, channel, row, col] * angle.cos() + partner * angle.sin()
+        assert out[0, channel, row, col].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_guidance_matters():
+    module, features = JAFAR(16, 2), torch.randn(1, 16, 4, 4)
+    first, second = (F.interpolate(torch.randn(1, 3, 8, 8), (64, 64)) for _ in range(2))
+    assert not torch.allclose(module.upsample(features, first), module.upsample(features, second), atol=1e-4)
