@@ -26,7 +26,7 @@ from featsharp.data.files import write_file
 from featsharp.data.loader import StepSampler, ViewDataset, load_views
 from featsharp.data.sources import ImageMixture
 from featsharp.data.views import ViewConfig, base_view
-from featsharp.errors import CheckpointError, ConfigError, FeatSharpError
+from featsharp.errors import CheckpointError, ConfigError, DataError, FeatSharpError
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics, StatisticsKey, fit_with_cache
 from featsharp.ops.memory import keep_freed_memory
@@ -76,6 +76,8 @@ def train(config: RunConfig) -> Trainer:
     """Run a whole training; returns the finished trainer."""
     if config.train_data_dir is None:
         raise ConfigError("which images? Set train_data_dir=FOLDER (images or tars), or the variable FEATSHARP_DATA")
+    if config.upsampler.dtype == "float16":
+        raise ConfigError("upsampler.dtype=float16 loses small gradients; train in bfloat16 or float32 and cast later")
     folder = Path(os.path.expandvars(config.output_root)).expanduser()
     _check_folder(folder, config)
     world = start_world(config.device)
@@ -162,7 +164,7 @@ def fit_normalizer(encoder: SharpEncoder, config: RunConfig, world: World) -> No
         backbone=backbone.name,
         weights_sha256=backbone.weights_hash(),
         input_size=backbone.input_size,
-        data=data_fingerprint(mixture),
+        data=data_fingerprint(mixture, settings.num_samples),
         samples=settings.num_samples,
         seed=config.seed,
     )
@@ -188,13 +190,20 @@ def collect_statistics(
     return merged
 
 
-def data_fingerprint(mixture: ImageMixture) -> str:
-    """A tag for the images of a mixture: their names and order, and the weights of the sources."""
-    digest = hashlib.sha256(repr(mixture.weights).encode())
-    for source in mixture.sources:
-        for index in range(len(source)):
-            digest.update(source.name(index).encode() + b"\n")
-    return digest.hexdigest()[:16]
+def data_fingerprint(mixture: ImageMixture, samples: int) -> str:
+    """A tag for the first samples of a mixture: the content of their files, not only their names."""
+    digests: dict[tuple[int, int], bytes] = {}
+    whole = hashlib.sha256()
+    for n in range(samples):
+        place = mixture.locate(n)
+        if place not in digests:
+            try:
+                content = mixture.sources[place[0]].read(place[1])
+            except DataError:
+                content = b""  # passed over in the statistics, too
+            digests[place] = hashlib.sha256(content).digest()
+        whole.update(digests[place])
+    return whole.hexdigest()[:16]
 
 
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:

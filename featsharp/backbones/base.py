@@ -125,7 +125,7 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def weights_hash(self) -> str:
-        """SHA-256 over the names, shapes and bytes of all weights in float32: what a checkpoint knows the backbone by."""
+        """SHA-256 over names, shapes and float32 bytes of all weights: what a checkpoint knows the backbone by."""
         digest = hashlib.sha256()
         for key, value in sorted(self.state_dict().items()):
             digest.update(f"{key}{tuple(value.shape)}".encode())

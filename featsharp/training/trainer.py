@@ -16,7 +16,7 @@ from featsharp.builder import save_checkpoint
 from featsharp.checkpoint import read_checkpoint
 from featsharp.data.loader import SkipLog, StepSampler, ViewDataset, load_views
 from featsharp.data.views import Views
-from featsharp.errors import CheckpointError
+from featsharp.errors import CheckpointError, InputError
 from featsharp.layers.spectral import add_spectral, spectral_norms
 from featsharp.model import SharpEncoder
 from featsharp.training.distributed import World, average_gradients, copy_from_main
@@ -162,6 +162,10 @@ class Trainer:
         )
         average_gradients(self.parameters, self.world)
         self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm)
+        if not torch.isfinite(self.gradient_norm):
+            raise InputError(
+                f"the gradient of step {self.step + 1} is not finite; lower the learning rate, or use float32"
+            )
         self.optimizer.step()
         self.schedule.step()
         self.step += 1

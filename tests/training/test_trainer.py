@@ -220,6 +220,16 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(photos, t
     assert load_from_file(tmp_path / "last.pth")(torch.randn(1, 3, 64, 64)).high_res.isfinite().all()
 
 
+def test_gradient_that_is_not_finite_never_reaches_the_weights(photos, tmp_path):
+    trainer = trainer_of(photos, tmp_path, num_steps=1)
+    before = {name: value.clone() for name, value in trainer.trained.named_parameters()}
+    trainer.parameters[0].register_hook(lambda gradient: gradient / 0)
+    with pytest.raises(InputError, match="gradient of step 1 is not finite"):
+        trainer.run()
+    assert_equal(dict(trainer.trained.named_parameters()), before)
+    assert not (tmp_path / "last.pth").exists()
+
+
 def test_failing_validation_does_not_cost_the_training(photos, tmp_path):
     def fail(encoder: SharpEncoder, objective: MultiViewObjective) -> Validation:
         raise InputError("nothing to see")

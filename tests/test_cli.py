@@ -1,0 +1,267 @@
+"""The command: what it writes, what it says, and that bad input costs one line and nothing else."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from featsharp import __version__
+from featsharp.backbones import list_backbones
+from featsharp.builder import create_encoder, load_from_file, save_checkpoint
+from featsharp.cli.main import COMMANDS, main
+from featsharp.configs.compose import options_of
+from featsharp.normalizers import NORMALIZERS, FeatureStatistics
+from featsharp.training.downsamplers import create_downsampler
+from featsharp.upsamplers import UPSAMPLERS
+
+TILE = ["--checkpoint", "tile-2x", "--backbone", "toy-vit"]
+
+
+def write_photo(path: Path, width: int = 60, height: int = 40, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    write_photo(tmp_path / "photos" / "a.png")
+    write_photo(tmp_path / "photos" / "deep" / "b.jpg", 100, 30, seed=1)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """An encoder as training leaves it, with the state of its downsampler."""
+    encoder = create_encoder("toy-vit", "featup", 2, normalizer="phi-s", bias_buffer=True)
+    statistics = FeatureStatistics(encoder.embed_dim)
+    statistics.update(encoder.backbone(torch.randn(8, 3, 64, 64)).features)
+    encoder.normalizer.fit(statistics)
+    downsampler = create_downsampler("simple", 32, 2, 5)
+    save_checkpoint(
+        encoder,
+        tmp_path / "last.pth",
+        config={"objective": {"downsampler": "simple", "kernel_size": 5}},
+        training={"objective": {f"downsampler.{k}": v for k, v in downsampler.state_dict().items()}},
+    )
+    return tmp_path / "last.pth"
+
+
+def run(*arguments: object) -> int:
+    """The exit status, also where argparse ends the program."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+def read_features(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+# upsample
+
+
+def test_upsample_of_an_image_and_a_folder(photos, checkpoint, tmp_path, capsys):
+    """U31: pictures that open, raw features that line up with the image, non-square sizes, folders kept."""
+    image = write_photo(tmp_path / "one" / "tall.png", 30, 90)
+    out = tmp_path / "out"
+    assert run("upsample", image, photos, "--checkpoint", checkpoint, "-o", out) == 0
+    results = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert results == sorted(f"{n}.{s}" for n in ("tall", "a", "deep/b") for s in ("png", "safetensors"))
+    assert sorted(capsys.readouterr().out.split()) == sorted(
+        str(out / f"{n}.safetensors") for n in ("tall", "a", "deep/b")
+    )
+    tensors, metadata = read_features(out / "tall.safetensors")
+    assert metadata == {"image_size": "90x30", "layout": "CHW"}
+    assert {name: value.dtype for name, value in tensors.items()} == dict.fromkeys(
+        ("low_res", "high_res"), torch.float32
+    )
+    expected = load_from_file(checkpoint).encode_image(image)
+    assert tensors["low_res"].shape[-2] > 2 * tensors["low_res"].shape[-1]
+    assert torch.equal(tensors["low_res"], expected.low_res[0])
+    assert torch.equal(tensors["high_res"], expected.high_res[0])
+    with Image.open(out / "tall.png") as picture:
+        assert picture.size == (3 * 149, 448)
+
+
+def test_upsample_at_a_given_size(photos, tmp_path):
+    assert run("upsample", photos / "a.png", *TILE, "-o", tmp_path / "out", "--size", "96x144") == 0
+    tensors, _ = read_features(tmp_path / "out" / "a.safetensors")
+    assert tensors["low_res"].shape == (32, 6, 9)
+    assert tensors["high_res"].shape == (32, 12, 18)
+
+
+def test_images_of_one_stem_do_not_share_a_result(tmp_path):
+    write_photo(tmp_path / "in" / "x.png")
+    write_photo(tmp_path / "in" / "x.jpg", seed=1)
+    assert run("upsample", tmp_path / "in", *TILE, "-o", tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+
+
+def test_one_bad_image_does_not_end_the_work_on_others(photos, tmp_path, capsys):
+    (photos / "aa.png").write_bytes(b"")
+    assert run("upsample", photos, *TILE, "-o", tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert len(captured.out.split()) == 2
+    (line,) = captured.err.splitlines()
+    assert line == f"featsharp upsample: {photos / 'aa.png'}: the file is empty (0 bytes)"
+
+
+# ls, pack, eval, panel
+
+
+def test_ls_prints_every_name_with_a_description(capsys):
+    """U28."""
+    assert run("ls") == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [*list_backbones(), *UPSAMPLERS.names(), *NORMALIZERS.names()]
+    names += [f"+model={n}" for n in options_of("model")] + [f"+upsampler={n}" for n in options_of("upsampler")]
+    described = {line.split()[0] for line in lines if line.startswith("  ") and len(line.split()) > 2}
+    assert set(names) <= described
+    assert run("ls", "upsamplers") == 0
+    text = capsys.readouterr().out
+    assert re.search(r"featsharp .*needs image, tiles; trained", text)
+    assert "backbones:" not in text
+
+
+def test_pack_round_trip(photos, tmp_path, capsys, caplog):
+    """U8."""
+    (photos / "broken.png").write_bytes(b"")
+    assert run("pack", photos, tmp_path / "shards") == 0
+    assert capsys.readouterr().out == "2 images in 1 shards, 1 skipped\n"
+    assert [r.message for r in caplog.records] == ["broken.png skipped: the file is empty (0 bytes)"]
+    with tarfile.open(tmp_path / "shards" / "shard-000000.tar") as tar:
+        contents = [tar.extractfile(member).read() for member in tar]  # type: ignore[union-attr]
+    assert contents == [(photos / "a.png").read_bytes(), (photos / "deep" / "b.jpg").read_bytes()]
+    assert run("pack", photos, tmp_path / "shards") == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_eval_fidelity_writes_a_table_and_json(photos, checkpoint, tmp_path, capsys):
+    assert (
+        run("eval", "fidelity", "--checkpoint", checkpoint, "--images", photos, "--json", tmp_path / "new" / "r.json")
+        == 0
+    )
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == ["fidelity_area", "fidelity_own", "cosine", "zoom_cosine"]
+    content = json.loads((tmp_path / "new" / "r.json").read_text())
+    assert content["backbone"] == "toy-vit"
+    assert content["factor"] == 2
+    assert content["skipped"] == []
+    assert list(content["result"]) == [line.split()[0] for line in table]
+    for estimate in content["result"].values():
+        assert estimate["low"] <= estimate["value"] <= estimate["high"]
+    # No machine's paths in a result that is to be shared.
+    assert str(tmp_path) not in json.dumps(content)
+
+
+def test_eval_of_a_training_free_upsampler(photos, capsys):
+    assert run("eval", "fidelity", *TILE, "--images", photos, "--limit", 1) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "fidelity_area",
+        "cosine",
+        "zoom_cosine",
+    ]
+
+
+def test_panel_writes_a_picture(photos, checkpoint, tmp_path):
+    """G1."""
+    assert run("panel", "pca", photos / "a.png", "--checkpoint", checkpoint, "--real", "-o", tmp_path / "p.png") == 0
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.width > 3 * picture.height
+
+
+# Bad input: one line on stderr, a status that is not zero, no traceback
+
+
+def nan_checkpoint(checkpoint: Path) -> Path:
+    content = torch.load(checkpoint, weights_only=True)
+    content["model"]["bias_buffer.buffer"][:] = float("nan")
+    torch.save(content, checkpoint)
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["upsample", "{photos}", "--checkpoint", "{tmp}/none.pth", "-o", "{tmp}/out"], "does not exist"),
+        (
+            ["upsample", "{photos}", "--checkpoint", "{checkpoint}", "--backbone", "toy-cnn", "-o", "{tmp}/out"],
+            "was trained for backbone 'toy-vit', not for this 'toy-cnn'",
+        ),
+        (["upsample", "{photos}", "--checkpoint", "tile-2x", "-o", "{tmp}/out"], "give it a backbone"),
+        (["upsample", "{tmp}/empty", *TILE, "-o", "{tmp}/out"], "holds no image"),
+        (["upsample", "{tmp}/none.jpg", *TILE, "-o", "{tmp}/out"], "does not exist"),
+        (["upsample", "{tmp}/zero.png", *TILE, "-o", "{tmp}/out"], "the file is empty"),
+        (["upsample", "{tmp}/tiny.png", *TILE, "-o", "{tmp}/out"], "smaller than one 8-pixel patch"),
+        (["upsample", "{photos}/a.png", *TILE, "-o", "{tmp}/out", "--size", "4x4"], "smaller than one 8-pixel patch"),
+        (["upsample", "{photos}/a.png", *TILE, "-o", "{tmp}/out", "--size", "big"], "HEIGHTxWIDTH"),
+        (["upsample", "{photos}/a.png", *TILE, "-o", "{photos}/a.png"], "cannot write"),
+        (["upsample", "{photos}/a.png", *TILE, "-o", "{tmp}/out", "--device", "gpu"], "device 'gpu' cannot be used"),
+        (["upsample", "{photos}/a.png", "--checkpoint", "{nan}", "-o", "{tmp}/out"], "NaN or infinite"),
+        (["upsample", "{photos}/a.png", "--checkpoint", "{photos}/a.png", "-o", "{tmp}/out"], "checkpoint"),
+        (["eval", "fidelity", *TILE, "--images", "{tmp}/empty"], "no images found"),
+        (["eval", "fidelity", "--checkpoint", "{nan}", "--images", "{photos}"], "NaN or infinite"),
+        (["eval", "speed", *TILE, "--images", "{photos}"], "invalid choice: 'speed'"),
+        (["pack", "{tmp}/empty", "{tmp}/out"], "no images found"),
+        (["pack", "{photos}", "{tmp}/out", "--images-per-shard", "0"], "at least 1"),
+        (["train", "+model=toy-vit", "+upsampler=featsharp-2x", "train_data_dir={tmp}/none"], "no such file"),
+        (["upsampel", "x"], "invalid choice: 'upsampel'"),
+        ([], "COMMAND"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, said, photos, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "zero.png").write_bytes(b"")
+    write_photo(tmp_path / "tiny.png", 5, 30)
+    places = {"photos": photos, "tmp": tmp_path, "checkpoint": checkpoint}
+    if any("{nan}" in argument for argument in arguments):
+        places["nan"] = nan_checkpoint(checkpoint)
+    assert run(*(argument.format(**places) for argument in arguments)) != 0
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("featsharp")
+    assert said in line
+    assert not list(tmp_path.glob("out/**/*.*"))
+
+
+def test_full_disk_costs_one_line_and_no_earlier_result(photos, tmp_path):
+    """The disk of a subprocess that may write 20 kB: the features do not fit, and what was there stays as it was."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "featsharp.cli.main", "upsample", str(photos), *TILE, "-o", str(out)]
+    out.mkdir()
+    (out / "a.safetensors").write_bytes(b"earlier")
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("featsharp upsample: cannot write")
+    assert "File too large" in line
+    assert [path.name for path in out.iterdir()] == ["a.safetensors"]
+    assert (out / "a.safetensors").read_bytes() == b"earlier"
+
+
+def test_version_and_help(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.strip() == __version__
+    for command in COMMANDS.keys() - {"train"}:
+        assert run(command, "--help") == 0
+    assert run("train", "--help") == 0
+    assert "output_base" in capsys.readouterr().out

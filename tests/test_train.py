@@ -1,0 +1,294 @@
+"""Training from the outside: folders in, artifacts out, one process or two, from the start or from a checkpoint."""
+
+import io
+import os
+import resource
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from featsharp.builder import load_from_file
+from featsharp.checkpoint import read_checkpoint
+from featsharp.train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "+model=toy-vit",
+    "batch_size=2",
+    "num_workers=0",
+    "num_training_steps=2",
+    "log_frequency=1",
+    "normalizer.num_samples=8",
+    "normalizer.batch_size=4",
+    "viz.num_images=1",
+    "viz.type=none",
+    "progress=false",
+]
+
+
+def picture(seed: int, dark: bool = False) -> bytes:
+    coarse = np.random.default_rng(seed).integers(0, 64 if dark else 256, (6, 8, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize((160, 120), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nested tars without a label; one member is cut in half."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_tar(folder / "part" / "0.tar", {f"{n}.png": picture(n) for n in range(3)})
+    broken = picture(9)[:200]
+    write_tar(folder / "part" / "deep" / "1.tar", {"3.png": picture(3), "broken.png": broken, "4.png": picture(4)})
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    (tmp_path / "photos").mkdir()
+    for number in range(4):
+        (tmp_path / "photos" / f"{number}.png").write_bytes(picture(number))
+    return tmp_path / "photos"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FEATSHARP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+def train(data: Path, *overrides: str, upsampler: str = "featsharp-2x", output: str = "outputs") -> int:
+    return main([*SMALL, f"+upsampler={upsampler}", f"train_data_dir={data}", f"output_base={output}", *overrides])
+
+
+def last_of(output: str = "outputs") -> dict:
+    return read_checkpoint(Path(output) / "toy-vit" / "64" / "last.pth")
+
+
+# From end to end
+
+
+def test_the_command_trains_from_nested_tars_and_leaves_its_artifacts(shards, tmp_path, own_cache):
+    """U5, U7, U12, U14, U16, U18, U19: one path for all three groups, no labels, a damaged member counted."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "featsharp.train", *SMALL, "+upsampler=featsharp-2x", f"train_data_dir={shards}"),
+            *("num_training_steps=4", "num_workers=1", "val_frequency=2", "viz.type=tensorboard"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trainable parameters" in done.stderr
+    assert "broken.png" in done.stderr
+    assert "1 images skipped" in done.stderr
+    folder = tmp_path / "outputs" / "toy-vit" / "64"
+    (events,) = folder.glob("events.*")
+    assert {path.name for path in folder.iterdir()} == {"last.pth", "best.pth", "config.yaml", events.name}
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["num_training_steps"] == 4
+    assert saved["val_data_dir"] == saved["dist_train_data_dir"] == str(shards)
+
+    reader = EventAccumulator(str(events))
+    reader.Reload()
+    tags = reader.Tags()
+    assert [event.step for event in reader.Scalars("loss/total")] == [1, 2, 3, 4]
+    assert [event.step for event in reader.Scalars("val/fidelity_area")] == [2, 4]
+    assert reader.Scalars("data/skipped")[-1].value == 1
+    assert tags["images"][0] == "val/features_0"
+    image = reader.Images("val/features_0")[-1]
+    assert Image.open(io.BytesIO(image.encoded_image_string)).size == (image.width, image.height)
+
+    for name in ("last.pth", "best.pth"):
+        encoder = load_from_file(folder / name)
+        assert encoder(torch.randn(1, 3, 128, 192)).high_res.shape == (1, 32, 16, 24)
+    assert read_checkpoint(folder / "last.pth")["config"] == saved
+    assert len(list((own_cache / "statistics").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "upsampler", ["featup-2x", "featsharp-2x-published", "featsharp-2x-jafar", "identity", "tile-2x"]
+)
+def test_other_upsamplers_train_and_load(photos, upsampler):
+    assert train(photos, upsampler=upsampler) == 0
+    loaded = load_from_file("outputs/toy-vit/64/last.pth")
+    assert loaded(torch.randn(1, 3, 64, 64)).high_res.isfinite().all()
+
+
+@pytest.mark.parametrize("overrides", [["normalizer=layernorm"], ["bias_buffer=false", "spectral=false"]])
+def test_parts_can_be_exchanged_or_left_out(photos, overrides):
+    assert train(photos, *overrides, upsampler="featup-2x") == 0
+    assert load_from_file("outputs/toy-vit/64/last.pth")(torch.randn(1, 3, 64, 64)).high_res.isfinite().all()
+
+
+def test_sources_may_be_weighted_and_paths_hold_variables(photos, shards, monkeypatch, tmp_path):
+    """U9."""
+    monkeypatch.setenv("PLACE", str(tmp_path / "elsewhere"))
+    assert train(f"[[{photos},2],{shards}]", output="$PLACE", upsampler="identity") == 0  # type: ignore[arg-type]
+    assert (tmp_path / "elsewhere" / "toy-vit" / "64" / "last.pth").exists()
+
+
+# Statistics of the normalizer
+
+
+def test_statistics_come_from_their_own_folder_and_are_cached(photos, tmp_path, own_cache):
+    """U11."""
+    (tmp_path / "dark").mkdir()
+    for number in range(4):
+        (tmp_path / "dark" / f"{number}.png").write_bytes(picture(number, dark=True))
+    means = {}
+    for output, overrides in (
+        ("plain", []),
+        ("own", [f"dist_train_data_dir={tmp_path / 'dark'}"]),
+        ("again", [f"dist_train_data_dir={tmp_path / 'dark'}"]),
+        ("dark", []),
+    ):
+        data = tmp_path / "dark" if output == "dark" else photos
+        assert train(data, *overrides, "num_training_steps=1", upsampler="identity", output=output) == 0
+        means[output] = last_of(output)["model"]["normalizer.mean"]
+    assert torch.equal(means["own"], means["again"])
+    assert torch.equal(means["own"], means["dark"])
+    assert (means["own"] - means["plain"]).abs().max() > 0.05
+    assert len(list((own_cache / "statistics").iterdir())) == 2
+
+
+# Stopping and going on
+
+
+def test_a_longer_run_resumes_with_the_very_normalizer_it_had(photos, own_cache):
+    assert train(photos, upsampler="featup-2x") == 0
+    first = last_of()
+    assert first["training"]["step"] == 2
+    # Without the cache a new fit would be needed, and could find another rotation.
+    for path in (own_cache / "statistics").iterdir():
+        path.unlink()
+    assert train(photos, "num_training_steps=5", "log_frequency=2", upsampler="featup-2x") == 0
+    second = last_of()
+    assert second["training"]["step"] == 5
+    assert torch.equal(second["model"]["normalizer.rotation"], first["model"]["normalizer.rotation"])
+    assert list((own_cache / "statistics").iterdir()) == []
+
+
+def test_another_configuration_is_refused_and_named(photos, capsys):
+    assert train(photos, upsampler="identity") == 0
+    before = Path("outputs/toy-vit/64/last.pth").read_bytes()
+    capsys.readouterr()
+    assert train(photos, "seed=3", "views.num_views=2", upsampler="identity") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot resume" in line
+    assert "seed 3 instead of 0" in line
+    assert "views.num_views 2 instead of" in line
+    assert "batch_size" not in line
+    assert train(photos, "resume=false", upsampler="identity") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "resume=false would overwrite" in line
+    assert train(photos, "num_training_steps=1", upsampler="identity") == 1
+    assert "beyond num_training_steps=1" in capsys.readouterr().err
+    assert Path("outputs/toy-vit/64/last.pth").read_bytes() == before
+
+
+def test_the_seed_decides_the_run(photos):
+    for output, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(len(output) + seed + 5)  # whatever was drawn before in this process
+        torch.rand(seed + 3)
+        assert train(photos, f"seed={seed}", upsampler="featup-2x", output=output) == 0
+    a, b, c = (last_of(output)["model"] for output in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["upsampler.levels.0.keys.0.weight"], c["upsampler.levels.0.keys.0.weight"])
+
+
+# What can go wrong
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["val_data_dir=none"], "no such file"),
+        (["dist_train_data_dir=none"], "no such file"),
+        (["viz.type=wandb"], "unknown viz.type"),
+        (["objective.downsampler=simpel"], "'simple'"),
+        (["model.dtype=int8"], "unknown dtype"),
+        (["device=gpu"], "device 'gpu'"),
+        (["+upsampler.options.windw=5"], "'windw'"),
+    ],
+)
+def test_mistakes_cost_one_line_and_no_training(photos, capsys, overrides, said):
+    assert train(photos, *overrides) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("featsharp train: ")
+    assert said in line
+    assert not list(Path().rglob("*.pth"))
+
+
+def test_unwritable_output_is_one_line(photos, tmp_path, capsys):
+    (tmp_path / "file").write_bytes(b"")
+    assert train(photos, output="file") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot write file/toy-vit/64/config.yaml" in line
+
+
+def test_full_disk_keeps_the_checkpoint(photos):
+    assert train(photos, upsampler="featup-2x") == 0
+    before = Path("outputs/toy-vit/64/last.pth").read_bytes()
+    command = [*SMALL, "+upsampler=featup-2x", f"train_data_dir={photos}", "num_training_steps=4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "featsharp.train", *command, "viz.type=tensorboard"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000)),
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("featsharp train:")]
+    assert len(errors) == 1
+    assert "cannot write checkpoint" in errors[0]
+    assert Path("outputs/toy-vit/64/last.pth").read_bytes() == before
+
+
+# Several processes
+
+
+def test_two_processes_equal_one_with_twice_the_batch(photos, tmp_path):
+    """U1, and the path form of the command, from the root of the repository."""
+    # A rotation may come out otherwise from statistics that were summed in another order; its scale may not.
+    common = ["normalizer=phi-s-onlyalpha", "model.dtype=float32", "upsampler.dtype=float32", "num_training_steps=3"]
+    common += ["objective.downsampler=simple", "objective.uncertainty=false", "optim.learning_rate=1e-2"]
+    assert train(photos, *common, output=str(tmp_path / "one")) == 0
+    assert train(photos, *common, "batch_size=1", output=str(tmp_path / "half")) == 0
+    arguments = [*SMALL, "+upsampler=featsharp-2x", f"train_data_dir={photos}", f"output_base={tmp_path / 'two'}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "featsharp/train.py", *arguments, *common, "batch_size=1"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    image = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one, two, half = (
+            load_from_file(tmp_path / name / "toy-vit" / "64" / "last.pth")(image).high_res
+            for name in ("one", "two", "half")
+        )
+    assert (one - two).abs().max() < 1e-3
+    assert (one - half).abs().max() > 1e-2
