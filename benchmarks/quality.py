@@ -55,7 +55,7 @@ def main() -> None:
         encoder.backbone.autocast_dtype = backbone_dtype
         rows[label] = measure(encoder, own, arguments.work / "heldout", size)
         print(label, {name: round(estimate.value, 4) for name, estimate in rows[label].items()}, flush=True)
-    write_report(arguments, rows, seconds)
+    write_report(arguments, rows, seconds, size)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -121,7 +121,10 @@ def measure(
 
 
 def write_report(
-    arguments: argparse.Namespace, rows: Mapping[str, Mapping[str, Estimate]], seconds: Mapping[str, float]
+    arguments: argparse.Namespace,
+    rows: Mapping[str, Mapping[str, Estimate]],
+    seconds: Mapping[str, float],
+    size: tuple[int, ...],
 ) -> None:
     """OUTPUT.json with everything, OUTPUT.md for people."""
     command = (
@@ -150,8 +153,8 @@ def write_report(
         f"# Quality of 2x upsamplers on `{arguments.backbone}`",
         "",
         f"Trained on the first {arguments.train_count} photographs by name, {arguments.steps} steps of batch "
-        f"{arguments.batch_size}, measured on the others. Input 448, low-resolution pass 224. Higher is better in every "
-        "column; brackets are 95 % bootstrap intervals over images.",
+        f"{arguments.batch_size}, measured on the others. Input {size[0]}, low-resolution pass {size[0] // 2}. Higher is "
+        "better in every column; brackets are 95 % bootstrap intervals over images.",
         "",
         "| encoder | fidelity, area pooling | fidelity, own downsampler | cosine | zoom cosine | seconds per step |",
         "|---|---|---|---|---|---|",

@@ -40,9 +40,11 @@ def save_figure(rows: list[Mapping[str, Tensor]], path: Path, *, cell: float = 2
     except ImportError as error:
         raise MissingDependencyError('figures need: pip install "featsharp[viz]"') from error
     captions = list(rows[0])
-    figure = Figure(figsize=(cell * len(captions), cell * len(rows) + 0.25), layout="constrained")
+    # Rows as high as their first picture wants, so that wide pictures leave no gaps.
+    heights = [cell * row[captions[0]].shape[-2] / row[captions[0]].shape[-1] for row in rows]
+    figure = Figure(figsize=(cell * len(captions), sum(heights) + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), len(captions), squeeze=False)
+    axes = figure.subplots(len(rows), len(captions), squeeze=False, height_ratios=heights)
     for line, row in zip(axes, rows, strict=True):
         for axis, caption in zip(line, captions, strict=True):
             axis.imshow(row[caption].clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
