@@ -153,8 +153,8 @@ def write_report(
         f"# Quality of 2x upsamplers on `{arguments.backbone}`",
         "",
         f"Trained on the first {arguments.train_count} photographs by name, {arguments.steps} steps of batch "
-        f"{arguments.batch_size}, measured on the others. Input {size[0]}, low-resolution pass {size[0] // 2}. Higher is "
-        "better in every column; brackets are 95 % bootstrap intervals over images.",
+        f"{arguments.batch_size}, measured on the others. Input {size[0]}, low-resolution pass {size[0] // 2}. Higher "
+        "is better in every column; brackets are 95 % bootstrap intervals over images.",
         "",
         "| encoder | fidelity, area pooling | fidelity, own downsampler | cosine | zoom cosine | seconds per step |",
         "|---|---|---|---|---|---|",

@@ -63,7 +63,7 @@ def test_constant_features_stay_constant():
 
 @pytest.mark.parametrize(("channels", "published"), [(384, 631_552), (768, 730_240), (1024, 796_032), (1152, 828_928)])
 def test_parameter_count(channels, published):
-    # Left out, for it never reaches the output: value projection (128 C + 128), output projection (128^2 + 128), norm C.
+    # Left out, for it never reaches the output: projections of values (128 C + 128) and output (128^2 + 128), norm (C).
     dead = 128 * channels + 128 + 128**2 + 128 + channels
     assert sum(p.numel() for p in JAFAR(channels, 2).parameters()) == published - dead
 
