@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def train_one(upsampler: str, arguments: argparse.Namespace) -> float:
             f"num_training_steps={arguments.steps}",
             f"batch_size={arguments.batch_size}",
             "val_frequency=0",
+            "device=cpu",
             "checkpoint_frequency=100",
         ]
     )
@@ -135,6 +137,7 @@ def write_report(
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     content = {
         "command": command,
+        "commit": commit(),
         "machine": machine,
         "versions": versions,
         "seconds_per_step": dict(seconds),
@@ -163,9 +166,21 @@ def write_report(
         speed = f"{seconds[label]:.2f}" if label in seconds else ""
         cells = [cell(label, name) for name in ("area", "own", "cosine", "zoom")]
         lines.append(f"| {label} | {' | '.join(cells)} | {speed} |")
-    lines += ["", f"Command: `{command}`", "", f"Machine: {machine}. Versions: {versions}.", ""]
+    lines += [
+        "",
+        f"Command: `{command}`",
+        "",
+        f"Machine: {machine}. Versions: {versions}. Commit: {content['commit']}.",
+        "",
+    ]
     arguments.output.with_suffix(".md").write_text("\n".join(lines))
     print("\n".join(lines))
+
+
+def commit() -> str:
+    """The commit of the checkout this runs from."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def processor() -> str:

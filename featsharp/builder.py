@@ -90,7 +90,8 @@ def load_from_file(path: str | PathLike[str], *, featurizer: str | Backbone | No
             from; otherwise the checkpoint's own is built. One that the checkpoint was not trained for is refused.
 
     Returns:
-        The encoder in eval mode, on the CPU.
+        The encoder in eval mode, on the CPU, without gradients; ``encoder.upsampler.requires_grad_()`` turns them on
+        for fine-tuning.
 
     Raises:
         CheckpointError: When the file is missing, damaged or unsafe, or its tensors do not fit.
@@ -116,7 +117,7 @@ def load_from_file(path: str | PathLike[str], *, featurizer: str | Backbone | No
         bias_buffer=recipe["bias_buffer"],
     )
     load_model_state(encoder, content["model"], path)
-    return encoder.eval()
+    return encoder.eval().requires_grad_(False)
 
 
 def save_checkpoint(
@@ -196,9 +197,9 @@ def _backbone_for(saved: Mapping[str, Any], featurizer: str | Backbone | None, p
     present = backbone.describe()
     # A label differs between two wrappers of one model; what the model is made of does not.
     different = [
-        f"{key} {str(present[key])[:12]} instead of {str(saved[key])[:12]}"
-        for key in ("patch_size", "embed_dim", "weights_sha256")
-        if present[key] != saved[key]
+        f"{key} {_short(present[key])} instead of {_short(saved[key])}"
+        for key in ("patch_size", "embed_dim", "input_size", "mean", "std", "weights_sha256")
+        if key in saved and present[key] != saved[key]
     ]
     if different:
         raise BackboneMismatchError(
@@ -206,3 +207,8 @@ def _backbone_for(saved: Mapping[str, Any], featurizer: str | Backbone | None, p
             + "; ".join(different)
         )
     return backbone
+
+
+def _short(value: object) -> str:
+    """A hash by its first digits, anything else whole."""
+    return value[:12] if isinstance(value, str) else str(value)

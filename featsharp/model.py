@@ -28,34 +28,44 @@ __all__ = ["InputConditioner", "SharpEncoder", "UpsampleFeatures"]
 class InputConditioner(nn.Module):
     """Whitening of pixels in [0, 1], like torchvision's ``Normalize``: ``(x - mean) / std`` per channel.
 
-    It warns once about input that looks whitened already (values outside of [0, 1]).
+    It warns once about input that looks whitened already (values outside of [0, 1]). It holds no tensors, so it works
+    in the processes of a data loader whatever device the encoder is on.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self.mean, self.std = tuple(mean), tuple(std)
         self._warned = False
 
     def forward(self, images: Tensor) -> Tensor:
         """[..., 3, H, W] in [0, 1], floating point, to the same shape and dtype."""
         if not images.is_floating_point():
             raise InputError(f"input_conditioner takes pixels in [0, 1]; got {images.dtype}, divide by 255 first")
-        if not self._warned and images.numel() and (images.amin() < -0.01 or images.amax() > 1.01):
+        # On a GPU the look at the values would make the host wait.
+        if (
+            not self._warned
+            and images.device.type == "cpu"
+            and images.numel()
+            and (images.amin() < -0.01 or images.amax() > 1.01)
+        ):
             warnings.warn(
                 f"input_conditioner got values from {images.amin():.2f} to {images.amax():.2f}; it expects pixels in "
                 "[0, 1]. Are the images already whitened, or in 0..255?",
                 stacklevel=2,
             )
             self._warned = True
-        return (images - self.mean.to(images)) / self.std.to(images)
+        return (images - self._constants(self.mean, images)) / self._constants(self.std, images)
 
     def invert(self, images: Tensor) -> Tensor:
         """Whitened images back to pixels in [0, 1]."""
-        return images * self.std.to(images) + self.mean.to(images)
+        return images * self._constants(self.std, images) + self._constants(self.mean, images)
+
+    def extra_repr(self) -> str:
+        return f"mean={self.mean}, std={self.std}"
+
+    @staticmethod
+    def _constants(values: tuple[float, ...], images: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=images.dtype, device=images.device)[:, None, None]
 
 
 class SharpEncoder(nn.Module):
@@ -67,6 +77,8 @@ class SharpEncoder(nn.Module):
         normalizer: Fitted, or to be fitted before use.
         bias_buffer: None for none.
     """
+
+    _anchor: Tensor
 
     def __init__(
         self,
@@ -86,8 +98,15 @@ class SharpEncoder(nn.Module):
         self.bias_buffer = bias_buffer
         self.upsampler = upsampler
         self.input_conditioner = InputConditioner(backbone.mean, backbone.std)
+        # Moves with the module, so that the encoder knows its device even where nothing has parameters.
+        self.register_buffer("_anchor", torch.empty(0), persistent=False)
         # How a checkpoint rebuilds this encoder; builder.create_encoder fills it in.
         self.recipe: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder is."""
+        return self._anchor.device
 
     @property
     def embed_dim(self) -> int:
@@ -161,13 +180,13 @@ class SharpEncoder(nn.Module):
         """(h, w) in pixels of the low-resolution pass for an image of ``image_size``."""
         return self._scaled_size(image_size, 1 / self.upsampler.input_upsample_factor)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: users train probes on these features
     def encode_image(
         self,
         image: "str | PathLike[str] | Image",
         *,
         size: tuple[int, int] | None = None,
-        denormalize: bool = True,
+        denormalize: bool | None = None,
         return_summary: bool = False,
     ) -> UpsampleFeatures:
         """Sharp features of one picture, lined up with its pixels.
@@ -179,6 +198,7 @@ class SharpEncoder(nn.Module):
         Args:
             image: A file, or a PIL image.
             size: (h, w) in pixels to scale the picture to instead; the picture's own size keeps every detail.
+            denormalize: As for :meth:`forward`; None: True wherever the normalizer has an inverse.
 
         Returns:
             As :meth:`forward`, with B = 1, on the device of the encoder.
@@ -189,13 +209,14 @@ class SharpEncoder(nn.Module):
         low_res_size = None
         if size is None:
             k = self.upsampler.input_upsample_factor
-            low_res_size = self._native_low_res_size(size_of(pixels))
+            low_res_size = self.native_low_res_size(size_of(pixels))
             size = low_res_size[0] * k, low_res_size[1] * k
-        parameter = next(self.upsampler.parameters(), next(self.backbone.parameters(), pixels))
-        whitened = self.input_conditioner(resize(pixels, size).to(parameter.device)).to(parameter.dtype)
+        whitened = self.input_conditioner(resize(pixels, size)).to(self._anchor)
+        denormalize = self.normalizer.invertible if denormalize is None else denormalize
         return self(whitened, denormalize=denormalize, return_summary=return_summary, low_res_size=low_res_size)
 
-    def _native_low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+    def native_low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) in pixels with the aspect ratio of an image and about the area of the backbone's native size."""
         native_h, native_w = self.backbone.input_size
         return self._scaled_size(image_size, (native_h * native_w / (image_size[0] * image_size[1])) ** 0.5)
 

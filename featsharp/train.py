@@ -39,7 +39,7 @@ from featsharp.validation import ValidationSamples
 
 logger = logging.getLogger(__name__)
 
-# Keys that a resumed run may change: they do not alter what is learned.
+# Keys that a resumed run may change: they change how long, where and how closely watched, not what a step does.
 FREE_TO_CHANGE = {
     "device", "dry_run", "log_frequency", "val_frequency", "checkpoint_frequency", "num_workers", "output_base",
     "output_root", "progress", "resume", "val_data_dir", "viz.type", "viz.num_images", "num_training_steps",
@@ -149,6 +149,8 @@ def view_size(encoder: SharpEncoder) -> tuple[int, int]:
 
 def fit_normalizer(encoder: SharpEncoder, config: RunConfig, world: World) -> None:
     """Fit PHI-S on images of ``dist_train_data_dir``, each process on its share, or take the fit from the cache."""
+    if not encoder.normalizer.needs_fit:
+        return
     backbone, settings = encoder.backbone, config.normalizer
     mixture = ImageMixture.from_data_dir(config.dist_train_data_dir, seed=config.seed)
 
@@ -213,7 +215,11 @@ def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
         return names[name]
     if name != "auto":
         raise ConfigError(f"unknown dtype {name!r}; use auto, {', '.join(names)}")
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    fast = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda"
+        else torch.cpu._is_avx512_bf16_supported()
+    )
     return torch.bfloat16 if fast else None
 
 

@@ -55,7 +55,7 @@ def feature_panel(encoder: SharpEncoder, image: Image) -> Tensor:
     """Image, low resolution, bilinear and sharp features in a row, in one PCA basis: [3, CELL, 4 * CELL]."""
     size = default_eval_size(encoder)
     canvas, mask = cut_canvas(image, size)
-    base = base_view(Views(canvas[None], mask[None], torch.empty(0)))[0].to(encoder.input_conditioner.mean.device)
+    base = base_view(Views(canvas[None], mask[None], torch.empty(0)))[0].to(encoder.device)
     out = encoder(encoder.input_conditioner(base), low_res_size=encoder.backbone.input_size)
     colours = FeaturePCA(out.low_res)
     bilinear = resize(out.low_res, (out.high_res.shape[-2], out.high_res.shape[-1]))

@@ -211,3 +211,25 @@ def test_the_bias_buffer_has_the_native_grid():
     encoder = create_encoder("toy-vit", "bilinear", 2, bias_buffer=True)
     assert encoder.bias_buffer.buffer.shape == (1, 32, 8, 8)
     assert create_encoder("toy-vit", "bilinear", 2).bias_buffer is None
+
+
+def test_other_whitening_is_refused(tmp_path):
+    module = nn.Conv2d(3, 32, 8, stride=8)
+    first = from_callable(module, input_size=(64, 64))
+    save_checkpoint(create_encoder(first, "featup", 2), tmp_path / "a.pth")
+    second = from_callable(module, input_size=(64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
+    with pytest.raises(BackboneMismatchError, match=r"mean \[0.5, 0.5, 0.5\] instead of \[0.485"):
+        load_from_file(tmp_path / "a.pth", featurizer=second)
+
+
+def test_mistyped_options_name_the_nearest():
+    with pytest.raises(ConfigError, match="'widhts'; did you mean 'widths'"):
+        create_encoder("toy-vit", "featsharp", 2, upsampler_options={"widhts": "published"})
+
+
+def test_loaded_encoders_need_no_gradient_and_can_get_it(tmp_path):
+    save_checkpoint(create_encoder("toy-vit", "featsharp", 2), tmp_path / "a.pth")
+    venc = load_from_file(tmp_path / "a.pth")
+    assert not venc(smooth_images(1, (128, 128))).high_res.requires_grad
+    venc.upsampler.requires_grad_()
+    assert venc(smooth_images(1, (128, 128))).high_res.requires_grad

@@ -265,3 +265,14 @@ def test_version_and_help(capsys):
         assert run(command, "--help") == 0
     assert run("train", "--help") == 0
     assert "output_base" in capsys.readouterr().out
+
+
+def test_upsample_never_overwrites_its_input(tmp_path, capsys):
+    photo = write_photo(tmp_path / "photo.png")
+    before = photo.read_bytes()
+    arguments = ("--checkpoint", "tile-2x", "--backbone", "toy-vit", "-o", tmp_path)
+    for source in (photo, tmp_path):
+        assert run("upsample", source, *arguments) == 1
+        assert "would overwrite it" in capsys.readouterr().err
+    assert photo.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]

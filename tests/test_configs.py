@@ -23,6 +23,7 @@ from featsharp.training.writers import WRITERS
 from featsharp.upsamplers import UPSAMPLERS
 
 CONFIGS = Path(compose.__code__.co_filename).parent
+README = Path(__file__).resolve().parents[1] / "README.md"
 BASE = ["+model=toy-vit", "+upsampler=featsharp-2x", "train_data_dir=photos"]
 
 
@@ -182,9 +183,19 @@ def test_mistakes_are_named_in_one_line(overrides, said):
     assert "object_type" not in str(caught.value)
 
 
-def test_advice_of_the_configuration_library_is_kept():
-    with pytest.raises(ConfigError, match=r"use \+upsampler.options.window=5"):
-        compose([*BASE, "upsampler.options.window=5"])
+def test_options_of_an_upsampler_need_no_mark():
+    assert compose([*BASE, "upsampler.options.window=5"]).upsampler.options["window"] == 5
+    assert compose([*BASE, "+upsampler.options.window=5"]).upsampler.options["window"] == 5
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["upsampler.options.widths=published", "views.jitter_zoom=[0.95,1.0526]", "objective.downsampler=attention",
+     "objective.uncertainty=true"],
+)  # fmt: skip
+def test_overrides_of_the_readme_compose(override):
+    assert override in README.read_text(encoding="utf-8")
+    compose([*BASE, override])
 
 
 def test_missing_groups_list_what_there_is():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 from featsharp import SharpEncoder, create_backbone, create_encoder
 from featsharp.errors import ConfigError, DataError, InputError
@@ -95,7 +96,7 @@ def test_normalised_features_have_unit_spread_and_denormalised_ones_those_of_the
 def test_the_bias_is_added_in_normalised_space():
     venc, images = fitted_encoder("bilinear", bias=True), smooth_images(2, (64, 64))
     with torch.no_grad():
-        expected = venc.normalizer(venc.backbone(images).features) + venc.bias_buffer.buffer
+        expected = venc.normalizer(venc.backbone(images).features) + venc.bias_buffer.at((8, 8))
         out = venc(images)
         torch.testing.assert_close(out.low_res, expected)
         denormalised = venc(images, denormalize=True).low_res
@@ -264,3 +265,18 @@ def test_assembled_by_hand_equals_built_by_name():
     )
     with torch.no_grad():
         assert torch.equal(by_hand(images).high_res, create_encoder("toy-vit", "tile", 2)(images).high_res)
+
+
+def test_a_probe_trains_on_encoded_images():
+    picture = Image.fromarray(np.zeros((60, 90, 3), dtype=np.uint8))
+    probe = nn.Conv2d(32, 2, 1)
+    probe(create_encoder("toy-vit", "tile", 2).encode_image(picture).high_res).sum().backward()
+    assert probe.weight.grad is not None
+
+
+def test_the_conditioner_has_no_tensors_to_move_or_round():
+    conditioner = create_encoder("toy-vit", "tile", 2).bfloat16().input_conditioner
+    assert not conditioner.state_dict()
+    pixels = torch.rand(3, 8, 8)
+    expected = (pixels - torch.tensor(conditioner.mean)[:, None, None]) / torch.tensor(conditioner.std)[:, None, None]
+    assert torch.equal(conditioner(pixels), expected)

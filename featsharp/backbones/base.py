@@ -61,6 +61,7 @@ class Backbone(nn.Module):
         self.mean, self.std = tuple(mean), tuple(std)
         self.summary_dim = summary_dim
         self.flexible = flexible
+        self._hash: tuple[object, str] | None = None
 
     def extract(self, images: Tensor) -> BackboneOutput:
         """Features and summary of whitened images of a size that was already checked."""
@@ -126,11 +127,16 @@ class Backbone(nn.Module):
 
     def weights_hash(self) -> str:
         """SHA-256 over names, shapes and float32 bytes of all weights: what a checkpoint knows the backbone by."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(f"{key}{tuple(value.shape)}".encode())
-            digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        state = sorted(self.state_dict().items())
+        # Hashing copies all weights, and every checkpoint asks; a weight that changed has another place or version.
+        version = tuple((value.data_ptr(), value._version) for _, value in state)
+        if self._hash is None or self._hash[0] != version:
+            digest = hashlib.sha256()
+            for key, value in state:
+                digest.update(f"{key}{tuple(value.shape)}".encode())
+                digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+            self._hash = (version, digest.hexdigest())
+        return self._hash[1]
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must know to rebuild or to recognise this backbone."""
@@ -139,6 +145,8 @@ class Backbone(nn.Module):
             "patch_size": self.patch_size,
             "embed_dim": self.embed_dim,
             "input_size": list(self.input_size),
+            "mean": list(self.mean),
+            "std": list(self.std),
             "weights_sha256": self.weights_hash(),
         }
 

@@ -85,7 +85,7 @@ def own_downsampler(checkpoint: str, encoder: SharpEncoder) -> nn.Module | None:
     prefix = "downsampler."
     state = content["training"]["objective"]
     downsampler.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    return downsampler.to(encoder.input_conditioner.mean.device).eval()
+    return downsampler.to(encoder.device).eval()
 
 
 def write_json(
@@ -101,7 +101,7 @@ def write_json(
         "skipped": [list(entry) for entry in images.skipped],
         "result": {name: estimate._asdict() for name, estimate in result.items()},
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {encoder.input_conditioner.mean.device.type}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {encoder.device.type}",
     }
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 

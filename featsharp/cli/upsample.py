@@ -64,7 +64,7 @@ def upsample_file(encoder: SharpEncoder, source: Path, target: Path, *, size: tu
     from safetensors.torch import save
 
     image = decode_image(source)
-    out = encoder.encode_image(image, size=size, denormalize=encoder.normalizer.invertible)
+    out = encoder.encode_image(image, size=size)
     if not torch.isfinite(out.high_res).all():
         raise InputError("the features hold NaN or infinite values; nothing was written")
     tensors = {"low_res": out.low_res[0].float().cpu(), "high_res": out.high_res[0].float().cpu()}
@@ -98,6 +98,11 @@ def _jobs(paths: list[Path], output: Path) -> Iterator[tuple[Path, Path]]:
             result = short if taken.setdefault(short, source) == source else target
             if result is target and taken.setdefault(target, source) != source:
                 raise ConfigError(f"{source} and {taken[target]} would write the same result; use two output folders")
+            for suffix in (".png", ".safetensors"):
+                if result.with_name(result.name + suffix).resolve() == source.resolve():
+                    raise ConfigError(
+                        f"the result for {source} would overwrite it; choose another output folder with -o"
+                    )
             yield source, result
 
 

@@ -50,7 +50,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     try:
         GlobalHydra.instance().clear()
         with initialize_config_module("featsharp.configs", version_base="1.3"):
-            composed = hydra_compose("base_config", overrides=list(overrides))
+            composed = hydra_compose("base_config", overrides=[_appendable(override) for override in overrides])
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
         # Unresolved: what is missing may be named by interpolations elsewhere.
         raw: Any = OmegaConf.to_container(merged, resolve=False)
@@ -112,6 +112,11 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             near = difflib.get_close_matches(key, [*keys, *GROUPS], n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"valid keys: {', '.join(sorted(keys))}"
             raise ConfigError(f"unknown configuration key {key!r}; {hint}")
+
+
+def _appendable(override: str) -> str:
+    """Options of an upsampler have no defaults to override, so Hydra wants them marked as additions."""
+    return f"++{override}" if override.startswith("upsampler.options.") else override
 
 
 def _valid_keys(schema: Any = RunConfig, prefix: str = "") -> set[str]:

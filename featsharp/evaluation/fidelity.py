@@ -66,7 +66,7 @@ class FidelityMeter:
     @torch.inference_mode()
     def add(self, image: Image) -> None:
         """Measure one RGB picture."""
-        encoder, device = self.encoder, self.encoder.input_conditioner.mean.device
+        encoder, device = self.encoder, self.encoder.device
         rng = np.random.default_rng((self.seed, len(self._rows)))
         canvas, mask = cut_canvas(image, self.size)
         homographies = np.stack([sample_homography(self.size, self.views, rng) for _ in range(self.views.num_views)])

@@ -35,9 +35,7 @@ class ZoomMeter:
         size = (2 * native[0], 2 * native[1])
         my, mx = canvas_margin(size)
         canvas, _ = cut_canvas(image, size)
-        whitened = encoder.input_conditioner(
-            canvas[None, :, my : my + size[0], mx : mx + size[1]].to(encoder.input_conditioner.mean.device)
-        )
+        whitened = encoder.input_conditioner(canvas[None, :, my : my + size[0], mx : mx + size[1]].to(encoder.device))
         grid = backbone.grid_size(native)
         features = predict_raw(encoder, whitened, native)
         # One cell per token of the doubled image: finer maps are averaged, coarser ones repeated.

@@ -13,6 +13,9 @@ from featsharp.ops.resize import resize, size_of
 class BiasBuffer(nn.Module):
     """Adds a learned [1, C, h, w] map, zero at the start, resized to whatever grid the features have.
 
+    Its spatial mean is taken off: a constant would cancel in training, between prediction and target, and only shift
+    the features that come out.
+
     Args:
         embed_dim: Channels C.
         grid: Tokens (h, w) of the backbone's native size.
@@ -28,7 +31,7 @@ class BiasBuffer(nn.Module):
 
     def at(self, grid: tuple[int, int]) -> Tensor:
         """The map at a grid of (h, w) tokens, [1, C, h, w]."""
-        return resize(self.buffer, grid)
+        return resize(self.buffer - self.buffer.mean((2, 3), keepdim=True), grid)
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.buffer.shape)}"

@@ -12,7 +12,7 @@ from featsharp.normalizers.base import NORMALIZERS, Normalizer
 
 @NORMALIZERS.register("layernorm", "LayerNorm over channels with affine weights, FeatUp's choice; no inverse")
 class ChannelLayerNorm(Normalizer):
-    """LayerNorm over the channels of each token, with trainable ``weight`` and ``bias`` [C]. Has no inverse."""
+    """LayerNorm over the channels of each token, with ``weight`` and ``bias`` [C]. Has no inverse."""
 
     name = "layernorm"
     invertible = False

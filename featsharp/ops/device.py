@@ -10,13 +10,15 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
 
     Args:
         name: "auto" or what ``torch.device`` takes.
-        local_rank: Which CUDA device "auto" takes.
+        local_rank: Which CUDA device "auto" and "cuda" take.
 
     Raises:
         ConfigError: When there is no such device here.
     """
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

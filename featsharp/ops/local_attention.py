@@ -22,7 +22,7 @@ from featsharp.errors import ConfigError, InputError
 
 # Side of a block: 64 queries see (8 + K - 1)^2 keys, a good size for matrix products on CPUs and GPUs alike.
 BLOCK = 8
-# Scores that one band may hold: 64 MiB in float32.
+# Numbers that one band may hold, scores or gathered values: 64 MiB in float32.
 MAX_BAND_SCORES = 2**24
 
 Border = Literal["clip", "reflect"]
@@ -49,7 +49,8 @@ def local_attention(
         bias: [N, K, K], added to the scaled scores; entry (dy, dx) belongs to the key at offset (dy - K//2, dx - K//2).
         scale: Factor on the scores, a number or a tensor of one element (it may need a gradient).
         border: "clip" leaves out keys beyond the edge of the map; "reflect" mirrors the map there, edge not repeated.
-        max_band_scores: Scores held at once; smaller bounds memory more tightly. The result does not depend on it.
+        max_band_scores: Scores, or gathered keys and values, held at once; smaller bounds memory more tightly. The
+            result does not depend on it.
 
     Returns:
         [B, H, W, N, E] in the dtype of ``value``. The softmax is computed in float32 (float64 for float64 input).
@@ -87,7 +88,8 @@ def local_attention(
         out = out.unflatten(4, (BLOCK, BLOCK)).permute(0, 1, 4, 2, 5, 3, 6)
         return out.flatten(3, 4).flatten(1, 2)
 
-    per_row = query.shape[0] * cols.blocks * block_bias.numel()
+    gathered = in_window.shape[1] * query.shape[3] * (query.shape[4] + value.shape[4])
+    per_row = query.shape[0] * cols.blocks * max(block_bias.numel(), gathered)
     band_rows = max(1, max_band_scores // per_row)
     bands = torch.arange(rows.blocks, device=query.device).split(band_rows)
     if len(bands) == 1:

@@ -33,6 +33,8 @@ def start_world(device: str) -> World:
     chosen = find_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:
         return World(0, 1, chosen)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # collectives of objects use the current device
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return World(dist.get_rank(), dist.get_world_size(), chosen)

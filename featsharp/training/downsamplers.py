@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featsharp.errors import unknown_name
 from featsharp.registry import Registry
 
 DOWNSAMPLERS: Registry[nn.Module] = Registry("downsampler")
 
 
 def create_downsampler(name: str, embed_dim: int, factor: int, kernel_size: int = 9) -> nn.Module:
-    """Build a downsampler by name ("attention", "simple" or "area")."""
-    if name not in DOWNSAMPLERS:
-        raise unknown_name("downsampler", name, DOWNSAMPLERS.names())
-    return DOWNSAMPLERS[name].factory(embed_dim, factor, kernel_size)
+    """Build a downsampler by name ("attention", "simple" or "area").
+
+    A kernel smaller than the factor x factor cell would see only a corner of it, so it is at least as large.
+    """
+    return DOWNSAMPLERS[name].factory(embed_dim, factor, max(kernel_size, factor))
 
 
 @DOWNSAMPLERS.register("area", "mean over factor x factor cells, no parameters")

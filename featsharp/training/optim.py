@@ -1,4 +1,4 @@
-"""Optimiser groups and learning-rate schedule (FeatSharp, section 8.5 of our method notes)."""
+"""Optimiser groups and learning-rate schedule of the published FeatSharp training (arXiv 2502.16025)."""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from featsharp.errors import ConfigError
 from featsharp.layers.spectral import SpectralScale
 from featsharp.upsamplers.featsharp import FeatSharp
 from featsharp.upsamplers.featup import JBULevel
@@ -68,7 +69,13 @@ def parameter_groups(encoder_parts: nn.Module, objective: nn.Module, config: Opt
 
 def build_optimizer(encoder_parts: nn.Module, objective: nn.Module, config: OptimConfig) -> torch.optim.NAdam:
     """NAdam with its default betas over :func:`parameter_groups`."""
-    return torch.optim.NAdam(parameter_groups(encoder_parts, objective, config))
+    groups = parameter_groups(encoder_parts, objective, config)
+    if not groups:
+        raise ConfigError(
+            "there is nothing to train: this upsampler has no parameters; turn on bias_buffer, or use it untrained "
+            "(load_from_file('bilinear-2x', featurizer=...))"
+        )
+    return torch.optim.NAdam(groups)
 
 
 def build_schedule(

@@ -9,6 +9,8 @@ from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
 from featsharp.training.objective import Losses, MultiViewObjective
 
+# Numbers in the warped maps that the objective holds at once: 512 MiB in float32.
+MAX_WARPED_ELEMENTS = 2**27
 # A token counts when at least this part of its pixels shows image.
 TOKEN_COVERAGE = 0.99
 
@@ -22,8 +24,9 @@ def backward_step(
 ) -> Losses:
     """Add the gradients of one batch to ``encoder`` and ``objective``.
 
-    The objective is differentiated down to a detached leaf of the high-resolution map, whose gradient then runs once
-    through the upsampler, however many views there are. The result equals the gradient of the whole.
+    The objective is differentiated down to a detached leaf of the high-resolution map, as many views at a time as
+    memory allows; the gradient then runs once through the upsampler, however many views there are. The result equals
+    the gradient of the whole.
 
     Args:
         encoder: In training mode; the backbone stays frozen.
@@ -42,16 +45,34 @@ def backward_step(
         high_res = encoder.upsampler(encoder.input_conditioner(base), encoder.encode, low_res_size).high_res
     high_res = high_res.to(base.dtype)
     leaf = high_res.detach().requires_grad_()
-    losses = objective(leaf, base_mask, targets, token_masks, views.homographies)
-    if not torch.isfinite(losses.total):
-        raise InputError(
-            f"the training loss is {losses.total.item()}; the backbone or the upsampler returns NaN or infinite "
-            "features (lower the learning rate, or use float32)"
-        )
-    losses.total.backward()
+    target_leaf = targets.detach().requires_grad_(targets.requires_grad)
+    parts = []
+    batch, count = views.homographies.shape[:2]
+    for chosen in torch.arange(count).split(views_at_once(high_res)):
+
+        def pick(x: Tensor, chosen: Tensor = chosen) -> Tensor:
+            return x.unflatten(0, (batch, count))[:, chosen].flatten(0, 1)
+
+        part = objective(leaf, base_mask, pick(target_leaf), pick(token_masks), views.homographies[:, chosen])
+        # The losses are means over views, so each part counts by its share of them.
+        part = Losses(*(value * (len(chosen) / count) for value in part))
+        if not torch.isfinite(part.total):
+            raise InputError(
+                f"the training loss is {part.total.item()}; the backbone or the upsampler returns NaN or infinite "
+                "features (lower the learning rate, or use float32)"
+            )
+        part.total.backward()
+        parts.append(part)
     if high_res.requires_grad:
         high_res.backward(leaf.grad)
-    return losses
+    if targets.requires_grad:
+        targets.backward(target_leaf.grad)
+    return Losses(*(torch.stack(values).sum().detach() for values in zip(*parts, strict=True)))
+
+
+def views_at_once(high_res: Tensor) -> int:
+    """How many warped copies of a batch of maps fit into MAX_WARPED_ELEMENTS, at least one."""
+    return max(1, MAX_WARPED_ELEMENTS // high_res.numel())
 
 
 def encode_views(encoder: SharpEncoder, views: Views, low_res_size: tuple[int, int]) -> tuple[Tensor, Tensor]:

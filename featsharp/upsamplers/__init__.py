@@ -4,9 +4,10 @@ Adding one is a module with a ``@register_upsampler`` class and a line of import
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, Protocol
 
-from featsharp.errors import ConfigError
+from featsharp.errors import unknown_name
 from featsharp.upsamplers import featsharp, featup, interpolate, jafar, tile  # noqa: F401  (registers them)
 from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler
 from featsharp.upsamplers.registration import UPSAMPLERS, register_upsampler
@@ -43,11 +44,12 @@ def create_upsampler(
     Raises:
         ConfigError: For an unknown name or an option that this upsampler does not have.
     """
-    entry = UPSAMPLERS[name]
-    try:
-        return entry.factory(backbone.embed_dim, factor, **(options or {}))
-    except TypeError as error:
-        raise ConfigError(f"upsampler {name!r}: {error}") from error
+    factory = UPSAMPLERS[name].factory
+    allowed = [p.name for p in signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option in options or {}:
+        if option not in allowed:
+            raise unknown_name(f"option of upsampler {name!r}:", option, allowed)
+    return factory(backbone.embed_dim, factor, **(options or {}))
 
 
 def list_upsamplers() -> list[str]:

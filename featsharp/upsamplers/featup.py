@@ -26,7 +26,7 @@ WINDOW = 7
 MAX_LOG_TEMPERATURE = 9.21  # exp() of it is 1e4, the published clamp
 
 # Width of the spatial kernel at the start, in units of half the window: "published" is a broad blur of the bilinear
-# map, "bilinear" puts 95 % of the weight on the centre and still has a gradient to widen or narrow.
+# map, "bilinear" puts 92 % of the weight on the centre and still has a gradient to widen or narrow.
 START_SIGMA = {"published": 1.0, "bilinear": 0.12}
 
 Start = Literal["bilinear", "published"]

@@ -29,19 +29,17 @@ def compare_encoders(image: Image, encoders: Mapping[str, SharpEncoder], *, real
         raise ConfigError("nothing to compare; give at least one encoder")
     first = next(iter(encoders.values()))
     backbone = first.backbone
-    scale = (backbone.input_size[0] * backbone.input_size[1] / (image.height * image.width)) ** 0.5
-    patch = backbone.patch_size
-    low_res_size = backbone.fit_size(max(patch, image.height * scale), max(patch, image.width * scale))
+    low_res_size = first.native_low_res_size((image.height, image.width))
     factor = max(encoder.factor for encoder in encoders.values())
     size = (factor * low_res_size[0], factor * low_res_size[1])
     pixels = resize(image_to_tensor(image)[None], size)
-    whitened = first.input_conditioner(pixels.to(first.input_conditioner.mean.device))
+    whitened = first.input_conditioner(pixels.to(first.device))
     maps = {}
     low_res = backbone(resize(whitened, low_res_size)).features
     if real and backbone.flexible:
         maps[f"real {factor}x"] = backbone(whitened).features
     for caption, encoder in encoders.items():
-        maps[caption] = encoder(whitened, denormalize=True, low_res_size=low_res_size).high_res
+        maps[caption] = encoder(whitened, denormalize=encoder.normalizer.invertible, low_res_size=low_res_size).high_res
     colours = FeaturePCA(low_res)
     return {
         "image": pixels[0],

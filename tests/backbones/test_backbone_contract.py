@@ -239,3 +239,12 @@ def test_a_missing_package_gives_its_command(absent):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert f"needs {absent}" in result.stdout
     assert command in result.stdout
+
+
+def test_hash_is_kept_until_a_weight_changes():
+    backbone = create_backbone("toy-vit")
+    first = backbone.weights_hash()
+    assert backbone.weights_hash() is first
+    with torch.no_grad():
+        next(backbone.parameters()).add_(1)
+    assert backbone.weights_hash() != first

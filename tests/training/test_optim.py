@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from featsharp.builder import create_encoder
+from featsharp.errors import ConfigError
 from featsharp.layers.spectral import SpectralScale, add_spectral
 from featsharp.training.objective import MultiViewObjective, ObjectiveConfig
 from featsharp.training.optim import OptimConfig, build_optimizer, build_schedule, parameter_groups
@@ -104,3 +105,9 @@ def test_resumed_schedule_continues():
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx(whole[23:60])
+
+
+def test_nothing_to_train_is_said():
+    objective = MultiViewObjective(32, 2, ObjectiveConfig(downsampler="area", uncertainty=False))
+    with pytest.raises(ConfigError, match="nothing to train"):
+        build_optimizer(create_encoder("toy-vit", "bilinear", 2).upsampler, objective, OptimConfig())

@@ -11,6 +11,7 @@ from featsharp.data.views import ViewConfig, Views, base_view, sample_homography
 from featsharp.errors import InputError
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
+from featsharp.training import step
 from featsharp.training.objective import MultiViewObjective, ObjectiveConfig
 from featsharp.training.step import backward_step, encode_views
 
@@ -122,3 +123,17 @@ def test_loss_that_is_not_finite_is_refused():
     objective = MultiViewObjective(encoder.embed_dim, 2, ObjectiveConfig())
     with pytest.raises(InputError, match="training loss is nan"):
         backward_step(encoder, objective, some_views(), LOW_RES)
+
+
+def test_views_in_parts_have_the_same_losses_and_gradients(monkeypatch):
+    views = some_views(count=3)
+    found = []
+    for budget in (2**27, 1):
+        monkeypatch.setattr(step, "MAX_WARPED_ELEMENTS", budget)
+        torch.manual_seed(0)
+        encoder = encoder_of("featsharp")
+        objective = MultiViewObjective(encoder.embed_dim, 2, ObjectiveConfig(uncertainty=True, tv_weight=0.1))
+        losses = backward_step(encoder, objective, views, (64, 64))
+        gradients = [p.grad for p in [*encoder.parameters(), *objective.parameters()] if p.requires_grad]
+        found.append((list(losses), gradients))
+    torch.testing.assert_close(found[1], found[0])
