@@ -31,8 +31,7 @@ from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics, StatisticsKey, fit_with_cache
 from featsharp.ops.memory import keep_freed_memory
 from featsharp.training.distributed import World, copy_from_main, gather_objects, start_world, stop_world
-from featsharp.training.objective import MultiViewObjective, ObjectiveConfig
-from featsharp.training.optim import OptimConfig
+from featsharp.training.objective import MultiViewObjective
 from featsharp.training.trainer import LAST, LoopConfig, Trainer
 from featsharp.training.writers import NullWriter, get_visualizer
 from featsharp.validation import ValidationSamples
@@ -95,9 +94,7 @@ def train(config: RunConfig) -> Trainer:
     ).to(world.device)
     trainable = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     logger.info("%s on %s: %d trainable parameters", config.upsampler.name, backbone.name, trainable)
-    objective = MultiViewObjective(
-        backbone.embed_dim, encoder.factor, ObjectiveConfig(**dataclasses.asdict(config.objective))
-    ).to(world.device)
+    objective = MultiViewObjective(backbone.embed_dim, encoder.factor, config.objective).to(world.device)
     views = dataclasses.asdict(config.views)
     views = {key: tuple(value) if isinstance(value, list) else value for key, value in views.items()}
     if world.is_main:
@@ -121,7 +118,7 @@ def train(config: RunConfig) -> Trainer:
             spectral=config.spectral,
             low_res_size=backbone.input_size,
             autocast_dtype=autocast_dtype(config.upsampler.dtype, world.device),
-            optim=OptimConfig(**dataclasses.asdict(config.optim)),
+            optim=config.optim,
         ),
         folder,
         writer,

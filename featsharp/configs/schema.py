@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from featsharp.training.objective import ObjectiveConfig
+from featsharp.training.optim import OptimConfig
+
 
 @dataclass
 class ModelConfig:
@@ -47,30 +50,6 @@ class ViewsConfig:
 
 
 @dataclass
-class ObjectiveSchema:
-    """See ``featsharp.training.objective.ObjectiveConfig``."""
-
-    distance: str = "mse"
-    downsampler: str = "simple"
-    kernel_size: int = 5
-    uncertainty: bool = False
-    border_weight: float = 2.0
-    tv_weight: float = 0.0
-
-
-@dataclass
-class OptimSchema:
-    """See ``featsharp.training.optim.OptimConfig``."""
-
-    learning_rate: float = 1e-3
-    jbu_learning_rate: float = 1e-3
-    spectral_scale: float = 0.1
-    uncertainty_learning_rate: float = 1e-5
-    warmup_steps: int = 100
-    clip_norm: float = 5.0
-
-
-@dataclass
 class VizConfig:
     """``type`` is tensorboard or none; ``num_images`` of ``val_data_dir`` are drawn and scored every time."""
 
@@ -105,6 +84,6 @@ class RunConfig:
     upsampler: UpsamplerConfig = field(default_factory=UpsamplerConfig)
     normalizer: NormalizerConfig = field(default_factory=NormalizerConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
-    objective: ObjectiveSchema = field(default_factory=ObjectiveSchema)
-    optim: OptimSchema = field(default_factory=OptimSchema)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     viz: VizConfig = field(default_factory=VizConfig)
