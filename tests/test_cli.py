@@ -215,6 +215,7 @@ def nan_checkpoint(checkpoint: Path) -> Path:
         (["eval", "fidelity", *TILE, "--images", "{tmp}/empty"], "no images found"),
         (["eval", "fidelity", "--checkpoint", "{nan}", "--images", "{photos}"], "NaN or infinite"),
         (["eval", "speed", *TILE, "--images", "{photos}"], "invalid choice: 'speed'"),
+        (["eval", "fidelity", *TILE, "--images", "{photos}", "--limit", "-3"], "at least 1"),
         (["pack", "{tmp}/empty", "{tmp}/out"], "no images found"),
         (["pack", "{photos}", "{tmp}/out", "--images-per-shard", "0"], "at least 1"),
         (["train", "+model=toy-vit", "+upsampler=featsharp-2x", "train_data_dir={tmp}/none"], "no such file"),
@@ -273,6 +274,29 @@ def test_upsample_never_overwrites_its_input(tmp_path, capsys):
     arguments = ("--checkpoint", "tile-2x", "--backbone", "toy-vit", "-o", tmp_path)
     for source in (photo, tmp_path):
         assert run("upsample", source, *arguments) == 1
-        assert "would overwrite it" in capsys.readouterr().err
+        assert "would overwrite the input" in capsys.readouterr().err
     assert photo.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
+def test_upsample_never_overwrites_other_pictures(tmp_path, capsys):
+    """Neither another input nor a picture that featsharp did not write; its own results it replaces."""
+    photo = write_photo(tmp_path / "photo.jpg")
+    other = write_photo(tmp_path / "photo.png", seed=1)
+    before = other.read_bytes()
+    assert run("upsample", tmp_path, *TILE, "-o", tmp_path) == 1
+    assert "would overwrite the input" in capsys.readouterr().err
+    assert run("upsample", photo, *TILE, "-o", tmp_path) == 1
+    assert "which featsharp did not write" in capsys.readouterr().err
+    assert other.read_bytes() == before
+    assert run("upsample", photo, *TILE, "-o", tmp_path / "out") == 0
+    assert run("upsample", photo, *TILE, "-o", tmp_path / "out") == 0
+
+
+def test_features_are_kept_where_no_picture_can_be_drawn(tmp_path, capsys):
+    photo = write_photo(tmp_path / "photo.jpg")
+    assert run("upsample", photo, *TILE, "-o", tmp_path / "out", "--size", "16x16") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "photo.safetensors is written, but there is no picture: PCA needs" in line
+    tensors, _ = read_features(tmp_path / "out" / "photo.safetensors")
+    assert tensors["high_res"].shape == (32, 2, 2)

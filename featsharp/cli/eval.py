@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="a trained file, or tile-Nx, bilinear-Nx with --backbone")
     parser.add_argument("--backbone", help="name of the backbone; default: the checkpoint's own")
     parser.add_argument("--images", required=True, metavar="DIR", help="held-out images: a folder or tars")
-    parser.add_argument("--limit", type=int, help="only the first N images")
+    parser.add_argument("--limit", type=_count, help="only the first N images")
     parser.add_argument("--json", type=Path, metavar="F", help="also write the result there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
 
@@ -104,6 +104,12 @@ def write_json(
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {encoder.device.type}",
     }
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of images; give a whole number of at least 1")
+    return int(text)
 
 
 def _with_progress(items: Iterable[T]) -> Iterable[T]:

@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = list(_jobs(arguments.images, arguments.output))
     if not jobs:
         raise DataError(f"no image in {', '.join(map(str, arguments.images))}")
+    _protect_files(jobs)
     failed = 0
     for source, target in jobs:
         try:
@@ -69,14 +70,18 @@ def upsample_file(encoder: SharpEncoder, source: Path, target: Path, *, size: tu
         raise InputError("the features hold NaN or infinite values; nothing was written")
     tensors = {"low_res": out.low_res[0].float().cpu(), "high_res": out.high_res[0].float().cpu()}
     metadata = {"image_size": f"{image.height}x{image.width}", "layout": "CHW"}
+    encoded = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    picture_file, features_file = _results(target)
+    write_file(features_file, encoded)
     scale = PICTURE_SIDE / max(image.size)
     shape = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))
-    colours = FeaturePCA(out.low_res)
+    try:
+        colours = FeaturePCA(out.low_res)
+    except InputError as error:
+        raise InputError(f"{features_file} is written, but there is no picture: {error}") from error
     photo = resize(image_to_tensor(image)[None], shape)[0]
     picture = panel([photo, colours(out.low_res)[0], colours(out.high_res)[0]], shape)
-    encoded = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
-    write_file(target.with_name(target.name + ".safetensors"), encoded)
-    save_picture(picture, target.with_name(target.name + ".png"))
+    save_picture(picture, picture_file)
 
 
 def _jobs(paths: list[Path], output: Path) -> Iterator[tuple[Path, Path]]:
@@ -98,12 +103,28 @@ def _jobs(paths: list[Path], output: Path) -> Iterator[tuple[Path, Path]]:
             result = short if taken.setdefault(short, source) == source else target
             if result is target and taken.setdefault(target, source) != source:
                 raise ConfigError(f"{source} and {taken[target]} would write the same result; use two output folders")
-            for suffix in (".png", ".safetensors"):
-                if result.with_name(result.name + suffix).resolve() == source.resolve():
-                    raise ConfigError(
-                        f"the result for {source} would overwrite it; choose another output folder with -o"
-                    )
             yield source, result
+
+
+def _protect_files(jobs: list[tuple[Path, Path]]) -> None:
+    """Refuse to write over an input, or over a picture that is not the result of an earlier run."""
+    sources = {source.resolve() for source, _ in jobs}
+    for source, target in jobs:
+        picture, features = _results(target)
+        if picture.resolve() in sources:
+            raise ConfigError(
+                f"the result for {source} would overwrite the input {picture}; choose another folder with -o"
+            )
+        if picture.exists() and not features.exists():
+            raise ConfigError(
+                f"the result for {source} would overwrite {picture}, which featsharp did not write; choose another "
+                "folder with -o"
+            )
+
+
+def _results(target: Path) -> tuple[Path, Path]:
+    """Where picture and features of a job go."""
+    return target.with_name(target.name + ".png"), target.with_name(target.name + ".safetensors")
 
 
 def _size(text: str) -> tuple[int, int]:
