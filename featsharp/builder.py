@@ -194,6 +194,12 @@ def _backbone_for(saved: Mapping[str, Any], featurizer: str | Backbone | None, p
             f"checkpoint {path} was trained for backbone {saved['name']!r}, which cannot be built by name; pass the "
             "same backbone as featurizer="
         ) from error
+    check_backbone(backbone, saved, path)
+    return backbone
+
+
+def check_backbone(backbone: Backbone, saved: Mapping[str, Any], path: object) -> None:
+    """Raise BackboneMismatchError unless ``backbone`` is the one that the checkpoint at ``path`` describes."""
     present = backbone.describe()
     # A label differs between two wrappers of one model; what the model is made of does not.
     different = [
@@ -206,7 +212,6 @@ def _backbone_for(saved: Mapping[str, Any], featurizer: str | Backbone | None, p
             f"checkpoint {path} was trained for backbone {saved['name']!r}, not for this {present['name']!r}: "
             + "; ".join(different)
         )
-    return backbone
 
 
 def _short(value: object) -> str:

@@ -107,6 +107,26 @@ def test_another_backbone_is_refused_with_what_differs(tmp_path):
         load_from_file(tmp_path / "last.pth", featurizer=same)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_encoder_saves_what_loads_again(tmp_path, dtype):
+    encoder = create_encoder("toy-vit", "bilinear", 2)
+    known = encoder.backbone.weights_hash()
+    encoder = create_encoder("toy-vit", "bilinear", 2).to(dtype)
+    assert encoder.backbone.weights_hash() == known
+    save_checkpoint(encoder, tmp_path / "last.pth")
+    assert load_from_file(tmp_path / "last.pth").backbone.weights_hash() == known
+    with torch.no_grad():
+        encoder.backbone.pos_embed[0, 0, 0, 0] += 1
+    assert encoder.backbone.weights_hash() != known
+
+
+def test_loading_in_inference_mode(tmp_path):
+    save_checkpoint(create_encoder("toy-vit", "featup", 2), tmp_path / "last.pth")
+    with torch.inference_mode():
+        encoder = load_from_file(tmp_path / "last.pth")
+        assert encoder(smooth_images(1, (64, 64))).high_res.shape == (1, 32, 16, 16)
+
+
 def test_a_backbone_of_ones_own_comes_back_as_featurizer(tmp_path):
     trunk = nn.Conv2d(3, 16, 8, 8)
     encoder = trained(create_encoder(from_callable(trunk, name="mine", input_size=(64, 64)), "featsharp", 2))

@@ -178,6 +178,10 @@ def check_grid_order(backbone: Backbone, image: Tensor) -> None:
             f"{backbone.name!r} gives features {shape_text(features.shape)} for a batch of {len(images)} at "
             f"{size_text(image.shape[2:])} pixels, expected {shape_text(wanted)}; it has to take batches"
         )
+    if not features.isfinite().all():
+        raise ConfigError(
+            f"{backbone.name!r} gives NaN or infinite features for whitened noise; check its weights and their dtype"
+        )
     change = (features[1:] - features[:1]).norm(dim=1)  # [places, h, w]
     change = change - (change.sum(0) - change) / max(1, len(places) - 1)
     peaks = [divmod(int(k), columns) for k in change.flatten(1).argmax(1)]

@@ -6,6 +6,7 @@ Convention:
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class Backbone(nn.Module):
         flexible: Whether sizes other than ``input_size`` (multiples of the patch size) are taken.
 
     ``autocast_dtype`` (None, torch.bfloat16 or torch.float16) runs the encoder, and only the encoder, under autocast;
-    the features come back in float32.
+    the features come back in the dtype of the images.
     """
 
     autocast_dtype: torch.dtype | None = None
@@ -80,7 +81,7 @@ class Backbone(nn.Module):
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             features, summary = self.extract(images)
         if self.autocast_dtype is not None:
-            features, summary = features.float(), None if summary is None else summary.float()
+            features, summary = features.to(images.dtype), None if summary is None else summary.to(images.dtype)
         return BackboneOutput(features, summary)
 
     def fit_size(self, height: float, width: float) -> tuple[int, int]:
@@ -126,17 +127,35 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def weights_hash(self) -> str:
-        """SHA-256 over names, shapes and float32 bytes of all weights: what a checkpoint knows the backbone by."""
-        state = sorted(self.state_dict().items())
-        # Hashing copies all weights, and every checkpoint asks; a weight that changed has another place or version.
-        version = tuple((value.data_ptr(), value._version) for _, value in state)
+        """SHA-256 over names, shapes and float32 bytes of all weights: what a checkpoint knows the backbone by.
+
+        A cast of the whole backbone to half precision keeps the hash of the weights that were cast.
+        """
+        # Hashing copies all weights, and every checkpoint asks.
+        version = self._weights_version()
         if self._hash is None or self._hash[0] != version:
             digest = hashlib.sha256()
-            for key, value in state:
+            for key, value in sorted(self.state_dict().items()):
                 digest.update(f"{key}{tuple(value.shape)}".encode())
                 digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
             self._hash = (version, digest.hexdigest())
         return self._hash[1]
+
+    def _weights_version(self) -> tuple[tuple[int, int], ...]:
+        """Changes when a weight does: it then has another place or version (inference tensors count none)."""
+        return tuple(
+            (value.data_ptr(), -1 if value.is_inference() else value._version)
+            for _, value in sorted(self.state_dict().items())
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
+        """Move or cast, as ``to()`` and its kin do."""
+        casts = fn(torch.empty(0)).dtype != torch.float32
+        known = self.weights_hash() if casts or self._hash is not None else None
+        super()._apply(fn, recurse)
+        if known is not None:
+            self._hash = (self._weights_version(), known)
+        return self
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must know to rebuild or to recognise this backbone."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from featsharp.builder import save_checkpoint
+from featsharp.builder import check_backbone, save_checkpoint
 from featsharp.checkpoint import read_checkpoint
 from featsharp.data.loader import SkipLog, StepSampler, ViewDataset, load_views
 from featsharp.data.views import Views
@@ -198,6 +198,7 @@ class Trainer:
             raise CheckpointError(
                 f"checkpoint {path} is at step {state['step']}, beyond num_training_steps={self.config.num_steps}"
             )
+        check_backbone(self.encoder.backbone, content["encoder"]["backbone"], path)
         self.trained.load_state_dict(state["trained"])
         # The normalizer too: what was trained belongs to this very rotation, which another fit need not find again.
         prefix = "normalizer."

@@ -114,6 +114,7 @@ def test_autocast_and_half_weights_stay_close(backbone, images):
     assert out.features.dtype == torch.float32
     assert out.summary is None or out.summary.dtype == torch.float32
     assert F.cosine_similarity(out.features, exact).mean() > 0.999
+    assert cast.bfloat16()(images.bfloat16()).features.dtype == torch.bfloat16
     half = copy.deepcopy(backbone).bfloat16()(images.bfloat16()).features
     assert half.dtype == torch.bfloat16
     assert F.cosine_similarity(half.float(), exact).mean() > 0.99

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featsharp.backbones import from_callable
+from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError, InputError
 
 
@@ -283,6 +284,7 @@ def test_timm_vit_runs_unchanged():
     assert backbone.flexible
     assert backbone.summary_dim == 192
     assert backbone(torch.zeros(1, 3, 48, 80)).features.shape == (1, 192, 3, 5)
+    assert_sharpens(backbone)
     fixed = from_callable(timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0).forward_features)
     assert not fixed.flexible
     assert fixed.patch_size == 16
@@ -295,6 +297,7 @@ def test_torchvision_resnet_runs_unchanged():
     backbone = from_callable(trunk, name="resnet18")
     assert (backbone.patch_size, backbone.embed_dim, backbone.layout) == (32, 512, "BCHW")
     assert backbone(torch.zeros(1, 3, 96, 160)).features.shape == (1, 512, 3, 5)
+    assert_sharpens(backbone)
 
 
 def test_transformers_dinov2_runs_unchanged():
@@ -309,3 +312,24 @@ def test_transformers_dinov2_runs_unchanged():
     out = backbone(torch.zeros(2, 3, 42, 70))
     assert out.features.shape == (2, 48, 3, 5)
     assert out.summary.shape == (2, 48)
+    assert_sharpens(backbone)
+
+
+def assert_sharpens(backbone):
+    """Every upsampler takes the wrapped model, non-square images too (F11)."""
+    patch = backbone.patch_size
+    for name in ("bilinear", "tile", "featup", "featsharp"):
+        with torch.no_grad():
+            out = create_encoder(backbone, name, 2)(torch.randn(1, 3, 4 * patch, 6 * patch))
+        rows, cols = out.low_res.shape[2:]
+        assert out.high_res.shape == (1, backbone.embed_dim, 2 * rows, 2 * cols)
+        assert out.high_res.isfinite().all()
+
+
+def test_a_module_that_gives_nan_is_named():
+    class Broken(Patches):
+        def forward(self, images):
+            return super().forward(images) * torch.nan
+
+    with pytest.raises(ConfigError, match="gives NaN or infinite features"):
+        from_callable(Broken(8, 1), input_size=(64, 64))
