@@ -18,6 +18,7 @@ from featsharp.errors import CheckpointError
 
 FORMAT = "featsharp"
 VERSION = 1
+KEYS = ("encoder", "model", "config", "training")
 
 
 def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
@@ -65,10 +66,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} cannot be read ({_first_line(error)}); is it truncated?") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a featsharp checkpoint; `featsharp train` writes them")
-    if content["version"] > VERSION:
-        raise CheckpointError(
-            f"checkpoint {path} has version {content['version']}, newer than this featsharp; upgrade it"
-        )
+    version = content.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise CheckpointError(f"checkpoint {path} has version {version}, newer than this featsharp; upgrade it")
+    lacking = [key for key in KEYS if key not in content]
+    if not isinstance(version, int) or lacking:
+        raise CheckpointError(f"checkpoint {path} is not complete: it lacks {', '.join(lacking) or 'a version number'}")
     return content
 
 

@@ -45,7 +45,7 @@ def test_round_trip(tmp_path):
 def test_an_existing_file_is_replaced(tmp_path):
     path = tmp_path / "last.pth"
     for step in (1, 2):
-        write_checkpoint(path, {"training": {"step": step}})
+        write_checkpoint(path, CONTENT | {"training": {"step": step}})
     assert read_checkpoint(path)["training"]["step"] == 2
 
 
@@ -144,3 +144,17 @@ def test_a_newer_version(tmp_path):
     torch.save({"format": "featsharp", "version": VERSION + 1}, tmp_path / "new.pth")
     with pytest.raises(CheckpointError, match=f"version {VERSION + 1}, newer than this featsharp; upgrade it"):
         read_checkpoint(tmp_path / "new.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "lacking"),
+    [
+        ({}, "encoder, model, config, training"),
+        ({"version": "one"}, "encoder"),
+        ({"version": 1, "model": {}}, "encoder"),
+    ],
+)
+def test_an_incomplete_file_says_what_it_lacks(tmp_path, content, lacking):
+    torch.save({"format": "featsharp", **content}, tmp_path / "part.pth")
+    with pytest.raises(CheckpointError, match=f"is not complete: it lacks {lacking}"):
+        read_checkpoint(tmp_path / "part.pth")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -24,8 +25,20 @@ AT_LEAST = {
     "normalizer.batch_size": 1,
     "views.num_views": 1,
     "objective.kernel_size": 1,
+    "optim.warmup_steps": 0,
+    "optim.learning_rate": 0.0,
+    "optim.jbu_learning_rate": 0.0,
+    "optim.spectral_scale": 0.0,
+    "optim.uncertainty_learning_rate": 0.0,
+    "optim.clip_norm": 0.0,
+    "objective.border_weight": 0.0,
+    "objective.tv_weight": 0.0,
+    "views.rotation": 0.0,
+    "views.shift": 0.0,
+    "views.flip": 0.0,
     "viz.num_images": 1,
 }
+AT_MOST = {"views.rotation": 180.0, "views.shift": 1.0, "views.flip": 1.0}
 RANGES = {"views.zoom": 1.0, "views.jitter_zoom": 0.1, "views.perspective": 0.0}
 
 
@@ -132,12 +145,15 @@ def _check_values(config: RunConfig) -> None:
     """Refuse numbers that would fail only in the middle of a run."""
     flat = flatten(dataclasses.asdict(config))
     for key, least in AT_LEAST.items():
-        if flat[key] < least:
-            raise ConfigError(f"{key} must be at least {least}; got {flat[key]}")
+        if not least <= flat[key] < math.inf:
+            raise ConfigError(f"{key} must be at least {least:g} and finite; got {flat[key]}")
+    for key, most in AT_MOST.items():
+        if flat[key] > most:
+            raise ConfigError(f"{key} must be at most {most:g}; got {flat[key]}")
     for key, least_low in RANGES.items():
         values = flat[key]
-        if len(values) != 2 or not least_low <= values[0] <= values[1]:
-            raise ConfigError(f"{key} must be [low, high] with {least_low:g} <= low <= high; got {values}")
+        if len(values) != 2 or not least_low <= values[0] <= values[1] < math.inf:
+            raise ConfigError(f"{key} must be [low, high] with {least_low:g} <= low <= high, finite; got {values}")
 
 
 def _one_line(error: Exception) -> str:
