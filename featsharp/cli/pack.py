@@ -19,4 +19,5 @@ def run(arguments: argparse.Namespace) -> None:
     report = pack_images(
         arguments.images, arguments.out, images_per_shard=arguments.images_per_shard, overwrite=arguments.overwrite
     )
-    print(f"{report.written} images in {report.shards} shards, {len(report.skipped)} skipped")
+    damage = f", damage in the input: {len(report.problems)}" if report.problems else ""
+    print(f"{report.written} images in {report.shards} shards, {len(report.skipped)} skipped{damage}")

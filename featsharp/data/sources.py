@@ -5,6 +5,7 @@ seeking. That way any sample number leads straight to one image, so a run resume
 depends on neither the number of ranks nor the number of workers.
 """
 
+import functools
 import hashlib
 import logging
 import math
@@ -160,8 +161,14 @@ def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str]
         found = f" ({'; '.join(source.problems)})" if source.problems else ""
         raise DataError(f"{source.path}: no images found; {_EXPECTED}{found}")
     for problem in source.problems:
-        logger.warning("%s", problem)
+        _warn_once(problem)
     return source
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    # Training, validation and statistics often read the same folder.
+    logger.warning("%s", problem)
 
 
 def parse_data_dir(value: object) -> list[WeightedPath]:
