@@ -1,0 +1,186 @@
+"""Maps cut into square blocks and their surroundings, so that local operations become matrix products.
+
+A block of S x S key cells has a window of P x P cells, P = S + K - 1: all that its queries may see. Windows overlap, so
+they are copied out of the map, and gradients are added back into it. Blocks are processed in chunks small enough for the
+caches, in scratch memory that is used again: fresh memory costs more than the arithmetic on it.
+
+Shapes: B images of a chunk, Y x X blocks of a chunk, f queries per cell and axis, Q = S f, N heads, C channels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from featsharp.ops.windows import border_cells
+
+# Stands for minus infinity: far below any score, and still finite when a score is added to it.
+MASKED = -1e38
+
+
+class Scratch:
+    """Named buffers that grow when needed and are used again."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised contiguous tensor; it shares its memory with all others of this name."""
+        size = prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = self._like.new_empty(size)
+        return self._buffers[name][:size].view(shape)
+
+
+class Axis:
+    """Some consecutive blocks of one axis of the map, and the slab of cells that their windows cover."""
+
+    def __init__(self, length: int, first: int, count: int, cells: int, window: int, border: str) -> None:
+        halo = window // 2
+        start = first * cells - halo  # of the slab, in cells of the map
+        self.first, self.count = first, count
+        self.length = count * cells + window - 1
+        # The part of the slab that lies on the map.
+        self.inner = slice(max(0, -start), min(self.length, length - start))
+        self.on_map = slice(self.inner.start + start, self.inner.stop + start)
+        # Cells beyond the border that a query of the map can see, and the cells of the slab that they mirror.
+        self.mirrored: list[tuple[int, int]] = []
+        if border in ("reflect", "replicate"):
+            outside = [i for i in range(self.length) if not self.inner.start <= i < self.inner.stop]
+            seen = [i for i in outside if i + start < length + halo]
+            source, _ = border_cells(torch.tensor(seen, dtype=torch.long) + start, length, border)
+            self.mirrored = list(zip(seen, (source - start).tolist(), strict=True))
+        # Blocks with cells beyond the border in their windows: (block, cells before the map, cells after it).
+        self.edges = []
+        for block in range(count):
+            before = max(0, self.inner.start - block * cells)
+            after = max(0, block * cells + cells + window - 1 - self.inner.stop)
+            if before or after:
+                self.edges.append((block, before, after))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some blocks of some images."""
+
+    images: slice
+    rows: Axis
+    cols: Axis
+
+    @property
+    def blocks(self) -> int:
+        return (self.images.stop - self.images.start) * self.rows.count * self.cols.count
+
+
+class BlockGrid:
+    """How the maps of one call are cut.
+
+    Args:
+        key_size: (H, W) of keys and values.
+        factor: f.
+        window: K.
+        border: See :data:`featsharp.ops.windows.Border`.
+        cells: S.
+    """
+
+    def __init__(self, key_size: tuple[int, int], factor: int, window: int, border: str, cells: int) -> None:
+        self.key_size, self.factor, self.window, self.border, self.cells = key_size, factor, window, border, cells
+        self.blocks = (-(-key_size[0] // cells), -(-key_size[1] // cells))
+        self.side = cells * factor  # Q
+        self.span = cells + window - 1  # P
+
+    def chunks(self, images: int, max_blocks: int) -> Iterator[Chunk]:
+        """All blocks, at most ``max_blocks`` at a time: whole rows of blocks where that allows, whole images too."""
+        x = min(self.blocks[1], max(1, max_blocks))
+        y = min(self.blocks[0], max(1, max_blocks // x))
+        b = min(images, max(1, max_blocks // (x * y)))
+        for top in range(0, self.blocks[0], y):
+            rows = self._axis(0, top, y)
+            for left in range(0, self.blocks[1], x):
+                cols = self._axis(1, left, x)
+                for image in range(0, images, b):
+                    yield Chunk(slice(image, min(image + b, images)), rows, cols)
+
+    def _axis(self, axis: int, first: int, count: int) -> Axis:
+        count = min(count, self.blocks[axis] - first)
+        return Axis(self.key_size[axis], first, count, self.cells, self.window, self.border)
+
+    def pad_queries(self, x: Tensor) -> Tensor:
+        """[B, fH, fW, ...] with zeros at the end up to whole blocks; ``x`` itself where it is whole."""
+        size = (self.blocks[0] * self.side, self.blocks[1] * self.side)
+        if x.shape[1:3] == size:
+            return x
+        padded = x.new_zeros(len(x), *size, *x.shape[3:])
+        padded[:, : x.shape[1], : x.shape[2]] = x
+        return padded
+
+    def queries(self, x: Tensor, chunk: Chunk, head: int) -> Tensor:
+        """A view of padded queries of one head: [B, Y, X, Q, Q, C]."""
+        x = x[
+            chunk.images,
+            chunk.rows.first * self.side : (chunk.rows.first + chunk.rows.count) * self.side,
+            chunk.cols.first * self.side : (chunk.cols.first + chunk.cols.count) * self.side,
+            head,
+        ]
+        x = x.unflatten(2, (-1, self.side)).unflatten(1, (-1, self.side))
+        return x.transpose(2, 3)
+
+    def cut_slab(self, x: Tensor, chunk: Chunk, slab: Tensor) -> Tensor:
+        """Fill ``slab`` [B, cells, cells, N, C] with all that the windows of the chunk cover."""
+        rows, cols = chunk.rows, chunk.cols
+        if self.border in ("clip", "zeros") and (rows.edges or cols.edges):
+            slab.zero_()
+        slab[:, rows.inner, cols.inner] = x[chunk.images, rows.on_map, cols.on_map]
+        for cell, source in cols.mirrored:
+            slab[:, rows.inner, cell] = slab[:, rows.inner, source]
+        for cell, source in rows.mirrored:
+            slab[:, cell] = slab[:, source]
+        return slab
+
+    def add_slab(self, x: Tensor, chunk: Chunk, slab: Tensor) -> None:
+        """The adjoint of :meth:`cut_slab`: add ``slab`` to the map ``x``; overwrites parts of ``slab``."""
+        rows, cols = chunk.rows, chunk.cols
+        for cell, source in rows.mirrored:
+            slab[:, source] += slab[:, cell]
+        for cell, source in cols.mirrored:
+            slab[:, :, source] += slab[:, :, cell]
+        x[chunk.images, rows.on_map, cols.on_map] += slab[:, rows.inner, cols.inner]
+
+    def windows(self, slab: Tensor, head: int) -> Tensor:
+        """A view of overlapping windows: [B, Y, X, P, P, C]."""
+        windows = slab[:, :, :, head].unfold(1, self.span, self.cells).unfold(2, self.span, self.cells)
+        return windows.permute(0, 1, 2, 4, 5, 3)
+
+    def add_windows(self, slab: Tensor, head: int, windows: Tensor) -> None:
+        """The adjoint of :meth:`windows`: add [B, Y, X, P, P, C] to where they were cut from."""
+        target = self.windows(slab, head)
+        step = -(-self.span // self.cells)  # blocks so far apart have windows that do not overlap
+        for y in range(min(step, target.shape[1])):
+            for x in range(min(step, target.shape[2])):
+                target[:, y::step, x::step] += windows[:, y::step, x::step]
+
+    def diagonals(self, x: Tensor) -> Tensor:
+        """The window entries in [blocks, Q Q, P P], contiguous: a view [blocks, S, f, S, f, K, K]."""
+        q, p, f, s, k = self.side, self.span, self.factor, self.cells, self.window
+        keys = p * p
+        stride = (q * q * keys, f * q * keys + p, q * keys, f * keys + 1, keys, p, 1)
+        return x.as_strided((len(x), s, f, s, f, k, k), stride, x.storage_offset())
+
+    def spread_bias(self, bias: Tensor) -> Tensor:
+        """[N, K, K] to [N, Q Q, P P]: a query's bias of each key of its block's window, MASKED outside of its own."""
+        spread = bias.new_full((len(bias), self.side**2, self.span**2), MASKED)
+        self.diagonals(spread).copy_(bias[:, None, None, None, None])
+        return spread
+
+    def mask_outside(self, scores: Tensor, chunk: Chunk) -> None:
+        """Mask the keys beyond the border in ``scores`` [blocks, Q Q, P P]."""
+        view = scores.view(-1, chunk.rows.count, chunk.cols.count, scores.shape[1], self.span, self.span)
+        for block, before, after in chunk.rows.edges:
+            view[:, block, :, :, :before] = MASKED
+            view[:, block, :, :, self.span - after :] = MASKED
+        for block, before, after in chunk.cols.edges:
+            view[:, :, block, :, :, :before] = MASKED
+            view[:, :, block, :, :, self.span - after :] = MASKED

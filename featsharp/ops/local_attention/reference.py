@@ -1,0 +1,64 @@
+"""Local attention as its formula reads: gather every query's window, softmax, sum. Plain differentiable PyTorch."""
+
+import torch
+from torch import Tensor
+
+from featsharp.ops.windows import border_cells
+
+# Numbers that one band of query rows may gather: 64 MiB in float32.
+MAX_BAND_NUMBERS = 2**24
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> Tensor:
+    """[B, fH, fW, N or 1, E], band by band."""
+    bands = _bands(query, value, window)
+    return torch.cat([attend(query[:, rows], key, value, bias, window, border, rows.start) for rows in bands], 1)
+
+
+def backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, out: Tensor, window: int, border: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and bias: each band is computed again, with autograd, and forgotten."""
+    inputs = [x.detach().requires_grad_() for x in (query, key, value, bias)]
+    sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
+    for rows in _bands(query, value, window):
+        with torch.enable_grad():
+            band = attend(inputs[0][:, rows], *inputs[1:], window, border, rows.start)
+        for total, part in zip(sums, torch.autograd.grad(band, inputs, grad[:, rows]), strict=True):
+            total += part
+    return tuple(total.to(x.dtype) for total, x in zip(sums, inputs, strict=True))
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str, first_row: int = 0
+) -> Tensor:
+    """The operation for some rows of queries, the first of which is ``first_row``: [B, R, fW, N or 1, E]."""
+    factor = query.shape[2] // key.shape[2]
+    offset = torch.arange(window, device=query.device) - window // 2
+    rows = (first_row + torch.arange(query.shape[1], device=query.device)) // factor
+    cols = torch.arange(query.shape[2], device=query.device) // factor
+    rows, row_counts = border_cells(rows[:, None] + offset, key.shape[1], border)
+    cols, col_counts = border_cells(cols[:, None] + offset, key.shape[2], border)
+    counts = row_counts[:, None, :, None] & col_counts[None, :, None, :]  # [R, fW, K, K]
+
+    compute = torch.promote_types(value.dtype, torch.float32)
+    # [B, R, fW, K, K, N, D and E]
+    keys = key[:, rows[:, None, :, None], cols[None, :, None, :]].to(compute)
+    values = value[:, rows[:, None, :, None], cols[None, :, None, :]].to(compute)
+    if border == "zeros":
+        keys, values = keys * counts[..., None, None], values * counts[..., None, None]
+    scores = torch.einsum("brcnd,brcijnd->brcnij", query.to(compute), keys) + bias.to(compute)
+    if border == "clip":
+        scores = scores.masked_fill(~counts[:, :, None], -torch.inf)
+    weights = scores.flatten(-2).softmax(-1).unflatten(-1, (window, window))
+    if value.shape[3] == 1:
+        weights = weights.mean(3, keepdim=True)
+    return torch.einsum("brcnij,brcijnd->brcnd", weights, values).to(value.dtype)
+
+
+def _bands(query: Tensor, value: Tensor, window: int) -> list[slice]:
+    """Slices of query rows that gather at most MAX_BAND_NUMBERS each, or one row."""
+    batch, rows, cols, heads, dim = query.shape
+    per_row = batch * cols * window**2 * (heads * (dim + 2) + value.shape[3] * value.shape[4])
+    step = max(1, MAX_BAND_NUMBERS // per_row)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

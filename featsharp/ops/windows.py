@@ -1,0 +1,40 @@
+"""The windows of local operations: which key cells a query sees, and what stands beyond the edge of the map.
+
+Convention:
+    Keys lie on an H x W map, queries on an fH x fW map, f >= 1 whole. Query (y, x) sees the K x K cells around cell
+    (y // f, x // f); window entry (i, j) is the cell at offset (i - K // 2, j - K // 2).
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from featsharp.errors import ConfigError
+
+# What a window finds beyond the edge of the map: "clip" nothing, it becomes smaller; "reflect" the map mirrored, its
+# edge not repeated; "replicate" the nearest cell; "zeros" cells of zeros, which count like any other.
+Border = Literal["clip", "reflect", "replicate", "zeros"]
+
+
+def check_window(window: int, border: str = "clip") -> None:
+    """Raise ConfigError for a window that has no centre, or an unknown border."""
+    if window < 1 or window % 2 == 0:
+        raise ConfigError(f"the window of local operations must be odd; got {window}, use {max(1, window - 1)} or {window + 1}")
+    if border not in get_args(Border):
+        raise ConfigError(f"unknown border {border!r}; use {' or '.join(map(repr, get_args(Border)))}")
+
+
+def border_cells(position: Tensor, length: int, border: str) -> tuple[Tensor, Tensor]:
+    """For positions along an axis of ``length`` cells, any distance outside: the cell to read, and whether it counts.
+
+    A position outside of the map counts under "reflect" and "replicate"; "clip" and "zeros" say what it means otherwise.
+    """
+    inside = (position >= 0) & (position < length)
+    if border == "reflect" and length > 1:
+        period = 2 * (length - 1)
+        position = position.remainder(period)
+        position = torch.minimum(position, period - position)
+    if border in ("reflect", "replicate"):
+        inside = torch.ones_like(inside)
+    return position.clamp(0, length - 1), inside
