@@ -70,13 +70,17 @@ def list_backends(op: str | None = None) -> list[Backend]:
     return [backend for name, group in _backends.items() if op in (None, name) for backend in group]
 
 
+def wanted_backend(name: str | None) -> str | None:
+    """The backend that the caller named, or the one of :func:`use_backend` around the call, or None for any."""
+    return name or (_forced[-1] if _forced else None)
+
+
 def choose_backend(op: str, problem: Problem, name: str | None = None) -> Backend:
     """The named backend, or the fastest one that can run.
 
     Raises:
         ConfigError: When the named backend is unknown or cannot run, or none can.
     """
-    name = name or (_forced[-1] if _forced else None)
     group = _backends[op]
     if name is None:
         for backend in group:

@@ -1,8 +1,8 @@
 """Maps cut into square blocks and their surroundings, so that local operations become matrix products.
 
 A block of S x S key cells has a window of P x P cells, P = S + K - 1: all that its queries may see. Windows overlap, so
-they are copied out of the map, and gradients are added back into it. Blocks are processed in chunks small enough for the
-caches, in scratch memory that is used again: fresh memory costs more than the arithmetic on it.
+they are copied out of the map, and gradients are added back into it. Blocks are processed in chunks small enough for
+the caches, in scratch memory that is used again: fresh memory costs more than the arithmetic on it.
 
 Shapes: B images of a chunk, Y x X blocks of a chunk, f queries per cell and axis, Q = S f, N heads, C channels.
 """
@@ -131,7 +131,7 @@ class BlockGrid:
     def cut_slab(self, x: Tensor, chunk: Chunk, slab: Tensor) -> Tensor:
         """Fill ``slab`` [B, cells, cells, N, C] with all that the windows of the chunk cover."""
         rows, cols = chunk.rows, chunk.cols
-        if self.border in ("clip", "zeros") and (rows.edges or cols.edges):
+        if rows.edges or cols.edges:
             slab.zero_()
         slab[:, rows.inner, cols.inner] = x[chunk.images, rows.on_map, cols.on_map]
         for cell, source in cols.mirrored:
@@ -144,10 +144,10 @@ class BlockGrid:
         """The adjoint of :meth:`cut_slab`: add ``slab`` to the map ``x``; overwrites parts of ``slab``."""
         rows, cols = chunk.rows, chunk.cols
         for cell, source in rows.mirrored:
-            slab[:, source] += slab[:, cell]
+            slab[:, source].add_(slab[:, cell])
         for cell, source in cols.mirrored:
-            slab[:, :, source] += slab[:, :, cell]
-        x[chunk.images, rows.on_map, cols.on_map] += slab[:, rows.inner, cols.inner]
+            slab[:, :, source].add_(slab[:, :, cell])
+        x[chunk.images, rows.on_map, cols.on_map].add_(slab[:, rows.inner, cols.inner])
 
     def windows(self, slab: Tensor, head: int) -> Tensor:
         """A view of overlapping windows: [B, Y, X, P, P, C]."""
@@ -160,7 +160,7 @@ class BlockGrid:
         step = -(-self.span // self.cells)  # blocks so far apart have windows that do not overlap
         for y in range(min(step, target.shape[1])):
             for x in range(min(step, target.shape[2])):
-                target[:, y::step, x::step] += windows[:, y::step, x::step]
+                target[:, y::step, x::step].add_(windows[:, y::step, x::step])
 
     def diagonals(self, x: Tensor) -> Tensor:
         """The window entries in [blocks, Q Q, P P], contiguous: a view [blocks, S, f, S, f, K, K]."""

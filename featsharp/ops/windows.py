@@ -20,15 +20,17 @@ Border = Literal["clip", "reflect", "replicate", "zeros"]
 def check_window(window: int, border: str = "clip") -> None:
     """Raise ConfigError for a window that has no centre, or an unknown border."""
     if window < 1 or window % 2 == 0:
-        raise ConfigError(f"the window of local operations must be odd; got {window}, use {max(1, window - 1)} or {window + 1}")
+        raise ConfigError(
+            f"the window of local operations must be odd; got {window}, use {max(1, window - 1)} or {window + 1}"
+        )
     if border not in get_args(Border):
         raise ConfigError(f"unknown border {border!r}; use {' or '.join(map(repr, get_args(Border)))}")
 
 
 def border_cells(position: Tensor, length: int, border: str) -> tuple[Tensor, Tensor]:
-    """For positions along an axis of ``length`` cells, any distance outside: the cell to read, and whether it counts.
+    """For positions along an axis of ``length`` cells, or outside of it: the cell to read, and whether it is real.
 
-    A position outside of the map counts under "reflect" and "replicate"; "clip" and "zeros" say what it means otherwise.
+    Under "reflect" and "replicate" all positions are; "clip" and "zeros" say what those outside mean.
     """
     inside = (position >= 0) & (position < length)
     if border == "reflect" and length > 1:

@@ -6,10 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from featsharp.errors import ConfigError, InputError
-from featsharp.ops.local_attention import local_attention
+from featsharp.ops.local_attention import blocked, local_attention, reference
 
+BACKENDS = ["blocked", "reference"]
+BORDERS = ["clip", "reflect", "replicate", "zeros"]
 # (height, width): smaller than the window, one pixel, one row, one column, a block and a bit, several blocks.
 SIZES = [(2, 3), (1, 1), (1, 9), (11, 1), (9, 8), (5, 19)]
 
@@ -17,23 +20,32 @@ SIZES = [(2, 3), (1, 1), (1, 9), (11, 1), (9, 8), (5, 19)]
 def loops(query, key, value, window, bias=None, scale=1.0, border="clip"):
     """The definition, one output at a time, in Python floats."""
     batch, height, width, heads, _ = query.shape
-    out = torch.zeros(value.shape, dtype=torch.float64)
+    factor = height // key.shape[1]
+    out = torch.zeros(batch, height, width, *value.shape[3:], dtype=torch.float64)
     radius = window // 2
     for b, i, j, n in itertools.product(range(batch), range(height), range(width), range(heads)):
         scores, values = [], []
         for dy, dx in itertools.product(range(-radius, radius + 1), repeat=2):
-            y, x = i + dy, j + dx
+            y, x = i // factor + dy, j // factor + dx
+            inside = 0 <= y < key.shape[1] and 0 <= x < key.shape[2]
             if border == "reflect":
-                y, x = bounce(y, height), bounce(x, width)
-            elif not (0 <= y < height and 0 <= x < width):
+                y, x = bounce(y, key.shape[1]), bounce(x, key.shape[2])
+            elif border == "replicate":
+                y, x = min(max(y, 0), key.shape[1] - 1), min(max(x, 0), key.shape[2] - 1)
+            elif border == "clip" and not inside:
+                continue
+            offset = 0.0 if bias is None else float(bias[n, dy + radius, dx + radius])
+            if border == "zeros" and not inside:
+                scores.append(offset)
+                values.append(torch.zeros(value.shape[4], dtype=torch.float64))
                 continue
             dot = sum(p * q for p, q in zip(query[b, i, j, n].tolist(), key[b, y, x, n].tolist(), strict=True))
-            offset = 0.0 if bias is None else float(bias[n, dy + radius, dx + radius])
             scores.append(float(scale) * dot + offset)
-            values.append(value[b, y, x, n].double())
+            values.append(value[b, y, x, min(n, value.shape[3] - 1)].double())
         top = max(scores)
         weights = [math.exp(score - top) for score in scores]
-        out[b, i, j, n] = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+        mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+        out[b, i, j, min(n, value.shape[3] - 1)] += mean / (heads if value.shape[3] < heads else 1)
     return out
 
 
@@ -46,41 +58,81 @@ def bounce(position, length):
     return position
 
 
-def inputs(batch, height, width, heads, key_dim, value_dim, dtype=torch.float64):
-    shape = (batch, height, width, heads)
+def inputs(batch, height, width, heads, key_dim, value_dim, dtype=torch.float64, factor=1, value_heads=None):
     return (
-        torch.randn(*shape, key_dim, dtype=dtype),
-        torch.randn(*shape, key_dim, dtype=dtype),
-        torch.randn(*shape, value_dim, dtype=dtype),
+        torch.randn(batch, factor * height, factor * width, heads, key_dim, dtype=dtype),
+        torch.randn(batch, height, width, heads, key_dim, dtype=dtype),
+        torch.randn(batch, height, width, value_heads or heads, value_dim, dtype=dtype),
     )
 
 
-@pytest.mark.parametrize("border", ["clip", "reflect"])
+@pytest.fixture(params=BACKENDS)
+def attend(request):
+    """The operation on one backend."""
+    return partial(local_attention, backend=request.param)
+
+
+@pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("size", SIZES)
-def test_equals_plain_loops(size, border):
+def test_equals_plain_loops(attend, size, border):
     query, key, value = inputs(2, *size, heads=2, key_dim=3, value_dim=2)
     bias, scale = torch.randn(2, 5, 5, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
-    out = local_attention(query, key, value, window=5, bias=bias, scale=scale, border=border)
+    out = attend(query, key, value, window=5, bias=bias, scale=scale, border=border)
     assert out.shape == value.shape
     torch.testing.assert_close(out, loops(query, key, value, 5, bias, scale, border), atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("factor", [2, 3, 16])
+def test_queries_may_be_finer_than_keys(attend, factor, border):
+    query, key, value = inputs(1, 2, 3, heads=2, key_dim=3, value_dim=2, factor=factor)
+    bias = torch.randn(2, 3, 3, dtype=torch.float64)
+    out = attend(query, key, value, window=3, bias=bias, border=border)
+    torch.testing.assert_close(out, loops(query, key, value, 3, bias, border=border), atol=1e-12, rtol=1e-12)
+
+
+def test_heads_of_a_single_value_are_averaged(attend):
+    query, key, value = inputs(2, 5, 9, heads=3, key_dim=3, value_dim=4, factor=2, value_heads=1)
+    out = attend(query, key, value, window=3)
+    assert out.shape == (2, 10, 18, 1, 4)
+    torch.testing.assert_close(out, loops(query, key, value, 3), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("size", [(2, 3), (1, 9), (13, 6), (9, 19)])
+@pytest.mark.parametrize(("factor", "heads", "value_heads", "window"), [(1, 2, 2, 7), (2, 1, 1, 5), (3, 2, 1, 3)])
+def test_backends_agree_with_the_reference(border, size, factor, heads, value_heads, window):
+    """Forward and every gradient, over several chunks of one batch."""
+    tensors = inputs(3, *size, heads, 3, 5, factor=factor, value_heads=value_heads)
+    tensors = [t.requires_grad_() for t in (*tensors, torch.randn(heads, window, window, dtype=torch.float64))]
+
+    def run(backend):
+        *maps, bias = tensors
+        out = local_attention(*maps, window=window, bias=bias, scale=0.7, border=border, backend=backend)
+        cotangent = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view_as(out)
+        return out, *torch.autograd.grad(out, tensors, cotangent)
+
+    expected = run("reference")
+    for backend in BACKENDS[:-1]:
+        torch.testing.assert_close(run(backend), expected, atol=1e-11, rtol=1e-11)
+
+
 @pytest.mark.parametrize("window", [1, 3, 7, 11])
-def test_any_odd_window_and_no_bias(window):
+def test_any_odd_window_and_no_bias(attend, window):
     query, key, value = inputs(1, 4, 10, heads=1, key_dim=2, value_dim=1)
     for border in ("clip", "reflect"):
-        out = local_attention(query, key, value, window=window, border=border)
+        out = attend(query, key, value, window=window, border=border)
         torch.testing.assert_close(out, loops(query, key, value, window, border=border), atol=1e-12, rtol=1e-12)
 
 
-def test_window_of_one_returns_the_values():
+def test_window_of_one_returns_the_values(attend):
     query, key, value = inputs(2, 3, 10, heads=4, key_dim=3, value_dim=5)
-    torch.testing.assert_close(local_attention(query, key, value, window=1), value)
+    torch.testing.assert_close(attend(query, key, value, window=1), value)
 
 
-def test_equals_dense_attention_with_a_window_mask():
+def test_equals_dense_attention_with_a_window_mask(attend):
     query, key, value = inputs(2, 9, 13, heads=3, key_dim=4, value_dim=5)
-    out = local_attention(query, key, value, window=7, scale=0.5)
+    out = attend(query, key, value, window=7, scale=0.5)
     y, x = torch.arange(9).repeat_interleave(13), torch.arange(13).repeat(9)
     mask = ((y[:, None] - y).abs() <= 3) & ((x[:, None] - x).abs() <= 3)
     dense = torch.nn.functional.scaled_dot_product_attention(
@@ -89,96 +141,94 @@ def test_equals_dense_attention_with_a_window_mask():
     torch.testing.assert_close(out, dense.transpose(1, 2).reshape(out.shape), atol=1e-12, rtol=1e-12)
 
 
-def test_bias_entry_belongs_to_the_offset_of_its_key():
+def test_bias_entry_belongs_to_the_offset_of_its_key(attend):
     _, _, value = inputs(1, 6, 9, heads=2, key_dim=1, value_dim=1)
     nothing = torch.zeros(1, 6, 9, 2, 1, dtype=torch.float64)
     bias = torch.full((2, 3, 3), -1e4, dtype=torch.float64)
     bias[0, 0, 1] = bias[1, 1, 2] = 0  # head 0 looks one row up, head 1 one column to the right
-    out = local_attention(nothing, nothing, value, window=3, bias=bias)
+    out = attend(nothing, nothing, value, window=3, bias=bias)
     torch.testing.assert_close(out[:, 1:, :, 0], value[:, :-1, :, 0])
     torch.testing.assert_close(out[:, :, :-1, 1], value[:, :, 1:, 1])
 
 
-@pytest.mark.parametrize("border", ["clip", "reflect"])
-@pytest.mark.parametrize("max_band_scores", [1, 2**24])
-def test_gradients(border, max_band_scores):
-    tensors = [t.requires_grad_() for t in inputs(1, 9, 3, heads=2, key_dim=2, value_dim=1)]
-    bias = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
-    scale = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize(("factor", "value_heads"), [(1, 2), (2, 1)])
+def test_gradients(attend, border, factor, value_heads):
+    tensors = inputs(1, 6, 3, heads=2, key_dim=2, value_dim=2, factor=factor, value_heads=value_heads)
+    bias = torch.randn(2, 3, 3, dtype=torch.float64)
+    scale = torch.tensor(0.6, dtype=torch.float64)
 
-    def attend(query, key, value, bias, scale):
-        return local_attention(
-            query, key, value, window=3, bias=bias, scale=scale, border=border, max_band_scores=max_band_scores
-        )
+    def run(query, key, value, bias, scale):
+        return attend(query, key, value, window=3, bias=bias, scale=scale, border=border)
 
-    assert torch.autograd.gradcheck(attend, (*tensors, bias, scale), fast_mode=True)
+    leaves = [t.requires_grad_() for t in (*tensors, bias, scale)]
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("border", ["clip", "reflect"])
-def test_bands_change_neither_result_nor_gradients(border):
-    tensors = [t.requires_grad_() for t in inputs(2, 21, 10, heads=2, key_dim=3, value_dim=4)]
-    bias = torch.randn(2, 7, 7, dtype=torch.float64, requires_grad=True)
-    scale = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(2, 21, 10, 2, 4, dtype=torch.float64)
+def test_chunks_and_bands_change_neither_result_nor_gradients(attend, monkeypatch):
+    tensors = [t.requires_grad_() for t in inputs(3, 13, 10, heads=2, key_dim=3, value_dim=4)]
 
-    def run(**options):
-        out = local_attention(*tensors, window=7, bias=bias, scale=scale, border=border, **options)
-        return out, torch.autograd.grad((out * weights).sum(), [*tensors, bias, scale])
+    def run():
+        out = attend(*tensors, window=7)
+        return out, *torch.autograd.grad(out.square().sum(), tensors)
 
-    whole, whole_gradients = run()
-    banded, banded_gradients = run(max_band_scores=1)
-    torch.testing.assert_close(banded, whole, atol=1e-13, rtol=1e-13)
-    torch.testing.assert_close(banded_gradients, whole_gradients, atol=1e-12, rtol=1e-12)
+    whole = run()
+    monkeypatch.setattr(blocked, "MAX_CHUNK_NUMBERS", 1)
+    monkeypatch.setattr(reference, "MAX_BAND_NUMBERS", 1)
+    torch.testing.assert_close(run(), whole, atol=1e-12, rtol=1e-12)
     with torch.no_grad():
-        alone = local_attention(*tensors, window=7, bias=bias, scale=scale, border=border, max_band_scores=1)
-    torch.testing.assert_close(alone, whole.detach(), atol=1e-13, rtol=1e-13)
+        torch.testing.assert_close(attend(*tensors, window=7), whole[0].detach(), atol=1e-12, rtol=1e-12)
 
 
-def largest_tensor(function):
-    """Elements of the largest tensor that any operation inside ``function`` returns, and of all kept for backward."""
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest memory that any operation inside returned; views count what they look at."""
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        largest = 0
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(t, torch.Tensor):
-                    # Expanded and repeated views take no memory.
-                    self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
-            return out
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
+        return out
 
+
+@pytest.mark.parametrize("module", [blocked, reference])
+def test_memory_is_bounded_by_the_chunk_and_not_by_the_map(module, monkeypatch):
+    limit = 400_000
+    monkeypatch.setattr(blocked, "MAX_CHUNK_NUMBERS", limit)
+    monkeypatch.setattr(reference, "MAX_BAND_NUMBERS", limit)
+    query, key, value = inputs(1, 400, 16, 2, 2, 2, torch.float32)
+    bias = torch.zeros(2, 7, 7)
+    with LargestTensor() as watch, torch.no_grad():
+        out = module.forward(query, key, value, bias, 7, "clip")
+        if module is blocked:
+            module.backward(out, query, key, value, bias, out, 7, "clip", True)
+    gathered = 400 * 16 * 49 * 2 * 4  # what windows of the whole map would hold
+    assert watch.largest <= limit < gathered / 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_of_the_size_of_windows_is_kept_for_the_backward_pass(backend):
+    tensors = [t.requires_grad_() for t in inputs(1, 64, 16, 2, 2, 2, torch.float32)]
     kept = {}
 
     def keep(t):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), Watch() as watch:
-        function()
-    return watch.largest, sum(kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        local_attention(*tensors, window=7, backend=backend)
+    assert sum(kept.values()) <= 6 * tensors[0].numel()
 
 
-def test_memory_is_bounded_by_the_band_and_not_by_the_map():
-    limit = 200_000
-    sizes = {}
-    for height in (64, 256):
-        tensors = [t.requires_grad_() for t in inputs(1, height, 16, 2, 2, 2, torch.float32)]
-        sizes[height] = largest_tensor(partial(local_attention, *tensors, window=7, max_band_scores=limit))
-    scores = 256 * 16 * 2 * 14**2  # of the whole larger map
-    largest, kept = sizes[256]
-    assert largest <= limit < scores / 4
-    assert kept < scores / 4
-    # What stays for the backward pass is the inputs: linear in pixels, without the factor of the window.
-    assert kept < 5 * sizes[64][1]
-    assert kept < 40 * 256 * 16
-
-
-def test_a_peaked_softmax_stays_finite():
+def test_a_peaked_softmax_stays_finite(attend):
     query, key, value = inputs(1, 6, 10, heads=2, key_dim=4, value_dim=3, dtype=torch.float32)
     tensors = [t.requires_grad_() for t in (query, key, value)]
-    for border in ("clip", "reflect"):
-        out = local_attention(*tensors, window=7, scale=1e6, border=border)
+    for border in BORDERS:
+        out = attend(*tensors, window=7, scale=1e6, border=border)
         out.sum().backward()
         assert out.isfinite().all()
         assert all(t.grad.isfinite().all() for t in tensors)
@@ -186,44 +236,44 @@ def test_a_peaked_softmax_stays_finite():
         assert out.max() <= value.max() + 1e-5
 
 
-def test_very_low_scores_do_not_let_keys_from_outside_in():
+def test_very_low_scores_do_not_let_keys_from_outside_in(attend):
     query, key, value = inputs(1, 3, 3, heads=1, key_dim=1, value_dim=1, dtype=torch.float32)
-    low = local_attention(torch.ones_like(query), torch.full_like(key, -1e30), value, window=3)
-    torch.testing.assert_close(low, local_attention(query * 0, key, value, window=3))
+    low = attend(torch.ones_like(query), torch.full_like(key, -1e30), value, window=3)
+    torch.testing.assert_close(low, attend(query * 0, key, value, window=3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("border", ["clip", "reflect"])
-def test_dtypes(dtype, border):
+@pytest.mark.parametrize("border", BORDERS)
+def test_dtypes(attend, dtype, border):
     exact = inputs(1, 9, 11, heads=2, key_dim=8, value_dim=4)
     bias = torch.randn(2, 7, 7)
     lower = [t.to(dtype) for t in exact]
-    out = local_attention(*lower, window=7, bias=bias, scale=8**-0.5, border=border)
+    out = attend(*lower, window=7, bias=bias, scale=8**-0.5, border=border)
     assert out.dtype == dtype
-    expected = local_attention(*(t.double() for t in lower), window=7, bias=bias, scale=8**-0.5, border=border)
+    expected = attend(*(t.double() for t in lower), window=7, bias=bias, scale=8**-0.5, border=border)
     tolerance = 30 * torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-def test_non_contiguous_inputs():
+def test_non_contiguous_inputs(attend):
     query, key, value = inputs(2, 7, 9, heads=2, key_dim=3, value_dim=3)
     views = [t.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2) for t in (query, key, value)]
     assert not any(t.is_contiguous() for t in views)
-    torch.testing.assert_close(local_attention(*views, window=5), local_attention(query, key, value, window=5))
+    torch.testing.assert_close(attend(*views, window=5), attend(query, key, value, window=5))
 
 
-@pytest.mark.parametrize("border", ["clip", "reflect"])
+@pytest.mark.parametrize("border", ["clip", "reflect", "replicate"])
 @pytest.mark.parametrize("size", [(1, 2), (6, 9)])
-def test_constant_values_stay_constant(size, border):
+def test_constant_values_stay_constant(attend, size, border):
     query, key, _ = inputs(1, *size, heads=2, key_dim=3, value_dim=1)
     value = torch.full((1, *size, 2, 4), 2.5, dtype=torch.float64)
-    torch.testing.assert_close(local_attention(query, key, value, window=7, border=border), value)
+    torch.testing.assert_close(attend(query, key, value, window=7, border=border), value)
 
 
-def test_images_of_a_batch_do_not_mix():
+def test_images_of_a_batch_do_not_mix(attend):
     tensors = inputs(3, 6, 10, heads=2, key_dim=3, value_dim=2)
-    out = local_attention(*tensors, window=5)
-    alone = local_attention(*(t[1:2] for t in tensors), window=5)
+    out = attend(*tensors, window=5)
+    alone = attend(*(t[1:2] for t in tensors), window=5)
     torch.testing.assert_close(out[1:2], alone)
 
 
@@ -234,14 +284,37 @@ def test_even_windows_are_refused(window):
 
 
 def test_unknown_borders_are_refused():
-    with pytest.raises(ConfigError, match="'wrap'; use 'clip' or 'reflect'"):
+    with pytest.raises(ConfigError, match="'wrap'; use 'clip' or 'reflect' or 'replicate' or 'zeros'"):
         local_attention(*inputs(1, 3, 3, 1, 1, 1), window=3, border="wrap")
 
 
 def test_shapes_that_do_not_fit_are_refused():
     query, key, value = inputs(1, 4, 5, heads=2, key_dim=3, value_dim=2)
-    for wrong in [(query, key[:, :3], value), (query, key, value[:, :, :4]), (query[0], key[0], value[0])]:
+    half = (query, key[:, :2], value[:, :2])  # f is 2 for rows and 1 for columns
+    for wrong in [(query, key[:, :3], value), (query, key, value[:, :, :4]), (query[0], key[0], value[0]), half]:
         with pytest.raises(InputError, match=r"\[B, H, W, N, D\]"):
             local_attention(*wrong, window=3)
     with pytest.raises(InputError, match=r"\(2, 3, 3\); got \(3, 3\)"):
         local_attention(query, key, value, window=3, bias=torch.zeros(3, 3))
+
+
+def test_compiles_to_one_graph_with_dynamic_sizes():
+    torch._dynamo.reset()
+
+    def run(query, key, value, bias):
+        return local_attention(query, key, value, window=3, bias=bias, scale=0.5) * 2
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    bias = torch.randn(2, 3, 3, requires_grad=True)
+    for size in [(5, 9), (4, 7), (11, 6)]:
+        tensors = [t.requires_grad_() for t in inputs(1, *size, 2, 3, 4, torch.float32)]
+        one, other = run(*tensors, bias), compiled(*tensors, bias)
+        torch.testing.assert_close(other, one)
+        expected = torch.autograd.grad(one.square().sum(), [*tensors, bias])
+        torch.testing.assert_close(torch.autograd.grad(other.square().sum(), [*tensors, bias]), expected)
+
+
+def test_the_operator_keeps_the_rules_of_torch_library():
+    query, key, value = (t.requires_grad_() for t in inputs(1, 5, 6, 2, 3, 4, torch.float32, factor=2))
+    bias = torch.randn(2, 3, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.featsharp.local_attention, (query, key, value, bias, 3, "clip", None))

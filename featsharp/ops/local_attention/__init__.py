@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from featsharp.errors import InputError
-from featsharp.ops.backends import Backend, Problem, choose_backend, register_backends
+from featsharp.ops.backends import Backend, Problem, choose_backend, register_backends, wanted_backend
+from featsharp.ops.local_attention import reference
 from featsharp.ops.windows import Border, check_window
 
 OP = "local_attention"
@@ -62,6 +63,9 @@ def local_attention(
     _check_shapes(query, key, value, window, bias)
     if bias is None:
         bias = torch.zeros(query.shape[3], window, window, dtype=torch.float32, device=query.device)
+    backend = wanted_backend(backend)
+    if backend == "reference":  # differentiable as it is
+        return reference.forward(query * scale, key, value, bias, window, border)
     return torch.ops.featsharp.local_attention(query * scale, key, value, bias, window, border, backend)
 
 
@@ -119,10 +123,11 @@ def _backward(
     out: Tensor,
     window: int,
     border: str,
+    bias_too: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     module = choose_backend(OP, _problem(query, key, value, window), backend).load()
-    return module.backward(grad, query, key, value, bias, out, window, border)
+    return module.backward(grad, query, key, value, bias, out, window, border, bias_too)
 
 
 @_forward.register_fake
@@ -131,7 +136,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, bord
 
 
 @_backward.register_fake
-def _(grad, query, key, value, bias, out, window, border, backend):  # type: ignore[no-untyped-def]
+def _(grad, query, key, value, bias, out, window, border, bias_too, backend):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value, bias))
 
 
@@ -142,7 +147,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.featsharp.local_attention_backward(
-        grad, *ctx.saved_tensors, ctx.window, ctx.border, ctx.backend
+        grad, *ctx.saved_tensors, ctx.window, ctx.border, ctx.needs_input_grad[3], ctx.backend
     )
     return *gradients, None, None, None
 

@@ -25,7 +25,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int
         keys, values = call.cut(key, chunk, "keys"), call.cut(value, chunk, "values")
         mean = call.zero_scores(chunk) if call.averages else None
         for head in range(call.heads):
-            weights = call.weigh(call.queries(call.query, chunk, head, "q"), call.windows(keys, chunk, head, "k"), chunk, head)
+            weights = call.weigh(
+                call.queries(call.query, chunk, head, "q"), call.windows(keys, chunk, head, "k"), chunk, head
+            )
             if mean is None:
                 call.put(out, chunk, head, call.product(weights, call.windows(values, chunk, head, "v"), "o"))
             else:
@@ -36,9 +38,17 @@ def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int
 
 
 def backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, out: Tensor, window: int, border: str
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    window: int,
+    border: str,
+    bias_too: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and bias."""
+    """Gradients of query, key, value and bias; the last is zero unless ``bias_too``."""
     call = _Call(query, key, value, bias, window, border)
     grad = call.grid.pad_queries(grad)
     d_query = call.new_queries(query)
@@ -62,7 +72,8 @@ def backward(
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, call.compute)
             if mean is not None:
                 d_scores /= call.heads
-            d_bias[head] += call.grid.diagonals(d_scores).sum((0, 1, 2, 3, 4))
+            if bias_too:
+                d_bias[head] += call.grid.diagonals(d_scores).sum((0, 1, 2, 3, 4))
             call.put(d_query, chunk, head, call.product(d_scores, k, "o"))
             call.add_windows(d_keys, chunk, head, call.product(d_scores.transpose(1, 2), q, "d window"))
         if mean is not None:

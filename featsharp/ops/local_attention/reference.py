@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from featsharp.ops.windows import border_cells
 
@@ -10,23 +11,15 @@ MAX_BAND_NUMBERS = 2**24
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> Tensor:
-    """[B, fH, fW, N or 1, E], band by band."""
-    bands = _bands(query, value, window)
-    return torch.cat([attend(query[:, rows], key, value, bias, window, border, rows.start) for rows in bands], 1)
+    """[B, fH, fW, N or 1, E], band by band; where a gradient is needed, bands are recomputed instead of kept."""
 
-
-def backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, out: Tensor, window: int, border: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and bias: each band is computed again, with autograd, and forgotten."""
-    inputs = [x.detach().requires_grad_() for x in (query, key, value, bias)]
-    sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
+    bands = []
     for rows in _bands(query, value, window):
-        with torch.enable_grad():
-            band = attend(inputs[0][:, rows], *inputs[1:], window, border, rows.start)
-        for total, part in zip(sums, torch.autograd.grad(band, inputs, grad[:, rows]), strict=True):
-            total += part
-    return tuple(total.to(x.dtype) for total, x in zip(sums, inputs, strict=True))
+        arguments = (query[:, rows], key, value, bias, window, border, rows.start)
+        bands.append(
+            checkpoint(attend, *arguments, use_reentrant=False) if torch.is_grad_enabled() else attend(*arguments)
+        )
+    return torch.cat(bands, 1)
 
 
 def attend(
