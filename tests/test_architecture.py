@@ -36,7 +36,11 @@ TORCH_ONLY = {"ops", "layers", "normalizers", "backbones"}
 
 # The only modules that import an optional package when they are imported themselves. In turn, others import these
 # inside functions only.
-OWNERS = {"train.py": {"hydra", "omegaconf"}, "backbones/_focus_vit.py": {"timm"}}
+OWNERS = {
+    "train.py": {"hydra", "omegaconf"},
+    "backbones/_focus_vit.py": {"timm"},
+    "ops/local_attention/triton_kernel.py": {"triton"},
+}
 
 
 class Import(NamedTuple):

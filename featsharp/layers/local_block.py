@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featsharp.errors import ConfigError
-from featsharp.ops.local_attention import check_window, local_attention
+from featsharp.ops.local_attention import local_attention
+from featsharp.ops.windows import check_window
 
 NUM_HEADS = 16
 

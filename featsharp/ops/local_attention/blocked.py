@@ -80,8 +80,8 @@ def backward(
             call.add_windows(d_values, chunk, 0, call.product(mean.transpose(1, 2), d_out, "d window"))
         call.grid.add_slab(d_key, chunk, d_keys)
         call.grid.add_slab(d_value, chunk, d_values)
-    gradients = (call.crop(d_query, query), d_key, d_value, d_bias)
-    return tuple(x.to(like.dtype) for x, like in zip(gradients, (query, key, value, bias), strict=True))
+    d_query = call.crop(d_query, query)
+    return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias.to(bias.dtype)
 
 
 class _Call:
