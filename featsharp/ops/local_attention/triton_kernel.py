@@ -364,7 +364,6 @@ class _Call:
         self.query_tiles = triton.cdiv(height, SIDE) * triton.cdiv(width, SIDE)
         self.sizes = (height, width, key.shape[1], key.shape[2])
         factor = height // key.shape[1]
-        half = all(x.dtype in (torch.float16, torch.bfloat16) for x in (query, key, value))
         self.constants = {
             "F": factor,
             "K": window,
@@ -378,7 +377,7 @@ class _Call:
             "STEP": STEP,
             # Cells that the queries of a tile can see, along an axis.
             "SPAN": (SIDE - 1) // factor + (1 if SIDE % factor == 0 or factor % SIDE == 0 else 2) + window - 1,
-            "DOT": tl.bfloat16 if half and value.dtype == torch.bfloat16 else tl.float16 if half else tl.float32,
+            "DOT": _product_type(query, key, value),
         }
 
     @staticmethod
@@ -389,6 +388,17 @@ class _Call:
     def maps(self) -> tuple[object, ...]:
         q, k, v = self.query, self.key, self.value
         return (q, *q.stride()[:4], k, *k.stride()[:4], v, *v.stride()[:4], self.bias)
+
+
+def _product_type(*maps: Tensor) -> tl.dtype:
+    """The type of the factors of matrix products; sums are float32 always."""
+    dtypes = {x.dtype for x in maps}
+    if dtypes == {torch.float16}:
+        return tl.float16
+    # The interpreter cannot multiply bfloat16.
+    if dtypes == {torch.bfloat16} and not triton.knobs.runtime.interpret:
+        return tl.bfloat16
+    return tl.float32
 
 
 def _power(size: int) -> int:
