@@ -136,6 +136,15 @@ def test_ls_prints_every_name_with_a_description(capsys):
     assert "backbones:" not in text
 
 
+def test_doctor_lists_backends_with_reasons(capsys):
+    assert run("doctor") == 0
+    text = capsys.readouterr().out
+    assert re.search(r"local_attention blocked +taken by default", text)
+    assert re.search(r'local_attention reference +runs when asked for: backend="reference"', text)
+    if not torch.cuda.is_available():
+        assert re.search(r"local_attention triton +cannot run: needs a CUDA device; got cpu", text)
+
+
 def test_pack_round_trip(photos, tmp_path, capsys, caplog):
     """U8."""
     (photos / "broken.png").write_bytes(b"")

@@ -41,7 +41,7 @@ class Backend:
         module: Where its ``forward`` and ``backward`` are; imported on first use.
         can_run: None where the backend can run a problem, otherwise the reason why not, as a sentence's end:
             "needs ...; got ...".
-        preferred: Lowest first; among those that can run the first is taken.
+        automatic: Whether it is taken unasked; one that was not yet seen to run on its hardware is not.
     """
 
     op: str
@@ -49,6 +49,7 @@ class Backend:
     summary: str
     module: str
     can_run: Callable[[Problem], str | None]
+    automatic: bool = True
 
     def load(self) -> Any:
         """The module with the functions of this backend."""
@@ -84,7 +85,7 @@ def choose_backend(op: str, problem: Problem, name: str | None = None) -> Backen
     group = _backends[op]
     if name is None:
         for backend in group:
-            if backend.can_run(problem) is None:
+            if backend.automatic and backend.can_run(problem) is None:
                 _log_choice(op, backend.name, problem.device)
                 return backend
         reasons = "; ".join(f"{backend.name} {backend.can_run(problem)}" for backend in group)

@@ -106,6 +106,8 @@ def test_the_choice_of_a_backend_gives_reasons():
         choose_backend(OP, on_cpu, "triton")
     double = Problem("cuda", (torch.float64,) * 3, 8, 8, 7)
     assert choose_backend(OP, double).name == "blocked"
-    assert choose_backend(OP, Problem("cuda", (torch.float32,) * 3, 8, 8, 7)).name == "triton"
+    single = Problem("cuda", (torch.float32,) * 3, 8, 8, 7)
+    assert choose_backend(OP, single).name == "blocked"
+    assert choose_backend(OP, single, "triton").name == "triton"
     with pytest.raises(ConfigError, match="unknown backend of local_attention 'block'; did you mean 'blocked'"):
         choose_backend(OP, on_cpu, "block")

@@ -87,6 +87,8 @@ register_backends(
         "one kernel, nothing but inputs and outputs in memory",
         "featsharp.ops.local_attention.triton_kernel",
         find_reason_against_triton,
+        # The kernels compile for GPUs and are right under Triton's interpreter; they wait for a run on a real GPU.
+        automatic=False,
     ),
     Backend(
         OP,
