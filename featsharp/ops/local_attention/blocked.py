@@ -13,8 +13,8 @@ from featsharp.ops.blocks import BlockGrid, Chunk, Scratch
 
 # Queries along a side of a block.
 SIDE = 4
-# Numbers in the scratch memory of a chunk: 2 MiB in float32, about the cache of a core.
-MAX_CHUNK_NUMBERS = 2**19
+# Numbers in the scratch memory of a chunk: 8 MiB in float32; less costs calls, more leaves the caches.
+MAX_CHUNK_NUMBERS = 2**21
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> Tensor:
