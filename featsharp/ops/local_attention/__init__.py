@@ -70,7 +70,7 @@ def local_attention(
     return torch.ops.featsharp.local_attention(query * scale, key, value, bias, window, border, backend)
 
 
-def find_reason_against_triton(problem: Problem) -> str | None:
+def _reason_against_triton(problem: Problem) -> str | None:
     if problem.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs a CUDA device; got {problem.device}"
     if torch.float64 in problem.dtypes:
@@ -86,7 +86,7 @@ register_backends(
         "triton",
         "one kernel, nothing but inputs and outputs in memory",
         "featsharp.ops.local_attention.triton_kernel",
-        find_reason_against_triton,
+        _reason_against_triton,
         # The kernels compile for GPUs and are right under Triton's interpreter; they wait for a run on a real GPU.
         automatic=False,
     ),

@@ -15,6 +15,8 @@ from featsharp.ops.blocks import BlockGrid, Chunk, Scratch
 SIDE = 4
 # Numbers in the scratch memory of a chunk: 8 MiB in float32; less costs calls, more leaves the caches.
 MAX_CHUNK_NUMBERS = 2**21
+# How much more a GPU gets at a time: it is busy only with large products.
+GPU_CHUNK = 16
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> Tensor:
@@ -101,7 +103,8 @@ class _Call:
 
     def chunks(self) -> Iterator[Chunk]:
         per_block = self._num_queries * (self._dims + self._num_keys) + self._num_keys * self._dims
-        return self.grid.chunks(len(self.query), MAX_CHUNK_NUMBERS // per_block)
+        numbers = MAX_CHUNK_NUMBERS * (1 if self.query.device.type == "cpu" else GPU_CHUNK)
+        return self.grid.chunks(len(self.query), numbers // per_block)
 
     def new_queries(self, like: Tensor) -> Tensor:
         """Room for something of every padded query, with the heads and channels of ``like``."""
