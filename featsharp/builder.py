@@ -31,6 +31,7 @@ def create_encoder(
     upsampler_options: Mapping[str, Any] | None = None,
     normalizer: str = "none",
     bias_buffer: bool = False,
+    max_memory: int | str | None = None,
 ) -> SharpEncoder:
     """Build an untrained sharp encoder from names or objects.
 
@@ -41,6 +42,7 @@ def create_encoder(
         upsampler_options: Keyword arguments of the upsampler's class; only with a name.
         normalizer: "none", or one of ``featsharp.normalizers.list_normalizers()``, to be fitted before use.
         bias_buffer: Whether to add a bias buffer (zero until trained).
+        max_memory: Limit of the memory that encoding takes, in bytes or as "2GiB"; see ``SharpEncoder.max_memory``.
 
     Returns:
         The encoder in eval mode, on the CPU.
@@ -70,6 +72,7 @@ def create_encoder(
         module,
         create_normalizer(normalizer, backbone.embed_dim),
         BiasBuffer(backbone.embed_dim, grid) if bias_buffer else None,
+        max_memory=max_memory,
     )
     encoder.recipe = {
         "upsampler": name,
@@ -81,13 +84,19 @@ def create_encoder(
     return encoder.eval()
 
 
-def load_from_file(path: str | PathLike[str], *, featurizer: str | Backbone | None = None) -> SharpEncoder:
+def load_from_file(
+    path: str | PathLike[str],
+    *,
+    featurizer: str | Backbone | None = None,
+    max_memory: int | str | None = None,
+) -> SharpEncoder:
     """Load a sharp encoder from a checkpoint, or build a training-free one from a pseudo-path.
 
     Args:
         path: A checkpoint file, or ``"bilinear-4x"``, ``"tile-2x"``, ``"identity-1x"``.
         featurizer: The backbone. Needed for pseudo-paths and for checkpoints of a backbone that has no name to be built
             from; otherwise the checkpoint's own is built. One that the checkpoint was not trained for is refused.
+        max_memory: Limit of the memory that encoding takes, in bytes or as "2GiB"; see ``SharpEncoder.max_memory``.
 
     Returns:
         The encoder in eval mode, on the CPU, without gradients; ``encoder.upsampler.requires_grad_()`` turns them on
@@ -103,7 +112,7 @@ def load_from_file(path: str | PathLike[str], *, featurizer: str | Backbone | No
             raise ConfigError(
                 f"{path} is no file but an untrained upsampler; give it a backbone: featurizer='vits14-focus'"
             )
-        return create_encoder(featurizer, pseudo["name"], int(pseudo["factor"]))
+        return create_encoder(featurizer, pseudo["name"], int(pseudo["factor"]), max_memory=max_memory)
     content = read_checkpoint(path)
     saved = content["encoder"]
     backbone = _backbone_for(saved["backbone"], featurizer, path)
@@ -115,6 +124,7 @@ def load_from_file(path: str | PathLike[str], *, featurizer: str | Backbone | No
         upsampler_options=recipe["options"],
         normalizer=recipe["normalizer"],
         bias_buffer=recipe["bias_buffer"],
+        max_memory=max_memory,
     )
     load_model_state(encoder, content["model"], path)
     return encoder.eval().requires_grad_(False)

@@ -7,7 +7,7 @@ Convention:
 
 import warnings
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,15 @@ from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.errors import ConfigError, InputError
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.normalizers import Normalizer
+from featsharp.ops.peak import parse_memory
 from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import UpsampleFeatures, Upsampler
+from featsharp.upsamplers.bounded import Allocate, upsample_within
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    Picture = str | PathLike[str] | Image
 
 __all__ = ["InputConditioner", "SharpEncoder", "UpsampleFeatures"]
 
@@ -76,6 +80,7 @@ class SharpEncoder(nn.Module):
         upsampler: Built for the backbone's ``embed_dim``.
         normalizer: Fitted, or to be fitted before use.
         bias_buffer: None for none.
+        max_memory: See :attr:`max_memory`.
     """
 
     _anchor: Tensor
@@ -86,8 +91,11 @@ class SharpEncoder(nn.Module):
         upsampler: Upsampler,
         normalizer: Normalizer,
         bias_buffer: BiasBuffer | None = None,
+        *,
+        max_memory: int | str | None = None,
     ) -> None:
         super().__init__()
+        self.max_memory = max_memory
         if upsampler.embed_dim != backbone.embed_dim:
             raise ConfigError(
                 f"the upsampler is for {upsampler.embed_dim} channels, but backbone {backbone.name!r} has "
@@ -102,6 +110,20 @@ class SharpEncoder(nn.Module):
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
         # How a checkpoint rebuilds this encoder; builder.create_encoder fills it in.
         self.recipe: dict[str, Any] = {}
+
+    @property
+    def max_memory(self) -> int | None:
+        """Bytes that encoding may take beside weights, inputs and results; None for no limit.
+
+        Set it to bytes or to text like "2GiB". Tiles and rows are then processed in portions that fit, images one by
+        one, without gradients; the features are the same up to rounding. Raises ConfigError for what is no amount;
+        an amount that is too little shows when an image is encoded.
+        """
+        return self._max_memory
+
+    @max_memory.setter
+    def max_memory(self, amount: int | str | None) -> None:
+        self._max_memory = None if amount is None else parse_memory(amount)
 
     @property
     def device(self) -> torch.device:
@@ -148,6 +170,7 @@ class SharpEncoder(nn.Module):
         denormalize: bool = False,
         return_summary: bool = False,
         low_res_size: tuple[int, int] | None = None,
+        allocate: Allocate | None = None,
     ) -> UpsampleFeatures:
         """Sharp features of whitened images.
 
@@ -159,50 +182,115 @@ class SharpEncoder(nn.Module):
                 unchanged: upsampling does not improve it).
             low_res_size: (h, w) in pixels of the low-resolution pass. Default: the image size divided by
                 ``upsampler.input_upsample_factor``, to whole patches, or the one size of a fixed-size backbone.
+            allocate: Called with ``low_res`` and the shape of ``high_res``, returns the tensor to write that to, of the
+                dtype of ``low_res``: see :class:`featsharp.data.mapped.MappedFeatures` for one in a file. Only with
+                :attr:`max_memory`.
 
         Returns:
             ``low_res`` [B, C, h, w], ``high_res`` [B, C, factor * h, factor * w], ``summary`` [B, C_s] or None.
 
         Raises:
             InputError: For images that are no [B, 3, H, W] batch or too small, or a summary that the backbone lacks.
+            ConfigError: When ``max_memory`` is too little for one row of the result; it names the least that works.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise InputError(f"a sharp encoder takes whitened images [B, 3, H, W]; got {tuple(images.shape)}")
         if return_summary and self.backbone.summary_dim is None:
             raise InputError(f"backbone {self.backbone.name!r} has no summary; call without return_summary")
         size = low_res_size or self.low_res_size(size_of(images))
-        low_res, high_res, summary = self.upsampler(images, self.encode, size)
-        if denormalize:
-            low_res, high_res = self.normalizer.denormalize(low_res), self.normalizer.denormalize(high_res)
+        if self.max_memory is not None:
+            low_res, high_res, summary = upsample_within(
+                self.upsampler,
+                images,
+                self.encode,
+                size,
+                self.max_memory,
+                finish=self.normalizer.denormalize if denormalize else nn.Identity(),
+                allocate=allocate or Tensor.new_empty,
+            )
+        elif allocate is not None:
+            raise ConfigError("allocate= needs a limit on memory; set max_memory, for example to '2GiB'")
+        else:
+            low_res, high_res, summary = self.upsampler(images, self.encode, size)
+            if denormalize:
+                low_res, high_res = self.normalizer.denormalize(low_res), self.normalizer.denormalize(high_res)
         return UpsampleFeatures(low_res, high_res, summary if return_summary else None)
 
     def low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) in pixels of the low-resolution pass for an image of ``image_size``."""
         return self._scaled_size(image_size, 1 / self.upsampler.input_upsample_factor)
 
-    @torch.no_grad()  # not inference mode: users train probes on these features
+    @overload
     def encode_image(
         self,
-        image: "str | PathLike[str] | Image",
+        image: "Picture",
         *,
         size: tuple[int, int] | None = None,
         denormalize: bool | None = None,
         return_summary: bool = False,
-    ) -> UpsampleFeatures:
-        """Sharp features of one picture, lined up with its pixels.
+        allocate: Allocate | None = None,
+    ) -> UpsampleFeatures: ...
 
-        The picture is whitened, and scaled (never cropped or padded) so that the low-resolution pass has about as many
+    @overload
+    def encode_image(
+        self,
+        image: list[Any] | tuple[Any, ...],
+        *,
+        size: tuple[int, int] | None = None,
+        denormalize: bool | None = None,
+        return_summary: bool = False,
+    ) -> list[UpsampleFeatures]: ...
+
+    @torch.no_grad()  # not inference mode: users train probes on these features
+    def encode_image(
+        self,
+        image: "Picture | list[Any] | tuple[Any, ...]",
+        *,
+        size: tuple[int, int] | None = None,
+        denormalize: bool | None = None,
+        return_summary: bool = False,
+        allocate: Allocate | None = None,
+    ) -> UpsampleFeatures | list[UpsampleFeatures]:
+        """Sharp features of one picture or of several, lined up with their pixels.
+
+        A picture is whitened, and scaled (never cropped or padded) so that the low-resolution pass has about as many
         tokens as at the backbone's native size, with the picture's aspect ratio. Cell (y, x) of an (h, w) map is
         centred at pixel ``((y + 0.5) * H / h, (x + 0.5) * W / w)`` of the H x W picture.
 
         Args:
-            image: A file, or a PIL image.
+            image: A file, or a PIL image; or a list of these, of any sizes: those that are scaled to one size go
+                through the backbone as one batch, so give as many at once as memory holds.
             size: (h, w) in pixels to scale the picture to instead; the picture's own size keeps every detail.
             denormalize: As for :meth:`forward`; None: True wherever the normalizer has an inverse.
+            return_summary, allocate: As for :meth:`forward`; ``allocate`` only for one picture.
 
         Returns:
-            As :meth:`forward`, with B = 1, on the device of the encoder.
+            As :meth:`forward`, with B = 1, on the device of the encoder; a list in the order given for a list.
         """
+        denormalize = self.normalizer.invertible if denormalize is None else denormalize
+        if isinstance(image, list | tuple):
+            prepared = [self._prepare_picture(one, size) for one in image]
+            results: dict[int, UpsampleFeatures] = {}
+            groups: dict[Any, list[int]] = {}
+            for index, (pixels, low_res_size) in enumerate(prepared):
+                groups.setdefault((pixels.shape, low_res_size), []).append(index)
+            for (_, low_res_size), group in groups.items():
+                batch = torch.cat([prepared[index][0] for index in group])
+                out = self(batch, denormalize=denormalize, return_summary=return_summary, low_res_size=low_res_size)
+                parts = zip(*(len(group) * [None] if x is None else x.split(1) for x in out), strict=True)
+                results |= {index: UpsampleFeatures(*part) for index, part in zip(group, parts, strict=True)}
+            return [results[index] for index in range(len(prepared))]
+        pixels, low_res_size = self._prepare_picture(image, size)
+        return self(
+            pixels,
+            denormalize=denormalize,
+            return_summary=return_summary,
+            low_res_size=low_res_size,
+            allocate=allocate,
+        )
+
+    def _prepare_picture(self, image: "Picture", size: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int] | None]:
+        """Whitened pixels [1, 3, H, W] on the encoder's device, and the size of their low-resolution pass."""
         from featsharp.data.images import decode_image, image_to_tensor
 
         pixels = image_to_tensor(decode_image(image))[None]
@@ -211,9 +299,7 @@ class SharpEncoder(nn.Module):
             k = self.upsampler.input_upsample_factor
             low_res_size = self.native_low_res_size(size_of(pixels))
             size = low_res_size[0] * k, low_res_size[1] * k
-        whitened = self.input_conditioner(resize(pixels, size)).to(self._anchor)
-        denormalize = self.normalizer.invertible if denormalize is None else denormalize
-        return self(whitened, denormalize=denormalize, return_summary=return_summary, low_res_size=low_res_size)
+        return self.input_conditioner(resize(pixels, size)).to(self._anchor), low_res_size
 
     def native_low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) in pixels with the aspect ratio of an image and about the area of the backbone's native size."""

@@ -19,6 +19,7 @@ import torch
 from featsharp.builder import load_from_file
 from featsharp.data.files import write_file
 from featsharp.data.images import decode_image, image_to_tensor, is_image_name
+from featsharp.data.mapped import MappedFeatures
 from featsharp.errors import ConfigError, DataError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.ops.device import find_device
@@ -37,12 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", help="name of the backbone; default: the checkpoint's own")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--size", type=_size, metavar="HxW", help="scale the image to this many pixels first")
+    parser.add_argument(
+        "--max-memory", metavar="AMOUNT", help="most memory to work in, for example 2GiB; features go straight to disk"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    keep_freed_memory()
-    encoder = load_from_file(arguments.checkpoint, featurizer=arguments.backbone).to(find_device(arguments.device))
+    if arguments.max_memory is None:
+        keep_freed_memory()
+    encoder = load_from_file(arguments.checkpoint, featurizer=arguments.backbone, max_memory=arguments.max_memory).to(
+        find_device(arguments.device)
+    )
     jobs = list(_jobs(arguments.images, arguments.output))
     if not jobs:
         raise DataError(f"no image in {', '.join(map(str, arguments.images))}")
@@ -65,14 +72,17 @@ def upsample_file(encoder: SharpEncoder, source: Path, target: Path, *, size: tu
     from safetensors.torch import save
 
     image = decode_image(source)
-    out = encoder.encode_image(image, size=size)
-    if not torch.isfinite(out.high_res).all():
-        raise InputError("the features hold NaN or infinite values; nothing was written")
-    tensors = {"low_res": out.low_res[0].float().cpu(), "high_res": out.high_res[0].float().cpu()}
-    metadata = {"image_size": f"{image.height}x{image.width}", "layout": "CHW"}
-    encoded = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     picture_file, features_file = _results(target)
-    write_file(features_file, encoded)
+    metadata = {"image_size": f"{image.height}x{image.width}", "layout": "CHW"}
+    if encoder.max_memory is None:
+        out = encoder.encode_image(image, size=size)
+        _check_finite(out.high_res)
+        tensors = {"low_res": out.low_res[0].float().cpu(), "high_res": out.high_res[0].float().cpu()}
+        write_file(features_file, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+    else:
+        with MappedFeatures(features_file, metadata) as file:
+            out = encoder.encode_image(image, size=size, allocate=file.allocate)
+            _check_finite(out.high_res)
     scale = PICTURE_SIDE / max(image.size)
     shape = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))
     try:
@@ -82,6 +92,12 @@ def upsample_file(encoder: SharpEncoder, source: Path, target: Path, *, size: tu
     photo = resize(image_to_tensor(image)[None], shape)[0]
     picture = panel([photo, colours(out.low_res)[0], colours(out.high_res)[0]], shape)
     save_picture(picture, picture_file)
+
+
+def _check_finite(features: torch.Tensor) -> None:
+    # Channel by channel, since the map may be larger than memory.
+    if not all(torch.isfinite(channel).all() for channel in features.unbind(1)):
+        raise InputError("the features hold NaN or infinite values; nothing was written")
 
 
 def _jobs(paths: list[Path], output: Path) -> Iterator[tuple[Path, Path]]:

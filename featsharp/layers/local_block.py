@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featsharp.errors import ConfigError
+from featsharp.ops.boxes import Box, whole
 from featsharp.ops.local_attention import local_attention
 from featsharp.ops.windows import check_window
 
 NUM_HEADS = 16
+# Cells that are processed at a time where no gradient is needed: 350 MiB for ViT-S, and few rows computed twice.
+BAND_CELLS = 2**14
 
 
 class LocalBlock(nn.Module):
@@ -51,9 +54,35 @@ class LocalBlock(nn.Module):
         self.scale2 = nn.Parameter(torch.full((out_dim,), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, D] to [B, H, W, C]."""
-        x = x + self.scale1 * self.attention(self.norm1(x))
+        """[B, H, W, D] to [B, H, W, C]; without gradients, large maps are processed in bands of rows."""
+        batch, height, width, _ = x.shape
+        rows = max(self.halo, BAND_CELLS // (batch * width))
+        if height <= rows or torch.compiler.is_compiling() or self._needs_grad(x):
+            return self.part(x, whole((height, width)))
+        out = None
+        for start in range(0, height, rows):
+            box = Box(start, min(height, start + rows), 0, width)
+            seen = box.grow(self.halo, (height, width))
+            band = self.part(seen.cut_channels_last(x), box.relative_to(seen))
+            if out is None:
+                out = band.new_empty(batch, height, width, self.out_dim)
+            out[:, box.top : box.bottom] = band
+        assert out is not None
+        return out
+
+    @property
+    def halo(self) -> int:
+        """How many cells around it, in each direction, a cell of the result depends on."""
+        return self.attention.window // 2
+
+    def part(self, x: Tensor, box: Box) -> Tensor:
+        """The cells ``box`` of the result for [B, H, W, D]: [B, *box.size, C]."""
+        attended = self.attention(self.norm1(x), box)
+        x = box.cut_channels_last(x) + self.scale1 * attended
         return x[..., : self.out_dim] + self.scale2 * self.mlp(self.norm2(x))
+
+    def _needs_grad(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
 
 class LocalSelfAttention(nn.Module):
@@ -79,8 +108,8 @@ class LocalSelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.register_buffer("bias", distance_bias(window), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, D] to the same shape."""
+    def forward(self, x: Tensor, box: Box | None = None) -> Tensor:
+        """[B, H, W, D] to the same shape, or to the cells ``box`` of it."""
         qkv = self.qkv(x).unflatten(-1, (3, NUM_HEADS, self.padded_dim))
         query, key, value = qkv.unbind(3)
         out = local_attention(
@@ -92,7 +121,7 @@ class LocalSelfAttention(nn.Module):
             scale=self.head_dim**-0.5,
             border="clip",
         )
-        return self.proj(out.flatten(3))
+        return self.proj((out if box is None else box.cut_channels_last(out)).flatten(3))
 
     def extra_repr(self) -> str:
         return f"window={self.window}, head_dim={self.head_dim}, padded_dim={self.padded_dim}"

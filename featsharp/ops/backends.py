@@ -38,7 +38,7 @@ class Backend:
         op: Name of the operation.
         name: Name of the backend, unique within the operation.
         summary: One line for ``featsharp doctor``.
-        module: Where its ``forward`` and ``backward`` are; imported on first use.
+        module: Where its ``forward``, ``backward`` and ``scratch_bytes`` are; imported on first use.
         can_run: None where the backend can run a problem, otherwise the reason why not, as a sentence's end:
             "needs ...; got ...".
         automatic: Whether it is taken unasked; one that was not yet seen to run on its hardware is not.

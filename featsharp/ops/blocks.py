@@ -94,15 +94,19 @@ class BlockGrid:
 
     def chunks(self, images: int, max_blocks: int) -> Iterator[Chunk]:
         """All blocks, at most ``max_blocks`` at a time: whole rows of blocks where that allows, whole images too."""
-        x = min(self.blocks[1], max(1, max_blocks))
-        y = min(self.blocks[0], max(1, max_blocks // x))
-        b = min(images, max(1, max_blocks // (x * y)))
+        b, y, x = self.chunk_size(images, max_blocks)
         for top in range(0, self.blocks[0], y):
             rows = self._axis(0, top, y)
             for left in range(0, self.blocks[1], x):
                 cols = self._axis(1, left, x)
                 for image in range(0, images, b):
                     yield Chunk(slice(image, min(image + b, images)), rows, cols)
+
+    def chunk_size(self, images: int, max_blocks: int) -> tuple[int, int, int]:
+        """Images, rows and columns of blocks of the largest chunk."""
+        x = min(self.blocks[1], max(1, max_blocks))
+        y = min(self.blocks[0], max(1, max_blocks // x))
+        return min(images, max(1, max_blocks // (x * y))), y, x
 
     def _axis(self, axis: int, first: int, count: int) -> Axis:
         count = min(count, self.blocks[axis] - first)

@@ -49,15 +49,27 @@ def blend_windows(windows: Tensor, starts: tuple[list[int], list[int]], size: tu
     Returns:
         [B, C, H, W]. A map that all windows agree on is returned unchanged (the weights sum to one).
     """
-    height, width = size_of(windows)
-    shares_y = _shares(starts[0], height, size[0]).to(windows)
-    shares_x = _shares(starts[1], width, size[1]).to(windows)
-    windows = windows.unflatten(0, (-1, len(starts[0]), len(starts[1])))
-    out = windows.new_zeros(windows.shape[0], windows.shape[3], *size)
-    for i, y in enumerate(starts[0]):
-        for j, x in enumerate(starts[1]):
-            out[..., y : y + height, x : x + width] += windows[:, i, j] * shares_y[i][:, None] * shares_x[j]
+    windows = windows.unflatten(0, (-1, len(starts[0]) * len(starts[1])))
+    out = windows.new_zeros(windows.shape[0], windows.shape[2], *size)
+    add_windows(out, windows, starts)
     return out
+
+
+def add_windows(out: Tensor, windows: Tensor, starts: tuple[list[int], list[int]], first: int = 0) -> None:
+    """Add some of the windows of :func:`blend_windows`, weighted as there, to the map ``out`` [B, C, H, W].
+
+    Args:
+        windows: [B, n, C, h, w], windows number ``first`` to ``first + n`` in row-major order.
+        starts: Of all windows.
+    """
+    height, width = size_of(windows)
+    shares_y = _shares(starts[0], height, out.shape[2]).to(windows)
+    shares_x = _shares(starts[1], width, out.shape[3]).to(windows)
+    for number, window in enumerate(windows.unbind(1), first):
+        i, j = divmod(number, len(starts[1]))
+        y, x = starts[0][i], starts[1][j]
+        weighted = window * shares_y[i][:, None] * shares_x[j]
+        out[..., y : y + height, x : x + width] += weighted.to(out.device)
 
 
 def _shares(starts: list[int], window: int, length: int) -> Tensor:

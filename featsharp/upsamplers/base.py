@@ -10,11 +10,12 @@ Convention:
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from featsharp.errors import ConfigError
+from featsharp.ops.boxes import Box
 from featsharp.ops.resize import resize
 
 # [N, 3, h*p, w*p] whitened -> (features [N, C, h, w], summary [N, C_s] or None)
@@ -39,10 +40,16 @@ class Upsampler(nn.Module):
             upsamplers that look at tiles, 1 for guided ones.
         trainable: Whether there is anything to learn.
         needs: What the upsampler uses besides features, for ``featsharp ls upsamplers``.
+        by_parts: Whether ``prepare`` and ``upsample_part`` are implemented (and ``write_tiles`` where there are tiles),
+            so that a map can be made piece by piece where memory is scarce (:mod:`featsharp.upsamplers.bounded`).
+        halo: How many cells of the tile map around its own, in each direction, a cell of the result depends on; None
+            for an upsampler that looks at no tiles.
     """
 
     trainable: bool = False
     needs: str = "image"
+    by_parts: bool = False
+    halo: int | None = None
 
     def __init__(self, embed_dim: int, factor: int) -> None:
         super().__init__()
@@ -65,6 +72,31 @@ class Upsampler(nn.Module):
         """
         raise NotImplementedError
 
+    def write_tiles(
+        self, out: Tensor, image: Tensor, encode: Encode, low_res_size: tuple[int, int], max_tile_batch: int
+    ) -> None:
+        """Encode the tiles of one image, at most ``max_tile_batch`` at a time, into the map ``out`` [1, C, fh, fw]."""
+        raise NotImplementedError
+
+    def prepare(self, low_res: Tensor, image: Tensor) -> Any:
+        """What all parts need from the image: tensors in tuples or dicts, small against the result."""
+        raise NotImplementedError
+
+    def upsample_part(self, low_res: Tensor, guide: Any, tiles: Tensor | None, box: Box) -> Tensor:
+        """The cells ``box`` of the result, as :meth:`forward` computes them: [B, C, *box.size].
+
+        Args:
+            low_res: [B, C, h, w].
+            guide: From :meth:`prepare`.
+            tiles: The tile map of ``box`` and ``halo`` cells around it, as far as they exist; None without tiles.
+            box: Cells of the high-resolution map.
+        """
+        raise NotImplementedError
+
+    def high_res_grid(self, features: Tensor) -> tuple[int, int]:
+        """(h, w) of the output for low-resolution features."""
+        return features.shape[-2] * self.factor, features.shape[-1] * self.factor
+
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, factor={self.factor}"
 
@@ -79,10 +111,6 @@ class GuidedUpsampler(Upsampler):
     def upsample(self, features: Tensor, image: Tensor) -> Tensor:
         """Features [B, C, h, w] and an image of any size [B, 3, H, W] to [B, C, factor * h, factor * w]."""
         raise NotImplementedError
-
-    def high_res_grid(self, features: Tensor) -> tuple[int, int]:
-        """(h, w) of the output for low-resolution features."""
-        return features.shape[-2] * self.factor, features.shape[-1] * self.factor
 
 
 def prime_factors(factor: int) -> list[int]:

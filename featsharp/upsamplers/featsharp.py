@@ -11,7 +11,7 @@ of all maps, mostly the first one, in the place of the first map; the paper's ow
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from featsharp.errors import ConfigError, unknown_name
 from featsharp.layers.local_block import LocalBlock
+from featsharp.ops.boxes import Box
 from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler
 from featsharp.upsamplers.featup import FeatUp
 from featsharp.upsamplers.interpolate import Bilinear
 from featsharp.upsamplers.jafar import JAFAR
 from featsharp.upsamplers.registration import register_upsampler
-from featsharp.upsamplers.tile import encode_tiles
+from featsharp.upsamplers.tile import encode_tiles, write_tiles
 
 # Maps computed from the low-resolution features and the image; "tiles" comes beside them.
 GUIDED_INPUTS = ("jbu", "jafar", "bilinear")
@@ -104,6 +105,8 @@ class FeatSharp(Upsampler):
             published_widths=widths == "published",
             layer_scale=LAYER_SCALE[start],
         )
+        self.by_parts = all(branch.by_parts for branch in self.branches.values())
+        self.halo = self.block.halo if "tiles" in self.inputs else None
 
     @property
     def input_upsample_factor(self) -> int:
@@ -121,10 +124,36 @@ class FeatSharp(Upsampler):
         for name, branch in self.branches.items():
             assert isinstance(branch, GuidedUpsampler)
             maps[name] = branch.upsample(low_res, image)
+        return UpsampleFeatures(low_res, self.block(self._stack(maps)).permute(0, 3, 1, 2), summary)
+
+    def write_tiles(
+        self, out: Tensor, image: Tensor, encode: Encode, low_res_size: tuple[int, int], max_tile_batch: int
+    ) -> None:
+        write_tiles(out, image, encode, low_res_size, self.factor, max_tile_batch=max_tile_batch)
+
+    def prepare(self, low_res: Tensor, image: Tensor) -> dict[str, Any]:
+        guides = {}
+        for name, branch in self.branches.items():
+            assert isinstance(branch, GuidedUpsampler)
+            guides[name] = branch.prepare(low_res, image)
+        return guides
+
+    def upsample_part(self, low_res: Tensor, guide: dict[str, Any], tiles: Tensor | None, box: Box) -> Tensor:
+        seen = box.grow(self.block.halo, self.high_res_grid(low_res))
+        maps: dict[str, Tensor] = {}
+        for name, branch in self.branches.items():
+            assert isinstance(branch, GuidedUpsampler)
+            maps[name] = branch.upsample_part(low_res, guide[name], None, seen)
+        if tiles is not None:
+            maps["tiles"] = tiles + seen.cut(self._tile_positions(low_res)).to(tiles.dtype)
+        return self.block.part(self._stack(maps), box.relative_to(seen)).permute(0, 3, 1, 2)
+
+    def _stack(self, maps: dict[str, Tensor]) -> Tensor:
+        """What the block gets: [B, C, H, W] each to [B, H, W, D]."""
         stacked = torch.cat([maps[name] for name in self.inputs], 1).permute(0, 2, 3, 1)
-        if self.mix is not None:
-            stacked = torch.cat([F.linear(stacked, self.mix), stacked[..., self.embed_dim :]], -1)
-        return UpsampleFeatures(low_res, self.block(stacked).permute(0, 3, 1, 2), summary)
+        if self.mix is None:
+            return stacked
+        return torch.cat([F.linear(stacked, self.mix), stacked[..., self.embed_dim :]], -1)
 
     def _start_mix(self) -> Tensor:
         """[C, D]: the first map, with TILE_SHARE of it replaced by the tiles where both are inputs."""

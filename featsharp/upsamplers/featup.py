@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featsharp.errors import ConfigError
+from featsharp.ops.boxes import Box
 from featsharp.ops.local_attention import local_attention
-from featsharp.ops.resize import resize
+from featsharp.ops.resize import enlarge, resize, size_of, source_box
 from featsharp.upsamplers.base import GuidedUpsampler, prime_factors
 from featsharp.upsamplers.registration import register_upsampler
 
@@ -44,6 +45,7 @@ class FeatUp(GuidedUpsampler):
 
     trainable = True
     needs = "image"
+    by_parts = True
 
     def __init__(self, embed_dim: int, factor: int, *, start: Start = "bilinear") -> None:
         super().__init__(embed_dim, factor)
@@ -53,6 +55,30 @@ class FeatUp(GuidedUpsampler):
         for level in self.levels:
             features = level(features, image)
         return features
+
+    def prepare(self, low_res: Tensor, image: Tensor) -> list[Tensor]:
+        """The guidance of every level: the image, averaged over the cells of its output."""
+        guides, size = [], size_of(low_res)
+        for level in self.levels:
+            assert isinstance(level, JBULevel)
+            size = size[0] * level.factor, size[1] * level.factor
+            guides.append(pool_guidance(image, size))
+        return guides
+
+    def upsample_part(self, low_res: Tensor, guide: list[Tensor], tiles: Tensor | None, box: Box) -> Tensor:
+        if not guide:
+            return box.cut(low_res)
+        *guides, last = guide
+        level = self.levels[len(guides)]
+        assert isinstance(level, JBULevel)
+        # The cells that this level reads, and those of the level before that they come from.
+        height, width = size_of(last)
+        seen = box.grow(WINDOW // 2, (height, width))
+        below = source_box(seen, level.factor, (height // level.factor, width // level.factor))
+        source = self.upsample_part(low_res, guides, None, below)
+        corner = Box(*(level.factor * edge for edge in below))
+        value = enlarge(source, level.factor, seen.relative_to(corner))
+        return box.relative_to(seen).cut(level.filter(value, seen.cut(last)))
 
 
 class JBULevel(nn.Module):
@@ -74,8 +100,12 @@ class JBULevel(nn.Module):
     def forward(self, source: Tensor, image: Tensor) -> Tensor:
         """[B, C, h, w] and an image [B, 3, H, W] of any size to [B, C, factor * h, factor * w]."""
         size = (self.factor * source.shape[-2], self.factor * source.shape[-1])
-        key = self.keys(pool_guidance(image, size)).permute(0, 2, 3, 1)[:, :, :, None]
-        value = resize(source, size).permute(0, 2, 3, 1)[:, :, :, None]
+        return self.filter(resize(source, size), pool_guidance(image, size))
+
+    def filter(self, x: Tensor, guidance: Tensor) -> Tensor:
+        """The bilateral filter of a map [B, C, H, W] under guidance [B, 3, H, W]: [B, C, H, W]."""
+        key = self.keys(guidance).permute(0, 2, 3, 1)[:, :, :, None]
+        value = x.permute(0, 2, 3, 1)[:, :, :, None]
         out = local_attention(
             key,
             key,

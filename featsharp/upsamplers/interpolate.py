@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from featsharp.errors import ConfigError
-from featsharp.ops.resize import resize
+from featsharp.ops.boxes import Box
+from featsharp.ops.resize import enlarge, resize
 from featsharp.upsamplers.base import GuidedUpsampler
 from featsharp.upsamplers.registration import register_upsampler
 
@@ -13,6 +14,7 @@ class Identity(GuidedUpsampler):
     """Returns the low-resolution map; with a bias buffer it is a pure de-biaser."""
 
     needs = "nothing"
+    by_parts = True
 
     def __init__(self, embed_dim: int, factor: int = 1) -> None:
         super().__init__(embed_dim, factor)
@@ -22,12 +24,25 @@ class Identity(GuidedUpsampler):
     def upsample(self, features: Tensor, image: Tensor) -> Tensor:
         return features
 
+    def prepare(self, low_res: Tensor, image: Tensor) -> None:
+        return None
+
+    def upsample_part(self, low_res: Tensor, guide: None, tiles: Tensor | None, box: Box) -> Tensor:
+        return box.cut(low_res)
+
 
 @register_upsampler("bilinear", "bilinear interpolation of the low-resolution features")
 class Bilinear(GuidedUpsampler):
     """``F.interpolate(features, scale_factor=factor, mode="bilinear", align_corners=False)``."""
 
     needs = "nothing"
+    by_parts = True
 
     def upsample(self, features: Tensor, image: Tensor) -> Tensor:
         return resize(features, self.high_res_grid(features))
+
+    def prepare(self, low_res: Tensor, image: Tensor) -> None:
+        return None
+
+    def upsample_part(self, low_res: Tensor, guide: None, tiles: Tensor | None, box: Box) -> Tensor:
+        return enlarge(low_res, self.factor, box)

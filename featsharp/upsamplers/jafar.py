@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from featsharp.ops.boxes import Box, whole
 from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import GuidedUpsampler
 from featsharp.upsamplers.registration import register_upsampler
@@ -36,6 +37,7 @@ class JAFAR(GuidedUpsampler):
 
     trainable = True
     needs = "image"
+    by_parts = True
 
     def __init__(self, embed_dim: int, factor: int) -> None:
         super().__init__(embed_dim, factor)
@@ -50,19 +52,26 @@ class JAFAR(GuidedUpsampler):
         self.query_proj, self.key_proj = (nn.Linear(DIM, DIM) for _ in range(2))
 
     def upsample(self, features: Tensor, image: Tensor) -> Tensor:
-        size = self.high_res_grid(features)
+        return self.upsample_part(features, self.prepare(features, image), None, whole(self.high_res_grid(features)))
+
+    def prepare(self, low_res: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [B, H, W, d] and keys [B, h w, d]; group normalisation needs the whole image."""
+        size = self.high_res_grid(low_res)
         # More guidance than twice the output grid only costs memory.
         encoded = self.rope(self.image_encoder(resize(image, (2 * size[0], 2 * size[1]))))
         query = F.group_norm(F.adaptive_avg_pool2d(self.query_encoder(encoded), size), GROUPS)
         # Reflection needs two cells; a smaller map is its own border.
         query = self.query_conv(query) if min(size) > 1 else F.conv2d(query, self.query_conv.weight, padding=1)
-        key = F.group_norm(F.adaptive_avg_pool2d(self.key_encoder(encoded), size_of(features)), GROUPS)
-        modulation = self.feature_encoder(F.normalize(features, dim=1))
+        key = F.group_norm(F.adaptive_avg_pool2d(self.key_encoder(encoded), size_of(low_res)), GROUPS)
+        modulation = self.feature_encoder(F.normalize(low_res, dim=1))
         key = self.gamma(modulation) * key + self.beta(modulation)
-        query = self.query_proj(self.query_norm(query.flatten(2).transpose(1, 2)))
-        key = self.key_proj(self.key_norm(key.flatten(2).transpose(1, 2)))
-        out = _averaged_attention(query, key, features.flatten(2).transpose(1, 2))
-        return out.transpose(1, 2).unflatten(2, size)
+        query = self.query_proj(self.query_norm(query.permute(0, 2, 3, 1)))
+        return query, self.key_proj(self.key_norm(key.flatten(2).transpose(1, 2)))
+
+    def upsample_part(self, low_res: Tensor, guide: tuple[Tensor, Tensor], tiles: Tensor | None, box: Box) -> Tensor:
+        query, key = box.cut_channels_last(guide[0]), guide[1]
+        out = _averaged_attention(query.flatten(1, 2), key, low_res.flatten(2).transpose(1, 2))
+        return out.transpose(1, 2).unflatten(2, query.shape[1:3])
 
 
 class AxialRope(nn.Module):

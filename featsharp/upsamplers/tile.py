@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from featsharp.errors import ConfigError
+from featsharp.ops.boxes import Box
 from featsharp.ops.resize import resize, size_of
-from featsharp.ops.tiling import blend_windows, join_tiles, split_tiles, window_starts
+from featsharp.ops.tiling import add_windows, blend_windows, join_tiles, split_tiles, window_starts
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
 from featsharp.upsamplers.registration import register_upsampler
 
@@ -26,6 +27,8 @@ class Tile(Upsampler):
     """
 
     needs = "image, tiles"
+    by_parts = True
+    halo = 0
 
     def __init__(self, embed_dim: int, factor: int, *, overlap: int = 0, max_tile_batch: int | None = None) -> None:
         super().__init__(embed_dim, factor)
@@ -40,6 +43,18 @@ class Tile(Upsampler):
         return encode_tiles(
             image, encode, low_res_size, self.factor, overlap=self.overlap, max_tile_batch=self.max_tile_batch
         )
+
+    def write_tiles(
+        self, out: Tensor, image: Tensor, encode: Encode, low_res_size: tuple[int, int], max_tile_batch: int
+    ) -> None:
+        write_tiles(out, image, encode, low_res_size, self.factor, overlap=self.overlap, max_tile_batch=max_tile_batch)
+
+    def prepare(self, low_res: Tensor, image: Tensor) -> None:
+        return None
+
+    def upsample_part(self, low_res: Tensor, guide: None, tiles: Tensor | None, box: Box) -> Tensor:
+        assert tiles is not None
+        return tiles
 
 
 def encode_tiles(
@@ -62,14 +77,44 @@ def encode_tiles(
         low_res, high_res = features.split([len(small), len(tiles)])
         summary = None if summary is None else summary[: len(small)]
         return UpsampleFeatures(low_res, join_tiles(high_res, (factor, factor)), summary)
-    # Tiles start at whole tokens, and how many pixels these have shows only in the low-resolution features.
     low_res, summary = _encode_in_batches(small, encode, max_tile_batch)
-    rows, cols = size_of(low_res)
-    starts = window_starts(factor * rows, rows, overlap), window_starts(factor * cols, cols, overlap)
-    tops, lefts = [y * (height // rows) for y in starts[0]], [x * (width // cols) for x in starts[1]]
-    windows = [large[..., top : top + height, left : left + width] for top in tops for left in lefts]
+    grid = size_of(low_res)
+    windows, starts = _cut_windows(large, low_res_size, grid, overlap)
     tiles, _ = _encode_in_batches(torch.stack(windows, 1).flatten(0, 1), encode, max_tile_batch)
-    return UpsampleFeatures(low_res, blend_windows(tiles, starts, (factor * rows, factor * cols)), summary)
+    return UpsampleFeatures(low_res, blend_windows(tiles, starts, (factor * grid[0], factor * grid[1])), summary)
+
+
+def write_tiles(
+    out: Tensor,
+    image: Tensor,
+    encode: Encode,
+    low_res_size: tuple[int, int],
+    factor: int,
+    *,
+    overlap: int = 0,
+    max_tile_batch: int,
+) -> None:
+    """The tile map of :func:`encode_tiles` for one image [1, 3, H, W], written to ``out`` [1, C, fh, fw]."""
+    large = resize(image, (factor * low_res_size[0], factor * low_res_size[1]))
+    windows, starts = _cut_windows(large, low_res_size, (out.shape[2] // factor, out.shape[3] // factor), overlap)
+    out.zero_()
+    for first in range(0, len(windows), max_tile_batch):
+        features, _ = encode(torch.cat(windows[first : first + max_tile_batch]))
+        add_windows(out, features[None].to(out.dtype), starts, first)
+
+
+def _cut_windows(
+    image: Tensor, size: tuple[int, int], grid: tuple[int, int], overlap: int
+) -> tuple[list[Tensor], tuple[list[int], list[int]]]:
+    """Views of the windows of ``size`` pixels that cover an image, row by row, and the tokens that they start at.
+
+    Windows start at whole tokens, of which each has ``grid`` (h, w).
+    """
+    pixels = size[0] // grid[0], size[1] // grid[1]
+    tokens = image.shape[2] // pixels[0], image.shape[3] // pixels[1]
+    starts = window_starts(tokens[0], grid[0], overlap), window_starts(tokens[1], grid[1], overlap)
+    corners = [(y * pixels[0], x * pixels[1]) for y in starts[0] for x in starts[1]]
+    return [image[..., y : y + size[0], x : x + size[1]] for y, x in corners], starts
 
 
 def _encode_in_batches(images: Tensor, encode: Encode, limit: int | None) -> tuple[Tensor, Tensor | None]:

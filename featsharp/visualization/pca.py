@@ -32,6 +32,8 @@ class FeaturePCA:
 
     def __call__(self, features: Tensor) -> Tensor:
         """[B, C, h, w] to RGB [B, 3, h, w] in [0, 1]."""
-        projected = torch.einsum("bchw,kc->bkhw", features.detach().float() - self.mean[:, None, None], self.components)
+        # The mean is taken off afterwards: no copy of a map that may be large.
+        projected = torch.einsum("bchw,kc->bkhw", features.detach().float(), self.components)
+        projected -= (self.components @ self.mean)[:, None, None]
         spread = (self.high - self.low).clamp(min=1e-12)
         return ((projected - self.low[:, None, None]) / spread[:, None, None]).clamp(0, 1)

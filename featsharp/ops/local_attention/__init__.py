@@ -20,6 +20,7 @@ from torch import Tensor
 from featsharp.errors import InputError
 from featsharp.ops.backends import Backend, Problem, choose_backend, register_backends, wanted_backend
 from featsharp.ops.local_attention import reference
+from featsharp.ops.peak import register_scratch
 from featsharp.ops.windows import Border, check_window
 
 OP = "local_attention"
@@ -136,6 +137,16 @@ def _backward(
 @_forward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str, backend: str | None) -> Tensor:
     return value.new_empty(*query.shape[:3], *value.shape[3:])
+
+
+def _scratch_bytes(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str, backend: str | None
+) -> int:
+    module = choose_backend(OP, _problem(query, key, value, window), backend).load()
+    return int(module.scratch_bytes(query, key, value, bias, window, border))
+
+
+register_scratch(torch.ops.featsharp.local_attention.default, _scratch_bytes)
 
 
 @_backward.register_fake

@@ -5,6 +5,7 @@ times faster than gathering each window. The backward pass computes the weights 
 """
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor
@@ -86,6 +87,36 @@ def backward(
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias.to(bias.dtype)
 
 
+def scratch_bytes(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> int:
+    """What :func:`forward` takes for itself beside its result."""
+    size, factor = (key.shape[1], key.shape[2]), query.shape[1] // key.shape[1]
+    grid = BlockGrid(size, factor, window, border, max(1, SIDE // factor))
+    dims = query.shape[4] + value.shape[4]
+    images, rows, cols = grid.chunk_size(len(query), _chunk_blocks(grid, dims, query.device))
+    slab = images * (rows * grid.cells + window - 1) * (cols * grid.cells + window - 1)
+    numbers = slab * (key[0, 0, 0].numel() + value[0, 0, 0].numel())
+    numbers += images * rows * cols * _block_numbers(grid, dims)
+    if value.shape[3] < query.shape[3]:
+        numbers += images * rows * cols * grid.side**2 * grid.span**2
+    numbers += len(bias) * grid.side**2 * grid.span**2
+    scratch = numbers * torch.promote_types(value.dtype, torch.float32).itemsize
+    padded = len(query) * prod(blocks * grid.side for blocks in grid.blocks)
+    if padded > query[..., 0, 0].numel():
+        scratch += padded * (query[0, 0, 0].numel() * query.itemsize + value[0, 0, 0].numel() * value.itemsize)
+    return scratch
+
+
+def _block_numbers(grid: BlockGrid, dims: int) -> int:
+    """Numbers in scratch memory for one block and head."""
+    queries, keys = grid.side**2, grid.span**2
+    return queries * (dims + keys) + keys * dims
+
+
+def _chunk_blocks(grid: BlockGrid, dims: int, device: torch.device) -> int:
+    """Blocks of a chunk."""
+    return MAX_CHUNK_NUMBERS * (1 if device.type == "cpu" else GPU_CHUNK) // _block_numbers(grid, dims)
+
+
 class _Call:
     """What the chunks of one call share: the grid, the spread bias, and scratch memory by name."""
 
@@ -102,9 +133,7 @@ class _Call:
         self._dims = query.shape[4] + value.shape[4]
 
     def chunks(self) -> Iterator[Chunk]:
-        per_block = self._num_queries * (self._dims + self._num_keys) + self._num_keys * self._dims
-        numbers = MAX_CHUNK_NUMBERS * (1 if self.query.device.type == "cpu" else GPU_CHUNK)
-        return self.grid.chunks(len(self.query), numbers // per_block)
+        return self.grid.chunks(len(self.query), _chunk_blocks(self.grid, self._dims, self.query.device))
 
     def new_queries(self, like: Tensor) -> Tensor:
         """Room for something of every padded query, with the heads and channels of ``like``."""

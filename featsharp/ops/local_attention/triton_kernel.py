@@ -308,6 +308,11 @@ def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int
     return out
 
 
+def scratch_bytes(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> int:
+    """The forward kernel takes no memory beside its result, except for copies of inputs that are not contiguous."""
+    return sum(x.numel() * x.itemsize for x in (query, key, value) if not x.is_contiguous())
+
+
 def backward(
     grad: Tensor,
     query: Tensor,

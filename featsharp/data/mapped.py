@@ -1,0 +1,118 @@
+"""Feature maps written straight to a memory-mapped file, for maps larger than memory."""
+
+import io
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featsharp.errors import ConfigError, FeatSharpError
+
+# torch dtype -> (name in safetensors files, a NumPy dtype of the same bytes)
+_DTYPES = {
+    torch.float32: ("F32", np.float32),
+    torch.float16: ("F16", np.float16),
+    torch.bfloat16: ("BF16", np.uint16),
+    torch.float64: ("F64", np.float64),
+}
+
+
+class MappedFeatures:
+    """A file that the high-resolution features of one picture are written to while they are computed.
+
+    As a context manager: the file appears, whole, when the block ends, and does not when it ends by an error; what was
+    there before stays until then. Features are those of a batch of one picture, [1, C, H, W]; the file holds
+    [C, H, W]. The tensor maps the file, so it stays valid afterwards and takes memory only for what is looked at.
+
+    Args:
+        path: ``.safetensors``, with the tensors low_res and high_res, or ``.npy``, with the high-resolution map alone.
+        metadata: Texts to put into a safetensors file.
+
+    Raises:
+        ConfigError: For another ending, or a dtype that the format lacks (bfloat16 in .npy).
+        FeatSharpError: When the file cannot be written, a full disk included (room is reserved before the work).
+
+    Example:
+        >>> with MappedFeatures("photo.safetensors") as file:  # doctest: +SKIP
+        ...     out = encoder.encode_image("photo.jpg", allocate=file.allocate)
+    """
+
+    def __init__(self, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
+        self.path = Path(path)
+        if self.path.suffix not in (".safetensors", ".npy"):
+            raise ConfigError(f"features are written to .safetensors or .npy files; got {self.path}")
+        self._metadata = metadata or {}
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+
+    def allocate(self, low_res: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Make the file with room for high-resolution features of ``shape`` in the dtype of ``low_res``; map it."""
+        if len(low_res) != 1:
+            raise ConfigError(f"one file takes the features of one picture; got a batch of {len(low_res)}")
+        tensors = {"low_res": tuple(low_res.shape[1:]), "high_res": tuple(shape[1:])}
+        header, offsets, size = self._layout(tensors, low_res.dtype)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._temporary, "wb") as file:
+                file.write(header)
+                _reserve(file.fileno(), size)
+        except OSError as error:
+            self._temporary.unlink(missing_ok=True)
+            raise FeatSharpError(
+                f"cannot write {self.path}, {size / 2**20:.0f} MiB: {error.strerror or error}; free some space or "
+                "choose another folder"
+            ) from error
+        if "low_res" in offsets:
+            self._map(tensors["low_res"], low_res.dtype, offsets["low_res"]).copy_(low_res[0])
+        return self._map(tensors["high_res"], low_res.dtype, offsets["high_res"])[None]
+
+    def _map(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+        values = np.memmap(self._temporary, _DTYPES[dtype][1], "r+", offset, shape)
+        return torch.from_numpy(values).view(dtype)
+
+    def _layout(self, tensors: dict[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[bytes, dict[str, int], int]:
+        """The first bytes of the file, where its tensors start, and its size."""
+        name, numpy_dtype = _DTYPES[dtype]
+        if self.path.suffix == ".npy":
+            if dtype == torch.bfloat16:
+                raise ConfigError(f"NumPy has no bfloat16; write to .safetensors instead of {self.path}")
+            header = _npy_header(tensors["high_res"], numpy_dtype)
+            return header, {"high_res": len(header)}, len(header) + int(np.prod(tensors["high_res"])) * dtype.itemsize
+        entries: dict[str, object] = {"__metadata__": self._metadata} if self._metadata else {}
+        starts, end = {}, 0
+        for key, shape in tensors.items():
+            starts[key], end = end, end + int(np.prod(shape)) * dtype.itemsize
+            entries[key] = {"dtype": name, "shape": shape, "data_offsets": [starts[key], end]}
+        text = json.dumps(entries).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+        return header, {key: len(header) + start for key, start in starts.items()}, len(header) + end
+
+    def __enter__(self) -> "MappedFeatures":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._temporary.exists():
+            os.replace(self._temporary, self.path)
+        self._temporary.unlink(missing_ok=True)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Make a file ``size`` bytes long, with all of them on the disk where the system can promise that."""
+    if hasattr(os, "posix_fallocate"):
+        # Touching a mapped page that the disk has no room for would end the process.
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)
+
+
+def _npy_header(shape: tuple[int, ...], dtype: type) -> bytes:
+    file = io.BytesIO()
+    description = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(file, {"descr": description, "fortran_order": False, "shape": shape})
+    return file.getvalue()

@@ -1,0 +1,110 @@
+"""How much memory a computation takes beside its inputs: counted while it runs, or predicted without running it."""
+
+import re
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from featsharp.errors import ConfigError
+
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+# Operator -> bytes that it takes while it runs beside its results, from its arguments. Only for operators that hide
+# what they do from PeakMeter; the memory that PyTorch's own operators take for themselves is not counted.
+_SCRATCH: dict[Any, Callable[..., int]] = {}
+
+
+def parse_memory(amount: int | str) -> int:
+    """Bytes from a number of bytes or a text such as "2GiB", "1.5 GB" or "800MiB".
+
+    Raises:
+        ConfigError: For anything else, or nothing at all.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(amount))
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    if isinstance(amount, bool) or not match or (match[2] or "B").lower() not in units:
+        raise ConfigError(f"cannot read {amount!r} as an amount of memory; write bytes or for example '2GiB', '800MB'")
+    size = int(float(match[1]) * units[(match[2] or "B").lower()])
+    if size < 1:
+        raise ConfigError(f"an amount of memory must be at least one byte; got {amount!r}")
+    return size
+
+
+def format_memory(size: int) -> str:
+    """Bytes as text that :func:`parse_memory` reads, rounded up to whole MiB."""
+    return f"{-(-size // 2**20)}MiB"
+
+
+def register_scratch(op: Any, size: Callable[..., int]) -> None:
+    """Say how many bytes the operator ``op`` takes while it runs, as a function of its arguments."""
+    _SCRATCH[op] = size
+
+
+class PeakMeter(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is active and are still alive.
+
+    Args:
+        fake: Whether to count fake tensors instead of real ones, which a prediction mixes.
+
+    Attributes:
+        live: Bytes alive now.
+        peak: Most bytes alive at a time.
+    """
+
+    def __init__(self, *, fake: bool = False) -> None:
+        super().__init__()
+        self._fake = fake
+        self.live = self.peak = 0
+        # Of every storage seen that is alive: its bytes, 0 where it was there before.
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        for x in inputs:
+            self._see(x, new=False)
+        out = func(*args, **kwargs)
+        scratch = 0
+        if func in _SCRATCH and any(isinstance(x, FakeTensor) for x in inputs) == self._fake:
+            scratch = _SCRATCH[func](*args, **kwargs)
+        # A view of a weight is not new, also where another mode gave it a storage of its own.
+        new = not (func.is_view and self._sizes[_id(inputs[0])] == 0)
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._see(x, new)
+        self.peak = max(self.peak, self.live + scratch)
+        return out
+
+    def _see(self, x: Tensor, new: bool) -> None:
+        storage, id_ = x.untyped_storage(), _id(x)
+        if id_ not in self._sizes:
+            counts = new and isinstance(x, FakeTensor) == self._fake
+            self._sizes[id_] = storage.nbytes() if counts else 0
+            self.live += self._sizes[id_]
+            weakref.finalize(storage, self._forget, id_)
+
+    def _forget(self, id_: int) -> None:
+        self.live -= self._sizes.pop(id_)
+
+
+def predict_peak(function: Callable[..., Any], *arguments: Any) -> int:
+    """Bytes that ``function(*arguments)`` would take beside its arguments, its results included; nothing is computed.
+
+    Args:
+        function: Anything that PyTorch can run on fake tensors: shapes must not depend on values.
+        arguments: Tensors, also those in containers, are replaced by fake ones of the same shape.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = tree_map_only(Tensor, mode.from_tensor, arguments)
+        with PeakMeter(fake=True) as meter:
+            function(*fake)
+    return meter.peak
+
+
+def _id(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
