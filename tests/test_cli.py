@@ -309,3 +309,23 @@ def test_features_are_kept_where_no_picture_can_be_drawn(tmp_path, capsys):
     assert "photo.safetensors is written, but there is no picture: PCA needs" in line
     tensors, _ = read_features(tmp_path / "out" / "photo.safetensors")
     assert tensors["high_res"].shape == (32, 2, 2)
+
+
+def test_limited_memory_gives_the_same_files(photos, checkpoint, tmp_path):
+    assert run("upsample", photos, "--checkpoint", checkpoint, "-o", tmp_path / "free") == 0
+    assert run("upsample", photos, "--checkpoint", checkpoint, "-o", tmp_path / "tight", "--max-memory", "60MiB") == 0
+    names = sorted(path.name for path in (tmp_path / "free").rglob("*.*"))
+    assert sorted(path.name for path in (tmp_path / "tight").rglob("*.*")) == names
+    for path in (tmp_path / "free").rglob("*.safetensors"):
+        free, tight = read_features(path), read_features(tmp_path / "tight" / path.relative_to(tmp_path / "free"))
+        assert free[1] == tight[1]
+        for key, value in free[0].items():
+            torch.testing.assert_close(tight[0][key], value, atol=1e-4, rtol=1e-4)
+
+
+def test_too_little_memory_names_the_least_that_works(photos, checkpoint, tmp_path, capsys):
+    assert run("upsample", photos, "--checkpoint", checkpoint, "-o", tmp_path / "out", "--max-memory", "1MiB") == 1
+    said = capsys.readouterr().err
+    assert "max_memory=1MiB is too little" in said
+    assert "the least that works for this image is" in said
+    assert not list((tmp_path / "out").rglob("*"))

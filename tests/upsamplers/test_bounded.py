@@ -1,0 +1,169 @@
+"""Upsampling within a given amount of memory: the same features, and never more memory than allowed."""
+
+import re
+
+import pytest
+import torch
+
+from featsharp.builder import create_encoder
+from featsharp.errors import ConfigError
+from featsharp.ops.peak import PeakMeter, parse_memory
+from featsharp.upsamplers import GuidedUpsampler, bounded
+from featsharp.upsamplers.bounded import upsample_within
+
+CASES = [
+    ("identity", 1, {}),
+    ("bilinear", 3, {}),
+    ("bilinear", 4, {}),
+    ("tile", 3, {}),
+    ("tile", 2, {"overlap": 2}),
+    ("featup", 2, {}),
+    ("featup", 6, {}),
+    ("jafar", 2, {}),
+    ("featsharp", 2, {}),
+    ("featsharp", 3, {"inputs": ("bilinear",)}),
+    ("featsharp", 4, {"widths": "published", "start": "published"}),
+    ("featsharp", 2, {"inputs": ("jafar", "tiles")}),
+]
+GENEROUS = 2**30
+
+
+def build(name, factor, options):
+    encoder = create_encoder("toy-vit", name, factor, upsampler_options=options)
+    with torch.no_grad():
+        for parameter in encoder.upsampler.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return encoder
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of 5 x 5 cells, whatever the memory."""
+    monkeypatch.setattr(bounded, "PART_CELLS", 1)
+    monkeypatch.setattr(bounded, "PART_SIDES", (5,))
+    original = bounded._plan
+    monkeypatch.setattr(
+        bounded, "_plan", lambda *arguments: bounded._Plan(min(2, original(*arguments).tile_batch), (5, 5))
+    )
+
+
+@pytest.mark.parametrize(("name", "factor", "options"), CASES)
+def test_small_parts_make_the_same_features(name, factor, options, small_parts):
+    encoder = build(name, factor, options)
+    k = encoder.upsampler.input_upsample_factor
+    images = torch.randn(2, 3, 40 * k + 3, 56 * k)
+    with torch.no_grad():
+        expected = encoder(images, return_summary=True)
+        encoder.max_memory = GENEROUS
+        out = encoder(images, return_summary=True)
+    for one, other in zip(out, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", [(1, 1), (2, 9), (11, 2), (3, 3), (100, 4)])
+def test_parts_of_any_shape_see_the_tiles_around_them(part, monkeypatch):
+    """Parts smaller than the halo, too: what a neighbour overwrote must have been kept."""
+    monkeypatch.setattr(bounded, "_plan", lambda *arguments: bounded._Plan(3, part))
+    encoder = build("featsharp", 2, {})
+    images = torch.randn(1, 3, 40, 72)
+    with torch.no_grad():
+        expected = encoder(images).high_res
+        encoder.max_memory = GENEROUS
+        torch.testing.assert_close(encoder(images).high_res, expected, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "factor", "options"), CASES)
+def test_memory_stays_below_the_limit_and_the_least_that_works_works(name, factor, options):
+    encoder = build(name, factor, options)
+    k = encoder.upsampler.input_upsample_factor
+    images = torch.randn(1, 3, 88 * k, 120 * k)
+    size = encoder.low_res_size((88 * k, 120 * k))
+
+    def peak(limit):
+        with torch.no_grad(), PeakMeter() as meter:
+            out = upsample_within(encoder.upsampler, images, encode, size, limit)
+        return meter.peak - out.low_res.nbytes - out.high_res.nbytes
+
+    encode = encoder.encode
+    with pytest.raises(ConfigError, match="max_memory=1MiB is too little: one pass through the backbone") as error:
+        peak(1000)
+    least = parse_memory(re.search(r"least that works for this image is (\w+)", str(error.value))[1])
+    for limit in (least, 2 * least, 8 * least):
+        assert peak(limit) <= limit
+
+
+def test_more_memory_means_more_tiles_at_once():
+    encoder = build("tile", 4, {})
+    batches = []
+
+    def encode(images):
+        batches.append(len(images))
+        return encoder.encode(images)
+
+    images = torch.randn(1, 3, 4 * 64, 4 * 64)
+    with torch.no_grad(), PeakMeter() as meter:
+        encoder.encode(images[:, :, :64, :64].clone())
+    for passes in (4, 9):
+        batches.clear()
+        room = bounded.UNSEEN_BYTES + images.nbytes + int((passes + 0.5) * meter.peak)
+        upsample_within(encoder.upsampler, images, encode, (64, 64), int(room / (1 - bounded.UNSEEN_SHARE)))
+        # One for the low-resolution pass; the empty batch is that of a prediction.
+        assert [size for size in batches if size] == [
+            1,
+            *(16 // passes) * [passes],
+            *([16 % passes] if 16 % passes else []),
+        ]
+
+
+def test_denormalised_features_and_gradients():
+    encoder = build("featsharp", 2, {})
+    encoder.max_memory = "1GiB"
+    assert encoder.max_memory == 2**30
+    out = encoder(torch.randn(1, 3, 64, 48), denormalize=True)
+    assert not out.high_res.requires_grad
+    unbounded = build("featsharp", 2, {})
+    assert unbounded.max_memory is None
+
+
+def test_half_precision():
+    encoder = build("featsharp", 2, {}).to(torch.bfloat16)
+    images = torch.randn(1, 3, 64, 48, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = encoder(images).high_res
+        encoder.max_memory = "1GiB"
+        out = encoder(images).high_res
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, atol=0.05, rtol=0.05)
+
+
+def test_an_upsampler_that_works_in_one_piece_is_refused():
+    class InOnePiece(GuidedUpsampler):
+        def upsample(self, features, image):
+            return features.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    encoder = create_encoder("toy-vit", InOnePiece(32, 2), max_memory="2GiB")
+    with pytest.raises(ConfigError, match="InOnePiece makes its map in one piece"):
+        encoder(torch.randn(1, 3, 32, 32))
+
+
+def test_what_is_no_amount_of_memory():
+    with pytest.raises(ConfigError, match="cannot read 'lots' as an amount of memory"):
+        create_encoder("toy-vit", "bilinear", 2, max_memory="lots")
+
+
+def test_results_are_written_where_the_caller_says():
+    encoder = build("featsharp", 2, {})
+    images = torch.randn(2, 3, 64, 48)
+    place = {}
+
+    def allocate(low_res, shape):
+        place["out"] = torch.full(shape, torch.nan)
+        assert low_res.shape == (2, 32, 4, 3)
+        return place["out"]
+
+    with pytest.raises(ConfigError, match="needs a limit on memory"):
+        encoder(images, allocate=allocate)
+    encoder.max_memory = GENEROUS
+    out = encoder(images, allocate=allocate)
+    assert out.high_res is place["out"]
+    assert out.high_res.isfinite().all()
