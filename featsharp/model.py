@@ -216,6 +216,17 @@ class SharpEncoder(nn.Module):
                 low_res, high_res = self.normalizer.denormalize(low_res), self.normalizer.denormalize(high_res)
         return UpsampleFeatures(low_res, high_res, summary if return_summary else None)
 
+    def compile(self, **options: Any) -> None:
+        """Compile :meth:`forward` in place with ``torch.compile``, for images of any size.
+
+        The first images of some sizes take long. What runs under :attr:`max_memory` is not compiled.
+
+        Args:
+            options: Of ``torch.compile``. Default ``dynamic=True``: one graph serves many sizes; False makes a faster
+                one for every size. ``backend="inductor"``, the default, needs a C++ compiler on CPUs.
+        """
+        super().compile(**({"dynamic": True} | options))
+
     def low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) in pixels of the low-resolution pass for an image of ``image_size``."""
         return self._scaled_size(image_size, 1 / self.upsampler.input_upsample_factor)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from featsharp import SharpEncoder, create_backbone, create_encoder
 from featsharp.errors import ConfigError, DataError, InputError
@@ -297,3 +298,30 @@ def test_a_list_of_pictures_of_several_sizes_equals_them_one_by_one(tmp_path):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     assert encoder.encode_image([]) == []
     assert encoder.encode_image(pictures[:2])[0].summary is None
+
+
+@pytest.mark.parametrize("upsampler", ["bilinear", "featsharp"])
+def test_compiled_with_dynamic_shapes_in_one_graph(upsampler):
+    """Without graph breaks; one graph serves all sizes at which position embeddings grow, one where they shrink."""
+    encoder = fitted_encoder(upsampler)
+    batches = [smooth_images(2, size) for size in [(64, 48), (96, 80), (112, 64), (48, 144)]]
+    with torch.no_grad():
+        expected = [encoder(images).high_res for images in batches]
+        torch._dynamo.reset()
+        graphs = CompileCounterWithBackend("aot_eager")
+        encoder.compile(fullgraph=True, backend=graphs)
+        for images, high_res in zip(batches, expected, strict=True):
+            torch.testing.assert_close(encoder(images).high_res, high_res, atol=1e-4, rtol=1e-4)
+    assert graphs.frame_count <= 2
+
+
+def test_a_compiled_encoder_still_minds_its_memory():
+    encoder = fitted_encoder()
+    images = smooth_images(1, (64, 48))
+    expected = encoder(images).high_res
+    encoder.compile(backend="aot_eager")
+    encoder.max_memory = "100MiB"
+    torch.testing.assert_close(encoder(images).high_res, expected, atol=1e-4, rtol=1e-4)
+    encoder.max_memory = "1MiB"
+    with pytest.raises(ConfigError, match="least that works"):
+        encoder(images)

@@ -31,6 +31,7 @@ PART_SIDES = (128, 96, 64, 48, 32, 24, 16, 12, 8)
 Allocate = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
+@torch.compiler.disable  # it looks at what it computes, which a graph cannot
 @torch.no_grad()
 def upsample_within(
     upsampler: Upsampler,
