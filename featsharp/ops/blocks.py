@@ -16,6 +16,12 @@ from torch import Tensor
 
 from featsharp.ops.windows import border_cells
 
+# Queries along a side of a block.
+SIDE = 4
+# Numbers in the scratch memory of a chunk: 8 MiB in float32; less costs calls, more leaves the caches.
+MAX_CHUNK_NUMBERS = 2**21
+# How much more a GPU gets at a time: it is busy only with large products.
+GPU_CHUNK = 16
 # Stands for minus infinity: far below any score, and still finite when a score is added to it.
 MASKED = -1e38
 
@@ -121,6 +127,11 @@ class BlockGrid:
         padded[:, : x.shape[1], : x.shape[2]] = x
         return padded
 
+    def padding(self, x: Tensor) -> int:
+        """How many padded queries :meth:`pad_queries` makes of ``x``; 0 where it makes no copy."""
+        size = (self.blocks[0] * self.side, self.blocks[1] * self.side)
+        return 0 if x.shape[1:3] == size else len(x) * size[0] * size[1]
+
     def queries(self, x: Tensor, chunk: Chunk, head: int) -> Tensor:
         """A view of padded queries of one head: [B, Y, X, Q, Q, C]."""
         x = x[
@@ -188,3 +199,77 @@ class BlockGrid:
         for block, before, after in chunk.cols.edges:
             view[:, :, block, :, :, :before] = MASKED
             view[:, :, block, :, :, self.span - after :] = MASKED
+
+
+def block_grid(query: Tensor, key: Tensor, window: int, border: str) -> BlockGrid:
+    """The grid for queries [B, fH, fW, ...] and keys [B, H, W, ...]."""
+    factor = query.shape[1] // key.shape[1]
+    return BlockGrid((key.shape[1], key.shape[2]), factor, window, border, max(1, SIDE // factor))
+
+
+def max_blocks(block_numbers: int, device: torch.device) -> int:
+    """Blocks of a chunk, each of which takes ``block_numbers`` of scratch memory."""
+    return MAX_CHUNK_NUMBERS * (1 if device.type == "cpu" else GPU_CHUNK) // block_numbers
+
+
+class BlockCall:
+    """One call of an operation that works in chunks of blocks: the grid, and scratch memory by name.
+
+    Args:
+        grid: How the maps are cut.
+        query: [B, fH, fW, N, ...], for the number of queries.
+        dtype: Of the values; what is summed is at least float32.
+        block_numbers: Numbers in scratch memory for one block and head.
+    """
+
+    def __init__(self, grid: BlockGrid, query: Tensor, dtype: torch.dtype, block_numbers: int) -> None:
+        self.grid = grid
+        self.compute = torch.promote_types(dtype, torch.float32)
+        self.scratch = Scratch(query.new_empty(0, dtype=self.compute))
+        self.num_queries, self.num_keys = grid.side**2, grid.span**2
+        self._size = (len(query), *(blocks * grid.side for blocks in grid.blocks))
+        self._max_blocks = max_blocks(block_numbers, query.device)
+
+    def chunks(self) -> Iterator[Chunk]:
+        return self.grid.chunks(self._size[0], self._max_blocks)
+
+    def new_queries(self, like: Tensor) -> Tensor:
+        """Room for something of every padded query, with the heads and channels of ``like``."""
+        return like.new_empty(*self._size, *like.shape[3:])
+
+    def crop(self, x: Tensor, query: Tensor) -> Tensor:
+        """Padded queries back to those of ``query``."""
+        return x[:, : query.shape[1], : query.shape[2]].contiguous()
+
+    def cut(self, x: Tensor, chunk: Chunk, name: str) -> Tensor:
+        """The part of a map that the chunk sees: [B, cells, cells, N, C]."""
+        images = chunk.images.stop - chunk.images.start
+        slab = self.scratch(name, images, chunk.rows.length, chunk.cols.length, *x.shape[3:])
+        return self.grid.cut_slab(x, chunk, slab)
+
+    def zero_slab(self, like: Tensor, name: str) -> Tensor:
+        return self.scratch(name, *like.shape).zero_()
+
+    def queries(self, x: Tensor, chunk: Chunk, head: int, name: str) -> Tensor:
+        """[blocks, Q Q, C] of one head."""
+        view = self.grid.queries(x, chunk, head)
+        self.scratch(name, *view.shape).copy_(view)
+        return self.scratch(name, chunk.blocks, self.num_queries, view.shape[-1])
+
+    def windows(self, slab: Tensor, chunk: Chunk, head: int, name: str) -> Tensor:
+        """[blocks, P P, C] of one head."""
+        view = self.grid.windows(slab, head)
+        self.scratch(name, *view.shape).copy_(view)
+        return self.scratch(name, chunk.blocks, self.num_keys, view.shape[-1])
+
+    def product(self, a: Tensor, b: Tensor, name: str) -> Tensor:
+        return torch.bmm(a, b, out=self.scratch(name, len(a), a.shape[1], b.shape[2]))
+
+    def put(self, target: Tensor, chunk: Chunk, head: int, x: Tensor) -> None:
+        """Write [blocks, Q Q, C] where the queries of the chunk are."""
+        view = self.grid.queries(target, chunk, head)
+        view.copy_(x.view(view.shape))
+
+    def add_windows(self, slab: Tensor, chunk: Chunk, head: int, x: Tensor) -> None:
+        """Add [blocks, P P, C] where the windows of the chunk are."""
+        self.grid.add_windows(slab, head, x.view(self.grid.windows(slab, head).shape))

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featsharp.errors import ConfigError, InputError
+from featsharp.ops import blocks
 from featsharp.ops.local_attention import blocked, local_attention, reference
 
 BACKENDS = ["blocked", "reference"]
@@ -173,7 +174,7 @@ def test_chunks_and_bands_change_neither_result_nor_gradients(attend, monkeypatc
         return out, *torch.autograd.grad(out.square().sum(), tensors)
 
     whole = run()
-    monkeypatch.setattr(blocked, "MAX_CHUNK_NUMBERS", 1)
+    monkeypatch.setattr(blocks, "MAX_CHUNK_NUMBERS", 1)
     monkeypatch.setattr(reference, "MAX_BAND_NUMBERS", 1)
     torch.testing.assert_close(run(), whole, atol=1e-12, rtol=1e-12)
     with torch.no_grad():
@@ -198,7 +199,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("module", [blocked, reference])
 def test_memory_is_bounded_by_the_chunk_and_not_by_the_map(module, monkeypatch):
     limit = 400_000
-    monkeypatch.setattr(blocked, "MAX_CHUNK_NUMBERS", limit)
+    monkeypatch.setattr(blocks, "MAX_CHUNK_NUMBERS", limit)
     monkeypatch.setattr(reference, "MAX_BAND_NUMBERS", limit)
     query, key, value = inputs(1, 400, 16, 2, 2, 2, torch.float32)
     bias = torch.zeros(2, 7, 7)

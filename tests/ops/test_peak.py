@@ -86,18 +86,18 @@ def test_nothing_is_computed_and_nothing_allocated():
 @pytest.mark.parametrize("size", [(8, 8), (9, 13)])
 def test_local_attention_says_what_it_takes_for_itself(size, monkeypatch):
     """Its scratch memory is hidden in one operator; blocks that do not fill the map cost padded copies."""
-    from featsharp.ops.local_attention import blocked
+    from featsharp.ops import blocks
 
     x = torch.randn(2, *size, 4, 8)
     taken = []
-    original = blocked.Scratch.__call__
+    original = blocks.Scratch.__call__
 
     def spy(self, name, *shape):
         buffer = original(self, name, *shape)
         taken.append(sum(b.nbytes for b in self._buffers.values()))
         return buffer
 
-    monkeypatch.setattr(blocked.Scratch, "__call__", spy)
+    monkeypatch.setattr(blocks.Scratch, "__call__", spy)
     with torch.no_grad(), PeakMeter() as meter:
         out = local_attention(x, x, x, window=5)
     said = meter.peak - out.nbytes - x.nbytes  # the scaled query

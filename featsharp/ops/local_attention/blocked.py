@@ -4,20 +4,10 @@ Most products of a block lie outside of the windows of its queries and are maske
 times faster than gathering each window. The backward pass computes the weights again, so nothing of their size is kept.
 """
 
-from collections.abc import Iterator
-from math import prod
-
 import torch
 from torch import Tensor
 
-from featsharp.ops.blocks import BlockGrid, Chunk, Scratch
-
-# Queries along a side of a block.
-SIDE = 4
-# Numbers in the scratch memory of a chunk: 8 MiB in float32; less costs calls, more leaves the caches.
-MAX_CHUNK_NUMBERS = 2**21
-# How much more a GPU gets at a time: it is busy only with large products.
-GPU_CHUNK = 16
+from featsharp.ops.blocks import BlockCall, BlockGrid, Chunk, block_grid, max_blocks
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> Tensor:
@@ -89,10 +79,9 @@ def backward(
 
 def scratch_bytes(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> int:
     """What :func:`forward` takes for itself beside its result."""
-    size, factor = (key.shape[1], key.shape[2]), query.shape[1] // key.shape[1]
-    grid = BlockGrid(size, factor, window, border, max(1, SIDE // factor))
+    grid = block_grid(query, key, window, border)
     dims = query.shape[4] + value.shape[4]
-    images, rows, cols = grid.chunk_size(len(query), _chunk_blocks(grid, dims, query.device))
+    images, rows, cols = grid.chunk_size(len(query), max_blocks(_block_numbers(grid, dims), query.device))
     slab = images * (rows * grid.cells + window - 1) * (cols * grid.cells + window - 1)
     numbers = slab * (key[0, 0, 0].numel() + value[0, 0, 0].numel())
     numbers += images * rows * cols * _block_numbers(grid, dims)
@@ -100,10 +89,8 @@ def scratch_bytes(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, windo
         numbers += images * rows * cols * grid.side**2 * grid.span**2
     numbers += len(bias) * grid.side**2 * grid.span**2
     scratch = numbers * torch.promote_types(value.dtype, torch.float32).itemsize
-    padded = len(query) * prod(blocks * grid.side for blocks in grid.blocks)
-    if padded > query[..., 0, 0].numel():
-        scratch += padded * (query[0, 0, 0].numel() * query.itemsize + value[0, 0, 0].numel() * value.itemsize)
-    return scratch
+    per_query = query[0, 0, 0].numel() * query.itemsize + value[0, 0, 0].numel() * value.itemsize
+    return scratch + grid.padding(query) * per_query
 
 
 def _block_numbers(grid: BlockGrid, dims: int) -> int:
@@ -112,60 +99,19 @@ def _block_numbers(grid: BlockGrid, dims: int) -> int:
     return queries * (dims + keys) + keys * dims
 
 
-def _chunk_blocks(grid: BlockGrid, dims: int, device: torch.device) -> int:
-    """Blocks of a chunk."""
-    return MAX_CHUNK_NUMBERS * (1 if device.type == "cpu" else GPU_CHUNK) // _block_numbers(grid, dims)
-
-
-class _Call:
-    """What the chunks of one call share: the grid, the spread bias, and scratch memory by name."""
+class _Call(BlockCall):
+    """What the chunks of one call share, with the spread bias."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> None:
-        factor = query.shape[1] // key.shape[1]
-        self.grid = BlockGrid((key.shape[1], key.shape[2]), factor, window, border, max(1, SIDE // factor))
-        self.query = self.grid.pad_queries(query)
+        grid = block_grid(query, key, window, border)
+        super().__init__(grid, query, value.dtype, _block_numbers(grid, query.shape[4] + value.shape[4]))
+        self.query = grid.pad_queries(query)
         self.heads = query.shape[3]
         self.averages = value.shape[3] < self.heads
-        self.compute = torch.promote_types(value.dtype, torch.float32)
-        self.bias = self.grid.spread_bias(bias.to(self.compute))
-        self._scratch = Scratch(value.new_empty(0, dtype=self.compute))
-        self._num_queries, self._num_keys = self.grid.side**2, self.grid.span**2
-        self._dims = query.shape[4] + value.shape[4]
-
-    def chunks(self) -> Iterator[Chunk]:
-        return self.grid.chunks(len(self.query), _chunk_blocks(self.grid, self._dims, self.query.device))
-
-    def new_queries(self, like: Tensor) -> Tensor:
-        """Room for something of every padded query, with the heads and channels of ``like``."""
-        return like.new_empty(*self.query.shape[:3], *like.shape[3:])
-
-    def crop(self, x: Tensor, query: Tensor) -> Tensor:
-        """Padded queries back to those of ``query``."""
-        return x[:, : query.shape[1], : query.shape[2]].contiguous()
-
-    def cut(self, x: Tensor, chunk: Chunk, name: str) -> Tensor:
-        """The part of a map that the chunk sees: [B, cells, cells, N, C]."""
-        images = chunk.images.stop - chunk.images.start
-        slab = self._scratch(name, images, chunk.rows.length, chunk.cols.length, *x.shape[3:])
-        return self.grid.cut_slab(x, chunk, slab)
-
-    def zero_slab(self, like: Tensor, name: str) -> Tensor:
-        return self._scratch(name, *like.shape).zero_()
+        self.bias = grid.spread_bias(bias.to(self.compute))
 
     def zero_scores(self, chunk: Chunk) -> Tensor:
-        return self._scratch("mean", chunk.blocks, self._num_queries, self._num_keys).zero_()
-
-    def queries(self, x: Tensor, chunk: Chunk, head: int, name: str) -> Tensor:
-        """[blocks, Q Q, C] of one head."""
-        view = self.grid.queries(x, chunk, head)
-        self._scratch(name, *view.shape).copy_(view)
-        return self._scratch(name, chunk.blocks, self._num_queries, view.shape[-1])
-
-    def windows(self, slab: Tensor, chunk: Chunk, head: int, name: str) -> Tensor:
-        """[blocks, P P, C] of one head."""
-        view = self.grid.windows(slab, head)
-        self._scratch(name, *view.shape).copy_(view)
-        return self._scratch(name, chunk.blocks, self._num_keys, view.shape[-1])
+        return self.scratch("mean", chunk.blocks, self.num_queries, self.num_keys).zero_()
 
     def weigh(self, q: Tensor, k: Tensor, chunk: Chunk, head: int) -> Tensor:
         """Softmax weights [blocks, Q Q, P P], zero outside of the windows."""
@@ -173,15 +119,3 @@ class _Call:
         if self.grid.border == "clip":
             self.grid.mask_outside(scores, chunk)
         return torch.softmax(scores, -1, out=scores)
-
-    def product(self, a: Tensor, b: Tensor, name: str) -> Tensor:
-        return torch.bmm(a, b, out=self._scratch(name, len(a), a.shape[1], b.shape[2]))
-
-    def put(self, target: Tensor, chunk: Chunk, head: int, x: Tensor) -> None:
-        """Write [blocks, Q Q, C] where the queries of the chunk are."""
-        view = self.grid.queries(target, chunk, head)
-        view.copy_(x.view(view.shape))
-
-    def add_windows(self, slab: Tensor, chunk: Chunk, head: int, x: Tensor) -> None:
-        """Add [blocks, P P, C] where the windows of the chunk are."""
-        self.grid.add_windows(slab, head, x.view(self.grid.windows(slab, head).shape))
