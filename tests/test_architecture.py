@@ -24,7 +24,7 @@ LEVELS = (
     ("backbones", "upsamplers", "data"),
     ("model",),
     ("builder",),
-    ("training", "evaluation", "visualization"),
+    ("training", "evaluation", "visualization", "benchmark"),
     ("configs", "validation"),
     ("train",),
     ("cli",),

@@ -17,6 +17,7 @@ COMMANDS = {
     "pack": "an image folder to webdataset shards",
     "eval": "measure a checkpoint: fidelity and zoom cosine",
     "panel": "compare feature maps of encoders as pictures",
+    "bench": "speed and memory on this machine",
     "doctor": "which fast implementations can run here, and why not the others",
     "ls": "what exists: backbones, upsamplers, normalizers, configurations",
 }

@@ -35,7 +35,7 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def return_freed_memory() -> Iterator[bool]:
-    """Within this context freed tensors of 1 MiB and more leave the process at once, whatever other threads do.
+    """Within this context freed tensors of 1 MiB and more leave the process at once, and what was free before has left.
 
     By default the allocator keeps blocks of up to 32 MiB for later, in pieces that fit badly: half as much memory again
     as the tensors need. Costs: about a sixth more time.
@@ -52,6 +52,12 @@ def return_freed_memory() -> Iterator[bool]:
         else:
             # Where the allocator's own adjustment ends up, which cannot be turned on again.
             _set_allocator({_M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: 2**26})
+
+
+def trim_memory() -> None:
+    """Return the free memory of the process to the system, where the allocator is glibc's."""
+    if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _set_allocator(parameters: dict[int, int]) -> bool:

@@ -1,0 +1,116 @@
+"""Speed and memory on this machine.
+
+    featsharp bench ops                        operations and upsamplers, by every backend that runs here
+    featsharp bench encode                     whole encoders beside the backbone passes that they need
+    featsharp bench ops --json ops.json        the figures with machine and versions
+
+Times are medians of interleaved runs with quartiles. Memory is what a call takes at its peak, its result included. Run
+it while the machine does nothing else.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featsharp.benchmark.encode import benchmark_encode
+from featsharp.benchmark.measure import describe_machine
+from featsharp.benchmark.ops import benchmark_ops, benchmark_scaling
+from featsharp.data.files import write_file
+from featsharp.errors import ConfigError
+from featsharp.ops.device import find_device
+from featsharp.ops.memory import keep_freed_memory
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("ops", "encode"))
+    parser.add_argument("--factors", type=int, nargs="+", help="gains; default: 2 4 16 for ops, 2 4 for encode")
+    parser.add_argument("--backbone", default="vits14-focus", help="for encode")
+    parser.add_argument("--repeat", type=int, default=15, help="most runs of a case; slow ones get fewer")
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch; default: its own choice")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--no-scaling", action="store_true", help="for ops: leave out the outputs of growing size")
+    parser.add_argument(
+        "--keep-freed-memory", action="store_true", help="set the C allocator as the other commands do: faster"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.repeat < 2 or min(arguments.factors or [1]) < 1 or (arguments.threads or 1) < 1:
+        raise ConfigError("--repeat must be at least 2, --factors and --threads at least 1")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = find_device(arguments.device)
+    kept = arguments.keep_freed_memory and keep_freed_memory()
+    torch.manual_seed(0)
+    machine = describe_machine(device)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    content: dict[str, Any] = {
+        "command": f"featsharp {shlex.join(sys.argv[1:])}",
+        "machine": machine,
+        "keeps_freed_memory": kept,
+    }
+    if arguments.what == "ops":
+        content["ops"] = _bench_ops(arguments, device)
+        if not arguments.no_scaling:
+            content["scaling"] = _bench_scaling(arguments, device)
+    else:
+        content["encode"] = _bench_encode(arguments, device)
+    if arguments.json:
+        write_file(arguments.json, json.dumps(content, indent=1).encode() + b"\n")
+    return 0
+
+
+def _bench_ops(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    print(
+        f"{'16x16 features of 384 channels':44} {'forward ms':>11} {'quartiles':>17} {'memory':>9} {'fwd+bwd ms':>11}"
+    )
+    rows = []
+    for row in benchmark_ops(tuple(arguments.factors or (2, 4, 16)), device, repeat=arguments.repeat):
+        forward, memory = row["forward"], f"{row['peak_bytes'] / 2**20:.0f} MiB"
+        print(
+            f"{row['name']:40} {row['factor']:2}x {forward['median']:11.1f} {_quartiles(forward):>17} {memory:>9} "
+            f"{row['training']['median']:11.1f}",
+            flush=True,
+        )
+        rows.append(row)
+    return rows
+
+
+def _bench_scaling(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    print(f"{'cost per output cell':44} {'microseconds':>12}")
+    rows = []
+    for row in benchmark_scaling(device, repeat=arguments.repeat):
+        cost = 1000 * row["forward"]["median"] / row["side"] ** 2
+        print(f"{row['name']:34} {row['side']:4}x{row['side']:<4} {cost:12.1f}", flush=True)
+        rows.append(row)
+    return rows
+
+
+def _bench_encode(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    print(f"{arguments.backbone:36} {'encode ms':>10} {'quartiles':>17} {'passes':>6} {'alone ms':>9} {'ratio':>6}")
+    rows = []
+    for row in benchmark_encode(
+        arguments.backbone,
+        tuple(arguments.factors or (2, 4)),
+        device,
+        repeat=arguments.repeat,
+        autocast=(None, torch.bfloat16),
+    ):
+        encode, alone = row["encode"], row["backbone"]["median"]
+        print(
+            f"{row['upsampler']:12} {row['factor']:2}x {row['dtype']:19} {encode['median']:10.0f} "
+            f"{_quartiles(encode):>17} {row['passes']:6} {alone:9.0f} {encode['median'] / alone:6.3f}",
+            flush=True,
+        )
+        rows.append(row)
+    return rows
+
+
+def _quartiles(timing: dict[str, float]) -> str:
+    return f"{timing['low']:.1f} - {timing['high']:.1f}"
