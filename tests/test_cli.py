@@ -329,3 +329,48 @@ def test_too_little_memory_names_the_least_that_works(photos, checkpoint, tmp_pa
     assert "max_memory=1MiB is too little" in said
     assert "the least that works for this image is" in said
     assert not list((tmp_path / "out").rglob("*"))
+
+
+def test_bench_writes_what_it_prints(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("featsharp.benchmark.measure.CASE_SECONDS", 0.01)
+    monkeypatch.setattr("featsharp.benchmark.ops.SIDES", (4, 8))
+    file = tmp_path / "new" / "ops.json"
+    assert run("bench", "ops", "--factors", "2", "--repeat", "2", "--json", file) == 0
+    printed, content = capsys.readouterr().out, json.loads(file.read_text())
+    names = {row["name"] for row in content["ops"]}
+    assert {"bilinear", "FeatUp JBU", "JAFAR", "FeatSharp block, lean", "FeatSharp block, published"} <= names
+    assert {f"local_attention of {op}: {b}" for op in ("JBU", "FeatSharp") for b in ("blocked", "reference")} <= names
+    assert all(name in printed for name in names)
+    for row in content["ops"]:
+        assert row["output_bytes"] == 32 * 32 * (768 if "of FeatSharp" in row["name"] else 384) * 4
+        assert row["peak_bytes"] > 0
+        assert row["forward"]["low"] <= row["forward"]["median"] <= row["forward"]["high"]
+        assert row["training"]["median"] > row["forward"]["low"]
+    assert [row["side"] for row in content["scaling"]] == [4, 4, 8, 8]
+    assert content["machine"]["torch"] == torch.__version__
+
+
+def test_bench_of_an_encoder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("featsharp.benchmark.measure.CASE_SECONDS", 0.01)
+    file = tmp_path / "encode.json"
+    arguments = ("bench", "encode", "--backbone", "toy-vit", "--factors", "1", "2", "--repeat", "2", "--json", file)
+    assert run(*arguments) == 0
+    rows = json.loads(file.read_text())["encode"]
+    assert {(row["upsampler"], row["factor"], row["passes"]) for row in rows} >= {
+        ("identity", 1, 1), ("bilinear", 2, 1), ("tile", 2, 5), ("featup", 2, 1), ("jafar", 2, 1), ("featsharp", 2, 5),
+    }  # fmt: skip
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16 autocast"}
+    assert "featsharp" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("ops", "--repeat", "1"), "--repeat must be at least 2"),
+        (("ops", "--factors", "0"), "--factors and --threads at least 1"),
+        (("encode", "--backbone", "toy-vitt", "--factors", "2"), "did you mean 'toy-vit'"),
+    ],
+)
+def test_bench_of_what_does_not_exist(arguments, said, capsys):
+    assert run("bench", *arguments) == 1
+    assert said in capsys.readouterr().err

@@ -65,8 +65,10 @@ class JAFAR(GuidedUpsampler):
         key = F.group_norm(F.adaptive_avg_pool2d(self.key_encoder(encoded), size_of(low_res)), GROUPS)
         modulation = self.feature_encoder(F.normalize(low_res, dim=1))
         key = self.gamma(modulation) * key + self.beta(modulation)
-        query = self.query_proj(self.query_norm(query.permute(0, 2, 3, 1)))
-        return query, self.key_proj(self.key_norm(key.flatten(2).transpose(1, 2)))
+        # Autocast leaves normalisation alone, which has no fused kernel for two dtypes.
+        dtype = self.query_norm.weight.dtype
+        query = self.query_proj(self.query_norm(query.permute(0, 2, 3, 1).to(dtype)))
+        return query, self.key_proj(self.key_norm(key.flatten(2).transpose(1, 2).to(dtype)))
 
     def upsample_part(self, low_res: Tensor, guide: tuple[Tensor, Tensor], tiles: Tensor | None, box: Box) -> Tensor:
         query, key = box.cut_channels_last(guide[0]), guide[1]
