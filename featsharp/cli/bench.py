@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("ops", "encode"))
     parser.add_argument("--factors", type=int, nargs="+", help="gains; default: 2 4 16 for ops, 2 4 for encode")
     parser.add_argument("--backbone", default="vits14-focus", help="for encode")
+    parser.add_argument("--normalizer", default="phi-s", help="for encode")
     parser.add_argument("--repeat", type=int, default=15, help="most runs of a case; slow ones get fewer")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch; default: its own choice")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -100,6 +101,7 @@ def _bench_encode(arguments: argparse.Namespace, device: torch.device) -> list[d
         tuple(arguments.factors or (2, 4)),
         device,
         repeat=arguments.repeat,
+        normalizer=arguments.normalizer,
         autocast=(None, torch.bfloat16),
     ):
         encode, alone = row["encode"], row["backbone"]["median"]
