@@ -42,10 +42,9 @@ def benchmark_encode(
         for dtype in autocast:
             cases, inputs = {}, {}
             for name, encoder in encoders.items():
-                size = encoder.backbone.input_size
-                images = torch.randn(1, 3, *(side * factor for side in size), device=device)
+                images = torch.randn(1, 3, *encoder.input_size, device=device)
                 passes = 1 if encoder.upsampler.halo is None else 1 + factor**2
-                batch = torch.randn(passes, 3, *size, device=device)
+                batch = torch.randn(passes, 3, *encoder.backbone.input_size, device=device)
                 inputs[name] = passes
                 cases[name] = lambda encoder=encoder, images=images: encoder(images)
                 cases[f"{name}, backbone"] = lambda encoder=encoder, batch=batch: encoder.backbone(batch)
