@@ -33,7 +33,7 @@ def main() -> None:
         INTRODUCTION,
         describe(ops),
         "![Time by gain, and cost per output cell by size](assets/performance.png)",
-        "## Upsamplers, without the backbone\n\n" + module_table(ops),
+        f"## Upsamplers, without the backbone\n\n{module_table(ops)}\n\n{backbone_lines(ops)}",
         "## Operations by backend\n\n"
         "A backend may be faster, never different. `local_attention` is what JBU (one head, 32 channels of query and\n"
         "key, values of 384) and FeatSharp (16 heads of 48) share, here with a 7 x 7 window; `local_filter` takes\n"
@@ -77,8 +77,7 @@ def find(rows: list[dict[str, Any]], **keys: Any) -> dict[str, Any]:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """Forward with quartiles, backward, extra memory of both."""
-    forward, training = row["forward"], row["training"]
-    backward = training["median"] - forward["median"]
+    forward, backward = row["forward"], row["backward"]["median"]
     out = row["output_bytes"]
     return [
         f"{number(forward['median'])} ({number(forward['low'])} to {number(forward['high'])})",
@@ -102,11 +101,16 @@ def module_table(ops: dict[str, Any]) -> str:
     return table(["", "gain", *COLUMNS], rows)
 
 
+def backbone_lines(ops: dict[str, Any]) -> str:
+    rows = [row for row in ops["ops"] if "backward" not in row]
+    return "Beside them: " + "; ".join(f"{row['name']}, {number(row['forward']['median'])} ms" for row in rows) + "."
+
+
 def backend_table(ops: dict[str, Any]) -> str:
     rows = [
         [row["name"], f"{row['factor']}x", *cells(row)]
         for row in sorted(ops["ops"], key=lambda row: (row["name"], row["factor"]))
-        if row["name"] not in MODULES
+        if row["name"] not in MODULES and "backward" in row
     ]
     return table(["", "gain", *COLUMNS], rows)
 

@@ -19,7 +19,7 @@ from featsharp.normalizers import Normalizer
 from featsharp.ops.peak import parse_memory
 from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import UpsampleFeatures, Upsampler
-from featsharp.upsamplers.bounded import Allocate, upsample_within
+from featsharp.upsamplers.bounded import Allocate, allocate_beside, upsample_within
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,8 +116,8 @@ class SharpEncoder(nn.Module):
         """Bytes that encoding may take beside weights, inputs and results; None for no limit.
 
         Set it to bytes or to text like "2GiB". Tiles and rows are then processed in portions that fit, images one by
-        one, without gradients; the features are the same up to rounding. Raises ConfigError for what is no amount;
-        an amount that is too little shows when an image is encoded.
+        one, without gradients, in eval mode; the features are the same up to rounding. Raises ConfigError for what is
+        no amount; an amount that is too little shows when an image is encoded. Held against the system on Linux CPUs.
         """
         return self._max_memory
 
@@ -182,16 +182,15 @@ class SharpEncoder(nn.Module):
                 unchanged: upsampling does not improve it).
             low_res_size: (h, w) in pixels of the low-resolution pass. Default: the image size divided by
                 ``upsampler.input_upsample_factor``, to whole patches, or the one size of a fixed-size backbone.
-            allocate: Called with ``low_res`` and the shape of ``high_res``, returns the tensor to write that to, of the
-                dtype of ``low_res``: see :class:`featsharp.data.mapped.MappedFeatures` for one in a file. Only with
-                :attr:`max_memory`.
+            allocate: Called with ``low_res`` and the shape and dtype of ``high_res``, returns the tensor to write that
+                to: see :class:`featsharp.data.mapped.MappedFeatures` for one in a file. Only with :attr:`max_memory`.
 
         Returns:
             ``low_res`` [B, C, h, w], ``high_res`` [B, C, factor * h, factor * w], ``summary`` [B, C_s] or None.
 
         Raises:
             InputError: For images that are no [B, 3, H, W] batch or too small, or a summary that the backbone lacks.
-            ConfigError: When ``max_memory`` is too little for one row of the result; it names the least that works.
+            InputError: When ``max_memory`` is too little for these images; it names the least that works.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise InputError(f"a sharp encoder takes whitened images [B, 3, H, W]; got {tuple(images.shape)}")
@@ -206,7 +205,7 @@ class SharpEncoder(nn.Module):
                 size,
                 self.max_memory,
                 finish=self.normalizer.denormalize if denormalize else nn.Identity(),
-                allocate=allocate or Tensor.new_empty,
+                allocate=allocate or allocate_beside,
             )
         elif allocate is not None:
             raise ConfigError("allocate= needs a limit on memory; set max_memory, for example to '2GiB'")
@@ -276,10 +275,13 @@ class SharpEncoder(nn.Module):
             return_summary, allocate: As for :meth:`forward`; ``allocate`` only for one picture.
 
         Returns:
-            As :meth:`forward`, with B = 1, on the device of the encoder; a list in the order given for a list.
+            As :meth:`forward`, with B = 1, on the device of the encoder (``high_res`` where ``allocate`` puts it); a
+            list in the order given for a list.
         """
         denormalize = self.normalizer.invertible if denormalize is None else denormalize
         if isinstance(image, list | tuple):
+            if allocate is not None:
+                raise ConfigError("allocate= makes room for one picture; call encode_image for each of the list")
             prepared = [self._prepare_picture(one, size) for one in image]
             results: dict[int, UpsampleFeatures] = {}
             groups: dict[Any, list[int]] = {}
@@ -288,7 +290,10 @@ class SharpEncoder(nn.Module):
             for (_, low_res_size), group in groups.items():
                 batch = torch.cat([prepared[index][0] for index in group])
                 out = self(batch, denormalize=denormalize, return_summary=return_summary, low_res_size=low_res_size)
-                parts = zip(*(len(group) * [None] if x is None else x.split(1) for x in out), strict=True)
+                parts = zip(
+                    *(len(group) * [None] if x is None else [one.clone() for one in x.split(1)] for x in out),
+                    strict=True,
+                )
                 results |= {index: UpsampleFeatures(*part) for index, part in zip(group, parts, strict=True)}
             return [results[index] for index in range(len(prepared))]
         pixels, low_res_size = self._prepare_picture(image, size)

@@ -335,17 +335,18 @@ def test_bench_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("featsharp.benchmark.measure.CASE_SECONDS", 0.01)
     monkeypatch.setattr("featsharp.benchmark.ops.SIDES", (4, 8))
     file = tmp_path / "new" / "ops.json"
-    assert run("bench", "ops", "--factors", "2", "--repeat", "2", "--json", file) == 0
+    assert run("bench", "ops", "--factors", "2", "--repeat", "2", "--backbone", "toy-vit", "--json", file) == 0
     printed, content = capsys.readouterr().out, json.loads(file.read_text())
     names = {row["name"] for row in content["ops"]}
     assert {"bilinear", "FeatUp JBU", "JAFAR", "FeatSharp block, lean", "FeatSharp block, published"} <= names
     assert {f"local_attention of {op}: {b}" for op in ("JBU", "FeatSharp") for b in ("blocked", "reference")} <= names
     assert all(name in printed for name in names)
-    for row in content["ops"]:
+    assert content["ops"][0]["name"] == "5 passes of toy-vit"
+    for row in content["ops"][1:]:
         assert row["output_bytes"] == 32 * 32 * (768 if "of FeatSharp" in row["name"] else 384) * 4
         assert row["peak_bytes"] > 0
         assert row["forward"]["low"] <= row["forward"]["median"] <= row["forward"]["high"]
-        assert row["training"]["median"] > row["forward"]["low"]
+        assert row["backward"]["median"] > 0
     assert [row["side"] for row in content["scaling"]] == [4, 4, 8, 8]
     assert content["machine"]["torch"] == torch.__version__
 
@@ -368,6 +369,7 @@ def test_bench_of_an_encoder(tmp_path, capsys, monkeypatch):
     [
         (("ops", "--repeat", "1"), "--repeat must be at least 2"),
         (("ops", "--factors", "0"), "--factors and --threads at least 1"),
+        (("ops", "--threads", "0"), "--factors and --threads at least 1"),
         (("encode", "--backbone", "toy-vitt", "--factors", "2"), "did you mean 'toy-vit'"),
     ],
 )

@@ -14,7 +14,7 @@ import resource, sys
 import torch
 from featsharp.builder import create_encoder
 from featsharp.data.mapped import MappedFeatures
-from featsharp.ops.peak import parse_memory, predict_peak
+from featsharp.ops.peak import parse_memory, predict
 
 upsampler, factor, height, width, limit, file = sys.argv[1:]
 torch.set_num_threads(2)
@@ -22,7 +22,7 @@ encoder = create_encoder("vits14-focus", upsampler, int(factor), max_memory=limi
 images = torch.randn(1, 3, int(height), int(width))
 with torch.no_grad():  # what is loaded and started once
     encoder(torch.randn(1, 3, 56, 56))
-    predict_peak(torch.relu, images)
+    predict(torch.relu, images)
 
 def used():
     with open("/proc/self/status") as status:
@@ -77,4 +77,4 @@ def test_an_output_4096_wide_goes_to_a_file_much_larger_than_the_limit(tmp_path:
 
 def test_a_limit_that_is_too_small_is_said_in_time():
     result = encode_under_limit("featsharp", 4, 2048, 2048, "32MiB", "")
-    assert "ConfigError: max_memory=32MiB is too little" in result.stderr
+    assert "InputError: max_memory=32MiB is too little" in result.stderr

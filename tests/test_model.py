@@ -297,6 +297,8 @@ def test_a_list_of_pictures_of_several_sizes_equals_them_one_by_one(tmp_path):
         for one, other in zip(out, alone, strict=True):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     assert encoder.encode_image([]) == []
+    with pytest.raises(ConfigError, match="allocate= makes room for one picture"):
+        encoder.encode_image(pictures[:1], allocate=lambda *arguments: None)
     assert encoder.encode_image(pictures[:2])[0].summary is None
 
 
@@ -323,5 +325,5 @@ def test_a_compiled_encoder_still_minds_its_memory():
     encoder.max_memory = "100MiB"
     torch.testing.assert_close(encoder(images).high_res, expected, atol=1e-4, rtol=1e-4)
     encoder.max_memory = "1MiB"
-    with pytest.raises(ConfigError, match="least that works"):
+    with pytest.raises(InputError, match="least that works"):
         encoder(images)

@@ -1,10 +1,11 @@
 """What sharp features cost on top of the backbone passes that they are made from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from featsharp.backbones.base import Backbone
 from featsharp.benchmark.measure import measure_memory, time_interleaved
@@ -33,6 +34,7 @@ def benchmark_encode(
         normalizer: Its name; fitted to random vectors, which cost what others do.
         autocast: Dtypes to run under; None for float32.
     """
+    groups = []
     for factor in factors:
         encoders = {
             name: _build(backbone, name, factor, normalizer).to(device)
@@ -40,29 +42,40 @@ def benchmark_encode(
             if name != "identity" or factor == 1
         }
         for dtype in autocast:
-            cases, inputs = {}, {}
+            cases: dict[str, Callable[[], object]] = {}
             for name, encoder in encoders.items():
                 images = torch.randn(1, 3, *encoder.input_size, device=device)
-                passes = 1 if encoder.upsampler.halo is None else 1 + factor**2
-                batch = torch.randn(passes, 3, *encoder.backbone.input_size, device=device)
-                inputs[name] = passes
-                cases[name] = lambda encoder=encoder, images=images: encoder(images)
-                cases[f"{name}, backbone"] = lambda encoder=encoder, batch=batch: encoder.backbone(batch)
-            with (
-                torch.no_grad(),
-                torch.autocast(device.type, dtype, enabled=dtype is not None),
-            ):
-                timings = time_interleaved(cases, device, repeat=repeat)
-                for name in encoders:
-                    yield {
-                        "upsampler": name,
-                        "factor": factor,
-                        "dtype": "float32" if dtype is None else f"{dtype} autocast".removeprefix("torch."),
-                        "passes": inputs[name],
-                        "encode": asdict(timings[name]),
-                        "backbone": asdict(timings[f"{name}, backbone"]),
-                        "peak_bytes": measure_memory(cases[name], device),
-                    }
+                batch = torch.randn(_passes(encoder), 3, *encoder.backbone.input_size, device=device)
+                cases[name] = _call(encoder, images, dtype)
+                cases[f"{name}, backbone"] = _call(encoder.backbone, batch, dtype)
+            groups.append((factor, dtype, encoders, cases, time_interleaved(cases, device, repeat=repeat)))
+    # Afterwards, because measuring changes how the allocator works.
+    for factor, dtype, encoders, cases, timings in groups:
+        for name, encoder in encoders.items():
+            yield {
+                "upsampler": name,
+                "factor": factor,
+                "dtype": "float32" if dtype is None else f"{dtype} autocast".removeprefix("torch."),
+                "passes": _passes(encoder),
+                "encode": asdict(timings[name]),
+                "backbone": asdict(timings[f"{name}, backbone"]),
+                "peak_bytes": measure_memory(cases[name], device),
+            }
+
+
+def _passes(encoder: SharpEncoder) -> int:
+    """Images that go through the backbone for one image."""
+    return 1 if encoder.upsampler.halo is None else 1 + encoder.factor**2
+
+
+def _call(module: torch.nn.Module, images: Tensor, dtype: torch.dtype | None) -> Callable[[], object]:
+    """Without gradients, under autocast to ``dtype`` or none."""
+
+    def call() -> None:
+        with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            module(images)
+
+    return call
 
 
 def _build(backbone: str | Backbone, upsampler: str, factor: int, normalizer: str) -> SharpEncoder:

@@ -35,12 +35,13 @@ def time_interleaved(
     """Time cases in turn, so that what disturbs the machine disturbs them all.
 
     Args:
-        cases: Functions by name; each is run once before, uncounted.
+        cases: Functions by name; each is run twice before, uncounted.
         device: Where they compute: a GPU is waited for.
         repeat: Most runs of a case; slow ones get fewer, at least two.
     """
     runs: dict[str, int] = {}
     for name, function in cases.items():
+        function()  # what is compiled or loaded once
         runs[name] = max(2, min(repeat, int(1000 * CASE_SECONDS / _milliseconds(function, device))))
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(max(runs.values(), default=0)):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featsharp.backbones import create_backbone
 from featsharp.benchmark.measure import measure_memory, time_interleaved
 from featsharp.layers.local_block import LocalBlock
 from featsharp.ops.backends import Problem, list_backends
@@ -33,28 +34,39 @@ class Case:
 
 
 def benchmark_ops(
-    factors: tuple[int, ...], device: torch.device, *, repeat: int, backward: bool = True
+    factors: tuple[int, ...], device: torch.device, *, repeat: int, backbone: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Rows with name, factor, forward and backward times (milliseconds), and memory (bytes)."""
+    """Rows with name, factor, forward and backward times (milliseconds), and memory (bytes).
+
+    Args:
+        factors: Gains.
+        repeat: Most runs of a case.
+        backbone: Name of one whose passes for a set of tiles are timed beside, up to 4x.
+    """
+    groups = []
     for factor in factors:
         cases = {case.name: case for case in (*_upsampler_cases(factor, device), *_op_cases(factor, device))}
-        with torch.no_grad():
-            forward = time_interleaved({name: case.function for name, case in cases.items()}, device, repeat=repeat)
+        timed: dict[str, Callable[[], object]] = {}
         for name, case in cases.items():
-            with torch.no_grad():
-                out_bytes = case.function().nbytes
-                memory = measure_memory(case.function, device)
-            row: dict[str, Any] = {
+            timed[name], timed[f"{name}, backward"] = _without_gradient(case), _backward(case)
+        if backbone and factor <= 4:
+            timed["backbone"] = _backbone_passes(backbone, 1 + factor**2, device)
+        groups.append((factor, cases, time_interleaved(timed, device, repeat=repeat)))
+    # Afterwards, because measuring changes how the allocator works.
+    for factor, cases, timings in groups:
+        if "backbone" in timings:
+            passes = 1 + factor**2
+            yield {"name": f"{passes} passes of {backbone}", "factor": factor, "forward": asdict(timings["backbone"])}
+        for name, case in cases.items():
+            yield {
                 "name": name,
                 "factor": factor,
-                "forward": asdict(forward[name]),
-                "output_bytes": out_bytes,
-                "peak_bytes": memory,
+                "forward": asdict(timings[name]),
+                "backward": asdict(timings[f"{name}, backward"]),
+                "output_bytes": _without_gradient(case)().nbytes,
+                "peak_bytes": measure_memory(_without_gradient(case), device),
+                "training_peak_bytes": measure_memory(_training_step(case), device),
             }
-            if backward:
-                row["training"] = asdict(_time_training(case, device, repeat))
-                row["training_peak_bytes"] = measure_memory(_training_step(case), device)
-            yield row
 
 
 def benchmark_scaling(device: torch.device, *, repeat: int) -> Iterator[dict[str, Any]]:
@@ -64,13 +76,17 @@ def benchmark_scaling(device: torch.device, *, repeat: int) -> Iterator[dict[str
         x = torch.randn(1, side, side, 2 * CHANNELS, device=device)
         source = torch.randn(1, CHANNELS, side // 2, side // 2, device=device)
         image = torch.randn(1, 3, 14 * side // 2, 14 * side // 2, device=device)
-        cases: dict[str, Callable[[], object]] = {
-            "JBU level 2x": lambda source=source, image=image: level(source, image),  # type: ignore[misc]
-            "FeatSharp block, lean": lambda x=x: block(x),  # type: ignore[misc]
-        }
         with torch.no_grad():
-            for name, timing in time_interleaved(cases, device, repeat=repeat).items():
-                yield {"name": name, "side": side, "forward": asdict(timing)}
+            timings = time_interleaved(
+                {
+                    "JBU level 2x": lambda source=source, image=image: level(source, image),  # type: ignore[misc]
+                    "FeatSharp block, lean": lambda x=x: block(x),  # type: ignore[misc]
+                },
+                device,
+                repeat=repeat,
+            )
+        for name, timing in timings.items():
+            yield {"name": name, "side": side, "forward": asdict(timing)}
 
 
 def _upsampler_cases(factor: int, device: torch.device) -> Iterator[Case]:
@@ -99,7 +115,7 @@ def _op_cases(factor: int, device: torch.device) -> Iterator[Case]:
         ("JBU", 1, 32, CHANNELS, "reflect"),
         ("FeatSharp", 16, 48, 48, "clip"),
     ):
-        for backend in _runnable("local_attention", device, dim, width):
+        for backend in _runnable("local_attention", device):
             query, value = (
                 torch.randn(1, side, side, heads, channels, device=device, requires_grad=True)
                 for channels in (dim, width)
@@ -113,7 +129,7 @@ def _op_cases(factor: int, device: torch.device) -> Iterator[Case]:
                 ),
                 (query, key, value),
             )
-    for backend in _runnable("local_filter", device, 0, CHANNELS):
+    for backend in _runnable("local_filter", device):
         weights = torch.rand(1, side, side, 1, 5, 5, device=device, requires_grad=True)
         low_res = torch.randn(1, GRID, GRID, 1, CHANNELS, device=device, requires_grad=True)
         yield Case(
@@ -124,22 +140,47 @@ def _op_cases(factor: int, device: torch.device) -> Iterator[Case]:
         )
 
 
-def _runnable(op: str, device: torch.device, key_dim: int, value_dim: int) -> list[str]:
-    problem = Problem(device.type, (torch.float32,) * 3, key_dim, value_dim, window=7)
+def _runnable(op: str, device: torch.device) -> list[str]:
+    problem = Problem(device.type, (torch.float32,))
     return [backend.name for backend in list_backends(op) if backend.can_run(problem) is None]
+
+
+def _backbone_passes(name: str, passes: int, device: torch.device) -> Callable[[], object]:
+    backbone = create_backbone(name).to(device)
+    images = torch.randn(passes, 3, IMAGE, IMAGE, device=device)
+    return torch.no_grad()(lambda: backbone(images))
+
+
+def _without_gradient(case: Case) -> Callable[[], Tensor]:
+    return torch.no_grad()(case.function)
+
+
+def _backward(case: Case) -> Callable[[], object]:
+    """The backward pass alone, of a graph that is made at the first call."""
+    graph: list[tuple[Tensor, Tensor]] = []
+
+    def step() -> None:
+        if not graph:
+            out = case.function()
+            graph.append((out, torch.ones_like(out)))
+        out, cotangent = graph[0]
+        _forget_gradients(case)
+        out.backward(cotangent, retain_graph=True)
+
+    return step
 
 
 def _training_step(case: Case) -> Callable[[], object]:
     """Forward and backward."""
 
     def step() -> None:
-        for x in case.inputs:
-            x.grad = None
+        _forget_gradients(case)
         out = case.function()
         out.backward(torch.ones_like(out))
 
     return step
 
 
-def _time_training(case: Case, device: torch.device, repeat: int) -> Any:
-    return time_interleaved({case.name: _training_step(case)}, device, repeat=repeat)[case.name]
+def _forget_gradients(case: Case) -> None:
+    for x in case.inputs:
+        x.grad = None

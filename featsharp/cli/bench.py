@@ -29,7 +29,7 @@ from featsharp.ops.memory import keep_freed_memory
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("ops", "encode"))
     parser.add_argument("--factors", type=int, nargs="+", help="gains; default: 2 4 16 for ops, 2 4 for encode")
-    parser.add_argument("--backbone", default="vits14-focus", help="for encode")
+    parser.add_argument("--backbone", default="vits14-focus", help="name; for ops, whose passes are timed beside")
     parser.add_argument("--normalizer", default="phi-s", help="for encode")
     parser.add_argument("--repeat", type=int, default=15, help="most runs of a case; slow ones get fewer")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch; default: its own choice")
@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.repeat < 2 or min(arguments.factors or [1]) < 1 or (arguments.threads or 1) < 1:
+    threads = 1 if arguments.threads is None else arguments.threads
+    if arguments.repeat < 2 or min(arguments.factors or [1]) < 1 or threads < 1:
         raise ConfigError("--repeat must be at least 2, --factors and --threads at least 1")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -68,17 +69,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _bench_ops(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    print(
-        f"{'16x16 features of 384 channels':44} {'forward ms':>11} {'quartiles':>17} {'memory':>9} {'fwd+bwd ms':>11}"
-    )
+    print("16x16 features of 384 channels; rows appear when all are timed")
+    print(f"{'':44} {'forward ms':>11} {'quartiles':>17} {'backward ms':>12} {'memory':>9}")
     rows = []
-    for row in benchmark_ops(tuple(arguments.factors or (2, 4, 16)), device, repeat=arguments.repeat):
-        forward, memory = row["forward"], f"{row['peak_bytes'] / 2**20:.0f} MiB"
-        print(
-            f"{row['name']:40} {row['factor']:2}x {forward['median']:11.1f} {_quartiles(forward):>17} {memory:>9} "
-            f"{row['training']['median']:11.1f}",
-            flush=True,
-        )
+    for row in benchmark_ops(
+        tuple(arguments.factors or (2, 4, 16)), device, repeat=arguments.repeat, backbone=arguments.backbone
+    ):
+        line = f"{row['name']:40} {row['factor']:2}x {row['forward']['median']:11.1f} {_quartiles(row['forward']):>17}"
+        if "backward" in row:
+            line += f" {row['backward']['median']:12.1f} {row['peak_bytes'] / 2**20:5.0f} MiB"
+        print(line, flush=True)
         rows.append(row)
     return rows
 

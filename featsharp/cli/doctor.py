@@ -37,8 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _states(op: str, device: str) -> Iterator[tuple[str, str]]:
-    """Backends of an operation with what to expect of them, for float32 and widths of a ViT-S."""
-    problem = Problem(device, (torch.float32,) * 3, key_dim=48, value_dim=48, window=7)
+    """Backends of an operation with what to expect of them, for float32."""
+    problem = Problem(device, (torch.float32,))
     chosen = choose_backend(op, problem)
     for backend in list_backends(op):
         reason = backend.can_run(problem)

@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--size", type=_size, metavar="HxW", help="scale the image to this many pixels first")
     parser.add_argument(
-        "--max-memory", metavar="AMOUNT", help="most memory to work in, for example 2GiB; features go straight to disk"
+        "--max-memory",
+        metavar="AMOUNT",
+        help="most memory to encode in, for example 2GiB; features go straight to disk",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
 
@@ -86,11 +88,12 @@ def upsample_file(encoder: SharpEncoder, source: Path, target: Path, *, size: tu
     scale = PICTURE_SIDE / max(image.size)
     shape = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))
     try:
-        colours = FeaturePCA(out.low_res)
+        low_res = out.low_res.to(out.high_res.device)  # a file is mapped on the CPU
+        colours = FeaturePCA(low_res)
     except InputError as error:
         raise InputError(f"{features_file} is written, but there is no picture: {error}") from error
     photo = resize(image_to_tensor(image)[None], shape)[0]
-    picture = panel([photo, colours(out.low_res)[0], colours(out.high_res)[0]], shape)
+    picture = panel([photo, colours(low_res)[0], colours(out.high_res)[0]], shape)
     save_picture(picture, picture_file)
 
 

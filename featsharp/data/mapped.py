@@ -3,8 +3,10 @@
 import io
 import json
 import os
+from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +28,8 @@ class MappedFeatures:
 
     As a context manager: the file appears, whole, when the block ends, and does not when it ends by an error; what was
     there before stays until then. Features are those of a batch of one picture, [1, C, H, W]; the file holds
-    [C, H, W]. The tensor maps the file, so it stays valid afterwards and takes memory only for what is looked at.
+    [C, H, W]. The tensor maps the file, so it stays valid afterwards and takes memory only for what is looked at. On
+    systems that do not let go of mapped files (Windows) the file cannot get its name.
 
     Args:
         path: ``.safetensors``, with the tensors low_res and high_res, or ``.npy``, with the high-resolution map alone.
@@ -48,12 +51,13 @@ class MappedFeatures:
         self._metadata = metadata or {}
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
 
-    def allocate(self, low_res: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Make the file with room for high-resolution features of ``shape`` in the dtype of ``low_res``; map it."""
+    def allocate(self, low_res: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Make the file with room for high-resolution features; returns them mapped, of ``shape`` and ``dtype``."""
         if len(low_res) != 1:
             raise ConfigError(f"one file takes the features of one picture; got a batch of {len(low_res)}")
-        tensors = {"low_res": tuple(low_res.shape[1:]), "high_res": tuple(shape[1:])}
-        header, offsets, size = self._layout(tensors, low_res.dtype)
+        low = _Entry(tuple(low_res.shape[1:]), low_res.dtype)
+        high = _Entry(tuple(shape[1:]), dtype)
+        header, offsets, size = self._layout({"low_res": low, "high_res": high})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._temporary, "wb") as file:
@@ -66,26 +70,28 @@ class MappedFeatures:
                 "choose another folder"
             ) from error
         if "low_res" in offsets:
-            self._map(tensors["low_res"], low_res.dtype, offsets["low_res"]).copy_(low_res[0])
-        return self._map(tensors["high_res"], low_res.dtype, offsets["high_res"])[None]
+            self._map(low, offsets["low_res"]).copy_(low_res[0])
+        return self._map(high, offsets["high_res"])[None]
 
-    def _map(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
-        values = np.memmap(self._temporary, _DTYPES[dtype][1], "r+", offset, shape)
-        return torch.from_numpy(values).view(dtype)
+    def _map(self, entry: "_Entry", offset: int) -> Tensor:
+        values = np.memmap(self._temporary, _DTYPES[entry.dtype][1], "r+", offset, entry.shape)
+        return torch.from_numpy(values).view(entry.dtype)
 
-    def _layout(self, tensors: dict[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[bytes, dict[str, int], int]:
+    def _layout(self, tensors: dict[str, "_Entry"]) -> tuple[bytes, dict[str, int], int]:
         """The first bytes of the file, where its tensors start, and its size."""
-        name, numpy_dtype = _DTYPES[dtype]
         if self.path.suffix == ".npy":
-            if dtype == torch.bfloat16:
+            entry = tensors["high_res"]
+            if entry.dtype == torch.bfloat16:
                 raise ConfigError(f"NumPy has no bfloat16; write to .safetensors instead of {self.path}")
-            header = _npy_header(tensors["high_res"], numpy_dtype)
-            return header, {"high_res": len(header)}, len(header) + int(np.prod(tensors["high_res"])) * dtype.itemsize
+            header = _npy_header(entry.shape, _DTYPES[entry.dtype][1])
+            return header, {"high_res": len(header)}, len(header) + entry.nbytes
         entries: dict[str, object] = {"__metadata__": self._metadata} if self._metadata else {}
         starts, end = {}, 0
-        for key, shape in tensors.items():
-            starts[key], end = end, end + int(np.prod(shape)) * dtype.itemsize
-            entries[key] = {"dtype": name, "shape": shape, "data_offsets": [starts[key], end]}
+        # The wider type first, so that every tensor starts at a multiple of its own size.
+        for key, entry in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+            starts[key], end = end, end + entry.nbytes
+            name = _DTYPES[entry.dtype][0]
+            entries[key] = {"dtype": name, "shape": entry.shape, "data_offsets": [starts[key], end]}
         text = json.dumps(entries).encode()
         text += b" " * (-len(text) % 8)
         header = len(text).to_bytes(8, "little") + text
@@ -100,6 +106,15 @@ class MappedFeatures:
         if kind is None and self._temporary.exists():
             os.replace(self._temporary, self.path)
         self._temporary.unlink(missing_ok=True)
+
+
+class _Entry(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -17,8 +17,9 @@ from featsharp.ops.local_attention import local_attention
 from featsharp.ops.windows import check_window
 
 NUM_HEADS = 16
-# Cells that are processed at a time where no gradient is needed: 350 MiB for ViT-S, and few rows computed twice.
-BAND_CELLS = 2**14
+# Cells that are processed at a time where no gradient is needed: 350 MiB for ViT-S. But not fewer than so many rows:
+# those at the edges of a band are computed twice.
+BAND_CELLS, MIN_BAND_ROWS = 2**14, 16
 
 
 class LocalBlock(nn.Module):
@@ -56,7 +57,7 @@ class LocalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, D] to [B, H, W, C]; without gradients, large maps are processed in bands of rows."""
         batch, height, width, _ = x.shape
-        rows = max(self.halo, BAND_CELLS // (batch * width))
+        rows = max(MIN_BAND_ROWS, BAND_CELLS // (batch * width))
         if height <= rows or torch.compiler.is_compiling() or self._needs_grad(x):
             return self.part(x, whole((height, width)))
         out = None

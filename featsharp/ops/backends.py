@@ -25,9 +25,6 @@ class Problem:
 
     device: str  # "cpu", "cuda" ...
     dtypes: tuple[torch.dtype, ...]
-    key_dim: int  # D, channels of query and key per head; 0 where the operation has none
-    value_dim: int  # E, channels of value per head
-    window: int
 
 
 @dataclass(frozen=True)

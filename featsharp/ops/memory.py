@@ -6,6 +6,7 @@ Both need Linux with glibc and change nothing elsewhere. Nothing here happens on
 import ctypes
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,10 @@ logger = logging.getLogger(__name__)
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 
+# The allocator's settings are those of the process: the last context that ends restores them.
+_lock = threading.Lock()
 _keeping = False
+_returning = 0
 
 
 def keep_freed_memory() -> bool:
@@ -43,15 +47,23 @@ def return_freed_memory() -> Iterator[bool]:
     Yields:
         Whether the allocator took the settings.
     """
-    taken = _set_allocator({_M_MMAP_MAX: 2**16, _M_MMAP_THRESHOLD: 2**20, _M_TRIM_THRESHOLD: 2**20, _M_TOP_PAD: 2**17})
+    global _returning
+    with _lock:
+        _returning += 1
+        taken = _set_allocator(
+            {_M_MMAP_MAX: 2**16, _M_MMAP_THRESHOLD: 2**20, _M_TRIM_THRESHOLD: 2**20, _M_TOP_PAD: 2**17}
+        )
+        trim_memory()
     try:
         yield taken
     finally:
-        if _keeping:
-            keep_freed_memory()
-        else:
-            # Where the allocator's own adjustment ends up, which cannot be turned on again.
-            _set_allocator({_M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: 2**26})
+        with _lock:
+            _returning -= 1
+            if _returning == 0 and _keeping:
+                keep_freed_memory()
+            elif _returning == 0:
+                # Where the allocator's own adjustment ends up, which cannot be turned on again.
+                _set_allocator({_M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: 2**26})
 
 
 def trim_memory() -> None:

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,6 +63,7 @@ class PeakMeter(TorchDispatchMode):
         self.live = self.peak = 0
         # Of every storage seen that is alive: its bytes, 0 where it was there before.
         self._sizes: dict[int, int] = {}
+        self._watched: list[weakref.finalize[..., Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -80,30 +82,49 @@ class PeakMeter(TorchDispatchMode):
         self.peak = max(self.peak, self.live + scratch)
         return out
 
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        # What was there before outlives the meter, and would hold it; results count as long as they live.
+        for watch in self._watched:
+            found = watch.peek()
+            if found is not None and self._sizes[found[2][0]] == 0:
+                watch.detach()
+        self._watched.clear()
+
     def _see(self, x: Tensor, new: bool) -> None:
         storage, id_ = x.untyped_storage(), _id(x)
         if id_ not in self._sizes:
             counts = new and isinstance(x, FakeTensor) == self._fake
             self._sizes[id_] = storage.nbytes() if counts else 0
             self.live += self._sizes[id_]
-            weakref.finalize(storage, self._forget, id_)
+            self._watched.append(weakref.finalize(storage, self._forget, id_))
 
     def _forget(self, id_: int) -> None:
         self.live -= self._sizes.pop(id_)
 
 
-def predict_peak(function: Callable[..., Any], *arguments: Any) -> int:
-    """Bytes that ``function(*arguments)`` would take beside its arguments, its results included; nothing is computed.
+def predict(function: Callable[..., Any], *arguments: Any) -> tuple[int, Any]:
+    """Bytes that ``function(*arguments)`` would take beside its arguments, its result included; nothing is computed.
 
     Args:
-        function: Anything that PyTorch can run on fake tensors: shapes must not depend on values.
+        function: Anything that PyTorch can run on fake tensors: shapes must not depend on values, and tensors that it
+            keeps must not change (a module in eval mode).
         arguments: Tensors, also those in containers, are replaced by fake ones of the same shape.
+
+    Returns:
+        The bytes, and the result with fake tensors.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = tree_map_only(Tensor, mode.from_tensor, arguments)
-        with PeakMeter(fake=True) as meter:
-            function(*fake)
-    return meter.peak
+    cached = torch.is_autocast_cache_enabled()
+    # The cache would keep fake casts of real weights.
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = tree_map_only(Tensor, mode.from_tensor, arguments)
+            with PeakMeter(fake=True) as meter:
+                result = function(*fake)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+    return meter.peak, result
 
 
 def _id(x: Tensor) -> int:

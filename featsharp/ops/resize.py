@@ -10,6 +10,7 @@ from torch import Tensor
 
 from featsharp.errors import InputError
 from featsharp.ops.boxes import Box
+from featsharp.ops.peak import register_scratch
 
 
 def size_of(x: Tensor) -> tuple[int, int]:
@@ -59,3 +60,11 @@ def _enlarge_axis(x: Tensor, factor: int, start: int, stop: int, dim: int) -> Te
     after = (before + 1).clamp(max=x.shape[dim] - 1)
     share = (position - before).to(x.dtype).unflatten(0, (-1, *(3 - dim) * [1]))
     return torch.lerp(x.index_select(dim, before), x.index_select(dim, after), share)
+
+
+def _antialias_scratch(x: Tensor, size: list[int], *rest: object) -> int:
+    """Antialiased resizing shrinks one axis after the other, with a map in between."""
+    return x[..., 0].numel() * size[1] * x.itemsize
+
+
+register_scratch(torch.ops.aten._upsample_bilinear2d_aa.default, _antialias_scratch)

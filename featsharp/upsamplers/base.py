@@ -79,7 +79,7 @@ class Upsampler(nn.Module):
         raise NotImplementedError
 
     def prepare(self, low_res: Tensor, image: Tensor) -> Any:
-        """What all parts need from the image: tensors in tuples or dicts, small against the result."""
+        """What all parts need from the image, made once and held: tensors, also in lists, tuples or dicts."""
         raise NotImplementedError
 
     def upsample_part(self, low_res: Tensor, guide: Any, tiles: Tensor | None, box: Box) -> Tensor:

@@ -12,23 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featsharp.errors import ConfigError
+from featsharp.errors import ConfigError, InputError
 from featsharp.ops.boxes import Box
 from featsharp.ops.memory import return_freed_memory
-from featsharp.ops.peak import PeakMeter, format_memory, predict_peak
+from featsharp.ops.peak import PeakMeter, format_memory, predict
 from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
 
 # What PyTorch's operators and the allocator take unseen: a part of the memory, and heap for small tensors.
 UNSEEN_SHARE, UNSEEN_BYTES = 0.1, 2**24
-# Cells of a part that are enough for speed; larger ones only leave the caches.
-PART_CELLS = 2**14
-# Sides of the square parts that are tried in turn where so many cells do not fit. Smaller parts compute more cells
+# Sides of the square parts that are tried in turn. Larger ones only leave the caches; smaller ones compute more cells
 # twice, those at their edges.
 PART_SIDES = (128, 96, 64, 48, 32, 24, 16, 12, 8)
 
-# (low-resolution features [B, C, h, w], shape [B, C, H, W]) -> room for the high-resolution ones
-Allocate = Callable[[Tensor, tuple[int, ...]], Tensor]
+# (low-resolution features [B, C, h, w], shape [B, C, H, W], dtype) -> room for the high-resolution ones
+Allocate = Callable[[Tensor, tuple[int, ...], torch.dtype], Tensor]
+
+
+def allocate_beside(low_res: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Room on the device of the low-resolution features."""
+    return low_res.new_empty(shape, dtype=dtype)
 
 
 @torch.compiler.disable  # it looks at what it computes, which a graph cannot
@@ -41,24 +44,29 @@ def upsample_within(
     max_memory: int,
     *,
     finish: Callable[[Tensor], Tensor] = lambda features: features,
-    allocate: Allocate = Tensor.new_empty,
+    allocate: Allocate = allocate_beside,
 ) -> UpsampleFeatures:
     """What ``upsampler(image, encode, low_res_size)`` returns, up to rounding, without gradients.
 
     Args:
-        image: [B, 3, H, W]; processed one by one.
+        image: [B, 3, H, W], B >= 1; processed one by one.
         max_memory: Bytes that may be taken beside weights, inputs and results.
         finish: Applied to both maps: [B, C, h, w] to the same shape, every cell on its own.
         allocate: Makes the high-resolution map, for example in a file.
 
     Raises:
-        ConfigError: When that is too little, with the least that works, or the upsampler cannot work by parts.
+        InputError: When that is too little for this image, with the least that works; without an image.
+        ConfigError: When the upsampler cannot work by parts, or is in training.
     """
     if not upsampler.by_parts:
         raise ConfigError(
             f"{type(upsampler).__name__} makes its map in one piece, so its memory cannot be limited; leave out "
             "max_memory or take another upsampler"
         )
+    if upsampler.training:
+        raise ConfigError("max_memory is for encoders in eval mode; call eval() first, or set max_memory to None")
+    if not len(image):
+        raise InputError("max_memory needs at least one image; got an empty batch")
     with return_freed_memory():
         return _upsample_within(upsampler, image, encode, low_res_size, max_memory, finish, allocate)
 
@@ -73,59 +81,72 @@ def _upsample_within(
     allocate: Allocate,
 ) -> UpsampleFeatures:
     with PeakMeter() as meter:
-        first, summary = encode(resize(image[:1], low_res_size))
-    plan = _plan(upsampler, first, image[:1], low_res_size, meter.peak, max_memory, finish)
-    passes = [(first, summary), *(encode(resize(one, low_res_size)) for one in image[1:].split(1))]
-    low_res = torch.cat([features for features, _ in passes])
-    summaries = [summary for _, summary in passes if summary is not None]
-    del first, passes
-    finished = finish(low_res)
-    shape = (*low_res.shape[:2], *(side * upsampler.factor for side in size_of(low_res)))
-    out = allocate(finished, shape)
-    for one, features, target in zip(image.split(1), low_res.split(1), out.split(1), strict=True):
+        features, summary = encode(resize(image[:1], low_res_size))
+    plan = _plan(upsampler, features, image, low_res_size, meter.peak, max_memory, finish)
+    low_res, summaries = [features], [summary]
+    for i in range(1, len(image)):
+        features, summary = encode(resize(image[i : i + 1], low_res_size))
+        low_res.append(features)
+        summaries.append(summary)
+    finished = torch.cat([finish(features) for features in low_res])
+    shape = (*finished.shape[:2], *upsampler.high_res_grid(finished))
+    out = allocate(finished, shape, plan.dtype)
+    for i, features in enumerate(low_res):
+        one, target = image[i : i + 1], out[i : i + 1]
         if upsampler.halo is not None:
             upsampler.write_tiles(target, one, encode, low_res_size, plan.tile_batch)
         _upsample_parts(upsampler, features, one, target, plan.part, finish)
-    return UpsampleFeatures(finished, out, torch.cat(summaries) if summaries else None)
+    found = [summary for summary in summaries if summary is not None]
+    return UpsampleFeatures(finished, out, torch.cat(found) if found else None)
 
 
 @dataclass(frozen=True)
 class _Plan:
     tile_batch: int  # images that go through the backbone at once
     part: tuple[int, int]  # (h, w) of the parts of the result
+    dtype: torch.dtype  # of the result
 
 
 def _plan(
     upsampler: Upsampler,
     low_res: Tensor,
-    image: Tensor,
+    images: Tensor,
     low_res_size: tuple[int, int],
     pass_bytes: int,
     max_memory: int,
     finish: Callable[[Tensor], Tensor],
 ) -> _Plan:
-    height, width = upsampler.high_res_grid(low_res)
-    large_bytes = 0  # the resized image that tiles are cut from
-    if upsampler.halo is not None:
-        pixels = low_res_size[0] * low_res_size[1] * upsampler.factor**2
-        large_bytes = pixels * image.shape[1] * image.element_size()
-    pass_bytes += large_bytes
+    size = upsampler.high_res_grid(low_res)
+    # Low-resolution features of all images, and once more while they are put together.
+    held = 2 * len(images) * low_res.nbytes
+    large_bytes = 0  # the image that tiles are cut from, where it has to be resized
+    large = upsampler.factor * low_res_size[0], upsampler.factor * low_res_size[1]
+    if upsampler.halo is not None and size_of(images) != large:
+        large_bytes = images.shape[1] * large[0] * large[1] * images.element_size()
+    held_for_passes = held + large_bytes
 
     available = int((1 - UNSEEN_SHARE) * max_memory) - UNSEEN_BYTES
-    rows = max(PART_SIDES[0], PART_CELLS // width)
-    for part in ((rows, width), *((side, side) for side in PART_SIDES)):
-        part = min(part[0], height), min(part[1], width)
-        part_bytes = predict_peak(_prepare_and_make_part, upsampler, finish, low_res, image, part)
+    for side in PART_SIDES:
+        part = _even_share(size[0], side), _even_share(size[1], side)
+        part_bytes, result = predict(_prepare_and_make_part, upsampler, finish, low_res, images[:1], part)
+        part_bytes += held
         if part_bytes <= available:
             break
-    least = max(pass_bytes, part_bytes)
-    if least > available:
-        raise ConfigError(
+    pass_needs = held_for_passes + pass_bytes
+    if max(pass_needs, part_bytes) > available:
+        least = int((max(pass_needs, part_bytes) + UNSEEN_BYTES) / (1 - UNSEEN_SHARE)) + 1
+        raise InputError(
             f"max_memory={format_memory(max_memory)} is too little: one pass through the backbone takes "
-            f"{format_memory(pass_bytes)}, {part[0]}x{part[1]} features {format_memory(part_bytes)}; the least that "
-            f"works for this image is {format_memory(int((least + UNSEEN_BYTES) / (1 - UNSEEN_SHARE)) + 1)}"
+            f"{format_memory(pass_needs)}, {part[0]}x{part[1]} features {format_memory(part_bytes)}; the least that "
+            f"works for this image is {format_memory(least)}"
         )
-    return _Plan(max(1, (available - large_bytes) // (pass_bytes - large_bytes)), part)
+    # A backbone outside of PyTorch shows no memory at all.
+    return _Plan(max(1, (available - held_for_passes) // max(1, pass_bytes)), part, result.dtype)
+
+
+def _even_share(length: int, side: int) -> int:
+    """The largest of the fewest parts of at most ``side`` cells."""
+    return -(-length // -(-length // side))
 
 
 def _prepare_and_make_part(
@@ -134,7 +155,7 @@ def _prepare_and_make_part(
     low_res: Tensor,
     image: Tensor,
     part: tuple[int, int],
-) -> None:
+) -> Tensor:
     """All that lives while a part in the middle of the map is made."""
     size = upsampler.high_res_grid(low_res)
     top, left = (size[0] - part[0]) // 2, (size[1] - part[1]) // 2
@@ -142,12 +163,15 @@ def _prepare_and_make_part(
     guide = upsampler.prepare(low_res, image)
     tiles = kept = None
     if upsampler.halo is not None:
+        # What _KeptTiles holds: two times the rows above, and the columns to the left.
         seen = box.grow(upsampler.halo, size).size
-        tiles = low_res.new_empty(1, upsampler.embed_dim, *seen)
-        # What _upsample_parts keeps: two times the rows above, and the columns to the left.
         kept = low_res.new_empty(1, upsampler.embed_dim, upsampler.halo, 2 * size[1] + seen[0])
-    finish(upsampler.upsample_part(low_res, guide, tiles, box))
+        below = low_res.new_empty(1, upsampler.embed_dim, *seen)
+        tiles = torch.cat([below])
+        del below
+    result = finish(upsampler.upsample_part(low_res, guide, tiles, box))
     del tiles, kept
+    return result
 
 
 def _upsample_parts(
@@ -161,7 +185,7 @@ def _upsample_parts(
     """Turn ``out`` from the tile map, where there is one, into the result."""
     guide: Any = upsampler.prepare(low_res, image)
     size = size_of(out)
-    kept = None if upsampler.halo is None else _KeptTiles(out, upsampler.halo, low_res.device)
+    kept = None if upsampler.halo is None else _KeptTiles(out, upsampler.halo, low_res)
     for top in range(0, size[0], part[0]):
         for left in range(0, size[1], part[1]):
             box = Box(top, min(size[0], top + part[0]), left, min(size[1], left + part[1]))
@@ -172,10 +196,10 @@ def _upsample_parts(
 class _KeptTiles:
     """A tile map that is overwritten part by part, in row-major order; keeps what later parts still have to see."""
 
-    def __init__(self, out: Tensor, halo: int, device: torch.device) -> None:
-        self._out, self._halo, self._device = out, halo, device
+    def __init__(self, out: Tensor, halo: int, like: Tensor) -> None:
+        self._out, self._halo, self._like = out, halo, like
         # Rows above the current band of parts, and those above the next one.
-        self._above = self._next_above = out.new_empty(*out.shape[:2], 0, out.shape[3], device=device)
+        self._above = self._next_above = like.new_empty(*out.shape[:2], 0, out.shape[3])
         # Columns to the left of the next part, from its first row downwards.
         self._left = self._above
 
@@ -196,4 +220,4 @@ class _KeptTiles:
         return torch.cat([self._above[..., seen.left : seen.right], below], 2)
 
     def _fetch(self, box: Box) -> Tensor:
-        return box.cut(self._out).to(self._device)
+        return box.cut(self._out).to(self._like)

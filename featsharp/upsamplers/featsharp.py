@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from featsharp.errors import ConfigError, unknown_name
 from featsharp.layers.local_block import LocalBlock
-from featsharp.ops.boxes import Box
+from featsharp.ops.boxes import Box, whole
 from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler
 from featsharp.upsamplers.featup import FeatUp
@@ -118,7 +118,7 @@ class FeatSharp(Upsampler):
             low_res, tiles, summary = encode_tiles(
                 image, encode, low_res_size, self.factor, max_tile_batch=self.max_tile_batch
             )
-            maps["tiles"] = tiles + self._tile_positions(low_res).to(tiles.dtype)
+            maps["tiles"] = tiles + self._tile_positions(low_res, whole(size_of(tiles))).to(tiles.dtype)
         else:
             low_res, summary = encode(resize(image, low_res_size))
         for name, branch in self.branches.items():
@@ -145,7 +145,7 @@ class FeatSharp(Upsampler):
             assert isinstance(branch, GuidedUpsampler)
             maps[name] = branch.upsample_part(low_res, guide[name], None, seen)
         if tiles is not None:
-            maps["tiles"] = tiles + seen.cut(self._tile_positions(low_res)).to(tiles.dtype)
+            maps["tiles"] = tiles + self._tile_positions(low_res, seen).to(tiles.dtype)
         return self.block.part(self._stack(maps), box.relative_to(seen)).permute(0, 3, 1, 2)
 
     def _stack(self, maps: dict[str, Tensor]) -> Tensor:
@@ -163,10 +163,13 @@ class FeatSharp(Upsampler):
             share |= {self.inputs[0]: 1 - TILE_SHARE, "tiles": TILE_SHARE}
         return torch.cat([share[name] * torch.eye(self.embed_dim) for name in self.inputs], 1)
 
-    def _tile_positions(self, low_res: Tensor) -> Tensor:
+    def _tile_positions(self, low_res: Tensor, box: Box) -> Tensor:
+        """The position vector of the tile that each cell of ``box`` lies in: [1, C, *box.size]."""
         assert self.tile_position is not None
         height, width = size_of(low_res)
-        return self.tile_position.repeat_interleave(height, 2).repeat_interleave(width, 3)
+        rows = torch.arange(box.top, box.bottom, device=low_res.device) // height
+        cols = torch.arange(box.left, box.right, device=low_res.device) // width
+        return self.tile_position[:, :, rows[:, None], cols]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, inputs={self.inputs}"

@@ -30,6 +30,9 @@ MAX_BAND_SCORES = 2**24
 class JAFAR(GuidedUpsampler):
     """Cross-attention upsampling with raw features as values.
 
+    Under a limit on memory only the attention works by parts: the encoder of the image normalises over all of it, and
+    needs several times the memory of the output.
+
     Args:
         embed_dim: Channels C.
         factor: Gain in each direction.

@@ -18,7 +18,7 @@ SHAPE = (1, 3, 4, 6)
 def fill(path, dtype=torch.float32, **options):
     low_res = torch.randn(1, 3, 2, 3).to(dtype)
     with MappedFeatures(path, **options) as file:
-        high_res = file.allocate(low_res, SHAPE)
+        high_res = file.allocate(low_res, SHAPE, dtype)
         assert high_res.shape == SHAPE
         assert high_res.dtype == dtype
         high_res.copy_(torch.arange(72.0).view(SHAPE))
@@ -46,11 +46,20 @@ def test_npy(dtype, tmp_path):
     assert os.listdir(tmp_path) == ["photo.npy"]
 
 
+def test_two_dtypes_in_one_file(tmp_path):
+    low_res = torch.randn(1, 3, 1, 1).to(torch.bfloat16)
+    with MappedFeatures(tmp_path / "x.safetensors") as file:
+        file.allocate(low_res, SHAPE, torch.float32).fill_(2)
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("low_res"), low_res[0])
+        assert torch.equal(file.get_tensor("high_res"), torch.full(SHAPE[1:], 2.0))
+
+
 def test_an_error_leaves_what_was_there(tmp_path):
     path = tmp_path / "photo.npy"
     path.write_bytes(b"earlier")
     with pytest.raises(RuntimeError, match="size"), MappedFeatures(path) as file:
-        file.allocate(torch.zeros(1, 3, 2, 3), SHAPE).copy_(torch.zeros(5))
+        file.allocate(torch.zeros(1, 3, 2, 3), SHAPE, torch.float32).copy_(torch.zeros(5))
     assert path.read_bytes() == b"earlier"
     assert os.listdir(tmp_path) == ["photo.npy"]
 
@@ -64,7 +73,7 @@ def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
         pytest.raises(FeatSharpError, match=r"cannot write .*photo\.npy, .* MiB: No space left on device; free some"),
         MappedFeatures(tmp_path / "photo.npy") as file,
     ):
-        file.allocate(torch.zeros(1, 3, 2, 3), SHAPE)
+        file.allocate(torch.zeros(1, 3, 2, 3), SHAPE, torch.float32)
     assert os.listdir(tmp_path) == []
 
 
@@ -72,9 +81,9 @@ def test_what_cannot_be_written(tmp_path):
     with pytest.raises(ConfigError, match=r"\.safetensors or \.npy files; got .*photo\.pt"):
         MappedFeatures(tmp_path / "photo.pt")
     with pytest.raises(ConfigError, match="NumPy has no bfloat16"), MappedFeatures(tmp_path / "photo.npy") as file:
-        file.allocate(torch.zeros(1, 3, 2, 3, dtype=torch.bfloat16), SHAPE)
+        file.allocate(torch.zeros(1, 3, 2, 3), SHAPE, torch.bfloat16)
     with pytest.raises(ConfigError, match="one picture; got a batch of 2"), MappedFeatures(tmp_path / "x.npy") as file:
-        file.allocate(torch.zeros(2, 3, 2, 3), (2, 3, 4, 6))
+        file.allocate(torch.zeros(2, 3, 2, 3), (2, 3, 4, 6), torch.float32)
     with MappedFeatures(tmp_path / "unused.npy"):
         pass
     assert os.listdir(tmp_path) == []

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from featsharp.errors import ConfigError
+from featsharp.layers import local_block
 from featsharp.layers.local_block import LocalBlock, LocalSelfAttention, distance_bias, swiglu_width
+from featsharp.ops.boxes import Box
 
 
 def linear(layer, x):
@@ -189,3 +191,19 @@ def test_widths_that_do_not_fit_the_heads(dim):
 def test_even_windows_are_refused_at_once():
     with pytest.raises(ConfigError, match="must be odd; got 4, use 3 or 5"):
         LocalSelfAttention(32, window=4)
+
+
+def test_bands_and_parts_equal_the_whole(monkeypatch):
+    """Without gradients a large map is processed in bands; any part can be asked for."""
+    block = LocalBlock(32, 16, layer_scale=0.5).eval()
+    x = torch.randn(2, 21, 13, 32)
+    expected = block(x)  # gradients are needed: in one piece
+    monkeypatch.setattr(local_block, "BAND_CELLS", 1)
+    for rows in (1, 4, 20, 30):
+        monkeypatch.setattr(local_block, "MIN_BAND_ROWS", rows)
+        with torch.no_grad():
+            torch.testing.assert_close(block(x), expected.detach(), atol=1e-5, rtol=1e-5)
+    box = Box(5, 9, 2, 13)
+    seen = box.grow(block.halo, (21, 13))
+    part = block.part(seen.cut_channels_last(x), box.relative_to(seen))
+    torch.testing.assert_close(part, box.cut_channels_last(expected), atol=1e-5, rtol=1e-5)

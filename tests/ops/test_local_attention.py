@@ -206,7 +206,7 @@ def test_memory_is_bounded_by_the_chunk_and_not_by_the_map(module, monkeypatch):
     with LargestTensor() as watch, torch.no_grad():
         out = module.forward(query, key, value, bias, 7, "clip")
         if module is blocked:
-            module.backward(out, query, key, value, bias, out, 7, "clip", True)
+            module.backward(out, query, key, value, bias, out, 7, "clip", [True] * 4)
     gathered = 400 * 16 * 49 * 2 * 4  # what windows of the whole map would hold
     assert watch.largest <= limit < gathered / 4
 
@@ -319,3 +319,36 @@ def test_the_operator_keeps_the_rules_of_torch_library():
     query, key, value = (t.requires_grad_() for t in inputs(1, 5, 6, 2, 3, 4, torch.float32, factor=2))
     bias = torch.randn(2, 3, 3, requires_grad=True)
     torch.library.opcheck(torch.ops.featsharp.local_attention, (query, key, value, bias, 3, "clip", None))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 2), (1, 3)])
+@pytest.mark.parametrize("heads", [(2, 2), (2, 1)])
+def test_only_the_gradients_that_are_needed(wanted, heads):
+    """Frozen features need none: what is left out must not change the others."""
+    query, key, value = inputs(1, 7, 9, heads[0], 3, 5, torch.float32)
+    tensors = [query, key, value[:, :, :, : heads[1]], torch.randn(heads[0], 5, 5)]
+    grads = []
+    for need in (range(4), wanted):
+        leaves = [t.clone().requires_grad_(i in need) for i, t in enumerate(tensors)]
+        local_attention(*leaves[:3], bias=leaves[3], window=5, backend="blocked").square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for i in range(4):
+        assert (grads[1][i] is not None) == (i in wanted)
+        if i in wanted:
+            torch.testing.assert_close(grads[1][i], grads[0][i])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_are_float32_under_autocast(backend):
+    query, key, value = inputs(1, 8, 8, 2, 4, 6, torch.float32)
+    expected = local_attention(query, key, value, window=3, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(local_attention(query, key, value, window=3, backend=backend), expected)
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_nothing_to_attend_to_is_refused(empty):
+    size = [1, 3, 3, 2, 4]
+    size[empty] = 0
+    with pytest.raises(InputError, match="none of them 0"):
+        local_attention(*(torch.zeros(size) for _ in range(3)), window=3)

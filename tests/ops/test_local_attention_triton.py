@@ -33,7 +33,8 @@ def test_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert "11 passed" in done.stdout
+    assert " passed" in done.stdout
+    assert "failed" not in done.stdout
 
 
 def inputs(size, factor, heads, value_heads, window, value_dim=20, dtype=torch.float32):
@@ -100,13 +101,13 @@ def test_strided_inputs_and_huge_logits():
 @pytest.mark.skipif(INTERPRETED, reason="about processes without the interpreter")
 @needs_triton
 def test_the_choice_of_a_backend_gives_reasons():
-    on_cpu = Problem("cpu", (torch.float32,) * 3, 8, 8, 7)
+    on_cpu = Problem("cpu", (torch.float32,) * 3)
     assert choose_backend(OP, on_cpu).name == "blocked"
     with pytest.raises(ConfigError, match="'triton' of local_attention needs a CUDA device; got cpu"):
         choose_backend(OP, on_cpu, "triton")
-    double = Problem("cuda", (torch.float64,) * 3, 8, 8, 7)
+    double = Problem("cuda", (torch.float64,) * 3)
     assert choose_backend(OP, double).name == "blocked"
-    single = Problem("cuda", (torch.float32,) * 3, 8, 8, 7)
+    single = Problem("cuda", (torch.float32,) * 3)
     assert choose_backend(OP, single).name == "blocked"
     assert choose_backend(OP, single, "triton").name == "triton"
     with pytest.raises(ConfigError, match="unknown backend of local_attention 'block'; did you mean 'blocked'"):

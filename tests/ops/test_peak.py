@@ -7,7 +7,7 @@ from torch import nn
 from featsharp.errors import ConfigError
 from featsharp.layers.local_block import LocalBlock
 from featsharp.ops.local_attention import local_attention
-from featsharp.ops.peak import PeakMeter, format_memory, parse_memory, predict_peak
+from featsharp.ops.peak import PeakMeter, format_memory, parse_memory, predict
 
 
 @pytest.mark.parametrize(
@@ -68,19 +68,21 @@ def test_a_prediction_equals_what_is_then_counted():
     with torch.no_grad():
         with PeakMeter() as meter:
             block(x)
-        assert predict_peak(block, x) == meter.peak > 4 * x.nbytes
+        assert predict(block, x)[0] == meter.peak > 4 * x.nbytes
 
 
 def test_predictions_inside_of_a_metered_computation_do_not_count():
     x = torch.randn(100, 100)
     with PeakMeter() as meter:
-        assert predict_peak(lambda x: x + 1, x) == x.nbytes
+        assert predict(lambda x: x + 1, x)[0] == x.nbytes
     assert meter.peak == 0
 
 
 def test_nothing_is_computed_and_nothing_allocated():
     x = torch.empty(1, device="cpu").expand(2**20, 2**20)
-    assert predict_peak(lambda x: x + 1, x) == 2**42
+    size, result = predict(lambda x: x.double(), x)
+    assert size == 2**43
+    assert (result.shape, result.dtype) == ((2**20, 2**20), torch.float64)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 13)])

@@ -1,15 +1,23 @@
 """Upsampling within a given amount of memory: the same features, and never more memory than allowed."""
 
+import gc
 import re
+import weakref
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from featsharp.backbones import from_callable
 from featsharp.builder import create_encoder
-from featsharp.errors import ConfigError
+from featsharp.errors import ConfigError, InputError
 from featsharp.ops.peak import PeakMeter, parse_memory
+from featsharp.ops.resize import resize
 from featsharp.upsamplers import GuidedUpsampler, bounded
 from featsharp.upsamplers.bounded import upsample_within
+from featsharp.upsamplers.featsharp import FeatSharp
 
 CASES = [
     ("identity", 1, {}),
@@ -39,12 +47,12 @@ def build(name, factor, options):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of 5 x 5 cells, whatever the memory."""
-    monkeypatch.setattr(bounded, "PART_CELLS", 1)
-    monkeypatch.setattr(bounded, "PART_SIDES", (5,))
+    set_plan(monkeypatch, tile_batch=2, part=(5, 5))
+
+
+def set_plan(monkeypatch, **choice):
     original = bounded._plan
-    monkeypatch.setattr(
-        bounded, "_plan", lambda *arguments: bounded._Plan(min(2, original(*arguments).tile_batch), (5, 5))
-    )
+    monkeypatch.setattr(bounded, "_plan", lambda *arguments: replace(original(*arguments), **choice))
 
 
 @pytest.mark.parametrize(("name", "factor", "options"), CASES)
@@ -63,7 +71,7 @@ def test_small_parts_make_the_same_features(name, factor, options, small_parts):
 @pytest.mark.parametrize("part", [(1, 1), (2, 9), (11, 2), (3, 3), (100, 4)])
 def test_parts_of_any_shape_see_the_tiles_around_them(part, monkeypatch):
     """Parts smaller than the halo, too: what a neighbour overwrote must have been kept."""
-    monkeypatch.setattr(bounded, "_plan", lambda *arguments: bounded._Plan(3, part))
+    set_plan(monkeypatch, tile_batch=3, part=part)
     encoder = build("featsharp", 2, {})
     images = torch.randn(1, 3, 40, 72)
     with torch.no_grad():
@@ -76,7 +84,7 @@ def test_parts_of_any_shape_see_the_tiles_around_them(part, monkeypatch):
 def test_memory_stays_below_the_limit_and_the_least_that_works_works(name, factor, options):
     encoder = build(name, factor, options)
     k = encoder.upsampler.input_upsample_factor
-    images = torch.randn(1, 3, 88 * k, 120 * k)
+    images = torch.randn(2, 3, 88 * k, 120 * k)
     size = encoder.low_res_size((88 * k, 120 * k))
 
     def peak(limit):
@@ -85,11 +93,31 @@ def test_memory_stays_below_the_limit_and_the_least_that_works_works(name, facto
         return meter.peak - out.low_res.nbytes - out.high_res.nbytes
 
     encode = encoder.encode
-    with pytest.raises(ConfigError, match="max_memory=1MiB is too little: one pass through the backbone") as error:
+    with pytest.raises(InputError, match="max_memory=1MiB is too little: one pass through the backbone") as error:
         peak(1000)
     least = parse_memory(re.search(r"least that works for this image is (\w+)", str(error.value))[1])
     for limit in (least, 2 * least, 8 * least):
         assert peak(limit) <= limit
+
+
+def test_a_result_larger_than_the_limit():
+    upsampler = FeatSharp(256, 4).eval()
+    weight = torch.randn(256, 3, 4, 4)
+
+    def encode(images):
+        return F.conv2d(images, weight, stride=4), None
+
+    image, place = torch.randn(1, 3, 1200, 912), {}
+
+    def allocate(low_res, shape, dtype):
+        place["out"] = torch.empty(shape, dtype=dtype)
+        return place["out"]
+
+    limit = 56 * 2**20
+    with PeakMeter() as meter:
+        out = upsample_within(upsampler, image, encode, (300, 228), limit, allocate=allocate)
+    assert out.high_res.nbytes > limit
+    assert meter.peak - out.high_res.nbytes - out.low_res.nbytes <= limit
 
 
 def test_more_memory_means_more_tiles_at_once():
@@ -102,17 +130,13 @@ def test_more_memory_means_more_tiles_at_once():
 
     images = torch.randn(1, 3, 4 * 64, 4 * 64)
     with torch.no_grad(), PeakMeter() as meter:
-        encoder.encode(images[:, :, :64, :64].clone())
+        low_res = encoder.encode(resize(images, (64, 64))).features
     for passes in (4, 9):
         batches.clear()
-        room = bounded.UNSEEN_BYTES + images.nbytes + int((passes + 0.5) * meter.peak)
+        room = bounded.UNSEEN_BYTES + 2 * low_res.nbytes + int((passes + 0.5) * meter.peak)
         upsample_within(encoder.upsampler, images, encode, (64, 64), int(room / (1 - bounded.UNSEEN_SHARE)))
-        # One for the low-resolution pass; the empty batch is that of a prediction.
-        assert [size for size in batches if size] == [
-            1,
-            *(16 // passes) * [passes],
-            *([16 % passes] if 16 % passes else []),
-        ]
+        last = [16 % passes] if 16 % passes else []
+        assert batches == [1, *(16 // passes) * [passes], *last]
 
 
 def test_denormalised_features_and_gradients():
@@ -136,6 +160,64 @@ def test_half_precision():
     torch.testing.assert_close(out, expected, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+def test_under_autocast(trainable):
+    """Nothing of the prediction, fake casts of weights above all, may stay in autocast's cache."""
+    encoder = build("featsharp", 2, {})
+    encoder.upsampler.requires_grad_(trainable)
+    images = torch.randn(2, 3, 64, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = encoder(images)
+        encoder.max_memory = GENEROUS
+        out = encoder(images)
+        again = encoder(images)
+    for one, other in zip(out, expected, strict=True):
+        assert type(one) is torch.Tensor or one is None
+        assert one is None or one.dtype == other.dtype
+    torch.testing.assert_close(out.high_res, expected.high_res.detach(), atol=0.05, rtol=0.05)
+    assert torch.equal(out.high_res, again.high_res)
+
+
+def test_encoders_in_training_and_empty_batches_are_refused():
+    encoder = build("featsharp", 2, {})
+    encoder.max_memory = GENEROUS
+    with pytest.raises(InputError, match="at least one image"):
+        encoder(torch.randn(0, 3, 64, 48))
+    with pytest.raises(ConfigError, match="for encoders in eval mode; call eval"):
+        encoder.train()(torch.randn(1, 3, 64, 48))
+
+
+def test_nothing_stays_behind():
+    """Neither fake tensors in the module, nor watchers of its weights."""
+    encoder = build("featsharp", 2, {})
+    encoder.max_memory = GENEROUS
+    images = torch.randn(1, 3, 64, 48)
+    encoder(images)
+    watchers = len(weakref.finalize._registry)
+    for _ in range(3):
+        encoder(images)
+    gc.collect()
+    assert len(weakref.finalize._registry) <= watchers
+    assert all(type(value) is torch.Tensor for value in encoder.state_dict().values())
+
+
+def test_a_backbone_outside_of_pytorch():
+    """Its memory does not show; the rest is still bounded."""
+
+    class Numbers(torch.nn.Module):
+        def forward(self, images):
+            pooled = images.numpy().reshape(len(images), 3, images.shape[2] // 8, 8, -1, 8).mean((3, 5))
+            return torch.from_numpy(np.repeat(pooled, 8, 1))
+
+    backbone = from_callable(Numbers(), patch_size=8, input_size=(64, 64))
+    encoder = create_encoder(backbone, "featsharp", 2)
+    images = torch.randn(1, 3, 128, 96)
+    with torch.no_grad():
+        expected = encoder(images).high_res
+    encoder.max_memory = "100MB"
+    torch.testing.assert_close(encoder(images).high_res, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_an_upsampler_that_works_in_one_piece_is_refused():
     class InOnePiece(GuidedUpsampler):
         def upsample(self, features, image):
@@ -156,8 +238,8 @@ def test_results_are_written_where_the_caller_says():
     images = torch.randn(2, 3, 64, 48)
     place = {}
 
-    def allocate(low_res, shape):
-        place["out"] = torch.full(shape, torch.nan)
+    def allocate(low_res, shape, dtype):
+        place["out"] = torch.full(shape, torch.nan, dtype=dtype)
         assert low_res.shape == (2, 32, 4, 3)
         return place["out"]
 

@@ -113,7 +113,7 @@ register_backends(
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str, backend: str | None
 ) -> Tensor:
-    module = choose_backend(OP, _problem(query, key, value, window), backend).load()
+    module = choose_backend(OP, _problem(query, key, value), backend).load()
     return module.forward(query, key, value, bias, window, border)
 
 
@@ -127,11 +127,11 @@ def _backward(
     out: Tensor,
     window: int,
     border: str,
-    bias_too: bool,
+    needed: list[bool],
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = choose_backend(OP, _problem(query, key, value, window), backend).load()
-    return module.backward(grad, query, key, value, bias, out, window, border, bias_too)
+    module = choose_backend(OP, _problem(query, key, value), backend).load()
+    return module.backward(grad, query, key, value, bias, out, window, border, needed)
 
 
 @_forward.register_fake
@@ -142,7 +142,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, bord
 def _scratch_bytes(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str, backend: str | None
 ) -> int:
-    module = choose_backend(OP, _problem(query, key, value, window), backend).load()
+    module = choose_backend(OP, _problem(query, key, value), backend).load()
     return int(module.scratch_bytes(query, key, value, bias, window, border))
 
 
@@ -150,7 +150,7 @@ register_scratch(torch.ops.featsharp.local_attention.default, _scratch_bytes)
 
 
 @_backward.register_fake
-def _(grad, query, key, value, bias, out, window, border, bias_too, backend):  # type: ignore[no-untyped-def]
+def _(grad, query, key, value, bias, out, window, border, needed, backend):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value, bias))
 
 
@@ -161,17 +161,17 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.featsharp.local_attention_backward(
-        grad, *ctx.saved_tensors, ctx.window, ctx.border, ctx.needs_input_grad[3], ctx.backend
+        grad, *ctx.saved_tensors, ctx.window, ctx.border, list(needed := ctx.needs_input_grad[:4]), ctx.backend
     )
-    return *gradients, None, None, None
+    return *(x if need else None for x, need in zip(gradients, needed, strict=True)), None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-def _problem(query: Tensor, key: Tensor, value: Tensor, window: int) -> Problem:
+def _problem(query: Tensor, key: Tensor, value: Tensor) -> Problem:
     dtypes = (query.dtype, key.dtype, value.dtype)
-    return Problem(value.device.type, dtypes, query.shape[-1], value.shape[-1], window)
+    return Problem(value.device.type, dtypes)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, window: int, bias: Tensor | None) -> None:
@@ -181,13 +181,14 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, window: int, bias: 
         and key.shape[:3] == value.shape[:3]
         and value.shape[3] in (1, key.shape[3])
         and query.shape[0] == key.shape[0]
+        and min(key.shape) >= 1
         and query.shape[1] % key.shape[1] == query.shape[2] % key.shape[2] == 0
         and query.shape[1] // key.shape[1] == query.shape[2] // key.shape[2] >= 1
     )
     if not fits:
         raise InputError(
             "local_attention takes query [B, f*H, f*W, N, D], key [B, H, W, N, D] and value [B, H, W, N or 1, E], f "
-            f"whole; got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+            f"whole, none of them 0; got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         )
     if bias is not None and tuple(bias.shape) != (query.shape[3], window, window):
         raise InputError(f"the bias must be [N, K, K] = {(query.shape[3], window, window)}; got {tuple(bias.shape)}")

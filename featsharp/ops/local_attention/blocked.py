@@ -2,6 +2,7 @@
 
 Most products of a block lie outside of the windows of its queries and are masked; a matrix product is still several
 times faster than gathering each window. The backward pass computes the weights again, so nothing of their size is kept.
+A value that is not finite reaches, as NaN, all queries of the blocks that see it: zero times infinity is NaN.
 """
 
 import torch
@@ -39,12 +40,13 @@ def backward(
     out: Tensor,
     window: int,
     border: str,
-    bias_too: bool,
+    needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and bias; the last is zero unless ``bias_too``."""
+    """Gradients of query, key, value and bias; those that are not ``needed`` are zero."""
+    query_too, key_too, value_too, bias_too = needed
     call = _Call(query, key, value, bias, window, border)
     grad = call.grid.pad_queries(grad)
-    d_query = call.new_queries(query)
+    d_query = call.new_queries(query) if query_too else call.new_queries(query).zero_()
     # Sums over chunks, so not in half precision.
     d_key, d_value, d_bias = (torch.zeros_like(x, dtype=call.compute) for x in (key, value, bias))
     for chunk in call.chunks():
@@ -58,21 +60,27 @@ def backward(
                 d_out = call.queries(grad, chunk, head, "d out")
                 v = call.windows(values, chunk, head, "v")
                 d_weights = call.product(d_out, v.transpose(1, 2), "d weights")
-            if mean is None:
-                call.add_windows(d_values, chunk, head, call.product(weights.transpose(1, 2), d_out, "d window"))
-            else:
+            if mean is not None:
                 mean.add_(weights, alpha=1 / call.heads)
+            elif value_too:
+                call.add_windows(d_values, chunk, head, call.product(weights.transpose(1, 2), d_out, "d window"))
+            if not (query_too or key_too or bias_too):
+                continue
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, call.compute)
             if mean is not None:
                 d_scores /= call.heads
             if bias_too:
                 d_bias[head] += call.grid.diagonals(d_scores).sum((0, 1, 2, 3, 4))
-            call.put(d_query, chunk, head, call.product(d_scores, k, "o"))
-            call.add_windows(d_keys, chunk, head, call.product(d_scores.transpose(1, 2), q, "d window"))
-        if mean is not None:
+            if query_too:
+                call.put(d_query, chunk, head, call.product(d_scores, k, "o"))
+            if key_too:
+                call.add_windows(d_keys, chunk, head, call.product(d_scores.transpose(1, 2), q, "d window"))
+        if mean is not None and value_too:
             call.add_windows(d_values, chunk, 0, call.product(mean.transpose(1, 2), d_out, "d window"))
-        call.grid.add_slab(d_key, chunk, d_keys)
-        call.grid.add_slab(d_value, chunk, d_values)
+        if key_too:
+            call.grid.add_slab(d_key, chunk, d_keys)
+        if value_too:
+            call.grid.add_slab(d_value, chunk, d_values)
     d_query = call.crop(d_query, query)
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias.to(bias.dtype)
 

@@ -14,11 +14,12 @@ def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int
     """[B, fH, fW, N or 1, E], band by band; where a gradient is needed, bands are recomputed instead of kept."""
 
     bands = []
-    for rows in _bands(query, value, window):
-        arguments = (query[:, rows], key, value, bias, window, border, rows.start)
-        bands.append(
-            checkpoint(attend, *arguments, use_reentrant=False) if torch.is_grad_enabled() else attend(*arguments)
-        )
+    with torch.autocast(value.device.type, enabled=False):  # sums are float32 whatever is around
+        for rows in _bands(query, value, window):
+            arguments = (query[:, rows], key, value, bias, window, border, rows.start)
+            bands.append(
+                checkpoint(attend, *arguments, use_reentrant=False) if torch.is_grad_enabled() else attend(*arguments)
+            )
     return torch.cat(bands, 1)
 
 

@@ -2,7 +2,7 @@
 
 A program owns a tile of 8 x 8 queries (or keys, for their gradients) of one head and walks over the tile's surroundings
 in steps of 64 cells, with a running softmax. Gradients of keys and values are gathered from the queries that see them,
-so no atomic additions are needed and results are the same from run to run.
+so the kernels need no atomic additions.
 
 Under ``TRITON_INTERPRET=1`` the same kernels run on the CPU, slowly: that is how they are tested without a GPU.
 """
@@ -32,6 +32,12 @@ def _cell(position, length, BORDER: tl.constexpr):
     if BORDER == 1 or BORDER == 2:
         inside = position == position
     return tl.minimum(tl.maximum(cell, 0), length - 1), inside
+
+
+@triton.jit
+def _offset(y, x, row, col):
+    """Where (y, x) is, in numbers; a map may have more than 32 bits count."""
+    return y.to(tl.int64) * row + x * col
 
 
 @triton.jit
@@ -82,7 +88,7 @@ def _forward_kernel(
     out = tl.zeros([SIDE * SIDE, BE], tl.float32)
     for share in range(SHARE):
         head = value_head * SHARE + share
-        q = _rows(q_ptr + image * qb + head * qn, qy * qr + qx * qc, here, D, BD, 0, DOT)
+        q = _rows(q_ptr + image * qb + head * qn, _offset(qy, qx, qr, qc), here, D, BD, 0, DOT)
         highest = tl.full([SIDE * SIDE], float("-inf"), tl.float32)
         total = tl.zeros([SIDE * SIDE], tl.float32)
         sums = tl.zeros([SIDE * SIDE, BE], tl.float32)
@@ -92,8 +98,10 @@ def _forward_kernel(
             y, real_y = _cell(ky, H, BORDER)
             x, real_x = _cell(kx, W, BORDER)
             real = real_y & real_x
-            k = _rows(k_ptr + image * kb + head * kn, y * kr + x * kc, real, D, BD, 0, DOT)
-            v = _rows(v_ptr + image * vb + value_head * vn, y * vr + x * vc, real, E, BE, tl.program_id(2) * BE, DOT)
+            k = _rows(k_ptr + image * kb + head * kn, _offset(y, x, kr, kc), real, D, BD, 0, DOT)
+            v = _rows(
+                v_ptr + image * vb + value_head * vn, _offset(y, x, vr, vc), real, E, BE, tl.program_id(2) * BE, DOT
+            )
             beyond = cell >= SPAN * SPAN  # the last step may run past the surroundings
             ky = tl.where(beyond, -(2**30), ky)
             scores, _, _ = _scores(q, k, bias_ptr + head * K * K, qy, qx, ky, kx, real, F, K, BORDER)
@@ -106,7 +114,7 @@ def _forward_kernel(
             highest = new
         out += sums / tl.where(total > 0, total, 1.0)[:, None]
     channel = tl.program_id(2) * BE + tl.arange(0, BE)
-    offsets = (qy * orow + qx * oc)[:, None] + channel[None] * oe
+    offsets = _offset(qy, qx, orow, oc)[:, None] + channel[None] * oe
     tl.store(out_ptr + image * ob + value_head * on + offsets, out / SHARE, here[:, None] & (channel < E)[None])
 
 
@@ -139,7 +147,7 @@ def _statistics_kernel(
     place = tl.arange(0, SIDE * SIDE)
     qy, qx = top + place // SIDE, left + place % SIDE
     here = (qy < QH) & (qx < QW)
-    q = _rows(q_ptr + image * qb + head * qn, qy * qr + qx * qc, here, D, BD, 0, DOT)
+    q = _rows(q_ptr + image * qb + head * qn, _offset(qy, qx, qr, qc), here, D, BD, 0, DOT)
     highest = tl.full([SIDE * SIDE], float("-inf"), tl.float32)
     total = tl.zeros([SIDE * SIDE], tl.float32)
     mean = tl.zeros([SIDE * SIDE], tl.float32)
@@ -149,12 +157,12 @@ def _statistics_kernel(
         y, real_y = _cell(ky, H, BORDER)
         x, real_x = _cell(kx, W, BORDER)
         real = real_y & real_x
-        k = _rows(k_ptr + image * kb + head * kn, y * kr + x * kc, real, D, BD, 0, DOT)
+        k = _rows(k_ptr + image * kb + head * kn, _offset(y, x, kr, kc), real, D, BD, 0, DOT)
         ky = tl.where(cell >= SPAN * SPAN, -(2**30), ky)
         scores, _, _ = _scores(q, k, bias_ptr + head * K * K, qy, qx, ky, kx, real, F, K, BORDER)
         gradients = _weight_gradients(
-            v_ptr + image * vb + head // SHARE * vn, y * vr + x * vc, real,
-            g_ptr + image * gb + head // SHARE * gn, qy * gr + qx * gc, here,
+            v_ptr + image * vb + head // SHARE * vn, _offset(y, x, vr, vc), real,
+            g_ptr + image * gb + head // SHARE * gn, _offset(qy, qx, gr, gc), here,
             SIDE * SIDE, STEP, E, BE, SHARE, DOT,
         )  # fmt: skip
         new = tl.maximum(highest, tl.max(scores, 1))
@@ -186,7 +194,7 @@ def _query_kernel(
     place = tl.arange(0, SIDE * SIDE)
     qy, qx = top + place // SIDE, left + place % SIDE
     here = (qy < QH) & (qx < QW)
-    q = _rows(q_ptr + image * qb + head * qn, qy * qr + qx * qc, here, D, BD, 0, DOT)
+    q = _rows(q_ptr + image * qb + head * qn, _offset(qy, qx, qr, qc), here, D, BD, 0, DOT)
     source = ((image * HEADS + head) * QH + qy) * QW + qx
     log_sum = tl.load(log_sum_ptr + source, here, other=0.0)
     mean = tl.load(mean_ptr + source, here, other=0.0)
@@ -197,12 +205,12 @@ def _query_kernel(
         y, real_y = _cell(ky, H, BORDER)
         x, real_x = _cell(kx, W, BORDER)
         real = real_y & real_x
-        k = _rows(k_ptr + image * kb + head * kn, y * kr + x * kc, real, D, BD, 0, DOT)
+        k = _rows(k_ptr + image * kb + head * kn, _offset(y, x, kr, kc), real, D, BD, 0, DOT)
         ky = tl.where(cell >= SPAN * SPAN, -(2**30), ky)
         scores, entry, within = _scores(q, k, bias_ptr + head * K * K, qy, qx, ky, kx, real, F, K, BORDER)
         gradients = _weight_gradients(
-            v_ptr + image * vb + head // SHARE * vn, y * vr + x * vc, real,
-            g_ptr + image * gb + head // SHARE * gn, qy * gr + qx * gc, here,
+            v_ptr + image * vb + head // SHARE * vn, _offset(y, x, vr, vc), real,
+            g_ptr + image * gb + head // SHARE * gn, _offset(qy, qx, gr, gc), here,
             SIDE * SIDE, STEP, E, BE, SHARE, DOT,
         )  # fmt: skip
         d_scores = _softmax_of(scores, log_sum) * (gradients - mean[:, None])
@@ -210,7 +218,7 @@ def _query_kernel(
         if STORE_SCORES:
             tl.store(scores_ptr + source[:, None] * K * K + entry, d_scores, within & here[:, None])
     channel = tl.arange(0, BD)
-    offsets = (qy * dr + qx * dc)[:, None] + channel[None] * dd
+    offsets = _offset(qy, qx, dr, dc)[:, None] + channel[None] * dd
     tl.store(dq_ptr + image * db + head * dn + offsets, dq, here[:, None] & (channel < D)[None])
 
 
@@ -232,7 +240,7 @@ def _key_kernel(
     y, real_y = _cell(ky, H, BORDER)
     x, real_x = _cell(kx, W, BORDER)
     real = real_y & real_x & wanted
-    k = _rows(k_ptr + image * kb + head * kn, y * kr + x * kc, real, D, BD, 0, DOT)
+    k = _rows(k_ptr + image * kb + head * kn, _offset(y, x, kr, kc), real, D, BD, 0, DOT)
     dk = tl.zeros([SIDE * SIDE, BD], tl.float32)
     SEEN: tl.constexpr = (SIDE + K - 1) * F  # queries that see keys of the tile, along an axis
     for start in range(0, SEEN * SEEN, STEP):
@@ -240,21 +248,21 @@ def _key_kernel(
         qy, qx = (top - K // 2) * F + query // SEEN, (left - K // 2) * F + query % SEEN
         here = (qy >= 0) & (qy < QH) & (qx >= 0) & (qx < QW) & (query < SEEN * SEEN)
         qy, qx = tl.where(here, qy, 0), tl.where(here, qx, 0)
-        q = _rows(q_ptr + image * qb + head * qn, qy * qr + qx * qc, here, D, BD, 0, DOT)
+        q = _rows(q_ptr + image * qb + head * qn, _offset(qy, qx, qr, qc), here, D, BD, 0, DOT)
         source = ((image * HEADS + head) * QH + qy) * QW + qx
         log_sum = tl.load(log_sum_ptr + source, here, other=0.0)
         mean = tl.load(mean_ptr + source, here, other=0.0)
         scores, _, _ = _scores(q, k, bias_ptr + head * K * K, qy, qx, ky, kx, real, F, K, BORDER)
         gradients = _weight_gradients(
-            v_ptr + image * vb + head // SHARE * vn, y * vr + x * vc, real,
-            g_ptr + image * gb + head // SHARE * gn, qy * gr + qx * gc, here,
+            v_ptr + image * vb + head // SHARE * vn, _offset(y, x, vr, vc), real,
+            g_ptr + image * gb + head // SHARE * gn, _offset(qy, qx, gr, gc), here,
             STEP, SIDE * SIDE, E, BE, SHARE, DOT,
         )  # fmt: skip
         d_scores = _softmax_of(scores, log_sum) * (gradients - mean[:, None])
         d_scores = tl.where(here[:, None], d_scores, 0.0)
         dk += tl.dot(tl.trans(d_scores.to(DOT)), q, input_precision="ieee")
     channel = tl.arange(0, BD)
-    offsets = ((ky + halo) * dr + (kx + halo) * dc)[:, None] + channel[None] * dd
+    offsets = _offset(ky + halo, kx + halo, dr, dc)[:, None] + channel[None] * dd
     tl.store(dk_ptr + image * db + head * dn + offsets, dk, wanted[:, None] & (channel < D)[None])
 
 
@@ -281,20 +289,22 @@ def _value_kernel(
     SEEN: tl.constexpr = (SIDE + K - 1) * F
     for share in range(SHARE):
         head = value_head * SHARE + share
-        k = _rows(k_ptr + image * kb + head * kn, y * kr + x * kc, real, D, BD, 0, DOT)
+        k = _rows(k_ptr + image * kb + head * kn, _offset(y, x, kr, kc), real, D, BD, 0, DOT)
         for start in range(0, SEEN * SEEN, STEP):
             query = start + tl.arange(0, STEP)
             qy, qx = (top - K // 2) * F + query // SEEN, (left - K // 2) * F + query % SEEN
             here = (qy >= 0) & (qy < QH) & (qx >= 0) & (qx < QW) & (query < SEEN * SEEN)
             qy, qx = tl.where(here, qy, 0), tl.where(here, qx, 0)
-            q = _rows(q_ptr + image * qb + head * qn, qy * qr + qx * qc, here, D, BD, 0, DOT)
+            q = _rows(q_ptr + image * qb + head * qn, _offset(qy, qx, qr, qc), here, D, BD, 0, DOT)
             log_sum = tl.load(log_sum_ptr + ((image * HEADS + head) * QH + qy) * QW + qx, here, other=0.0)
             scores, _, _ = _scores(q, k, bias_ptr + head * K * K, qy, qx, ky, kx, real, F, K, BORDER)
             weights = tl.where(here[:, None], _softmax_of(scores, log_sum), 0.0)
-            g = _rows(g_ptr + image * gb + value_head * gn, qy * gr + qx * gc, here, E, BE, tl.program_id(2) * BE, DOT)
+            g = _rows(
+                g_ptr + image * gb + value_head * gn, _offset(qy, qx, gr, gc), here, E, BE, tl.program_id(2) * BE, DOT
+            )
             dv += tl.dot(tl.trans(weights.to(DOT)), g, input_precision="ieee")
     channel = tl.program_id(2) * BE + tl.arange(0, BE)
-    offsets = ((ky + halo) * dr + (kx + halo) * dc)[:, None] + channel[None] * dd
+    offsets = _offset(ky + halo, kx + halo, dr, dc)[:, None] + channel[None] * dd
     tl.store(dv_ptr + image * db + value_head * dn + offsets, dv / SHARE, wanted[:, None] & (channel < E)[None])
 
 
@@ -309,8 +319,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int
 
 
 def scratch_bytes(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> int:
-    """The forward kernel takes no memory beside its result, except for copies of inputs that are not contiguous."""
-    return sum(x.numel() * x.itemsize for x in (query, key, value) if not x.is_contiguous())
+    """The forward kernel takes no memory beside its result, except for copies of inputs whose channels are apart."""
+    return sum(x.numel() * x.itemsize for x in (query, key, value) if x.stride(-1) != 1)
 
 
 def backward(
@@ -322,9 +332,10 @@ def backward(
     out: Tensor,
     window: int,
     border: str,
-    bias_too: bool,
+    needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and bias; the last is zero unless ``bias_too``."""
+    """Gradients of query, key, value and bias; the last only where ``needed``."""
+    bias_too = needed[3]
     call = _Call(query, key, value, bias, window, border)
     images, height, width, heads, _ = query.shape
     grad = call.rows(grad)

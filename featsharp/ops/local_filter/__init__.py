@@ -115,7 +115,7 @@ _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 def _problem(weights: Tensor, value: Tensor) -> Problem:
-    return Problem(value.device.type, (weights.dtype, value.dtype), 0, value.shape[-1], weights.shape[-1])
+    return Problem(value.device.type, (weights.dtype, value.dtype))
 
 
 def _check_shapes(weights: Tensor, value: Tensor) -> None:
@@ -125,7 +125,7 @@ def _check_shapes(weights: Tensor, value: Tensor) -> None:
         and weights.shape[0] == value.shape[0]
         and weights.shape[3] == value.shape[3]
         and weights.shape[4] == weights.shape[5]
-        and min(value.shape[1:3]) >= 1
+        and min(value.shape) >= 1
         and weights.shape[1] % value.shape[1] == weights.shape[2] % value.shape[2] == 0
         and weights.shape[1] // value.shape[1] == weights.shape[2] // value.shape[2] >= 1
     )
