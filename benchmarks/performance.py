@@ -76,16 +76,19 @@ def find(rows: list[dict[str, Any]], **keys: Any) -> dict[str, Any]:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """Forward with quartiles, backward, extra memory of both."""
-    forward, backward = row["forward"], row["backward"]["median"]
-    out = row["output_bytes"]
-    return [
-        f"{number(forward['median'])} ({number(forward['low'])} to {number(forward['high'])})",
-        f"{number(backward)} ({backward / forward['median']:.1f}x)",
-        f"{number(out / 2**20)} MiB",
-        f"{number((row['peak_bytes'] - out) / 2**20)} MiB ({(row['peak_bytes'] - out) / out:.1f}x)",
-        f"{number((row['training_peak_bytes'] - out) / 2**20)} MiB ({(row['training_peak_bytes'] - out) / out:.1f}x)",
-    ]
+    """Forward with quartiles, backward, output, extra memory of both."""
+    forward, out = row["forward"], row["output_bytes"]
+
+    def extra(peak: float) -> str:
+        return f"{number((peak - out) / 2**20)} MiB ({(peak - out) / out:.1f}x)"
+
+    texts = [f"{number(forward['median'])} ({number(forward['low'])} to {number(forward['high'])})", ""]
+    texts += [f"{number(out / 2**20)} MiB", extra(row["peak_bytes"]), ""]
+    if "backward" in row:
+        backward = row["backward"]["median"]
+        texts[1] = f"{number(backward)} ({backward / forward['median']:.1f}x)"
+        texts[4] = extra(row["training_peak_bytes"])
+    return texts
 
 
 COLUMNS = ["forward (quartiles)", "backward (of forward)", "output", "extra memory", "extra, training"]
@@ -102,7 +105,7 @@ def module_table(ops: dict[str, Any]) -> str:
 
 
 def backbone_lines(ops: dict[str, Any]) -> str:
-    rows = [row for row in ops["ops"] if "backward" not in row]
+    rows = [row for row in ops["ops"] if "peak_bytes" not in row]
     return "Beside them: " + "; ".join(f"{row['name']}, {number(row['forward']['median'])} ms" for row in rows) + "."
 
 
@@ -110,7 +113,7 @@ def backend_table(ops: dict[str, Any]) -> str:
     rows = [
         [row["name"], f"{row['factor']}x", *cells(row)]
         for row in sorted(ops["ops"], key=lambda row: (row["name"], row["factor"]))
-        if row["name"] not in MODULES and "backward" in row
+        if row["name"] not in MODULES and "peak_bytes" in row
     ]
     return table(["", "gain", *COLUMNS], rows)
 

@@ -16,7 +16,7 @@ from featsharp.ops.memory import return_freed_memory, trim_memory
 from featsharp.ops.peak import PeakMeter
 
 # Time that the runs of one case should not exceed, in seconds; two runs are the least.
-CASE_SECONDS = 10.0
+CASE_SECONDS = 6.0
 
 
 @dataclass(frozen=True)

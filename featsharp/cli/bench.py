@@ -76,8 +76,9 @@ def _bench_ops(arguments: argparse.Namespace, device: torch.device) -> list[dict
         tuple(arguments.factors or (2, 4, 16)), device, repeat=arguments.repeat, backbone=arguments.backbone
     ):
         line = f"{row['name']:40} {row['factor']:2}x {row['forward']['median']:11.1f} {_quartiles(row['forward']):>17}"
-        if "backward" in row:
-            line += f" {row['backward']['median']:12.1f} {row['peak_bytes'] / 2**20:5.0f} MiB"
+        if "peak_bytes" in row:
+            backward = f"{row['backward']['median']:.1f}" if "backward" in row else ""
+            line += f" {backward:>12} {row['peak_bytes'] / 2**20:5.0f} MiB"
         print(line, flush=True)
         rows.append(row)
     return rows
