@@ -96,6 +96,7 @@ class SharpEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.max_memory = max_memory
+        self._upsample_within = upsample_within
         if upsampler.embed_dim != backbone.embed_dim:
             raise ConfigError(
                 f"the upsampler is for {upsampler.embed_dim} channels, but backbone {backbone.name!r} has "
@@ -198,7 +199,7 @@ class SharpEncoder(nn.Module):
             raise InputError(f"backbone {self.backbone.name!r} has no summary; call without return_summary")
         size = low_res_size or self.low_res_size(size_of(images))
         if self.max_memory is not None:
-            low_res, high_res, summary = upsample_within(
+            low_res, high_res, summary = self._upsample_within(
                 self.upsampler,
                 images,
                 self.encode,
@@ -224,6 +225,8 @@ class SharpEncoder(nn.Module):
             options: Of ``torch.compile``. Default ``dynamic=True``: one graph serves many sizes; False makes a faster
                 one for every size. ``backend="inductor"``, the default, needs a C++ compiler on CPUs.
         """
+        # It looks at what it computes, which a graph cannot. Not done on import, which would load the compiler.
+        self._upsample_within = torch.compiler.disable(upsample_within)
         super().compile(**({"dynamic": True} | options))
 
     def low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:

@@ -34,7 +34,6 @@ def allocate_beside(low_res: Tensor, shape: tuple[int, ...], dtype: torch.dtype)
     return low_res.new_empty(shape, dtype=dtype)
 
 
-@torch.compiler.disable  # it looks at what it computes, which a graph cannot
 @torch.no_grad()
 def upsample_within(
     upsampler: Upsampler,
