@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from featsharp.benchmark.measure import processor
 from featsharp.builder import create_encoder, load_from_file
 from featsharp.cli.eval import own_downsampler
 from featsharp.configs.compose import compose
@@ -181,15 +182,6 @@ def commit() -> str:
     """The commit of the checkout this runs from."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
-def processor() -> str:
-    """The processor's name, as Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

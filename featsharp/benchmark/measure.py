@@ -89,7 +89,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     from featsharp import __version__
 
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -115,7 +115,8 @@ def _status(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Model name of the CPU, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

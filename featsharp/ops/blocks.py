@@ -114,6 +114,12 @@ class BlockGrid:
         y = min(self.blocks[0], max(1, max_blocks // x))
         return min(images, max(1, max_blocks // (x * y))), y, x
 
+    def largest_chunk(self, images: int, max_blocks: int) -> tuple[int, int]:
+        """Cells of the slab and number of blocks of the largest chunk, all its images together."""
+        b, y, x = self.chunk_size(images, max_blocks)
+        halo = self.window - 1
+        return b * (y * self.cells + halo) * (x * self.cells + halo), b * y * x
+
     def _axis(self, axis: int, first: int, count: int) -> Axis:
         count = min(count, self.blocks[axis] - first)
         return Axis(self.key_size[axis], first, count, self.cells, self.window, self.border)

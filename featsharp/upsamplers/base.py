@@ -40,7 +40,7 @@ class Upsampler(nn.Module):
             upsamplers that look at tiles, 1 for guided ones.
         trainable: Whether there is anything to learn.
         needs: What the upsampler uses besides features, for ``featsharp ls upsamplers``.
-        by_parts: Whether ``prepare`` and ``upsample_part`` are implemented (and ``write_tiles`` where there are tiles),
+        by_parts: Whether ``upsample_part`` is implemented (``prepare`` where needed, ``write_tiles`` with tiles),
             so that a map can be made piece by piece where memory is scarce (:mod:`featsharp.upsamplers.bounded`).
         halo: How many cells of the tile map around its own, in each direction, a cell of the result depends on; None
             for an upsampler that looks at no tiles.
@@ -79,8 +79,8 @@ class Upsampler(nn.Module):
         raise NotImplementedError
 
     def prepare(self, low_res: Tensor, image: Tensor) -> Any:
-        """What all parts need from the image, made once and held: tensors, also in lists, tuples or dicts."""
-        raise NotImplementedError
+        """What all parts need from the image, made once and held: nothing, or tensors in lists, tuples or dicts."""
+        return None
 
     def upsample_part(self, low_res: Tensor, guide: Any, tiles: Tensor | None, box: Box) -> Tensor:
         """The cells ``box`` of the result, as :meth:`forward` computes them: [B, C, *box.size].

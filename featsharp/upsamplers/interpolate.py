@@ -24,9 +24,6 @@ class Identity(GuidedUpsampler):
     def upsample(self, features: Tensor, image: Tensor) -> Tensor:
         return features
 
-    def prepare(self, low_res: Tensor, image: Tensor) -> None:
-        return None
-
     def upsample_part(self, low_res: Tensor, guide: None, tiles: Tensor | None, box: Box) -> Tensor:
         return box.cut(low_res)
 
@@ -40,9 +37,6 @@ class Bilinear(GuidedUpsampler):
 
     def upsample(self, features: Tensor, image: Tensor) -> Tensor:
         return resize(features, self.high_res_grid(features))
-
-    def prepare(self, low_res: Tensor, image: Tensor) -> None:
-        return None
 
     def upsample_part(self, low_res: Tensor, guide: None, tiles: Tensor | None, box: Box) -> Tensor:
         return enlarge(low_res, self.factor, box)

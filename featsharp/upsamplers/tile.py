@@ -49,9 +49,6 @@ class Tile(Upsampler):
     ) -> None:
         write_tiles(out, image, encode, low_res_size, self.factor, overlap=self.overlap, max_tile_batch=max_tile_batch)
 
-    def prepare(self, low_res: Tensor, image: Tensor) -> None:
-        return None
-
     def upsample_part(self, low_res: Tensor, guide: None, tiles: Tensor | None, box: Box) -> Tensor:
         assert tiles is not None
         return tiles

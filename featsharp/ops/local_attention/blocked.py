@@ -88,13 +88,11 @@ def backward(
 def scratch_bytes(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> int:
     """What :func:`forward` takes for itself beside its result."""
     grid = block_grid(query, key, window, border)
-    dims = query.shape[4] + value.shape[4]
-    images, rows, cols = grid.chunk_size(len(query), max_blocks(_block_numbers(grid, dims), query.device))
-    slab = images * (rows * grid.cells + window - 1) * (cols * grid.cells + window - 1)
-    numbers = slab * (key[0, 0, 0].numel() + value[0, 0, 0].numel())
-    numbers += images * rows * cols * _block_numbers(grid, dims)
+    block_numbers = _block_numbers(grid, query.shape[4] + value.shape[4])
+    cells, blocks = grid.largest_chunk(len(query), max_blocks(block_numbers, query.device))
+    numbers = cells * (key[0, 0, 0].numel() + value[0, 0, 0].numel()) + blocks * block_numbers
     if value.shape[3] < query.shape[3]:
-        numbers += images * rows * cols * grid.side**2 * grid.span**2
+        numbers += blocks * grid.side**2 * grid.span**2
     numbers += len(bias) * grid.side**2 * grid.span**2
     scratch = numbers * torch.promote_types(value.dtype, torch.float32).itemsize
     per_query = query[0, 0, 0].numel() * query.itemsize + value[0, 0, 0].numel() * value.itemsize
