@@ -18,7 +18,7 @@ from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.normalizers import Normalizer
 from featsharp.ops.peak import parse_memory
 from featsharp.ops.resize import resize, size_of
-from featsharp.upsamplers.base import UpsampleFeatures, Upsampler
+from featsharp.upsamplers.base import UpsampleFeatures, Upsampler, scale_length
 from featsharp.upsamplers.bounded import Allocate, allocate_beside, upsample_within
 
 if TYPE_CHECKING:
@@ -102,6 +102,12 @@ class SharpEncoder(nn.Module):
                 f"the upsampler is for {upsampler.embed_dim} channels, but backbone {backbone.name!r} has "
                 f"{backbone.embed_dim}; build it for this backbone"
             )
+        grid = upsampler.high_res_grid(torch.empty(1, 1, *backbone.grid_size(backbone.input_size), device="meta"))
+        if upsampler.window is not None and upsampler.window > 2 * max(grid) - 1:
+            raise ConfigError(
+                f"a window of {upsampler.window} is larger than the map: at the native size of backbone "
+                f"{backbone.name!r} that is {grid[0]}x{grid[1]}, and a window of {2 * max(grid) - 1} sees all of it"
+            )
         self.backbone = backbone
         self.normalizer = normalizer
         self.bias_buffer = bias_buffer
@@ -137,7 +143,7 @@ class SharpEncoder(nn.Module):
         return self.backbone.embed_dim
 
     @property
-    def factor(self) -> int:
+    def factor(self) -> float:
         """Gain of the high-resolution map over the low-resolution one, in each direction."""
         return self.upsampler.factor
 
@@ -149,16 +155,20 @@ class SharpEncoder(nn.Module):
     @property
     def input_size(self) -> tuple[int, int]:
         """(h, w) in pixels at which the low-resolution pass has the backbone's native size."""
-        k = self.upsampler.input_upsample_factor
-        return self.backbone.input_size[0] * k, self.backbone.input_size[1] * k
+        return self._image_size(self.backbone.input_size)
 
-    def encode(self, images: Tensor) -> BackboneOutput:
+    def encode(self, images: Tensor, *, patch_stride: int | None = None) -> BackboneOutput:
         """Whitened images of a size that the backbone takes to normalised, de-biased features.
 
         Only the bias buffer gets a gradient.
+
+        Args:
+            images: [B, 3, h*p, w*p].
+            patch_stride: Pixels from token to token, for backbones whose patches may overlap; None: the patch size.
         """
+        backbone = self.backbone if patch_stride is None else self.backbone.with_patch_stride(patch_stride)
         with torch.no_grad():
-            features, summary = self.backbone(images)
+            features, summary = backbone(images)
             features = self.normalizer(features)
         if self.bias_buffer is not None:
             features = self.bias_buffer(features)
@@ -171,6 +181,7 @@ class SharpEncoder(nn.Module):
         denormalize: bool = False,
         return_summary: bool = False,
         low_res_size: tuple[int, int] | None = None,
+        output_size: tuple[int, int] | None = None,
         allocate: Allocate | None = None,
     ) -> UpsampleFeatures:
         """Sharp features of whitened images.
@@ -183,14 +194,17 @@ class SharpEncoder(nn.Module):
                 unchanged: upsampling does not improve it).
             low_res_size: (h, w) in pixels of the low-resolution pass. Default: the image size divided by
                 ``upsampler.input_upsample_factor``, to whole patches, or the one size of a fixed-size backbone.
+            output_size: (H, W) of ``high_res`` in cells, where the upsampler takes any size; None: by the factor.
             allocate: Called with ``low_res`` and the shape and dtype of ``high_res``, returns the tensor to write that
                 to: see :class:`featsharp.data.mapped.MappedFeatures` for one in a file. Only with :attr:`max_memory`.
 
         Returns:
-            ``low_res`` [B, C, h, w], ``high_res`` [B, C, factor * h, factor * w], ``summary`` [B, C_s] or None.
+            ``low_res`` [B, C, h, w], ``high_res`` [B, C, factor * h, factor * w] or of ``output_size`` (S2 has several
+            maps of C channels on top of each other), ``summary`` [B, C_s] or None.
 
         Raises:
-            InputError: For images that are no [B, 3, H, W] batch or too small, or a summary that the backbone lacks.
+            InputError: For images that are no [B, 3, H, W] batch or too small, a summary that the backbone lacks, or an
+                output size that the upsampler cannot make.
             InputError: When ``max_memory`` is too little for these images; it names the least that works.
         """
         if images.ndim != 4 or images.shape[1] != 3:
@@ -205,15 +219,16 @@ class SharpEncoder(nn.Module):
                 self.encode,
                 size,
                 self.max_memory,
+                output_size=output_size,
                 finish=self.normalizer.denormalize if denormalize else nn.Identity(),
                 allocate=allocate or allocate_beside,
             )
         elif allocate is not None:
             raise ConfigError("allocate= needs a limit on memory; set max_memory, for example to '2GiB'")
         else:
-            low_res, high_res, summary = self.upsampler(images, self.encode, size)
+            low_res, high_res, summary = self.upsampler(images, self.encode, size, output_size)
             if denormalize:
-                low_res, high_res = self.normalizer.denormalize(low_res), self.normalizer.denormalize(high_res)
+                low_res, high_res = self.normalizer.denormalize(low_res), self._denormalize_maps(high_res)
         return UpsampleFeatures(low_res, high_res, summary if return_summary else None)
 
     def compile(self, **options: Any) -> None:
@@ -229,6 +244,13 @@ class SharpEncoder(nn.Module):
         self._upsample_within = torch.compiler.disable(upsample_within)
         super().compile(**({"dynamic": True} | options))
 
+    def _denormalize_maps(self, high_res: Tensor) -> Tensor:
+        """The inverse of the normalizer for every map of C channels."""
+        if self.upsampler.num_maps == 1:
+            return self.normalizer.denormalize(high_res)
+        maps = high_res.unflatten(1, (self.upsampler.num_maps, -1)).flatten(0, 1)
+        return self.normalizer.denormalize(maps).unflatten(0, (len(high_res), -1)).flatten(1, 2)
+
     def low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) in pixels of the low-resolution pass for an image of ``image_size``."""
         return self._scaled_size(image_size, 1 / self.upsampler.input_upsample_factor)
@@ -239,6 +261,7 @@ class SharpEncoder(nn.Module):
         image: "Picture",
         *,
         size: tuple[int, int] | None = None,
+        output_size: tuple[int, int] | None = None,
         denormalize: bool | None = None,
         return_summary: bool = False,
         allocate: Allocate | None = None,
@@ -250,6 +273,7 @@ class SharpEncoder(nn.Module):
         image: list[Any] | tuple[Any, ...],
         *,
         size: tuple[int, int] | None = None,
+        output_size: tuple[int, int] | None = None,
         denormalize: bool | None = None,
         return_summary: bool = False,
     ) -> list[UpsampleFeatures]: ...
@@ -260,6 +284,7 @@ class SharpEncoder(nn.Module):
         image: "Picture | list[Any] | tuple[Any, ...]",
         *,
         size: tuple[int, int] | None = None,
+        output_size: tuple[int, int] | None = None,
         denormalize: bool | None = None,
         return_summary: bool = False,
         allocate: Allocate | None = None,
@@ -275,7 +300,7 @@ class SharpEncoder(nn.Module):
                 through the backbone as one batch, so give as many at once as memory holds.
             size: (h, w) in pixels to scale the picture to instead; the picture's own size keeps every detail.
             denormalize: As for :meth:`forward`; None: True wherever the normalizer has an inverse.
-            return_summary, allocate: As for :meth:`forward`; ``allocate`` only for one picture.
+            output_size, return_summary, allocate: As for :meth:`forward`; ``allocate`` only for one picture.
 
         Returns:
             As :meth:`forward`, with B = 1, on the device of the encoder (``high_res`` where ``allocate`` puts it); a
@@ -292,7 +317,13 @@ class SharpEncoder(nn.Module):
                 groups.setdefault((pixels.shape, low_res_size), []).append(index)
             for (_, low_res_size), group in groups.items():
                 batch = torch.cat([prepared[index][0] for index in group])
-                out = self(batch, denormalize=denormalize, return_summary=return_summary, low_res_size=low_res_size)
+                out = self(
+                    batch,
+                    denormalize=denormalize,
+                    return_summary=return_summary,
+                    low_res_size=low_res_size,
+                    output_size=output_size,
+                )
                 parts = zip(
                     *(len(group) * [None] if x is None else [one.clone() for one in x.split(1)] for x in out),
                     strict=True,
@@ -305,6 +336,7 @@ class SharpEncoder(nn.Module):
             denormalize=denormalize,
             return_summary=return_summary,
             low_res_size=low_res_size,
+            output_size=output_size,
             allocate=allocate,
         )
 
@@ -315,10 +347,18 @@ class SharpEncoder(nn.Module):
         pixels = image_to_tensor(decode_image(image))[None]
         low_res_size = None
         if size is None:
-            k = self.upsampler.input_upsample_factor
             low_res_size = self.native_low_res_size(size_of(pixels))
-            size = low_res_size[0] * k, low_res_size[1] * k
+            size = self._image_size(low_res_size)
         return self.input_conditioner(resize(pixels, size)).to(self._anchor), low_res_size
+
+    def _image_size(self, low_res_size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) in pixels that the upsampler makes best use of beside a low-resolution pass of that size."""
+        k = self.upsampler.input_upsample_factor
+        if k == int(k):
+            return low_res_size[0] * int(k), low_res_size[1] * int(k)
+        # Tiles cover whole tokens; the grid of the result says how many.
+        p = self.backbone.patch_size
+        return p * scale_length(low_res_size[0] // p, k), p * scale_length(low_res_size[1] // p, k)
 
     def native_low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) in pixels with the aspect ratio of an image and about the area of the backbone's native size."""

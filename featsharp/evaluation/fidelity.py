@@ -9,6 +9,7 @@ targets, so the best constant scores 1; PHI-S scales the whole space by one numb
 space.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -31,8 +32,8 @@ EVAL_VIEWS = ViewConfig(
 
 
 def default_eval_size(encoder: SharpEncoder) -> tuple[int, int]:
-    """(h, w) of the evaluation images: the native size times the factor, at least twice the native size."""
-    times = max(2, encoder.factor)
+    """(h, w) of the evaluation images: the native size times the factor, rounded up, or twice the native size."""
+    times = max(2, math.ceil(encoder.factor))
     return encoder.backbone.input_size[0] * times, encoder.backbone.input_size[1] * times
 
 
@@ -78,7 +79,8 @@ class FidelityMeter:
         grid = (targets.shape[-2], targets.shape[-1])
         high_res = predict_raw(encoder, encoder.input_conditioner(base_view(views)[0]), native)
         to_base = views.homographies[0]
-        large = (high_res.shape[-2], high_res.shape[-1])
+        gain = math.ceil(encoder.factor)  # whole, so that cells can be pooled
+        large = (gain * grid[0], gain * grid[1])
         warped = warp(high_res.expand(len(to_base), -1, -1, -1), to_base, large)
         valid = _erode((resize(masks, grid) > 0.99).float() * inside(to_base, grid))
         row = {"count": valid.sum().item() * targets.shape[1], "square": (valid * targets.square()).sum().item()}

@@ -5,7 +5,11 @@
 
 FeatSharp (arXiv 2502.16025), figure 2. 16 heads with a 7 x 7 window clipped at the borders and an ALiBi-like bias: even
 heads are penalised by row distance, odd ones by column distance, with slopes 1/2, 1/4 ... 1/256 for each pair.
+Rotary embeddings can take the place of that bias, an option of the published code: RoPE (arXiv 2104.09864), xPos (arXiv
+2212.10554).
 """
+
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +24,10 @@ NUM_HEADS = 16
 # Cells that are processed at a time where no gradient is needed: 350 MiB for ViT-S. But not fewer than so many rows:
 # those at the edges of a band are computed twice.
 BAND_CELLS, MIN_BAND_ROWS = 2**14, 16
+ROPE_BASE, XPOS_BASE = 50000.0, 512.0
+
+# How attention knows where a key is: by a bias on its score, or by turning queries and keys, or not at all.
+Position = Literal["alibi", "rope", "xpos", "none"]
 
 
 class LocalBlock(nn.Module):
@@ -32,7 +40,9 @@ class LocalBlock(nn.Module):
         published_widths: Pad the head dim to a power of two and use a SwiGLU of 8 C, as the published code does,
             instead of the exact head dim and 4 C (before the usual factor 2/3).
         layer_norm: Whether the inputs of attention and SwiGLU are normalised.
-        layer_scale: Start value of gamma1 and gamma2.
+        attention, mlp: Which of the two parts there are, at least one.
+        position: See :data:`Position`.
+        layer_scale: Start value of gamma1 and gamma2; None for a block without them.
     """
 
     def __init__(
@@ -43,16 +53,32 @@ class LocalBlock(nn.Module):
         window: int = 7,
         layer_norm: bool = True,
         published_widths: bool = False,
-        layer_scale: float = 0.1,
+        attention: bool = True,
+        mlp: bool = True,
+        position: Position = "alibi",
+        layer_scale: float | None = 0.1,
     ) -> None:
         super().__init__()
+        if not (attention or mlp):
+            raise ConfigError("a local block needs attention or SwiGLU; without both it would be a linear layer")
         self.out_dim = out_dim
-        self.norm1 = nn.LayerNorm(in_dim) if layer_norm else nn.Identity()
-        self.attention = LocalSelfAttention(in_dim, window=window, pad_heads=published_widths)
-        self.scale1 = nn.Parameter(torch.full((in_dim,), layer_scale))
-        self.norm2 = nn.LayerNorm(in_dim) if layer_norm else nn.Identity()
-        self.mlp = SwiGLU(in_dim, swiglu_width(4 * in_dim if published_widths else 4 * out_dim), out_dim)
-        self.scale2 = nn.Parameter(torch.full((out_dim,), layer_scale))
+        # Attention on its own need not compute channels that are cut off.
+        attended_dim = in_dim if mlp else out_dim
+        # The published code doubles the SwiGLU by mistake, but only beside attention.
+        hidden = 4 * in_dim if published_widths and attention else 4 * out_dim
+        self.attention = self.mlp = self.scale1 = self.scale2 = None
+        if attention:
+            self.norm1 = nn.LayerNorm(in_dim) if layer_norm else nn.Identity()
+            self.attention = LocalSelfAttention(
+                in_dim, attended_dim, window=window, pad_heads=published_widths, position=position
+            )
+            if layer_scale is not None:
+                self.scale1 = nn.Parameter(torch.full((attended_dim,), layer_scale))
+        if mlp:
+            self.norm2 = nn.LayerNorm(in_dim) if layer_norm else nn.Identity()
+            self.mlp = SwiGLU(in_dim, swiglu_width(hidden), out_dim)
+            if layer_scale is not None:
+                self.scale2 = nn.Parameter(torch.full((out_dim,), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, D] to [B, H, W, C]; without gradients, large maps are processed in bands of rows."""
@@ -74,20 +100,34 @@ class LocalBlock(nn.Module):
     @property
     def halo(self) -> int:
         """How many cells around it, in each direction, a cell of the result depends on."""
-        return self.attention.window // 2
+        return 0 if self.attention is None else self.attention.window // 2
 
     def part(self, x: Tensor, box: Box) -> Tensor:
         """The cells ``box`` of the result for [B, H, W, D]: [B, *box.size, C]."""
-        attended = self.attention(self.norm1(x), box)
-        x = box.cut_channels_last(x) + self.scale1 * attended
-        return x[..., : self.out_dim] + self.scale2 * self.mlp(self.norm2(x))
+        out = box.cut_channels_last(x)
+        if self.attention is not None:
+            attended = _gated(self.attention(self.norm1(x), box), self.scale1)
+            out = out[..., : attended.shape[-1]] + attended
+        if self.mlp is not None:
+            out = out[..., : self.out_dim] + _gated(self.mlp(self.norm2(out)), self.scale2)
+        return out
 
     def _needs_grad(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
 
+class LinearBlock(nn.Linear):
+    """What is left of the block without attention and SwiGLU: one linear layer, [B, H, W, D] to [B, H, W, C]."""
+
+    halo = 0
+
+    def part(self, x: Tensor, box: Box) -> Tensor:
+        """The cells ``box`` of the result."""
+        return self(box.cut_channels_last(x))
+
+
 class LocalSelfAttention(nn.Module):
-    """Multi-head self-attention over a clipped window with a fixed distance bias.
+    """Multi-head self-attention over a clipped window, from ``dim`` to ``out_dim`` channels (None: the same).
 
     ``pad_heads`` rounds the projected head dim up to a power of two; the score scale and the output keep the true head
     dim, so part of the value rows is unused, as in the published weights.
@@ -95,9 +135,19 @@ class LocalSelfAttention(nn.Module):
 
     bias: Tensor
 
-    def __init__(self, dim: int, *, window: int = 7, pad_heads: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int | None = None,
+        *,
+        window: int = 7,
+        pad_heads: bool = False,
+        position: Position = "alibi",
+    ) -> None:
         super().__init__()
         check_window(window)
+        if position not in get_args(Position):
+            raise ConfigError(f"unknown position {position!r}; use {' or '.join(map(repr, get_args(Position)))}")
         if dim % NUM_HEADS:
             raise ConfigError(
                 f"local attention has {NUM_HEADS} heads and needs a multiple of {NUM_HEADS} channels; got {dim}"
@@ -106,13 +156,18 @@ class LocalSelfAttention(nn.Module):
         self.head_dim = dim // NUM_HEADS
         self.padded_dim = 1 << (self.head_dim - 1).bit_length() if pad_heads else self.head_dim
         self.qkv = StackedLinear(dim, NUM_HEADS * self.padded_dim, 3, bias=False)
-        self.proj = nn.Linear(dim, dim)
-        self.register_buffer("bias", distance_bias(window), persistent=False)
+        self.proj = nn.Linear(dim, out_dim or dim)
+        self.position = position
+        bias = distance_bias(window) if position == "alibi" else torch.zeros(NUM_HEADS, window, window)
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor, box: Box | None = None) -> Tensor:
-        """[B, H, W, D] to the same shape, or to the cells ``box`` of it."""
+        """[B, H, W, D] to [B, H, W, out_dim], or to the cells ``box`` of it."""
         qkv = self.qkv(x).unflatten(-1, (3, NUM_HEADS, self.padded_dim))
         query, key, value = qkv.unbind(3)
+        if self.position in ("rope", "xpos"):
+            decay = self.position == "xpos"
+            query, key = rotate(query, 1 if decay else 0), rotate(key, -1 if decay else 0)
         out = local_attention(
             query,
             key,
@@ -125,7 +180,9 @@ class LocalSelfAttention(nn.Module):
         return self.proj((out if box is None else box.cut_channels_last(out)).flatten(3))
 
     def extra_repr(self) -> str:
-        return f"window={self.window}, head_dim={self.head_dim}, padded_dim={self.padded_dim}"
+        return (
+            f"window={self.window}, head_dim={self.head_dim}, padded_dim={self.padded_dim}, position={self.position!r}"
+        )
 
 
 class SwiGLU(nn.Module):
@@ -160,3 +217,35 @@ def distance_bias(window: int) -> Tensor:
     slopes = 2.0 ** -(torch.arange(NUM_HEADS) // 2 + 1).float()
     by_row, by_col = offset[:, None].expand(window, window), offset[None].expand(window, window)
     return torch.stack([-slope * (by_col if head % 2 else by_row) for head, slope in enumerate(slopes)])
+
+
+def rotate(x: Tensor, decay: int = 0) -> Tensor:
+    """Turn queries or keys [B, H, W, N, P] by their place, so that products of two depend on their distance only.
+
+    The N * P channels are taken together: the first half turns with the row, the second with the column, neighbouring
+    channels are pairs, frequencies fall from 1 to 1 / 50000.
+
+    Args:
+        decay: xPos: 1 for queries and -1 for keys makes products of distant ones fade on one side and grow on the
+            other; 0 for none.
+    """
+    by_row, by_col = x.flatten(3).float().chunk(2, -1)
+    by_row = _rotate_along(by_row.transpose(1, 2), decay).transpose(1, 2)
+    turned = torch.cat([by_row, _rotate_along(by_col, decay)], -1)
+    return turned.to(x.dtype).unflatten(3, x.shape[3:])
+
+
+def _rotate_along(x: Tensor, decay: int) -> Tensor:
+    """[..., L, E], E even: turned by the place along L, counted from the middle, where xPos neither fades nor grows."""
+    length, channels = x.shape[-2:]
+    place = torch.arange(length, device=x.device) - length // 2
+    share = torch.arange(0, channels, 2, device=x.device) / channels
+    angle = place[:, None] * ROPE_BASE**-share
+    gain = ((share + 0.4) / 1.4) ** (decay * place[:, None] / XPOS_BASE)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = gain * angle.cos(), gain * angle.sin()
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
+
+
+def _gated(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else scale * x

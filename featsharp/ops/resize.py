@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featsharp.errors import InputError
-from featsharp.ops.boxes import Box
+from featsharp.ops.boxes import Box, whole
 from featsharp.ops.peak import register_scratch
 
 
@@ -40,26 +40,49 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(full, size, mode="bilinear", align_corners=False, antialias=True).to(x.dtype)
 
 
-def enlarge(x: Tensor, factor: int, box: Box) -> Tensor:
-    """The cells ``box`` of ``x`` [B, C, h, w] enlarged bilinearly by a whole factor: [B, C, *box.size].
+def enlarge(x: Tensor, size: tuple[int, int], box: Box) -> Tensor:
+    """The cells ``box`` of ``resize(x, size)``, up to rounding, for a ``size`` not below that of ``x`` [B, C, h, w].
 
-    Equal to those cells of :func:`resize` up to rounding; looks only at what they depend on.
+    Looks only at what they depend on.
     """
-    return _enlarge_axis(_enlarge_axis(x, factor, box.top, box.bottom, 2), factor, box.left, box.right, 3)
+    return enlarge_piece(x, whole(size_of(x)), size_of(x), size, box)
 
 
-def source_box(box: Box, factor: int, size: tuple[int, int]) -> Box:
-    """The cells of a map of ``size`` (h, w) that the cells ``box`` of the enlarged one depend on."""
-    inner = Box(box.top // factor, (box.bottom - 1) // factor + 1, box.left // factor, (box.right - 1) // factor + 1)
-    return inner.grow(1, size)
+def enlarge_piece(x: Tensor, piece: Box, source_size: tuple[int, int], size: tuple[int, int], box: Box) -> Tensor:
+    """:func:`enlarge` of a map of which only a piece is there.
+
+    Args:
+        x: [B, C, *piece.size], the cells ``piece`` of a map of ``source_size`` (h, w).
+        piece: At least :func:`source_box` of ``box``.
+        size: (H, W) of the whole enlarged map.
+        box: Cells of it.
+
+    Returns:
+        [B, C, *box.size].
+    """
+    x = _enlarge_axis(x, piece.top, source_size[0], size[0], box.top, box.bottom, 2)
+    return _enlarge_axis(x, piece.left, source_size[1], size[1], box.left, box.right, 3)
 
 
-def _enlarge_axis(x: Tensor, factor: int, start: int, stop: int, dim: int) -> Tensor:
-    position = ((torch.arange(start, stop, device=x.device) + 0.5) / factor - 0.5).clamp(min=0)
-    before = position.long().clamp(max=x.shape[dim] - 1)
-    after = (before + 1).clamp(max=x.shape[dim] - 1)
+def source_box(box: Box, source_size: tuple[int, int], size: tuple[int, int]) -> Box:
+    """The cells of a map of ``source_size`` that the cells ``box`` of it, enlarged to ``size``, depend on."""
+    (h, w), (height, width) = source_size, size
+    inner = Box(
+        box.top * h // height,
+        (box.bottom * h - 1) // height + 1,
+        box.left * w // width,
+        (box.right * w - 1) // width + 1,
+    )
+    return inner.grow(1, source_size)
+
+
+def _enlarge_axis(x: Tensor, first: int, source: int, target: int, start: int, stop: int, dim: int) -> Tensor:
+    """Along one axis: the cells start..stop of a line of ``source`` cells, of which ``x`` has those from ``first``."""
+    position = ((torch.arange(start, stop, device=x.device) + 0.5) * (source / target) - 0.5).clamp(min=0)
+    before = position.long().clamp(max=source - 1)
+    after = (before + 1).clamp(max=source - 1)
     share = (position - before).to(x.dtype).unflatten(0, (-1, *(3 - dim) * [1]))
-    return torch.lerp(x.index_select(dim, before), x.index_select(dim, after), share)
+    return torch.lerp(x.index_select(dim, before - first), x.index_select(dim, after - first), share)
 
 
 def _antialias_scratch(x: Tensor, size: list[int], *rest: object) -> int:

@@ -63,8 +63,8 @@ def add_windows(out: Tensor, windows: Tensor, starts: tuple[list[int], list[int]
         starts: Of all windows.
     """
     height, width = size_of(windows)
-    shares_y = _shares(starts[0], height, out.shape[2]).to(windows)
-    shares_x = _shares(starts[1], width, out.shape[3]).to(windows)
+    shares_y = _shares(starts[0], height, out.shape[2], windows)
+    shares_x = _shares(starts[1], width, out.shape[3], windows)
     for number, window in enumerate(windows.unbind(1), first):
         i, j = divmod(number, len(starts[1]))
         y, x = starts[0][i], starts[1][j]
@@ -72,10 +72,11 @@ def add_windows(out: Tensor, windows: Tensor, starts: tuple[list[int], list[int]
         out[..., y : y + height, x : x + width] += weighted.to(out.device)
 
 
-def _shares(starts: list[int], window: int, length: int) -> Tensor:
+def _shares(starts: list[int], window: int, length: int, like: Tensor) -> Tensor:
     """Along one axis: the weight of each window's cells, [windows, window]; those on one cell of the map sum to one."""
-    ramp = torch.minimum(torch.arange(1, window + 1), torch.arange(window, 0, -1)).double()
+    rising = torch.arange(1, window + 1, device=like.device)
+    ramp = torch.minimum(rising, rising.flip(0)).to(torch.promote_types(like.dtype, torch.float32))
     total = ramp.new_zeros(length)
     for start in starts:
         total[start : start + window] += ramp
-    return torch.stack([ramp / total[start : start + window] for start in starts])
+    return torch.stack([ramp / total[start : start + window] for start in starts]).to(like.dtype)

@@ -2,31 +2,37 @@
 
 An upsampler sees an image and a function ``encode`` that turns whitened images into normalised, de-biased backbone
 features; it never sees a backbone. *Guided* upsamplers need one pass of ``encode`` and the image; *re-encoding* ones
-call it again on tiles.
+call it again, on tiles or on a larger image.
 
 Convention:
-    ``low_res`` is [B, C, h, w] and ``high_res`` [B, C, factor * h, factor * w]; both cover exactly the whole image, so
-    cell (y, x) of an (h, w) map is centred at pixel ``((y + 0.5) * H / h, (x + 0.5) * W / w)`` of an H x W image.
+    ``low_res`` is [B, C, h, w] and ``high_res`` [B, C, H, W]; both cover exactly the whole image, so cell (y, x) of an
+    (h, w) map is centred at pixel ``((y + 0.5) * height / h, (x + 0.5) * width / w)`` of the image.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from featsharp.errors import ConfigError
+from featsharp.errors import ConfigError, InputError
 from featsharp.ops.boxes import Box
-from featsharp.ops.resize import resize
+from featsharp.ops.resize import resize, size_of
 
-# [N, 3, h*p, w*p] whitened -> (features [N, C, h, w], summary [N, C_s] or None)
-Encode = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+# Which gains the mathematics of a method allows.
+Factors = Literal["any", "whole", "powers of two", "one"]
+
+
+class Encode(Protocol):
+    """[N, 3, h*p, w*p] whitened -> (features [N, C, h, w], summary [N, C_s] or None)."""
+
+    def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor | None]: ...
 
 
 class UpsampleFeatures(NamedTuple):
     """What a sharp encoder returns; the summary is the backbone's own, from the low-resolution pass."""
 
     low_res: Tensor  # [B, C, h, w]
-    high_res: Tensor  # [B, C, factor * h, factor * w]
+    high_res: Tensor  # [B, C, H, W]: factor * h, factor * w, or the size asked for
     summary: Tensor | None = None  # [B, C_s]
 
 
@@ -35,82 +41,200 @@ class Upsampler(nn.Module):
 
     Attributes:
         embed_dim: Channels C of the features.
-        factor: Gain f in each direction.
+        factor: Gain f in each direction, an int where it is whole.
+        factors: Gains that the method allows: "any" from 1 upwards (and any output size), "whole", "powers of two" or
+            "one".
         input_upsample_factor: How much larger than the low-resolution pass the image should be to be of use: f for
-            upsamplers that look at tiles, 1 for guided ones.
+            upsamplers that look at tiles or larger images, 1 for guided ones.
         trainable: Whether there is anything to learn.
         needs: What the upsampler uses besides features, for ``featsharp ls upsamplers``.
+        keeps_space: Whether the result stays in the feature space of the backbone, so that a head trained on
+            low-resolution features goes on working: "yes" where it is made of weighted means of features, "nearly"
+            where something learned is added, "no" where it is regressed.
+        paper: Where the method comes from.
+        num_maps: Maps of C channels that the result holds, one after the other on the channel axis.
+        function_options: Options that may name code to be imported, as "module:function".
+        window: Side in cells of the largest window that the method looks through; None without one.
         by_parts: Whether ``upsample_part`` is implemented (``prepare`` where needed, ``write_tiles`` with tiles),
             so that a map can be made piece by piece where memory is scarce (:mod:`featsharp.upsamplers.bounded`).
         halo: How many cells of the tile map around its own, in each direction, a cell of the result depends on; None
             for an upsampler that looks at no tiles.
     """
 
+    factors: Factors = "any"
     trainable: bool = False
     needs: str = "image"
+    keeps_space: Literal["yes", "nearly", "no"] = "yes"
+    paper: str = ""
+    num_maps: int = 1
+    function_options: tuple[str, ...] = ()
+    window: int | None = None
     by_parts: bool = False
     halo: int | None = None
 
-    def __init__(self, embed_dim: int, factor: int) -> None:
+    def __init__(self, embed_dim: int, factor: float) -> None:
         super().__init__()
-        if not isinstance(factor, int) or factor < 1:
-            raise ConfigError(f"the upsampling factor must be a whole number of at least 1; got {factor!r}")
         self.embed_dim = embed_dim
-        self.factor = factor
+        self.factor = check_factor(factor, self.factors, type(self).__name__)
 
     @property
-    def input_upsample_factor(self) -> int:
+    def input_upsample_factor(self) -> float:
         return 1
 
-    def forward(self, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> UpsampleFeatures:
+    def forward(
+        self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
+    ) -> UpsampleFeatures:
         """Sharpen what ``encode`` says about an image.
 
         Args:
-            image: [B, 3, H, W], whitened, any size.
-            encode: See :data:`Encode`.
+            image: [B, 3, height, width], whitened, any size.
+            encode: See :class:`Encode`.
             low_res_size: (h, w) in pixels of the low-resolution pass, a size that the backbone takes.
+            output_size: (H, W) of the result in cells; None: ``factor`` times the low-resolution grid.
         """
         raise NotImplementedError
 
     def write_tiles(
-        self, out: Tensor, image: Tensor, encode: Encode, low_res_size: tuple[int, int], max_tile_batch: int
+        self,
+        out: Tensor,
+        image: Tensor,
+        encode: Encode,
+        low_res_size: tuple[int, int],
+        grid: tuple[int, int],
+        max_tile_batch: int,
     ) -> None:
-        """Encode the tiles of one image, at most ``max_tile_batch`` at a time, into the map ``out`` [1, C, fh, fw]."""
+        """Encode the tiles of one image, at most ``max_tile_batch`` at a time, into the map ``out`` [1, C, H, W].
+
+        ``grid`` is the (h, w) of the low-resolution map.
+        """
         raise NotImplementedError
 
-    def prepare(self, low_res: Tensor, image: Tensor) -> Any:
-        """What all parts need from the image, made once and held: nothing, or tensors in lists, tuples or dicts."""
+    def prepare(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> Any:
+        """What all parts of a map of ``size`` need, made once: nothing, or tensors in lists, tuples or dicts."""
         return None
 
-    def upsample_part(self, low_res: Tensor, guide: Any, tiles: Tensor | None, box: Box) -> Tensor:
-        """The cells ``box`` of the result, as :meth:`forward` computes them: [B, C, *box.size].
+    def upsample_part(
+        self, low_res: Tensor, guide: Any, tiles: Tensor | None, box: Box, size: tuple[int, int]
+    ) -> Tensor:
+        """The cells ``box`` of a result of ``size`` (H, W), as :meth:`forward` computes them: [B, C, *box.size].
 
         Args:
             low_res: [B, C, h, w].
             guide: From :meth:`prepare`.
             tiles: The tile map of ``box`` and ``halo`` cells around it, as far as they exist; None without tiles.
             box: Cells of the high-resolution map.
+            size: (H, W) of the whole map.
         """
         raise NotImplementedError
 
-    def high_res_grid(self, features: Tensor) -> tuple[int, int]:
-        """(h, w) of the output for low-resolution features."""
-        return features.shape[-2] * self.factor, features.shape[-1] * self.factor
+    def high_res_grid(self, features: Tensor, output_size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(H, W) of the output for low-resolution features [B, C, h, w].
+
+        Raises:
+            InputError: For an ``output_size`` that the method cannot make of them; it names the nearest valid one.
+        """
+        grid = size_of(features)
+        natural = scale_length(grid[0], self.factor), scale_length(grid[1], self.factor)
+        if output_size is None:
+            return natural
+        height, width = output_size
+        name = type(self).__name__
+        if self.factors != "any" and (height, width) != natural:
+            raise InputError(
+                f"{name} makes {natural[0]}x{natural[1]} of a {grid[0]}x{grid[1]} grid (factor {self.factor}, and no "
+                f"other size); got output_size={height}x{width}. Resize the result, or take another method"
+            )
+        if height < grid[0] or width < grid[1]:
+            raise InputError(
+                f"an upsampler cannot make less than the {grid[0]}x{grid[1]} grid that it is given; got output_size="
+                f"{height}x{width}, the nearest is {max(height, grid[0])}x{max(width, grid[1])}"
+            )
+        return height, width
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, factor={self.factor}"
 
 
 class GuidedUpsampler(Upsampler):
-    """An upsampler that needs the low-resolution features and the image only; subclasses implement ``upsample``."""
+    """An upsampler that needs the low-resolution features and the image only; subclasses implement ``upsample_to``."""
 
-    def forward(self, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> UpsampleFeatures:
+    def forward(
+        self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
+    ) -> UpsampleFeatures:
         low_res, summary = encode(resize(image, low_res_size))
-        return UpsampleFeatures(low_res, self.upsample(low_res, image), summary)
+        return UpsampleFeatures(low_res, self.upsample(low_res, image, output_size), summary)
 
-    def upsample(self, features: Tensor, image: Tensor) -> Tensor:
-        """Features [B, C, h, w] and an image of any size [B, 3, H, W] to [B, C, factor * h, factor * w]."""
+    def upsample(self, features: Tensor, image: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        """Sharpen features that are there already.
+
+        Args:
+            features: [B, C, h, w].
+            image: [B, 3, height, width], whitened, any size; what the features were made of.
+            output_size: (H, W); None: ``factor`` times the grid of the features.
+
+        Returns:
+            [B, C, H, W] in the dtype of the features.
+
+        Raises:
+            InputError: When features and image do not belong together, or the size cannot be made.
+        """
+        if features.ndim != 4 or features.shape[1] != self.embed_dim or 0 in features.shape[1:]:
+            raise InputError(
+                f"this {type(self).__name__} takes features [B, {self.embed_dim}, h, w]; got {tuple(features.shape)}"
+            )
+        if image.ndim != 4 or image.shape[1] != 3 or len(image) != len(features) or 0 in image.shape[2:]:
+            raise InputError(
+                f"the image must be [B, 3, height, width] with the batch of the features, {len(features)}; got "
+                f"{tuple(image.shape)}"
+            )
+        return self.upsample_to(features, image, self.high_res_grid(features, output_size))
+
+    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Features [B, C, h, w] and an image of any size [B, 3, height, width] to [B, C, *size]."""
         raise NotImplementedError
+
+
+def check_factor(factor: float, allowed: Factors, name: str) -> float:
+    """``factor``, as an int where it is whole; raises ConfigError, with the nearest that works, for one that does not.
+
+    Args:
+        allowed: See :attr:`Upsampler.factors`.
+        name: Of the method, for the message.
+    """
+    number = isinstance(factor, int | float) and not isinstance(factor, bool) and math.isfinite(factor)
+    if not number or factor < 1:
+        raise ConfigError(f"the upsampling factor must be a number of at least 1; got {factor!r}")
+    lower = {
+        "any": factor,
+        "whole": math.floor(factor),
+        "powers of two": 2 ** int(math.log2(factor)),
+        "one": 1,
+    }[allowed]
+    if factor == lower:
+        return int(factor) if factor == int(factor) else float(factor)
+    if allowed == "one":
+        raise ConfigError(f"{name} has factor 1; got {factor}. Use 'bilinear' for an untrained factor {factor}")
+    higher = lower + 1 if allowed == "whole" else 2 * lower
+    raise ConfigError(f"{name} takes factors that are {allowed}; got {factor}, use {lower} or {higher}")
+
+
+def scale_length(length: int, factor: float) -> int:
+    """Halves are rounded up: 1.5 times 3 cells are 5."""
+    return math.floor(length * factor + 0.5)
+
+
+def level_factors(factor: float) -> list[int]:
+    """Gains of the levels of a stack: the prime factors, ascending, of the factor or of the next whole number."""
+    return prime_factors(math.ceil(factor))
+
+
+def level_sizes(grid: tuple[int, int], factors: list[int], size: tuple[int, int]) -> list[tuple[int, int]]:
+    """The grid after each level: whole multiples, the last one ``size``, none larger than that."""
+    sizes, gain = [], 1
+    for factor in factors:
+        gain *= factor
+        sizes.append((min(grid[0] * gain, size[0]), min(grid[1] * gain, size[1])))
+    return [*sizes[:-1], size]
 
 
 def prime_factors(factor: int) -> list[int]:

@@ -42,14 +42,16 @@ def upsample_within(
     low_res_size: tuple[int, int],
     max_memory: int,
     *,
+    output_size: tuple[int, int] | None = None,
     finish: Callable[[Tensor], Tensor] = lambda features: features,
     allocate: Allocate = allocate_beside,
 ) -> UpsampleFeatures:
-    """What ``upsampler(image, encode, low_res_size)`` returns, up to rounding, without gradients.
+    """What ``upsampler(image, encode, low_res_size, output_size)`` returns, up to rounding, without gradients.
 
     Args:
         image: [B, 3, H, W], B >= 1; processed one by one.
         max_memory: Bytes that may be taken beside weights, inputs and results.
+        output_size: (H, W) of the result in cells; None: by the factor.
         finish: Applied to both maps: [B, C, h, w] to the same shape, every cell on its own.
         allocate: Makes the high-resolution map, for example in a file.
 
@@ -67,7 +69,7 @@ def upsample_within(
     if not len(image):
         raise InputError("max_memory needs at least one image; got an empty batch")
     with return_freed_memory():
-        return _upsample_within(upsampler, image, encode, low_res_size, max_memory, finish, allocate)
+        return _upsample_within(upsampler, image, encode, low_res_size, output_size, max_memory, finish, allocate)
 
 
 def _upsample_within(
@@ -75,25 +77,26 @@ def _upsample_within(
     image: Tensor,
     encode: Encode,
     low_res_size: tuple[int, int],
+    output_size: tuple[int, int] | None,
     max_memory: int,
     finish: Callable[[Tensor], Tensor],
     allocate: Allocate,
 ) -> UpsampleFeatures:
     with PeakMeter() as meter:
         features, summary = encode(resize(image[:1], low_res_size))
-    plan = _plan(upsampler, features, image, low_res_size, meter.peak, max_memory, finish)
+    grid, size = size_of(features), upsampler.high_res_grid(features, output_size)
+    plan = _plan(upsampler, features, image, low_res_size, size, meter.peak, max_memory, finish)
     low_res, summaries = [features], [summary]
     for i in range(1, len(image)):
         features, summary = encode(resize(image[i : i + 1], low_res_size))
         low_res.append(features)
         summaries.append(summary)
     finished = torch.cat([finish(features) for features in low_res])
-    shape = (*finished.shape[:2], *upsampler.high_res_grid(finished))
-    out = allocate(finished, shape, plan.dtype)
+    out = allocate(finished, (*finished.shape[:2], *size), plan.dtype)
     for i, features in enumerate(low_res):
         one, target = image[i : i + 1], out[i : i + 1]
         if upsampler.halo is not None:
-            upsampler.write_tiles(target, one, encode, low_res_size, plan.tile_batch)
+            upsampler.write_tiles(target, one, encode, low_res_size, grid, plan.tile_batch)
         _upsample_parts(upsampler, features, one, target, plan.part, finish)
     found = [summary for summary in summaries if summary is not None]
     return UpsampleFeatures(finished, out, torch.cat(found) if found else None)
@@ -111,15 +114,16 @@ def _plan(
     low_res: Tensor,
     images: Tensor,
     low_res_size: tuple[int, int],
+    size: tuple[int, int],
     pass_bytes: int,
     max_memory: int,
     finish: Callable[[Tensor], Tensor],
 ) -> _Plan:
-    size = upsampler.high_res_grid(low_res)
     # Low-resolution features of all images, and once more while they are put together.
     held = 2 * len(images) * low_res.nbytes
     large_bytes = 0  # the image that tiles are cut from, where it has to be resized
-    large = upsampler.factor * low_res_size[0], upsampler.factor * low_res_size[1]
+    height, width = size_of(low_res)
+    large = size[0] * (low_res_size[0] // height), size[1] * (low_res_size[1] // width)
     if upsampler.halo is not None and size_of(images) != large:
         large_bytes = images.shape[1] * large[0] * large[1] * images.element_size()
     held_for_passes = held + large_bytes
@@ -127,7 +131,7 @@ def _plan(
     available = int((1 - UNSEEN_SHARE) * max_memory) - UNSEEN_BYTES
     for side in PART_SIDES:
         part = _even_share(size[0], side), _even_share(size[1], side)
-        part_bytes, result = predict(_prepare_and_make_part, upsampler, finish, low_res, images[:1], part)
+        part_bytes, result = predict(_prepare_and_make_part, upsampler, finish, low_res, images[:1], size, part)
         part_bytes += held
         if part_bytes <= available:
             break
@@ -153,13 +157,13 @@ def _prepare_and_make_part(
     finish: Callable[[Tensor], Tensor],
     low_res: Tensor,
     image: Tensor,
+    size: tuple[int, int],
     part: tuple[int, int],
 ) -> Tensor:
     """All that lives while a part in the middle of the map is made."""
-    size = upsampler.high_res_grid(low_res)
     top, left = (size[0] - part[0]) // 2, (size[1] - part[1]) // 2
     box = Box(top, top + part[0], left, left + part[1])
-    guide = upsampler.prepare(low_res, image)
+    guide = upsampler.prepare(low_res, image, size)
     tiles = kept = None
     if upsampler.halo is not None:
         # What _KeptTiles holds: two times the rows above, and the columns to the left.
@@ -168,7 +172,7 @@ def _prepare_and_make_part(
         below = low_res.new_empty(1, upsampler.embed_dim, *seen)
         tiles = torch.cat([below])
         del below
-    result = finish(upsampler.upsample_part(low_res, guide, tiles, box))
+    result = finish(upsampler.upsample_part(low_res, guide, tiles, box, size))
     del tiles, kept
     return result
 
@@ -182,14 +186,14 @@ def _upsample_parts(
     finish: Callable[[Tensor], Tensor],
 ) -> None:
     """Turn ``out`` from the tile map, where there is one, into the result."""
-    guide: Any = upsampler.prepare(low_res, image)
     size = size_of(out)
+    guide: Any = upsampler.prepare(low_res, image, size)
     kept = None if upsampler.halo is None else _KeptTiles(out, upsampler.halo, low_res)
     for top in range(0, size[0], part[0]):
         for left in range(0, size[1], part[1]):
             box = Box(top, min(size[0], top + part[0]), left, min(size[1], left + part[1]))
             tiles = None if kept is None else kept.read(box)
-            box.cut(out).copy_(finish(upsampler.upsample_part(low_res, guide, tiles, box)))
+            box.cut(out).copy_(finish(upsampler.upsample_part(low_res, guide, tiles, box, size)))
 
 
 class _KeptTiles:

@@ -10,7 +10,8 @@ slowly, because tiles only enter through gates that have to open first. Our defa
 of all maps, mostly the first one, in the place of the first map; the paper's own path is behind ``start="published"``.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,18 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featsharp.errors import ConfigError, unknown_name
-from featsharp.layers.local_block import LocalBlock
+from featsharp.layers.local_block import LinearBlock, LocalBlock, Position
 from featsharp.ops.boxes import Box, whole
 from featsharp.ops.resize import resize, size_of
-from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler
+from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler, level_factors
 from featsharp.upsamplers.featup import FeatUp
 from featsharp.upsamplers.interpolate import Bilinear
 from featsharp.upsamplers.jafar import JAFAR
 from featsharp.upsamplers.registration import register_upsampler
-from featsharp.upsamplers.tile import encode_tiles, write_tiles
+from featsharp.upsamplers.resfu import ReSFU
+from featsharp.upsamplers.tile import check_tile_batch, encode_tiles, tile_map, write_tiles
 
 # Maps computed from the low-resolution features and the image; "tiles" comes beside them.
-GUIDED_INPUTS = ("jbu", "jafar", "bilinear")
+GUIDED_INPUTS = ("jbu", "jafar", "resfu", "bilinear", "rgb")
+INPUTS = (*GUIDED_INPUTS, "tiles")
+# Channels of the colour input.
+RGB_DIM = 16
 # Gates of the block at the start.
 LAYER_SCALE = {"published": 1e-6, "mix": 0.1}
 # Part of the tiles in the mixed residual path at the start; 0.3 had the best fidelity of the untrained mixes.
@@ -45,28 +50,42 @@ class FeatSharp(Upsampler):
 
     Args:
         embed_dim: Channels C, a multiple of 8.
-        factor: f; the backbone runs 1 + f^2 times per image.
-        inputs: Maps to fuse, from "jbu", "jafar", "bilinear" and "tiles"; the first one is the residual path. The paper
-            has JBU and tiles; the published configurations have JAFAR and tiles.
+        factor: f; the backbone runs 1 + f^2 times per image (f rounded up).
+        inputs: Maps to fuse, from "jbu", "jafar", "resfu", "bilinear", "rgb" (16 channels) and "tiles"; the first is
+            the residual path and must have C channels. The paper has JBU and tiles, the default; the published
+            configurations have JAFAR and tiles.
         window: Side of the attention window, odd.
+        attention, ffn: Parts of the block; without both it is one linear layer (which the published code meant to have
+            but cannot build).
         layer_norm: Whether the block normalises its inputs; off in the published configurations.
+        position: "alibi" (a bias on scores, falling with the distance), "rope" or "xpos" (rotary embeddings, options of
+            the published code that no published configuration uses) or "none".
         widths: "lean" (exact head dim, SwiGLU of 4 C) or "published" (padded head dim, SwiGLU of 8 C).
         start: "mix" starts close to 0.7 of the bilinear map and 0.3 of the tiles, with a linear mix in the residual
-            path and open gates; "published" starts with a broad JBU blur, no mix, and gates at 1e-6.
+            path and open gates; "published" starts with a broad JBU blur, no mix, and gates at 1e-6 (none where
+            attention or SwiGLU is missing).
         max_tile_batch: Most images given to the backbone at once; None: all of them.
+
+    Raises:
+        ConfigError: For channels, inputs or options that do not go together.
     """
 
     trainable = True
     needs = "image, tiles"
+    keeps_space = "nearly"
+    paper = "FeatSharp, arXiv 2502.16025"
 
     def __init__(
         self,
         embed_dim: int,
-        factor: int,
+        factor: float,
         *,
         inputs: Sequence[str] = ("jbu", "tiles"),
         window: int = 7,
+        attention: bool = True,
+        ffn: bool = True,
         layer_norm: bool = True,
+        position: Position = "alibi",
         widths: Widths = "lean",
         start: Start = "mix",
         max_tile_batch: int | None = None,
@@ -77,99 +96,247 @@ class FeatSharp(Upsampler):
         if start not in LAYER_SCALE:
             raise ConfigError(f"unknown start {start!r}; use {' or '.join(map(repr, LAYER_SCALE))}")
         if embed_dim % 8:
-            raise ConfigError(f"FeatSharp needs a multiple of 8 channels; this backbone has {embed_dim}")
-        self.inputs = tuple(inputs)
-        self.max_tile_batch = max_tile_batch
-        self.branches = nn.ModuleDict()
-        for name in self.inputs:
-            if name == "jbu":
-                self.branches[name] = FeatUp(
-                    embed_dim, factor, start="published" if start == "published" else "bilinear"
-                )
-            elif name == "jafar":
-                self.branches[name] = JAFAR(embed_dim, factor)
-            elif name == "bilinear":
-                self.branches[name] = Bilinear(embed_dim, factor)
-            elif name != "tiles":
-                raise unknown_name("FeatSharp input", name, [*GUIDED_INPUTS, "tiles"])
-        if not self.inputs or len(set(self.inputs)) != len(self.inputs):
-            raise ConfigError(f"the inputs of FeatSharp must be one or more different maps; got {list(self.inputs)}")
-        # One vector per tile of the image: a tile may learn where it was cut out.
-        self.tile_position = nn.Parameter(torch.zeros(1, embed_dim, factor, factor)) if "tiles" in self.inputs else None
-        self.mix = nn.Parameter(self._start_mix()) if start == "mix" else None
-        self.block = LocalBlock(
-            embed_dim * len(self.inputs),
-            embed_dim,
-            window=window,
-            layer_norm=layer_norm,
-            published_widths=widths == "published",
-            layer_scale=LAYER_SCALE[start],
+            raise ConfigError(
+                f"FeatSharp needs a multiple of 8 channels; this backbone has {embed_dim}, the nearest that works is "
+                f"{max(8, 8 * round(embed_dim / 8))}"
+            )
+        self.inputs = _check_inputs(inputs)
+        self.window = window if attention else None
+        self.max_tile_batch = check_tile_batch(max_tile_batch)
+        self.branches = nn.ModuleDict(
+            {name: _branch(name, embed_dim, factor, start) for name in self.inputs if name != "tiles"}
         )
+        # One vector per tile of the image: a tile may learn where it was cut out.
+        tiles = math.ceil(factor)
+        self.tile_position = nn.Parameter(torch.zeros(1, embed_dim, tiles, tiles)) if "tiles" in self.inputs else None
+        dims = {name: RGB_DIM if name == "rgb" else embed_dim for name in self.inputs}
+        in_dim = sum(dims.values())
+        self.mix: nn.Parameter | None = None
+        self.block: LocalBlock | LinearBlock
+        if attention or ffn:
+            self.mix = nn.Parameter(_start_mix(dims)) if start == "mix" else None
+            self.block = LocalBlock(
+                in_dim,
+                embed_dim,
+                window=window,
+                layer_norm=layer_norm,
+                published_widths=widths == "published",
+                attention=attention,
+                mlp=ffn,
+                position=position,
+                layer_scale=None if start == "published" and not (attention and ffn) else LAYER_SCALE[start],
+            )
+        else:
+            self.block = LinearBlock(in_dim, embed_dim)
+            if start == "mix":
+                nn.init.zeros_(self.block.bias)
+                self.block.weight.data.copy_(_start_mix(dims))
         self.by_parts = all(branch.by_parts for branch in self.branches.values())
         self.halo = self.block.halo if "tiles" in self.inputs else None
 
     @property
-    def input_upsample_factor(self) -> int:
+    def input_upsample_factor(self) -> float:
         return self.factor if "tiles" in self.inputs else 1
 
-    def forward(self, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> UpsampleFeatures:
-        maps: dict[str, Tensor] = {}
-        if self.tile_position is not None:
+    def forward(
+        self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
+    ) -> UpsampleFeatures:
+        tiles = None
+        if "tiles" in self.inputs:
             low_res, tiles, summary = encode_tiles(
-                image, encode, low_res_size, self.factor, max_tile_batch=self.max_tile_batch
+                self, image, encode, low_res_size, output_size, max_tile_batch=self.max_tile_batch
             )
-            maps["tiles"] = tiles + self._tile_positions(low_res, whole(size_of(tiles))).to(tiles.dtype)
         else:
             low_res, summary = encode(resize(image, low_res_size))
-        for name, branch in self.branches.items():
-            assert isinstance(branch, GuidedUpsampler)
-            maps[name] = branch.upsample(low_res, image)
-        return UpsampleFeatures(low_res, self.block(self._stack(maps)).permute(0, 3, 1, 2), summary)
+        size = self.high_res_grid(low_res, output_size)
+        return UpsampleFeatures(low_res, self.fuse(low_res, image, tiles, size), summary)
+
+    def fuse(self, low_res: Tensor, image: Tensor, tiles: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """What comes after the backbone.
+
+        Args:
+            low_res: [B, C, h, w].
+            image: [B, 3, height, width], any size.
+            tiles: The tile map [B, C, *size]; None where "tiles" is no input.
+            size: (H, W) of the result.
+
+        Returns:
+            [B, C, H, W].
+        """
+        maps = {name: branch.upsample(low_res, image, size) for name, branch in self._branches()}
+        if tiles is not None:
+            maps["tiles"] = tiles + self._tile_positions(whole(size), size).to(tiles.dtype)
+        return self.block(self._stack(maps)).permute(0, 3, 1, 2)
 
     def write_tiles(
-        self, out: Tensor, image: Tensor, encode: Encode, low_res_size: tuple[int, int], max_tile_batch: int
+        self,
+        out: Tensor,
+        image: Tensor,
+        encode: Encode,
+        low_res_size: tuple[int, int],
+        grid: tuple[int, int],
+        max_tile_batch: int,
     ) -> None:
-        write_tiles(out, image, encode, low_res_size, self.factor, max_tile_batch=max_tile_batch)
+        write_tiles(out, image, encode, low_res_size, grid, max_tile_batch=max_tile_batch)
 
-    def prepare(self, low_res: Tensor, image: Tensor) -> dict[str, Any]:
-        guides = {}
-        for name, branch in self.branches.items():
-            assert isinstance(branch, GuidedUpsampler)
-            guides[name] = branch.prepare(low_res, image)
-        return guides
+    def prepare(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> dict[str, Any]:
+        return {name: branch.prepare(low_res, image, size) for name, branch in self._branches()}
 
-    def upsample_part(self, low_res: Tensor, guide: dict[str, Any], tiles: Tensor | None, box: Box) -> Tensor:
-        seen = box.grow(self.block.halo, self.high_res_grid(low_res))
-        maps: dict[str, Tensor] = {}
-        for name, branch in self.branches.items():
-            assert isinstance(branch, GuidedUpsampler)
-            maps[name] = branch.upsample_part(low_res, guide[name], None, seen)
+    def upsample_part(
+        self, low_res: Tensor, guide: dict[str, Any], tiles: Tensor | None, box: Box, size: tuple[int, int]
+    ) -> Tensor:
+        seen = box.grow(self.block.halo, size)
+        maps = {name: branch.upsample_part(low_res, guide[name], None, seen, size) for name, branch in self._branches()}
         if tiles is not None:
-            maps["tiles"] = tiles + self._tile_positions(low_res, seen).to(tiles.dtype)
+            maps["tiles"] = tiles + self._tile_positions(seen, size).to(tiles.dtype)
         return self.block.part(self._stack(maps), box.relative_to(seen)).permute(0, 3, 1, 2)
 
+    def _branches(self) -> Iterator[tuple[str, GuidedUpsampler]]:
+        for name, branch in self.branches.items():
+            assert isinstance(branch, GuidedUpsampler)
+            yield name, branch
+
     def _stack(self, maps: dict[str, Tensor]) -> Tensor:
-        """What the block gets: [B, C, H, W] each to [B, H, W, D]."""
+        """What the block gets: [B, c, H, W] each to [B, H, W, D]."""
         stacked = torch.cat([maps[name] for name in self.inputs], 1).permute(0, 2, 3, 1)
         if self.mix is None:
             return stacked
         return torch.cat([F.linear(stacked, self.mix), stacked[..., self.embed_dim :]], -1)
 
-    def _start_mix(self) -> Tensor:
-        """[C, D]: the first map, with TILE_SHARE of it replaced by the tiles where both are inputs."""
-        share = dict.fromkeys(self.inputs, 0.0)
-        share[self.inputs[0]] = 1.0
-        if "tiles" in share and self.inputs[0] != "tiles":
-            share |= {self.inputs[0]: 1 - TILE_SHARE, "tiles": TILE_SHARE}
-        return torch.cat([share[name] * torch.eye(self.embed_dim) for name in self.inputs], 1)
-
-    def _tile_positions(self, low_res: Tensor, box: Box) -> Tensor:
+    def _tile_positions(self, box: Box, size: tuple[int, int]) -> Tensor:
         """The position vector of the tile that each cell of ``box`` lies in: [1, C, *box.size]."""
         assert self.tile_position is not None
-        height, width = size_of(low_res)
-        rows = torch.arange(box.top, box.bottom, device=low_res.device) // height
-        cols = torch.arange(box.left, box.right, device=low_res.device) // width
+        tiles = self.tile_position.shape[-1]
+        rows = torch.arange(box.top, box.bottom, device=self.tile_position.device) * tiles // size[0]
+        cols = torch.arange(box.left, box.right, device=self.tile_position.device) * tiles // size[1]
         return self.tile_position[:, :, rows[:, None], cols]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, inputs={self.inputs}"
+
+
+@register_upsampler(
+    "featsharp-progressive", "FeatSharp level by level, one per prime factor, with tiles at every scale"
+)
+class ProgressiveFeatSharp(Upsampler):
+    """A FeatSharp level per prime factor: each one sharpens what the one before made, and sees tiles of its own scale.
+
+    Factor 4 takes 1 + 4 + 16 passes through the backbone, 8 takes 85. The option ``prog`` of the published code.
+
+    Args:
+        embed_dim: Channels C, a multiple of 8.
+        factor: A whole number above 1; 4 is two levels.
+        max_tile_batch: Most images given to the backbone at once; None: all tiles of a scale.
+        inputs, window, attention, ffn, layer_norm, position, widths, start: Of every level; see :class:`FeatSharp`.
+    """
+
+    factors = "whole"
+    trainable = True
+    needs = "image, tiles"
+    keeps_space = "nearly"
+    paper = "FeatSharp, arXiv 2502.16025"
+
+    def __init__(
+        self,
+        embed_dim: int,
+        factor: float,
+        *,
+        inputs: Sequence[str] = ("jbu", "tiles"),
+        window: int = 7,
+        attention: bool = True,
+        ffn: bool = True,
+        layer_norm: bool = True,
+        position: Position = "alibi",
+        widths: Widths = "lean",
+        start: Start = "mix",
+        max_tile_batch: int | None = None,
+    ) -> None:
+        super().__init__(embed_dim, factor)
+        self.max_tile_batch = check_tile_batch(max_tile_batch)
+        self.levels = nn.ModuleList(
+            FeatSharp(
+                embed_dim,
+                gain,
+                inputs=inputs,
+                window=window,
+                attention=attention,
+                ffn=ffn,
+                layer_norm=layer_norm,
+                position=position,
+                widths=widths,
+                start=start,
+            )
+            for gain in level_factors(self.factor) or [1]
+        )
+
+    @property
+    def input_upsample_factor(self) -> float:
+        return self.factor
+
+    def forward(
+        self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
+    ) -> UpsampleFeatures:
+        low_res, summary = encode(resize(image, low_res_size))
+        self.high_res_grid(low_res, output_size)  # refuses another size
+        features = low_res
+        for level in self.levels:
+            assert isinstance(level, FeatSharp)
+            size = level.high_res_grid(features)
+            tiles = None
+            if level.tile_position is not None:
+                tiles = tile_map(
+                    image, encode, low_res_size, size_of(low_res), size, max_tile_batch=self.max_tile_batch
+                )
+            features = level.fuse(features, image, tiles, size)
+        return UpsampleFeatures(low_res, features, summary)
+
+
+class ColourMap(GuidedUpsampler):
+    """The input "rgb": the image at the grid of the result, projected to 16 channels."""
+
+    by_parts = True
+
+    def __init__(self, embed_dim: int, factor: float) -> None:
+        super().__init__(embed_dim, factor)
+        self.proj = nn.Conv2d(3, RGB_DIM, 1)
+
+    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.proj(resize(image, size)).to(features.dtype)
+
+    def prepare(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        return resize(image, size)
+
+    def upsample_part(
+        self, low_res: Tensor, guide: Tensor, tiles: Tensor | None, box: Box, size: tuple[int, int]
+    ) -> Tensor:
+        return self.proj(box.cut(guide)).to(low_res.dtype)
+
+
+def _check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
+    for name in inputs:
+        if name not in INPUTS:
+            raise unknown_name("FeatSharp input", name, INPUTS)
+    if not inputs or isinstance(inputs, str) or len(set(inputs)) != len(inputs):
+        raise ConfigError(f"the inputs of FeatSharp must be one or more different maps; got {list(inputs)}")
+    if inputs[0] == "rgb":
+        raise ConfigError("the first input of FeatSharp is its residual path and needs features; put 'rgb' behind it")
+    return tuple(inputs)
+
+
+def _branch(name: str, embed_dim: int, factor: float, start: Start) -> GuidedUpsampler:
+    """The guided upsampler that computes an input."""
+    if name == "jbu":
+        return FeatUp(embed_dim, factor, start="published" if start == "published" else "bilinear")
+    branches: dict[str, type[GuidedUpsampler]] = {
+        "jafar": JAFAR, "resfu": ReSFU, "bilinear": Bilinear, "rgb": ColourMap
+    }  # fmt: skip
+    return branches[name](embed_dim, factor)
+
+
+def _start_mix(dims: Mapping[str, int]) -> Tensor:
+    """[C, D] for maps of so many channels: the first, TILE_SHARE of it replaced by the tiles where both are there."""
+    first = next(iter(dims))
+    share = dict.fromkeys(dims, 0.0) | {first: 1.0}
+    if "tiles" in share and first != "tiles":
+        share |= {first: 1 - TILE_SHARE, "tiles": TILE_SHARE}
+    return torch.cat([share[name] * torch.eye(dims[first], channels) for name, channels in dims.items()], 1)

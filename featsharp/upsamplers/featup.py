@@ -6,7 +6,16 @@ FeatUp (arXiv 2403.10516). Per level, with keys k = MLP(guidance) and offsets p 
     out(i) = sum_p w_p(i) * bilinear(source)[i + p],                             borders mirrored
 
 which equals the published product of a range and a spatial kernel wherever that product's floor of 1e-7 is not active
-(always for |sigma| >= 0.249). The published scalars range_alpha and spatial_alpha cancel and are left out.
+(always for |sigma| >= 0.249). The scalars range_alpha and spatial_alpha of FeatSharp's copy cancel and are left out.
+
+FeatUp's own code has more than the paper says, and its published weights need it (``flavour="featup"``): the source is
+enlarged bicubically, a small network corrects the weights of every level, and a convolution the result.
+
+    w(i) <- w(i) + 0.1 M([w(i), guidance(i)])        49 weights first, then 3 channels; M per level, 49 outputs
+    out  <- out + 0.1 (A out + b)                    A [C, C], after the last level
+
+There the guidance of a level is the whole image under an adaptive average, also where the image is the smaller one, and
+the product of kernels is computed as published, floor and all.
 """
 
 from typing import Literal
@@ -14,12 +23,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from featsharp.errors import ConfigError
 from featsharp.ops.boxes import Box
 from featsharp.ops.local_attention import local_attention
-from featsharp.ops.resize import enlarge, resize, size_of, source_box
-from featsharp.upsamplers.base import GuidedUpsampler, prime_factors
+from featsharp.ops.local_filter import local_filter
+from featsharp.ops.resize import enlarge, enlarge_piece, resize, size_of, source_box
+from featsharp.ops.windows import border_cells
+from featsharp.upsamplers.base import GuidedUpsampler, level_factors, level_sizes
 from featsharp.upsamplers.registration import register_upsampler
 
 KEY_DIM = 32
@@ -30,55 +42,85 @@ MAX_LOG_TEMPERATURE = 9.21  # exp() of it is 1e4, the published clamp
 # map, "bilinear" puts 92 % of the weight on the centre and still has a gradient to widen or narrow.
 START_SIGMA = {"published": 1.0, "bilinear": 0.12}
 
+# What the fix-up networks of FeatUp's own flavour predict is added with this weight.
+FIXUP_SHARE = 0.1
+# The floor of the sum of the product of kernels.
+MIN_WEIGHT_SUM = 1e-7
+# Weights of FeatUp's own flavour that are held at once: 16 MiB in float32.
+MAX_BAND_WEIGHTS = 2**22
+
 Start = Literal["bilinear", "published"]
+Flavour = Literal["featsharp", "featup"]
 
 
 @register_upsampler("featup", "FeatUp: a stack of learned joint bilateral filters guided by the image")
 class FeatUp(GuidedUpsampler):
-    """One JBU level per prime factor of ``factor``, each with its own parameters.
+    """One JBU level per prime factor of ``factor`` (of the next whole number, for a fraction), each with its own
+    parameters; the last one filters at the size asked for.
 
     Args:
         embed_dim: Channels C.
         factor: Gain; 6 means a level of 2 and one of 3.
         start: "bilinear" starts close to the bilinear map, "published" as the authors' code does.
+        flavour: "featsharp" is the filter alone, as in the paper and in FeatSharp; "featup" has the fix-ups, dropout
+            and bicubic enlargement of FeatUp's own code, and is what its published weights are for. The first is the
+            default: its result is made of means of features and stays in their space.
+        final_fixup: Whether flavour "featup" ends with its C x C convolution, C^2 + C parameters.
     """
 
     trainable = True
     needs = "image"
+    paper = "FeatUp, arXiv 2403.10516"
     by_parts = True
 
-    def __init__(self, embed_dim: int, factor: int, *, start: Start = "bilinear") -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        factor: float,
+        *,
+        start: Start = "bilinear",
+        flavour: Flavour = "featsharp",
+        final_fixup: bool = True,
+    ) -> None:
         super().__init__(embed_dim, factor)
-        self.levels = nn.ModuleList(JBULevel(prime, start=start) for prime in prime_factors(factor))
+        if flavour not in ("featsharp", "featup"):
+            raise ConfigError(f"unknown flavour {flavour!r}; use 'featsharp' or 'featup'")
+        own = flavour == "featup"
+        level = FixedUpLevel if own else JBULevel
+        self.levels = nn.ModuleList(level(gain, start=start) for gain in level_factors(self.factor))
+        self.final_fixup = FinalFixup(embed_dim) if own and final_fixup else None
+        self.by_parts = not own
+        self.keeps_space = "nearly" if own else "yes"
 
-    def upsample(self, features: Tensor, image: Tensor) -> Tensor:
-        for level in self.levels:
-            features = level(features, image)
-        return features
+    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        for level, level_size in zip(self.levels, self._sizes(features, size), strict=True):
+            features = level(features, image, level_size)
+        out = resize(features, size)  # there already, unless there is no level
+        return out if self.final_fixup is None else self.final_fixup(out)
 
-    def prepare(self, low_res: Tensor, image: Tensor) -> list[Tensor]:
+    def prepare(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> list[Tensor]:
         """The guidance of every level: the image, averaged over the cells of its output."""
-        guides, size = [], size_of(low_res)
-        for level in self.levels:
-            assert isinstance(level, JBULevel)
-            size = size[0] * level.factor, size[1] * level.factor
-            guides.append(pool_guidance(image, size))
-        return guides
+        return [pool_guidance(image, level_size) for level_size in self._sizes(low_res, size)]
 
-    def upsample_part(self, low_res: Tensor, guide: list[Tensor], tiles: Tensor | None, box: Box) -> Tensor:
+    def upsample_part(
+        self, low_res: Tensor, guide: list[Tensor], tiles: Tensor | None, box: Box, size: tuple[int, int]
+    ) -> Tensor:
         if not guide:
-            return box.cut(low_res)
+            return enlarge(low_res, size, box)
         *guides, last = guide
         level = self.levels[len(guides)]
         assert isinstance(level, JBULevel)
         # The cells that this level reads, and those of the level before that they come from.
-        height, width = size_of(last)
-        seen = box.grow(WINDOW // 2, (height, width))
-        below = source_box(seen, level.factor, (height // level.factor, width // level.factor))
-        source = self.upsample_part(low_res, guides, None, below)
-        corner = Box(*(level.factor * edge for edge in below))
-        value = enlarge(source, level.factor, seen.relative_to(corner))
+        seen = box.grow(WINDOW // 2, size)
+        source_size = size_of(guides[-1] if guides else low_res)
+        below = source_box(seen, source_size, size)
+        source = self.upsample_part(low_res, guides, None, below, source_size)
+        value = enlarge_piece(source, below, source_size, size, seen)
         return box.relative_to(seen).cut(level.filter(value, seen.cut(last)))
+
+    def _sizes(self, low_res: Tensor, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """The grid after every level."""
+        return level_sizes(size_of(low_res), level_factors(self.factor), size)[: len(self.levels)]
 
 
 class JBULevel(nn.Module):
@@ -97,9 +139,9 @@ class JBULevel(nn.Module):
         axis = torch.linspace(-1, 1, WINDOW)
         self.register_buffer("offsets", axis[:, None] ** 2 + axis**2, persistent=False)
 
-    def forward(self, source: Tensor, image: Tensor) -> Tensor:
-        """[B, C, h, w] and an image [B, 3, H, W] of any size to [B, C, factor * h, factor * w]."""
-        size = (self.factor * source.shape[-2], self.factor * source.shape[-1])
+    def forward(self, source: Tensor, image: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """[B, C, h, w] and an image [B, 3, H, W] of any size to [B, C, *size]; None: ``factor`` times (h, w)."""
+        size = size or (self.factor * source.shape[-2], self.factor * source.shape[-1])
         return self.filter(resize(source, size), pool_guidance(image, size))
 
     def filter(self, x: Tensor, guidance: Tensor) -> Tensor:
@@ -112,15 +154,84 @@ class JBULevel(nn.Module):
             value,
             window=WINDOW,
             bias=self.spatial_bias()[None],
-            scale=self.log_temperature.clamp(-MAX_LOG_TEMPERATURE, MAX_LOG_TEMPERATURE).exp(),
+            scale=self.temperature(),
             border="reflect",
         )
         return out.squeeze(3).permute(0, 3, 1, 2)
+
+    def temperature(self) -> Tensor:
+        return self.log_temperature.clamp(-MAX_LOG_TEMPERATURE, MAX_LOG_TEMPERATURE).exp()
 
     def spatial_bias(self) -> Tensor:
         """-|t|^2 / (2 sigma^2), [7, 7]."""
         # The small number keeps 0 / 0 away from the centre when sigma has shrunk to nothing.
         return -self.offsets / (2 * self.sigma**2 + 1e-12)
+
+
+class FixedUpLevel(JBULevel):
+    """A level of FeatUp's own code: bicubic enlargement, dropout, weights corrected by a network; 6233 parameters."""
+
+    def __init__(self, factor: int, *, start: Start = "bilinear") -> None:
+        super().__init__(factor, start=start)
+        first, gelu, second = self.keys
+        self.keys = nn.Sequential(first, gelu, nn.Dropout2d(0.1), second)
+        taps = WINDOW**2
+        self.fixup = nn.Sequential(nn.Conv2d(taps + 3, taps, 1), nn.GELU(), nn.Dropout2d(0.1), nn.Conv2d(taps, taps, 1))
+
+    def forward(self, source: Tensor, image: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        size = size or (self.factor * source.shape[-2], self.factor * source.shape[-1])
+        large = F.interpolate(source, size, mode="bicubic", align_corners=False)
+        return self.filter(large, F.adaptive_avg_pool2d(image, size))
+
+    def filter(self, x: Tensor, guidance: Tensor) -> Tensor:
+        """As :meth:`JBULevel.filter`, in bands of rows: the weights of a map are many times its guidance.
+
+        In training every band draws its own dropout for the fix-up.
+        """
+        key, size = self.keys(guidance), size_of(x)
+        rows = max(1, MAX_BAND_WEIGHTS // (len(x) * WINDOW**2 * size[1]))
+        bands = [Box(top, min(size[0], top + rows), 0, size[1]) for top in range(0, size[0], rows)]
+        parts = []
+        for band in bands:
+            seen = band.grow(WINDOW // 2, size)
+            inputs = seen.cut(x), seen.cut(key), seen.cut(guidance)
+            if len(bands) > 1 and torch.is_grad_enabled():
+                out = checkpoint(self._filter_all, *inputs, use_reentrant=False)
+            else:
+                out = self._filter_all(*inputs)
+            parts.append(band.relative_to(seen).cut(out))
+        return torch.cat(parts, 2)
+
+    def _filter_all(self, x: Tensor, key: Tensor, guidance: Tensor) -> Tensor:
+        weights = self._kernel(key).to(key.dtype)
+        weights = weights + FIXUP_SHARE * self.fixup(torch.cat([weights, guidance.to(key.dtype)], 1))
+        weights = weights.permute(0, 2, 3, 1).unflatten(3, (1, WINDOW, WINDOW))
+        out = local_filter(weights, x.permute(0, 2, 3, 1)[:, :, :, None], border="reflect")
+        return out.squeeze(3).permute(0, 3, 1, 2)
+
+    def _kernel(self, key: Tensor) -> Tensor:
+        """Range kernel times spatial kernel over their sum, at least float32: [B, d, H, W] to [B, 49, H, W]."""
+        key = key.to(torch.promote_types(key.dtype, torch.float32))
+        (height, width), halo = size_of(key), WINDOW // 2
+        rows, cols = (
+            border_cells(torch.arange(-halo, n + halo, device=key.device), n, "reflect")[0] for n in (height, width)
+        )
+        padded = key[:, :, rows][..., cols]
+        shifts = ((y, x) for y in range(WINDOW) for x in range(WINDOW))
+        scores = torch.stack([(padded[..., y : y + height, x : x + width] * key).sum(1) for y, x in shifts], 1)
+        product = (self.temperature() * scores).softmax(1) * self.spatial_bias().exp().reshape(1, -1, 1, 1)
+        return product / product.sum(1, keepdim=True).clamp(min=MIN_WEIGHT_SUM)
+
+
+class FinalFixup(nn.Module):
+    """x + 0.1 Conv1x1(x); C^2 + C parameters."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Dropout2d(0.2), nn.Conv2d(embed_dim, embed_dim, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + FIXUP_SHARE * self.layers(x)
 
 
 def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from featsharp.errors import ConfigError
 from featsharp.ops.boxes import Box
 from featsharp.ops.resize import enlarge, resize
 from featsharp.upsamplers.base import GuidedUpsampler
@@ -13,30 +12,33 @@ from featsharp.upsamplers.registration import register_upsampler
 class Identity(GuidedUpsampler):
     """Returns the low-resolution map; with a bias buffer it is a pure de-biaser."""
 
+    factors = "one"
     needs = "nothing"
     by_parts = True
 
-    def __init__(self, embed_dim: int, factor: int = 1) -> None:
+    def __init__(self, embed_dim: int, factor: float = 1) -> None:
         super().__init__(embed_dim, factor)
-        if factor != 1:
-            raise ConfigError(f"identity has factor 1; got {factor}. Use 'bilinear' for an untrained factor {factor}")
 
-    def upsample(self, features: Tensor, image: Tensor) -> Tensor:
+    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         return features
 
-    def upsample_part(self, low_res: Tensor, guide: None, tiles: Tensor | None, box: Box) -> Tensor:
+    def upsample_part(
+        self, low_res: Tensor, guide: None, tiles: Tensor | None, box: Box, size: tuple[int, int]
+    ) -> Tensor:
         return box.cut(low_res)
 
 
 @register_upsampler("bilinear", "bilinear interpolation of the low-resolution features")
 class Bilinear(GuidedUpsampler):
-    """``F.interpolate(features, scale_factor=factor, mode="bilinear", align_corners=False)``."""
+    """``F.interpolate(features, size, mode="bilinear", align_corners=False)``."""
 
     needs = "nothing"
     by_parts = True
 
-    def upsample(self, features: Tensor, image: Tensor) -> Tensor:
-        return resize(features, self.high_res_grid(features))
+    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        return resize(features, size)
 
-    def upsample_part(self, low_res: Tensor, guide: None, tiles: Tensor | None, box: Box) -> Tensor:
-        return enlarge(low_res, self.factor, box)
+    def upsample_part(
+        self, low_res: Tensor, guide: None, tiles: Tensor | None, box: Box, size: tuple[int, int]
+    ) -> Tensor:
+        return enlarge(low_res, size, box)

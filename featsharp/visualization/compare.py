@@ -31,13 +31,13 @@ def compare_encoders(image: Image, encoders: Mapping[str, SharpEncoder], *, real
     backbone = first.backbone
     low_res_size = first.native_low_res_size((image.height, image.width))
     factor = max(encoder.factor for encoder in encoders.values())
-    size = (factor * low_res_size[0], factor * low_res_size[1])
+    size = (round(factor * low_res_size[0]), round(factor * low_res_size[1]))
     pixels = resize(image_to_tensor(image)[None], size)
     whitened = first.input_conditioner(pixels.to(first.device))
     maps = {}
     low_res = backbone(resize(whitened, low_res_size)).features
     if real and backbone.flexible:
-        maps[f"real {factor}x"] = backbone(whitened).features
+        maps[f"real {factor:g}x"] = backbone(resize(whitened, backbone.fit_size(*size))).features
     for caption, encoder in encoders.items():
         maps[caption] = encoder(whitened, denormalize=encoder.normalizer.invertible, low_res_size=low_res_size).high_res
     colours = FeaturePCA(low_res)

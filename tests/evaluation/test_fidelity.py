@@ -35,8 +35,8 @@ class PatchColour(Backbone):
 class Truth(GuidedUpsampler):
     """What PatchColour would say with patches of a half and a quarter of the size."""
 
-    def upsample(self, features: Tensor, image: Tensor) -> Tensor:
-        return F.conv2d(F.adaptive_avg_pool2d(image, self.high_res_grid(features)), PatchColour().mix) + 3
+    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        return F.conv2d(F.adaptive_avg_pool2d(image, size), PatchColour().mix) + 3
 
 
 class Constant(GuidedUpsampler):
@@ -44,8 +44,8 @@ class Constant(GuidedUpsampler):
 
     value: Tensor
 
-    def upsample(self, features: Tensor, image: Tensor) -> Tensor:
-        return self.value[None, :, None, None].expand(len(features), -1, *self.high_res_grid(features))
+    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.value[None, :, None, None].expand(len(features), -1, *size)
 
 
 def smooth_pictures(count: int = 4, size: tuple[int, int] = (150, 200)) -> list[Image.Image]:

@@ -7,7 +7,14 @@ import torch
 
 from featsharp.errors import ConfigError
 from featsharp.layers import local_block
-from featsharp.layers.local_block import LocalBlock, LocalSelfAttention, distance_bias, swiglu_width
+from featsharp.layers.local_block import (
+    LinearBlock,
+    LocalBlock,
+    LocalSelfAttention,
+    distance_bias,
+    rotate,
+    swiglu_width,
+)
 from featsharp.ops.boxes import Box
 
 
@@ -207,3 +214,78 @@ def test_bands_and_parts_equal_the_whole(monkeypatch):
     seen = box.grow(block.halo, (21, 13))
     part = block.part(seen.cut_channels_last(x), box.relative_to(seen))
     torch.testing.assert_close(part, box.cut_channels_last(expected), atol=1e-5, rtol=1e-5)
+
+
+def rotated(vector, row, col, decay):
+    """One query or key of E channels, from the formulas of RoPE and xPos."""
+    half, out = len(vector) // 2, []
+    for place, part in ((row, vector[:half]), (col, vector[half:])):
+        for pair in range(half // 2):
+            angle = place * 50000.0 ** (-2 * pair / half)
+            gain = ((2 * pair / half + 0.4) / 1.4) ** (decay * place / 512)
+            a, b = part[2 * pair], part[2 * pair + 1]
+            out.append(gain * (a * math.cos(angle) - b * math.sin(angle)))
+            out.append(gain * (a * math.sin(angle) + b * math.cos(angle)))
+    return out
+
+
+@pytest.mark.parametrize("decay", [0, 1, -1])
+def test_rotation_against_the_formula(decay):
+    x = torch.randn(1, 3, 5, 16, 2)
+    out = rotate(x, decay)
+    assert out.shape == x.shape
+    for row in range(3):
+        for col in range(5):
+            expected = rotated(x[0, row, col].flatten().tolist(), row - 1, col - 2, decay)
+            torch.testing.assert_close(out[0, row, col].flatten(), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0, 1])
+def test_rotated_products_depend_on_the_distance_only(decay):
+    query, key = torch.randn(2, 32)
+    maps = [rotate(x.expand(1, 9, 11, 32).unflatten(3, (16, 2)), sign * decay) for x, sign in ((query, 1), (key, -1))]
+    products = [(maps[0][0, y, x] * maps[1][0, y + 2, x - 1]).sum() for y, x in ((0, 1), (3, 5), (6, 10))]
+    torch.testing.assert_close(torch.stack(products), products[0].expand(3), atol=1e-4, rtol=1e-4)
+    assert (products[0] - (query * key).sum()).abs() > 1e-3
+
+
+@pytest.mark.parametrize("position", ["rope", "xpos", "none"])
+def test_attention_with_other_positions(position):
+    """As plain attention with the turned queries and keys, and no bias."""
+    attention = LocalSelfAttention(32, window=3, position=position)
+    x = torch.randn(1, 2, 4, 32)
+    query, key, value = attention.qkv(x).unflatten(-1, (3, 16, 2)).unbind(3)
+    if position != "none":
+        query, key = rotate(query, int(position == "xpos")), rotate(key, -int(position == "xpos"))
+    out = torch.zeros(2, 4, 16, 2)
+    for row in range(2):
+        for col in range(4):
+            cells = [(y, z) for y in range(2) for z in range(4) if abs(y - row) <= 1 and abs(z - col) <= 1]
+            scores = torch.stack([(query[0, row, col] * key[0, y, z]).sum(-1) / 2**0.5 for y, z in cells])
+            values = torch.stack([value[0, y, z] for y, z in cells])
+            out[row, col] = (scores.softmax(0)[..., None] * values).sum(0)
+    torch.testing.assert_close(attention(x)[0], attention.proj(out.flatten(2)), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match="unknown position 'sine'; use 'alibi' or 'rope'"):
+        LocalSelfAttention(32, position="sine")
+
+
+def test_attention_alone_and_swiglu_alone():
+    x = torch.randn(1, 4, 5, 32)
+    attention = LocalBlock(32, 16, mlp=False)
+    expected = x[..., :16] + attention.scale1 * attention.attention(attention.norm1(x))
+    torch.testing.assert_close(attention(x), expected)
+    assert attention.halo == 3
+    mlp = LocalBlock(32, 16, attention=False, layer_scale=None)
+    torch.testing.assert_close(mlp(x), x[..., :16] + mlp.mlp(mlp.norm2(x)))
+    assert mlp.halo == 0
+    with pytest.raises(ConfigError, match="needs attention or SwiGLU"):
+        LocalBlock(32, 16, attention=False, mlp=False)
+    linear = LinearBlock(32, 16)
+    box = Box(1, 3, 0, 4)
+    torch.testing.assert_close(linear.part(x, box), linear(x)[:, 1:3, 0:4])
+
+
+def test_the_swiglu_of_published_widths_is_doubled_beside_attention_only():
+    """The published code overrides its own width where both are there."""
+    widths = [LocalBlock(64, 32, published_widths=True, attention=a).mlp.down.in_features for a in (True, False)]
+    assert widths == [swiglu_width(256), swiglu_width(128)]

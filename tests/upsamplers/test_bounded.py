@@ -32,6 +32,12 @@ CASES = [
     ("featsharp", 3, {"inputs": ("bilinear",)}),
     ("featsharp", 4, {"widths": "published", "start": "published"}),
     ("featsharp", 2, {"inputs": ("jafar", "tiles")}),
+    ("featsharp", 2, {"attention": False, "inputs": ("bilinear", "rgb", "tiles")}),
+    ("anyup", 2, {}),
+    ("bilinear", 2.5, {}),
+    ("tile", 1.5, {}),
+    ("featup", 3.5, {}),
+    ("featsharp", 1.5, {}),
 ]
 GENEROUS = 2**30
 
@@ -59,7 +65,7 @@ def set_plan(monkeypatch, **choice):
 def test_small_parts_make_the_same_features(name, factor, options, small_parts):
     encoder = build(name, factor, options)
     k = encoder.upsampler.input_upsample_factor
-    images = torch.randn(2, 3, 40 * k + 3, 56 * k)
+    images = torch.randn(2, 3, int(40 * k) + 3, int(56 * k))
     with torch.no_grad():
         expected = encoder(images, return_summary=True)
         encoder.max_memory = GENEROUS
@@ -84,7 +90,7 @@ def test_parts_of_any_shape_see_the_tiles_around_them(part, monkeypatch):
 def test_memory_stays_below_the_limit_and_the_least_that_works_works(name, factor, options):
     encoder = build(name, factor, options)
     k = encoder.upsampler.input_upsample_factor
-    images = torch.randn(2, 3, 88 * k, 120 * k)
+    images = torch.randn(2, 3, int(88 * k), int(120 * k))
     size = encoder.low_res_size((88 * k, 120 * k))
 
     def peak(limit):

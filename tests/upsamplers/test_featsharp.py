@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from featsharp.backbones import create_backbone
+from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError
 from featsharp.ops.resize import resize
-from featsharp.upsamplers.featsharp import FeatSharp
-from featsharp.upsamplers.tile import encode_tiles
+from featsharp.upsamplers.featsharp import FeatSharp, ProgressiveFeatSharp
+from featsharp.upsamplers.tile import Tile, encode_tiles
 
 CHANNELS, SIZE = 32, (32, 48)
 
@@ -58,7 +59,7 @@ def test_silent_projections_leave_the_first_input_bit_for_bit(backbone, image, i
         if upsampler.tile_position is not None:
             upsampler.tile_position.normal_()
         out = upsampler(image, backbone, SIZE)
-        low_res, tiles, _ = encode_tiles(image, backbone, SIZE, 2)
+        low_res, tiles, _ = encode_tiles(Tile(CHANNELS, 2), image, backbone, SIZE)
         if inputs[0] == "tiles":
             positions = upsampler.tile_position.repeat_interleave(4, 2).repeat_interleave(6, 3)
             expected = tiles + positions
@@ -76,7 +77,7 @@ def test_the_block_sees_the_maps_in_the_order_of_the_option(backbone, image):
     with torch.no_grad():
         out = upsampler(image, backbone, SIZE)
         maps = [
-            encode_tiles(image, backbone, SIZE, 2).high_res,
+            encode_tiles(Tile(CHANNELS, 2), image, backbone, SIZE).high_res,
             *(upsampler.branches[name].upsample(out.low_res, image) for name in inputs[1:]),
         ]
     assert seen[0].shape == (2, 8, 12, 3 * CHANNELS)
@@ -149,7 +150,7 @@ def test_the_default_start_mixes_tiles_into_the_first_input(backbone, image, inp
         for name, share in zip(inputs, shares, strict=True):
             tiles = name == "tiles"
             branch = None if tiles else upsampler.branches[name].upsample(out.low_res, image)
-            expected += share * (encode_tiles(image, backbone, SIZE, 2).high_res if tiles else branch)
+            expected += share * (encode_tiles(Tile(CHANNELS, 2), image, backbone, SIZE).high_res if tiles else branch)
     torch.testing.assert_close(out.high_res, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -177,9 +178,86 @@ def test_the_gates_start_open_or_nearly_closed(start):
         (32, {"widths": "wide"}, "unknown widths 'wide'; use 'lean' or 'published'"),
         (32, {"start": "cold"}, "unknown start 'cold'; use 'published' or 'mix'"),
         (32, {"window": 6}, "must be odd"),
-        (20, {}, "multiple of 8 channels; this backbone has 20"),
+        (20, {}, "multiple of 8 channels; this backbone has 20, the nearest that works is 16"),
+        (32, {"inputs": ("rgb", "tiles")}, "put 'rgb' behind it"),
+        (32, {"inputs": "tiles"}, "unknown FeatSharp input 't'"),
+        (32, {"position": "sine"}, "unknown position 'sine'"),
+        (32, {"max_tile_batch": 0}, "max_tile_batch must be at least 1"),
     ],
 )
 def test_options_that_cannot_work(channels, options, message):
     with pytest.raises(ConfigError, match=message):
         FeatSharp(channels, 2, **options)
+
+
+def test_a_linear_block_starts_as_the_mix(backbone, image):
+    with torch.no_grad():
+        out = FeatSharp(CHANNELS, 2, inputs=("bilinear", "rgb", "tiles"), attention=False, ffn=False)(
+            image, backbone, SIZE
+        )
+        tiles = encode_tiles(Tile(CHANNELS, 2), image, backbone, SIZE).high_res
+        expected = 0.7 * resize(out.low_res, (8, 12)) + 0.3 * tiles
+    torch.testing.assert_close(out.high_res, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_colour_input_is_a_projection_of_the_shrunk_image(backbone, image):
+    upsampler = FeatSharp(CHANNELS, 2, inputs=("bilinear", "rgb"), start="published")
+    seen = []
+    upsampler.block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        upsampler(image, backbone, SIZE)
+        expected = upsampler.branches["rgb"].proj(resize(image, (8, 12)))
+    assert seen[0].shape == (2, 8, 12, CHANNELS + 16)
+    torch.testing.assert_close(seen[0][..., CHANNELS:].permute(0, 3, 1, 2), expected)
+
+
+@pytest.mark.parametrize(("factor", "size"), [(1.5, None), (3.5, None), (2, (9, 13)), (2, (8, 13))])
+def test_fractions_and_explicit_sizes(backbone, image, factor, size):
+    """Tiles cover the map evenly; a silent block leaves the mix of bilinear map and tiles."""
+    upsampler = silence(FeatSharp(CHANNELS, factor, inputs=("bilinear", "tiles")))
+    height, width = size or (int(4 * factor), int(6 * factor))
+    with torch.no_grad():
+        out = upsampler(image, backbone, SIZE, size)
+        tiles = Tile(CHANNELS, factor)(image, backbone, SIZE, size).high_res
+        expected = 0.7 * resize(out.low_res, (height, width)) + 0.3 * tiles
+    assert out.high_res.shape == (2, CHANNELS, height, width)
+    torch.testing.assert_close(out.high_res, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_tile_positions_of_a_fraction(backbone, image):
+    """Two tiles cover 1.5 times the grid; each position vector stands on its half of the map."""
+    upsampler = silence(FeatSharp(CHANNELS, 1.5, inputs=("tiles",), start="published"))
+    with torch.no_grad():
+        plain = upsampler(image, backbone, SIZE).high_res
+        upsampler.tile_position.copy_(torch.randn(1, CHANNELS, 2, 2))
+        added = upsampler(image, backbone, SIZE).high_res - plain
+    expected = upsampler.tile_position.detach().repeat_interleave(3, 2)
+    torch.testing.assert_close(added[:, :, :, :4], expected[..., :1].expand(2, -1, -1, 4), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(added[:, :, :, 5:], expected[..., 1:].expand(2, -1, -1, 4), atol=1e-5, rtol=1e-5)
+
+
+def test_progressive_levels_see_tiles_of_their_own_scale(backbone, image):
+    batches = []
+
+    def encode(images):
+        batches.append(images)
+        return backbone(images)
+
+    upsampler = ProgressiveFeatSharp(CHANNELS, 4)
+    with torch.no_grad():
+        out = upsampler(image, encode, SIZE)
+        assert [len(batch) for batch in batches] == [2 * 1, 2 * 4, 2 * 16]
+        features = out.low_res
+        for level, gain in zip(upsampler.levels, (2, 4), strict=True):
+            size = (4 * gain, 6 * gain)
+            tiles = Tile(CHANNELS, gain)(image, backbone, SIZE).high_res
+            features = level.fuse(features, image, tiles, size)
+    torch.testing.assert_close(out.high_res, features, atol=1e-4, rtol=1e-4)
+    assert [level.factor for level in ProgressiveFeatSharp(CHANNELS, 6).levels] == [2, 3]
+    assert ProgressiveFeatSharp(CHANNELS, 4).levels[1].tile_position.shape == (1, CHANNELS, 2, 2)
+
+
+def test_windows_that_see_more_than_the_map_are_refused_with_the_largest_that_helps(backbone):
+    create_encoder(backbone, "featsharp", 2, upsampler_options={"window": 31})
+    with pytest.raises(ConfigError, match=r"window of 33 is larger than the map: .*16x16, and a window of 31 sees all"):
+        create_encoder(backbone, "featsharp", 2, upsampler_options={"window": 33})

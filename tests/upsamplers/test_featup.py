@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featsharp.errors import ConfigError
+from featsharp.ops.boxes import Box, whole
+from featsharp.upsamplers import featup
 from featsharp.upsamplers.base import prime_factors
-from featsharp.upsamplers.featup import FeatUp, JBULevel, pool_guidance
+from featsharp.upsamplers.featup import FeatUp, FixedUpLevel, JBULevel, pool_guidance
 
 
 def neighbours(x: torch.Tensor) -> torch.Tensor:
@@ -163,3 +165,110 @@ def test_guidance_from_a_small_image_is_enlarged():
     expected = F.interpolate(image, (8, 10), mode="bilinear", align_corners=False)
     assert torch.equal(pool_guidance(image, (8, 10)), expected)
     assert pool_guidance(image, (3, 10)).shape == (1, 3, 3, 10)
+
+
+@pytest.mark.parametrize(
+    ("factor", "size", "sizes"),
+    [
+        (1.5, None, [(5, 8)]),
+        (2, (9, 10), [(9, 10)]),
+        (5.1, None, [(6, 10), (15, 26)]),
+        (4, (7, 20), [(6, 10), (7, 20)]),
+        (6, (40, 31), [(6, 10), (40, 31)]),
+    ],
+)
+def test_the_last_level_makes_the_size_asked_for(factor, size, sizes):
+    upsampler = FeatUp(3, factor).double()
+    source, image = torch.randn(2, 3, 3, 5).double(), torch.randn(2, 3, 61, 83).double()
+    expected = source
+    for level, level_size in zip(upsampler.levels, sizes, strict=True):
+        large = F.interpolate(expected, level_size, mode="bilinear", align_corners=False)
+        expected = level.filter(large, F.adaptive_avg_pool2d(image, level_size))
+    out = upsampler.upsample(source, image, size)
+    assert out.shape[-2:] == sizes[-1]
+    torch.testing.assert_close(out, expected)
+    # By parts, too.
+    guide = upsampler.prepare(source, image, sizes[-1])
+    for box in (whole(sizes[-1]), Box(2, 5, 3, 7), Box(4, 5, 0, 8)):
+        part = upsampler.upsample_part(source, guide, None, box, sizes[-1])
+        torch.testing.assert_close(part, box.cut(expected), atol=1e-6, rtol=1e-6)
+
+
+def test_without_a_level_a_larger_map_is_bilinear():
+    source, image = torch.randn(1, 3, 3, 5), torch.randn(1, 3, 20, 30)
+    expected = F.interpolate(source, (4, 9), mode="bilinear", align_corners=False)
+    assert torch.equal(FeatUp(3, 1).upsample(source, image, (4, 9)), expected)
+    assert torch.equal(FeatUp(3, 1).upsample(source, image), source)
+
+
+def fixed_up_level(level: FixedUpLevel, source, image, size):
+    """FeatUp's own level, dropout off; the kernel comes before the guidance in the input of the fix-up."""
+    guidance = F.adaptive_avg_pool2d(image, size)
+    keys = level.keys[3](F.gelu(level.keys[0](guidance)))
+    logits = (neighbours(keys) * keys[:, :, None]).sum(1)
+    range_kernel = (level.log_temperature.exp().clamp(1e-4, 1e4) * logits).softmax(1)
+    product = range_kernel * (-squared_offsets() / (2 * level.sigma**2)).exp()[None, :, None, None]
+    total = product.sum(1, keepdim=True)
+    kernel = product / total.clamp(min=1e-7)
+    kernel = kernel + 0.1 * level.fixup[3](F.gelu(level.fixup[0](torch.cat([kernel, guidance], 1))))
+    large = F.interpolate(source, size, mode="bicubic", align_corners=False)
+    return (neighbours(large) * kernel[:, None]).sum(2), total
+
+
+@pytest.mark.parametrize("weights", [2**22, 1, 49 * 11 * 2 * 4])
+@pytest.mark.parametrize(("sigma", "theta"), [(1.0, 0.2), (-0.1, 2.5)])
+def test_a_level_of_featups_own_flavour(sigma, theta, weights, monkeypatch):
+    monkeypatch.setattr(featup, "MAX_BAND_WEIGHTS", weights)
+    level = FixedUpLevel(2).double().eval()
+    with torch.no_grad():
+        level.sigma.fill_(sigma)
+        level.log_temperature.fill_(theta)
+        level.keys[3].weight.mul_(3)
+    source = torch.randn(2, 5, 4, 5, dtype=torch.float64, requires_grad=True)
+    # Smaller than the result in one direction: the average then repeats pixels.
+    image = torch.randn(2, 3, 7, 30, dtype=torch.float64)
+    expected, total = fixed_up_level(level, source, image, (9, 11))
+    out = level(source, image, (9, 11))
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+    assert (sigma > 0) == (total > 1e-7).all()  # the floor of the published product is active, or not
+    direction = torch.randn_like(expected)
+    inputs = [source, *level.parameters()]
+    mine, published = (torch.autograd.grad((x * direction).sum(), inputs) for x in (out, expected))
+    torch.testing.assert_close(mine, published, atol=1e-5, rtol=1e-4)
+
+
+def test_featups_own_flavour():
+    upsampler = FeatUp(4, 16, flavour="featup")
+    # 24,932 for the stack, and C^2 + C.
+    assert sum(p.numel() for p in upsampler.parameters()) == 4 * 6233 + 4**2 + 4
+    assert sum(p.numel() for p in FeatUp(4, 16, flavour="featup", final_fixup=False).parameters()) == 4 * 6233
+    assert (upsampler.keeps_space, FeatUp(4, 16).keeps_space) == ("nearly", "yes")
+    assert (upsampler.by_parts, FeatUp(4, 16).by_parts) == (False, True)
+    source, image = torch.randn(1, 4, 2, 3), torch.randn(1, 3, 40, 50)
+    upsampler.train()
+    assert not torch.equal(upsampler.upsample(source, image), upsampler.upsample(source, image))  # dropout
+    upsampler.eval()
+    out = upsampler.upsample(source, image)
+    assert torch.equal(out, upsampler.upsample(source, image))
+    assert out.shape == (1, 4, 32, 48)
+    before = source
+    for level in upsampler.levels:
+        before = level(before, image)
+    weight, bias = upsampler.final_fixup.layers[1].weight, upsampler.final_fixup.layers[1].bias
+    torch.testing.assert_close(out, before + 0.1 * F.conv2d(before, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_featups_own_flavour_in_half_precision(dtype):
+    upsampler = FeatUp(8, 3, flavour="featup").eval()
+    source, image = torch.randn(1, 8, 1, 5).to(dtype), torch.randn(1, 3, 30, 40).to(dtype)
+    with torch.no_grad():
+        exact = upsampler.upsample(source.float(), image.float())
+        out = upsampler.to(dtype).upsample(source, image)
+    assert out.dtype == dtype
+    assert F.cosine_similarity(out.float(), exact).min() > 0.99
+
+
+def test_unknown_flavour():
+    with pytest.raises(ConfigError, match="unknown flavour 'own'; use 'featsharp' or 'featup'"):
+        FeatUp(4, 2, flavour="own")

@@ -25,7 +25,7 @@ def test_identity_returns_the_low_resolution_map():
 
 
 def test_identity_has_one_factor():
-    with pytest.raises(ConfigError, match=r"identity has factor 1; got 2\. Use 'bilinear'"):
+    with pytest.raises(ConfigError, match=r"Identity has factor 1; got 2\. Use 'bilinear'"):
         Identity(4, 2)
 
 

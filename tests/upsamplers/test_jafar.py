@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from featsharp.errors import ConfigError
+from featsharp.ops.boxes import Box
 from featsharp.upsamplers import jafar
 from featsharp.upsamplers.jafar import DIM, JAFAR, NUM_HEADS, AxialRope
 
@@ -29,7 +31,7 @@ def looped_attention(query, key, value):
 def test_attention_equals_the_loop(band, monkeypatch):
     monkeypatch.setattr(jafar, "MAX_BAND_SCORES", band)
     query, key, value = torch.randn(2, 15, DIM), torch.randn(2, 6, DIM), torch.randn(2, 6, 5)
-    torch.testing.assert_close(jafar._averaged_attention(query, key, value), looped_attention(query, key, value))
+    torch.testing.assert_close(jafar._attention_in_bands(query, key, value), looped_attention(query, key, value))
 
 
 def test_bands_have_the_same_gradient(monkeypatch):
@@ -85,3 +87,43 @@ def test_guidance_matters():
     module, features = JAFAR(16, 2), torch.randn(1, 16, 4, 4)
     first, second = (F.interpolate(torch.randn(1, 3, 8, 8), (64, 64)) for _ in range(2))
     assert not torch.allclose(module.upsample(features, first), module.upsample(features, second), atol=1e-4)
+
+
+@pytest.mark.parametrize(("factor", "size"), [(1.5, (5, 8)), (2, (9, 31)), (1, (3, 5)), (14, (4, 60))])
+def test_any_size_is_made(factor, size):
+    module, features, image = JAFAR(16, factor), torch.randn(2, 16, 3, 5), torch.randn(2, 3, 21, 33)
+    query, key = module.prepare(features, image, size)
+    value = features.flatten(2).transpose(1, 2)
+    expected = looped_attention(query.flatten(1, 2), key, value).transpose(1, 2).unflatten(2, size)
+    out = module.upsample(features, image, size)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    box = Box(1, 3, 2, 5)
+    part = module.upsample_part(features, (query, key), None, box, size)
+    torch.testing.assert_close(part, box.cut(out), atol=1e-5, rtol=1e-4)
+
+
+def test_guidance_is_scaled_to_the_output_grid_or_not_at_all():
+    features, image = torch.randn(1, 16, 3, 4), torch.randn(1, 3, 36, 48)
+    ours, own = JAFAR(16, 2), JAFAR(16, 2, guidance_scale=None)
+    own.load_state_dict(ours.state_dict())
+    small = F.interpolate(image, (12, 16), mode="bilinear", antialias=True)
+    torch.testing.assert_close(ours.upsample(features, image), own.upsample(features, small))
+    assert not torch.allclose(ours.upsample(features, image), own.upsample(features, image), atol=1e-4)
+
+
+def test_queries_are_padded_as_asked():
+    features, image = torch.randn(1, 16, 3, 4), torch.randn(1, 3, 36, 48)
+    mirrored, zeros = JAFAR(16, 2), JAFAR(16, 2, query_padding="zeros")
+    zeros.load_state_dict(mirrored.state_dict())
+    first, second = mirrored.upsample(features, image), zeros.upsample(features, image)
+    torch.testing.assert_close(first[..., 1:-1, 1:-1], second[..., 1:-1, 1:-1])
+    assert not torch.allclose(first[..., 0, :], second[..., 0, :])
+
+
+def test_the_image_kernel_of_the_paper():
+    assert JAFAR(16, 2, image_kernel=1).image_encoder[0].weight.shape == (128, 3, 1, 1)
+    assert JAFAR(16, 2).image_encoder[0].weight.shape == (128, 3, 3, 3)
+    with pytest.raises(ConfigError, match="image_kernel must be odd; got 2, use 1"):
+        JAFAR(16, 2, image_kernel=2)
+    with pytest.raises(ConfigError, match="unknown query_padding 'same'; use 'reflect' or 'zeros'"):
+        JAFAR(16, 2, query_padding="same")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from featsharp.backbones import create_backbone
 from featsharp.errors import ConfigError, InputError
 from featsharp.ops.resize import resize
+from featsharp.upsamplers.base import scale_length
 from featsharp.upsamplers.tile import Tile
 
 PATCH = 4
@@ -30,11 +31,11 @@ class Counting:
 
 
 @pytest.mark.parametrize("overlap", [0, 1, 2])
-@pytest.mark.parametrize("factor", [1, 2, 3])
+@pytest.mark.parametrize("factor", [1, 2, 3, 1.5, 2.4])
 def test_a_patch_function_gives_the_map_of_the_large_image(factor, overlap):
     image = torch.randn(2, 3, 53, 41)
     out = Tile(3, factor, overlap=overlap)(image, mean_colour, (12, 20))
-    large = resize(image, (12 * factor, 20 * factor))
+    large = resize(image, (PATCH * scale_length(3, factor), PATCH * scale_length(5, factor)))
     torch.testing.assert_close(out.high_res, mean_colour(large)[0], atol=1e-6, rtol=1e-6)
     low_res, summary = mean_colour(resize(image, (12, 20)))
     assert torch.equal(out.low_res, low_res)
@@ -98,13 +99,40 @@ def test_an_overlap_hides_the_seams_of_a_real_backbone():
         assert seam(4) < 0.7 * seam(0)
 
 
-@pytest.mark.parametrize("overlap", [-1, 3])
-def test_impossible_overlaps(overlap):
+def test_any_size_and_the_tiles_that_it_takes():
+    """The fewest tiles, spread evenly; what is left over is shared by neighbours."""
+    encode, image = Counting(), torch.randn(1, 3, 50, 90)
+    out = Tile(3, 2)(image, encode, (12, 20), (7, 11))
+    torch.testing.assert_close(out.high_res, F.avg_pool2d(resize(image, (28, 44)), PATCH), atol=1e-6, rtol=1e-6)
+    first, tiles = encode.batches
+    assert first.shape == (1, 3, 12, 20)
+    assert tiles.shape == (9, 3, 12, 20)
+    large = resize(image, (28, 44))[0]
+    starts = [(y, x) for y in (0, 2, 4) for x in (0, 3, 6)]
+    for tile, (y, x) in zip(tiles, starts, strict=True):
+        assert torch.equal(tile, large[:, 4 * y : 4 * y + 12, 4 * x : 4 * x + 20])
+
+
+def test_a_factor_of_one_needs_one_pass():
+    encode = Counting()
+    out = Tile(3, 1)(torch.randn(2, 3, 12, 20), encode, (12, 20))
+    assert [len(batch) for batch in encode.batches] == [2]
+    assert torch.equal(out.high_res, out.low_res)
+
+
+def test_sizes_below_the_grid():
+    with pytest.raises(InputError, match=r"less than the 3x5 grid .* output_size=2x11, the nearest is 3x11"):
+        Tile(3, 2)(torch.randn(1, 3, 50, 90), mean_colour, (12, 20), (2, 11))
+
+
+def test_impossible_overlaps():
     with pytest.raises(InputError, match="overlap of tiles must be from 0 to 2"):
-        Tile(3, 2, overlap=overlap)(torch.randn(1, 3, 24, 24), mean_colour, (12, 20))
+        Tile(3, 2, overlap=3)(torch.randn(1, 3, 24, 24), mean_colour, (12, 20))
+    with pytest.raises(ConfigError, match="number of tokens, 0 for none; got -1"):
+        Tile(3, 2, overlap=-1)
 
 
 @pytest.mark.parametrize("limit", [0, -4])
 def test_impossible_batches(limit):
     with pytest.raises(ConfigError, match=f"at least 1, or None for no limit; got {limit}"):
-        Tile(3, 2, max_tile_batch=limit)(torch.randn(1, 3, 24, 24), mean_colour, (12, 12))
+        Tile(3, 2, max_tile_batch=limit)
