@@ -7,12 +7,13 @@ Convention:
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from featsharp.errors import InputError
+from featsharp.errors import ConfigError, InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -36,11 +37,14 @@ class Backbone(nn.Module):
         summary_dim: Channels of the summary, None when the backbone has none.
         flexible: Whether sizes other than ``input_size`` (multiples of the patch size) are taken.
 
+    ``embeds_patches``: whether a token starts as a function of the pixels of its own patch, as in a vision transformer.
+
     ``autocast_dtype`` (None, torch.bfloat16 or torch.float16) runs the encoder, and only the encoder, under autocast;
     the features come back in the dtype of the images.
     """
 
     autocast_dtype: torch.dtype | None = None
+    embeds_patches: bool = False
 
     def __init__(
         self,
@@ -103,6 +107,37 @@ class Backbone(nn.Module):
     def grid_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Tokens (h, w) of an image of ``size`` pixels."""
         return size[0] // self.patch_size, size[1] // self.patch_size
+
+    def with_patch_stride(self, stride: int) -> "OverlappingPatches":
+        """This backbone with a token every ``stride`` pixels, on the same weights.
+
+        Args:
+            stride: From 1 to the patch size, where the features are those of the backbone itself.
+
+        Raises:
+            ConfigError: For another stride, or a backbone whose patches cannot overlap: one that does not start from
+                patches, or that takes one size only.
+        """
+        if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= self.patch_size:
+            raise ConfigError(
+                f"the patch stride of backbone {self.name!r} is a whole number from 1 to its patch size, "
+                f"{self.patch_size}; got {stride!r}"
+            )
+        if stride < self.patch_size:
+            if not self.embeds_patches:
+                raise ConfigError(
+                    f"the patches of backbone {self.name!r} ({type(self).__name__}) cannot overlap: it does not start "
+                    f"from patches of which each becomes one token. Vision transformers do: timm:MODEL, vits14-focus, "
+                    f"toy-vit, and modules of transformers or torch.hub in from_callable"
+                )
+            if not self.flexible:
+                raise ConfigError(
+                    f"the patches of backbone {self.name!r} cannot overlap: it takes {self.input_size[0]}x"
+                    f"{self.input_size[1]} pixels only, and they make more tokens than that. Let it take other sizes "
+                    f"(timm: dynamic_img_size=True, transformers: interpolate_pos_encoding=True), or use the "
+                    f"upsampler 'tile'"
+                )
+        return OverlappingPatches(self, stride)
 
     def check_size(self, images: Tensor) -> None:
         """Raise InputError unless ``images`` is [B, 3, H, W] of a size that the backbone takes."""
@@ -171,3 +206,40 @@ class Backbone(nn.Module):
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, patch_size={self.patch_size}, embed_dim={self.embed_dim}, flexible={self.flexible}"
+
+
+def embeds_patches(layer: object, patch_size: int) -> bool:
+    """Whether a layer is the patch embedding of a vision transformer: a convolution that cuts an image into patches."""
+    size = (patch_size, patch_size)
+    return isinstance(layer, nn.Conv2d) and layer.in_channels == 3 and layer.kernel_size == layer.stride == size
+
+
+@dataclass(frozen=True)
+class OverlappingPatches:
+    """What :meth:`Backbone.with_patch_stride` returns: images to features of patches that overlap.
+
+    Patch (y, x) of p pixels is centred at pixel ``(y * stride + p / 2, x * stride + p / 2)``, so the map does not cover
+    the image as a backbone's does: its last centres are up to ``p / 2 + stride`` pixels from the border.
+
+    This is the smaller stride of the patch embedding of "Deep ViT Features as Dense Visual Descriptors" (arXiv
+    2112.05814). The patches are laid side by side as an image of their own, which a vision transformer cuts into these
+    very patches: no layer is touched, and positions are resampled as the model does it for as many patches.
+    """
+
+    backbone: Backbone
+    stride: int
+
+    def __call__(self, images: Tensor) -> BackboneOutput:
+        """Whitened images [B, 3, H, W] of a size that the backbone takes to features [B, C, *grid_size((H, W))]."""
+        self.backbone.check_size(images)
+        return self.backbone(self._side_by_side(images))
+
+    def grid_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Tokens (h, w) of an image of ``size`` pixels."""
+        p = self.backbone.patch_size
+        return 1 + (size[0] - p) // self.stride, 1 + (size[1] - p) // self.stride
+
+    def _side_by_side(self, images: Tensor) -> Tensor:
+        p = self.backbone.patch_size
+        patches = images.unfold(2, p, self.stride).unfold(3, p, self.stride)  # [B, 3, h, w, p, p], a view
+        return patches.transpose(3, 4).flatten(4, 5).flatten(2, 3)

@@ -23,7 +23,7 @@ from featsharp.backbones._probing import (
     size_text,
     solve_facts,
 )
-from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput
+from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput, embeds_patches
 from featsharp.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class CallableBackbone(Backbone):
         self.layout: Layout = facts.layout
         self.num_prefix_tokens = facts.num_prefix_tokens
         self._output, self._summary = output, summary
+        layers = [] if (owner := owner_of(call)) is None else owner.modules()
+        self.embeds_patches = sum(embeds_patches(layer, facts.patch_size) for layer in layers) == 1
         self.freeze()
 
     def extract(self, images: Tensor) -> BackboneOutput:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput
+from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput, embeds_patches
 from featsharp.backbones.registration import import_optional, register_prefix, split_options
 from featsharp.errors import ConfigError, MissingDependencyError
 
@@ -76,6 +76,7 @@ class TimmViT(Backbone):
         self.model: Any = model
         self.num_prefix_tokens: int = num_prefix_tokens
         self.has_class_token = has_class_token
+        self.embeds_patches = embeds_patches(getattr(patch_embed, "proj", None), patch_height)
         self.freeze()
 
     def extract(self, images: Tensor) -> BackboneOutput:

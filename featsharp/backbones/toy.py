@@ -26,6 +26,8 @@ class ToyViT(Backbone):
         seed: Of the weights.
     """
 
+    embeds_patches = True
+
     def __init__(self, name: str = "toy-vit", *, flexible: bool = True, seed: int = 0) -> None:
         super().__init__(
             name,

@@ -8,8 +8,25 @@ from inspect import signature
 from typing import Any, Protocol
 
 from featsharp.errors import unknown_name
-from featsharp.upsamplers import featsharp, featup, interpolate, jafar, tile  # noqa: F401  (registers them)
+from featsharp.upsamplers import (  # noqa: F401  (registers them)
+    anyup,
+    carafe,
+    featsharp,
+    featup,
+    interpolate,
+    jafar,
+    larger_input,
+    lift,
+    own,
+    resfu,
+    resize_conv,
+    s2,
+    sapa,
+    stride,
+    tile,
+)
 from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler
+from featsharp.upsamplers.own import from_function
 from featsharp.upsamplers.registration import UPSAMPLERS, register_upsampler
 
 __all__ = [
@@ -19,6 +36,7 @@ __all__ = [
     "UpsampleFeatures",
     "Upsampler",
     "create_upsampler",
+    "from_function",
     "list_upsamplers",
     "register_upsampler",
 ]
@@ -31,25 +49,27 @@ class HasEmbedDim(Protocol):
 
 
 def create_upsampler(
-    name: str, backbone: HasEmbedDim, factor: int, *, options: Mapping[str, Any] | None = None
+    name: str, backbone: HasEmbedDim, factor: float, *, options: Mapping[str, Any] | None = None
 ) -> Upsampler:
     """Build an untrained upsampler for a backbone.
 
     Args:
         name: One of :func:`list_upsamplers`.
         backbone: Anything with ``embed_dim``.
-        factor: Gain in each direction, a whole number.
+        factor: Gain in each direction, at least 1; which ones a method allows is its ``factors``.
         options: Keyword arguments of the upsampler's class, for example ``{"widths": "published"}``.
 
     Raises:
-        ConfigError: For an unknown name or an option that this upsampler does not have.
+        ConfigError: For an unknown name, an option that this upsampler does not have, or a factor that it cannot have.
     """
     factory = UPSAMPLERS[name].factory
     allowed = [p.name for p in signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in options or {}:
         if option not in allowed:
             raise unknown_name(f"option of upsampler {name!r}:", option, allowed)
-    return factory(backbone.embed_dim, factor, **(options or {}))
+    # Whoever undoes the whitening needs the backbone's own.
+    known = {key: getattr(backbone, key) for key in ("mean", "std") if key in allowed and hasattr(backbone, key)}
+    return factory(backbone.embed_dim, factor, **(known | dict(options or {})))
 
 
 def list_upsamplers() -> list[str]:

@@ -1,143 +1,101 @@
-"""What every registered upsampler promises, whatever its name."""
+"""Every registered upsampler passes the conformance suite; and the suite finds those that break their promises."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from featsharp.backbones import create_backbone
-from featsharp.errors import ConfigError
-from featsharp.upsamplers import UPSAMPLERS, Upsampler, create_upsampler, list_upsamplers, register_upsampler
-from featsharp.upsamplers.base import UpsampleFeatures
+from featsharp.backbones import create_backbone, from_callable
+from featsharp.builder import create_encoder, load_from_file, save_checkpoint
+from featsharp.errors import CheckpointError, ConfigError
+from featsharp.testing import CHECKS, check_upsampler, run_check
+from featsharp.upsamplers import UPSAMPLERS, create_upsampler, list_upsamplers, register_upsampler
+from featsharp.upsamplers.base import GuidedUpsampler, UpsampleFeatures, Upsampler
+from featsharp.upsamplers.interpolate import Bilinear
 
-CHANNELS, PATCH = 16, 4
-NAMES = list_upsamplers()
-CASES = [(name, factor) for name in NAMES for factor in (1, 2, 3, 4, 6) if name != "identity" or factor == 1]
-TRAINABLE = [name for name in NAMES if UPSAMPLERS[name].factory.trainable]
+
+def enlarge(images):
+    """A super-resolution of sorts."""
+    return F.interpolate(images, scale_factor=2, mode="bicubic", align_corners=False)
+
+
+def nearest(image, features, size):
+    """An upsampler of the user's."""
+    return F.interpolate(features, size, mode="nearest")
+
+
+# Options without which a name cannot be built.
+NEEDED = {"custom": {"function": nearest}, "super-resolution": {"enlarge": enlarge}}
+VARIANTS = {
+    "featup, its own flavour": ("featup", {"flavour": "featup"}),
+    "featsharp, published": ("featsharp", {"start": "published", "widths": "published"}),
+    "featsharp, jafar": ("featsharp", {"inputs": ["jafar", "tiles"], "layer_norm": False}),
+    "featsharp, all inputs": ("featsharp", {"inputs": ["resfu", "jbu", "bilinear", "rgb", "jafar", "tiles"]}),
+    "featsharp, no tiles": ("featsharp", {"inputs": ["bilinear", "jbu"]}),
+    "featsharp, no attention": ("featsharp", {"attention": False}),
+    "featsharp, no SwiGLU": ("featsharp", {"ffn": False, "start": "published"}),
+    "featsharp, linear": ("featsharp", {"attention": False, "ffn": False}),
+    "featsharp, RoPE": ("featsharp", {"position": "rope"}),
+    "featsharp, xPos": ("featsharp", {"position": "xpos", "window": 5}),
+    "featsharp-progressive, published": ("featsharp-progressive", {"start": "published"}),
+}
+CASES = {name: (name, NEEDED.get(name, {})) for name in list_upsamplers()} | VARIANTS
 
 
 class Width:
     """All that ``create_upsampler`` asks of a backbone."""
 
-    embed_dim = CHANNELS
+    def __init__(self, embed_dim: int) -> None:
+        self.embed_dim = embed_dim
 
 
-def build(name: str, factor: int, **options) -> Upsampler:
-    return create_upsampler(name, Width(), factor, options=options).eval()
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("case", CASES)
+def test_conformance(case, check):
+    name, options = CASES[case]
+    run_check(check, lambda embed_dim, factor: create_upsampler(name, Width(embed_dim), factor, options=options))
 
 
-def encode(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Colour statistics of each patch in random directions, and their mean."""
-    generator = torch.Generator().manual_seed(3)
-    directions = torch.randn(CHANNELS, 3, PATCH, PATCH, generator=generator)
-    features = F.conv2d(images, directions.to(images.dtype), stride=PATCH)
-    return features, features.mean((2, 3))
-
-
-@pytest.mark.parametrize(("name", "factor"), CASES)
-def test_shapes_of_odd_non_square_images(name, factor):
-    upsampler = build(name, factor)
-    image = torch.randn(2, 3, 37, 61)
+@pytest.mark.parametrize("case", CASES)
+def test_through_a_checkpoint(case, tmp_path):
+    name, options = CASES[case]
+    if callable(next(iter(options.values()), None)):
+        options = {key: f"{__name__}:{value.__name__}" for key, value in options.items()}
+    factor = 1 if UPSAMPLERS[name].factory.factors == "one" else 2
+    encoder = create_encoder("toy-vit", name, factor, upsampler_options=options)
     with torch.no_grad():
-        out = upsampler(image, encode, (3 * PATCH, 5 * PATCH))
-    assert isinstance(out, UpsampleFeatures)
-    assert out.low_res.shape == (2, CHANNELS, 3, 5)
-    assert out.high_res.shape == (2, CHANNELS, 3 * factor, 5 * factor)
-    assert out.summary.shape == (2, CHANNELS)
-    assert out.high_res.isfinite().all()
-    assert upsampler.factor == factor
-    assert upsampler.input_upsample_factor in (1, factor)
-
-
-@pytest.mark.parametrize(("name", "factor"), [case for case in CASES if case[1] < 4])
-def test_images_of_a_batch_do_not_mix(name, factor):
-    upsampler = build(name, factor)
-    image = torch.randn(3, 3, 24, 40)
-    with torch.no_grad():
-        together, alone = (upsampler(part, encode, (12, 20)) for part in (image, image[1:2]))
-    for all_of_it, one in zip(together, alone, strict=True):
-        torch.testing.assert_close(all_of_it[1:2], one, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", NAMES)
-def test_dtypes(name, dtype):
-    factor = 1 if name == "identity" else 2
-    upsampler = build(name, factor)
-    image = F.interpolate(torch.randn(1, 3, 5, 6), (24, 32), mode="bicubic").to(dtype)
-    with torch.no_grad():
-        exact = upsampler(image.float(), encode, (12, 16)).high_res
-        out = upsampler.to(dtype)(image, encode, (12, 16)).high_res
-    assert out.dtype == dtype
-    assert F.cosine_similarity(out.float(), exact).min() > 0.99
-
-
-@pytest.mark.parametrize("factor", [2, 6])
-@pytest.mark.parametrize("name", TRAINABLE)
-def test_gradient_reaches_every_parameter(name, factor):
-    upsampler = build(name, factor).train()
-    out = upsampler(torch.randn(1, 3, 48, 72), encode, (8, 12)).high_res
-    (out - torch.randn_like(out)).square().mean().backward()
-    dead = [key for key, p in upsampler.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert dead == []
-    assert all(p.grad.isfinite().all() for p in upsampler.parameters())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_trainable_means_parameters(name):
-    upsampler = build(name, 1 if name == "identity" else 2)
-    assert upsampler.trainable == (sum(p.numel() for p in upsampler.parameters()) > 0)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_passes_to_the_low_resolution_features(name):
-    """The bias buffer in ``encode`` learns through this."""
-    bias = torch.zeros(1, CHANNELS, 1, 1, requires_grad=True)
-    upsampler = build(name, 1 if name == "identity" else 2)
-    out = upsampler(torch.randn(1, 3, 24, 24), lambda x: (encode(x)[0] + bias, None), (12, 12))
-    assert out.summary is None
-    out.high_res.square().sum().backward()
-    assert (bias.grad.abs() > 0).all()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_state_dict_round_trip(name):
-    factor = 1 if name == "identity" else 6
-    first, second = build(name, factor), build(name, factor)
-    with torch.no_grad():
-        for parameter in first.parameters():
+        for parameter in encoder.upsampler.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    second.load_state_dict(first.state_dict())
-    image = torch.randn(1, 3, 48, 36)
+    save_checkpoint(encoder, tmp_path / "last.pth")
+    image = torch.randn(1, 3, 72, 56)
     with torch.no_grad():
-        assert torch.equal(*(upsampler(image, encode, (8, 12)).high_res for upsampler in (first, second)))
+        expected = encoder(image).high_res
+        loaded = load_from_file(tmp_path / "last.pth", allow_functions=name in NEEDED)
+        assert torch.equal(loaded(image).high_res, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "identity"])
-def test_a_map_of_one_token(name):
-    with torch.no_grad():
-        out = build(name, 2)(torch.randn(1, 3, 9, 7), encode, (PATCH, PATCH))
-    assert out.high_res.shape == (1, CHANNELS, 2, 2)
-    assert out.high_res.isfinite().all()
-
-
-@pytest.mark.parametrize("factor", [0, -2, 1.5, "2"])
-@pytest.mark.parametrize("name", NAMES)
-def test_factors_that_do_not_exist(name, factor):
-    with pytest.raises(ConfigError, match=f"whole number of at least 1; got {factor!r}"):
-        build(name, factor)
+@pytest.mark.parametrize("name", NEEDED)
+def test_checkpoints_import_nothing_unasked(name, tmp_path):
+    ((option, function),) = NEEDED[name].items()
+    with pytest.raises(CheckpointError, match=f"option {option} of this encoder is a Python object"):
+        save_checkpoint(create_encoder("toy-vit", name, 2, upsampler_options={option: function}), tmp_path / "a.pth")
+    text = f"{__name__}:{function.__name__}"
+    save_checkpoint(create_encoder("toy-vit", name, 2, upsampler_options={option: text}), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=f"would import code: {option}='{text}'"):
+        load_from_file(tmp_path / "a.pth")
 
 
 def test_every_upsampler_says_what_it_is():
     for entry in UPSAMPLERS.entries():
         assert entry.description
         assert entry.factory.needs
+        assert entry.factory.keeps_space in ("yes", "nearly", "no")
 
 
 def test_unknown_names_and_options():
     with pytest.raises(ConfigError, match=r"unknown upsampler 'bilinaer'; did you mean 'bilinear'"):
-        build("bilinaer", 2)
+        create_upsampler("bilinaer", Width(16), 2)
     with pytest.raises(ConfigError, match=r"upsampler 'tile': .*'overlapp'"):
-        build("tile", 2, overlapp=1)
+        create_upsampler("tile", Width(16), 2, options={"overlapp": 1})
 
 
 def test_create_from_a_backbone():
@@ -145,15 +103,125 @@ def test_create_from_a_backbone():
     assert create_upsampler("bilinear", backbone, 2).embed_dim == backbone.embed_dim
 
 
+@pytest.mark.parametrize(
+    ("name", "factor", "said"),
+    [
+        ("bilinear", 0, "a number of at least 1; got 0"),
+        ("bilinear", "2", "a number of at least 1; got '2'"),
+        ("carafe", 2.5, "CARAFE takes factors that are whole; got 2.5, use 2 or 3"),
+        ("lift", 3, "LiFT takes factors that are powers of two; got 3, use 2 or 4"),
+        ("identity", 2, "Identity has factor 1; got 2. Use 'bilinear' for an untrained factor 2"),
+    ],
+)
+def test_factors_that_do_not_exist_name_the_nearest(name, factor, said):
+    with pytest.raises(ConfigError) as error:
+        create_upsampler(name, Width(16), factor)
+    assert said in str(error.value)
+
+
+def test_super_resolution_knows_the_whitening_of_the_backbone():
+    backbone = from_callable(torch.nn.AvgPool2d(8), patch_size=8, input_size=(64, 64), mean=(0.5,) * 3, std=(0.25,) * 3)
+    upsampler = create_upsampler("super-resolution", backbone, 2, options={"enlarge": enlarge})
+    assert (upsampler.mean, upsampler.std) == ((0.5,) * 3, (0.25,) * 3)
+
+
 def test_registering_makes_a_name():
     @register_upsampler("test-only", "registered by a test")
     class Nearest(Upsampler):
-        def forward(self, image, encode, low_res_size):
+        def forward(self, image, encode, low_res_size, output_size=None):
             low_res, summary = encode(F.interpolate(image, low_res_size))
             return UpsampleFeatures(low_res, low_res.repeat_interleave(2, 2).repeat_interleave(2, 3), summary)
 
     try:
-        out = build("test-only", 2)(torch.randn(1, 3, 8, 8), encode, (8, 8))
-        assert out.high_res.shape == (1, CHANNELS, 4, 4)
+        upsampler = create_upsampler("test-only", Width(3), 2)
+        out = upsampler(torch.randn(1, 3, 8, 8), lambda x: (F.avg_pool2d(x, 4), None), (8, 8))
+        assert out.high_res.shape == (1, 3, 4, 4)
     finally:
         del UPSAMPLERS._entries["test-only"]
+
+
+# The suite itself
+
+
+class BatchNormalised(Bilinear):
+    def upsample_to(self, features, image, size):
+        return super().upsample_to(features - features.mean(0), image, size)
+
+
+class Dropping(Bilinear):
+    def upsample_to(self, features, image, size):
+        return F.dropout(super().upsample_to(features, image, size), training=True)
+
+
+class SeedSetting(Bilinear):
+    def __init__(self, embed_dim, factor):
+        super().__init__(embed_dim, factor)
+        torch.manual_seed(0)
+
+
+class HalfDead(Bilinear):
+    trainable = True
+
+    def __init__(self, embed_dim, factor):
+        super().__init__(embed_dim, factor)
+        self.used, self.unused = (torch.nn.Parameter(torch.ones(())) for _ in range(2))
+
+    def upsample_to(self, features, image, size):
+        return self.used * super().upsample_to(features, image, size)
+
+
+class DefaultDevice(Bilinear):
+    def upsample_to(self, features, image, size):
+        return super().upsample_to(features, image, size) + torch.zeros(1)
+
+
+class Single(Bilinear):
+    def upsample_to(self, features, image, size):
+        return super().upsample_to(features.float(), image, size)
+
+
+class Fading(Bilinear):
+    def upsample_to(self, features, image, size):
+        return 0.9 * super().upsample_to(features, image, size)
+
+
+class Misplaced(Bilinear):
+    def high_res_grid(self, features, output_size=None):
+        return tuple(2 * side for side in features.shape[-2:])
+
+
+class AnySizeSquare(GuidedUpsampler):
+    def upsample_to(self, features, image, size):
+        return F.interpolate(features, size[0])
+
+
+@pytest.mark.parametrize(
+    ("broken", "check"),
+    [
+        (BatchNormalised, "batches"),
+        (Dropping, "deterministic"),
+        (SeedSetting, "no_global_state"),
+        (HalfDead, "gradient_of_every_parameter"),
+        (DefaultDevice, "no_device_assumed"),
+        (Single, "dtypes"),
+        (Fading, "constants"),
+        (Misplaced, "shapes"),
+        (AnySizeSquare, "any_output_size"),
+    ],
+)
+def test_broken_promises_are_found(broken, check):
+    with pytest.raises(AssertionError, match=f"^{check}: "):
+        run_check(check, broken)
+
+
+def test_a_good_one_passes_the_whole_suite():
+    check_upsampler(Bilinear)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_conformance_on_a_gpu(case):
+    name, options = CASES[case]
+    check_upsampler(
+        lambda embed_dim, factor: create_upsampler(name, Width(embed_dim), factor, options=options), device="cuda"
+    )

@@ -1,0 +1,214 @@
+"""AnyUp: one upsampler for the features of any backbone, without training for it.
+
+AnyUp (arXiv 2510.12764). JAFAR with three changes: the features are described by a layer whose weights do not depend on
+the number of channels; that code and the image make the keys together; and a high-resolution place sees only the
+low-resolution cells around it. The values are raw features, so the output stays in their convex hull. Projections of
+the original that never reach the output are left out.
+
+The order of normalisation and projection, its epsilon, the unit length of the features before they are described, and
+zeros as the padding of the query convolution are taken over from JAFAR and could not be checked against the authors'
+results. Edges of windows that fall on the border of a cell are exact here, where float32 may round them either way.
+
+Shapes: B images, C channels, (h, w) low-resolution grid, (H, W) output grid, d = 128 query and key channels.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featsharp.ops.boxes import Box, whole
+from featsharp.ops.resize import size_of
+from featsharp.upsamplers.base import GuidedUpsampler
+from featsharp.upsamplers.jafar import (
+    DIM,
+    MAX_BAND_SCORES,
+    NUM_HEADS,
+    AxialRope,
+    PaddedConv2d,
+    Padding,
+    averaged_attention,
+    check_guidance_scale,
+    recomputed,
+    residual_encoder,
+    scaled_guidance,
+)
+from featsharp.upsamplers.registration import register_upsampler
+
+NUM_FILTERS = 128
+FILTER_SIDE = 5
+# A place sees what lies within 1 / INVERSE_REACH of the image to each side; whole, so that windows are exact.
+INVERSE_REACH = 10
+# Sides of the blocks of queries that attend together, as a part of the output: few enough keys, large enough products.
+BLOCKS_PER_SIDE = 8
+# Numbers that the feature layer holds at once: 32 MiB in float32.
+MAX_CODE_NUMBERS = 2**23
+
+
+@register_upsampler("anyup", "AnyUp: attention to raw features nearby, one set of weights for every backbone")
+class AnyUp(GuidedUpsampler):
+    """Windowed cross-attention with weights that do not depend on the backbone: 845,056 parameters for any C.
+
+    Args:
+        embed_dim: Channels C; no parameter depends on it.
+        factor: Gain in each direction.
+        guidance_scale: The image is resized to this many times the output grid before it is encoded, which bounds
+            memory; None, as published, takes it as it is.
+        query_padding: What the 3 x 3 convolution of the queries finds beyond the border, "reflect" or "zeros".
+    """
+
+    trainable = True
+    needs = "image"
+    paper = "AnyUp, arXiv 2510.12764"
+    by_parts = True
+
+    def __init__(
+        self,
+        embed_dim: int,
+        factor: float,
+        *,
+        guidance_scale: float | None = None,
+        query_padding: Padding = "zeros",
+    ) -> None:
+        super().__init__(embed_dim, factor)
+        self.guidance_scale = check_guidance_scale(guidance_scale)
+        self.image_encoder = residual_encoder(3)
+        self.rope = AxialRope()
+        self.query_encoder = residual_encoder(DIM)
+        self.query_conv = PaddedConv2d(DIM, DIM, 3, query_padding)
+        self.key_encoder = residual_encoder(DIM)
+        self.feature_encoder = nn.Sequential(FeatureCode(), *residual_encoder(DIM)[1:])
+        self.aggregation = residual_encoder(2 * DIM, kernel_size=3)
+        self.query_norm, self.key_norm = (nn.RMSNorm(DIM) for _ in range(2))
+        self.query_proj, self.key_proj = (nn.Linear(DIM, DIM) for _ in range(2))
+
+    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.upsample_part(features, self.prepare(features, image, size), None, whole(size), size)
+
+    def prepare(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Queries [B, H, W, d] and keys [B, h, w, d]; group normalisation needs the whole image."""
+        encoded = self.rope(self.image_encoder(scaled_guidance(image, size, self.guidance_scale)))
+        query = self.query_conv(F.adaptive_avg_pool2d(self.query_encoder(encoded), size))
+        key = F.adaptive_avg_pool2d(self.key_encoder(encoded), size_of(low_res))
+        code = self.feature_encoder(F.normalize(low_res, dim=1))
+        key = self.aggregation(torch.cat([key, code.to(key.dtype)], 1))
+        # Autocast leaves normalisation alone, which has no fused kernel for two dtypes.
+        dtype = self.query_norm.weight.dtype
+        query = self.query_proj(self.query_norm(query.permute(0, 2, 3, 1).to(dtype)))
+        return query, self.key_proj(self.key_norm(key.permute(0, 2, 3, 1).to(dtype)))
+
+    def upsample_part(
+        self, low_res: Tensor, guide: tuple[Tensor, Tensor], tiles: Tensor | None, box: Box, size: tuple[int, int]
+    ) -> Tensor:
+        query, key = guide
+        value = low_res.permute(0, 2, 3, 1)
+        rows, cols = Windows(size[0], low_res.shape[2]), Windows(size[1], low_res.shape[3])
+        side = _block_side(len(low_res), rows, cols)
+        bands = []
+        for top, bottom in _steps(box.top, box.bottom, side):
+            band = []
+            for left, right in _steps(box.left, box.right, side):
+                block = Box(top, bottom, left, right)
+                seen = Box(*rows.seen(top, bottom), *cols.seen(left, right))
+                allowed = (
+                    rows.mask(top, bottom, query.device)[:, None, :, None]
+                    & cols.mask(left, right, query.device)[None, :, None, :]
+                )
+                out = recomputed(
+                    averaged_attention,
+                    block.cut_channels_last(query).flatten(1, 2),
+                    seen.cut_channels_last(key).flatten(1, 2),
+                    seen.cut_channels_last(value).flatten(1, 2),
+                    allowed.flatten(2).flatten(0, 1),
+                )
+                band.append(out.unflatten(1, block.size))
+            bands.append(torch.cat(band, 2))
+        return torch.cat(bands, 1).permute(0, 3, 1, 2)
+
+
+class FeatureCode(nn.Module):
+    """Describes a map by how its channels answer to 128 filters, whatever their number: [B, C, h, w] to [B, 128, h, w].
+
+        out = mean_c softmax_m( (filter_m * x_c) / taps )
+
+    with ``taps`` the number of cells under the filter, fewer at the border.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.basis = nn.Parameter(torch.empty(NUM_FILTERS, 1, FILTER_SIDE, FILTER_SIDE))
+        nn.init.kaiming_uniform_(self.basis, math.sqrt(5))  # as convolutions start
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The result is at least float32: it hardly differs from 1 / 128, and what counts is by how much."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            taps = F.conv2d(
+                x.new_ones(1, 1, *size_of(x), dtype=dtype),
+                x.new_ones(1, 1, FILTER_SIDE, FILTER_SIDE, dtype=dtype),
+                padding=FILTER_SIDE // 2,
+            )
+            # A few channels at a time: all of them would make a map of 128 C channels.
+            channels = max(1, MAX_CODE_NUMBERS // (NUM_FILTERS * x[:, 0].numel()))
+            total = sum(recomputed(self._code, part.to(dtype), taps) for part in x.split(channels, 1))
+        assert isinstance(total, Tensor)
+        return total / x.shape[1]
+
+    def _code(self, x: Tensor, taps: Tensor) -> Tensor:
+        """The sum over channels instead of the mean."""
+        answers = F.conv2d(x.flatten(0, 1)[:, None], self.basis.to(x.dtype), padding=FILTER_SIDE // 2) / taps
+        return answers.softmax(1).unflatten(0, x.shape[:2]).sum(1)
+
+
+class Windows:
+    """The cells of an axis that the places of a finer one see, computed in whole numbers.
+
+    Place i of n, at r = (i + 0.5) / n, sees the cells floor(m max(0, r - 0.1)) to ceil(m min(1, r + 0.1)) of m, the
+    last one excluded.
+    """
+
+    def __init__(self, places: int, cells: int) -> None:
+        self.places, self.cells = places, cells
+
+    def seen(self, start: int, stop: int) -> tuple[int, int]:
+        """[first, last) of the cells that any of the places [start, stop) sees."""
+        return self._first(start), self._last(stop - 1)
+
+    def mask(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Which of the cells ``seen`` each place sees: bool [places, cells]."""
+        first, last = self.seen(start, stop)
+        cell = torch.arange(first, last, device=device)
+        places = range(start, stop)
+        edges = torch.tensor([(self._first(place), self._last(place)) for place in places], device=device)
+        return (edges[:, :1] <= cell) & (cell < edges[:, 1:])
+
+    def _first(self, place: int) -> int:
+        return max(0, (2 * place + 1) * INVERSE_REACH - 2 * self.places) * self.cells // self._unit
+
+    def _last(self, place: int) -> int:
+        edge = min(self._unit, (2 * place + 1) * INVERSE_REACH + 2 * self.places)
+        return -(-edge * self.cells // self._unit)
+
+    @property
+    def _unit(self) -> int:
+        return 2 * INVERSE_REACH * self.places
+
+
+def _block_side(images: int, rows: Windows, cols: Windows) -> int:
+    """Side of the square blocks of places that attend together, so that their scores fit."""
+    side = -(-max(rows.places, cols.places) // BLOCKS_PER_SIDE)
+    while side > 1 and images * NUM_HEADS * _pairs(side, rows) * _pairs(side, cols) > MAX_BAND_SCORES:
+        side //= 2
+    return side
+
+
+def _pairs(side: int, windows: Windows) -> int:
+    """At most so many places times cells along one side of a block."""
+    places = min(side, windows.places)
+    reach = 2 * windows.cells / INVERSE_REACH + places * windows.cells / windows.places
+    return places * min(windows.cells, math.ceil(reach) + 2)
+
+
+def _steps(start: int, stop: int, side: int) -> list[tuple[int, int]]:
+    return [(first, min(stop, first + side)) for first in range(start, stop, side)]

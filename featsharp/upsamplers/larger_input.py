@@ -1,0 +1,131 @@
+"""Features of a larger image in one pass: of the image itself at more pixels, or of one that super-resolution made.
+
+Both are baselines of figure 5 of FeatSharp (arXiv 2502.16025). For a backbone that gives an object the same features at
+any scale the first is the one to beat; one that was trained at a single size, such as SigLIP, fails at it. Attention
+over f * f times the tokens makes the pass cost from f ** 2 to f ** 4 of a low-resolution one.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from featsharp.errors import ConfigError, InputError
+from featsharp.ops.resize import resize, size_of
+from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
+from featsharp.upsamplers.own import load_function, name_of
+from featsharp.upsamplers.registration import register_upsampler
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class _OnePass(Upsampler):
+    """The high-resolution map is one pass of the image that :meth:`enlarge_image` makes."""
+
+    def forward(
+        self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
+    ) -> UpsampleFeatures:
+        low_res, summary = encode(resize(image, low_res_size))
+        grid, size = size_of(low_res), self.high_res_grid(low_res, output_size)
+        patch = low_res_size[0] // grid[0], low_res_size[1] // grid[1]
+        large = resize(self.enlarge_image(image, low_res_size), (patch[0] * size[0], patch[1] * size[1]))
+        try:
+            high_res, _ = encode(large)
+        except InputError as error:  # it took the low-resolution image, so it is the size
+            raise ConfigError(
+                f"{type(self).__name__} needs a backbone that takes larger images; {error}. The upsampler 'tile' "
+                f"encodes the same pixels in pieces of {low_res_size[0]}x{low_res_size[1]}"
+            ) from error
+        return UpsampleFeatures(low_res, resize(high_res, size), summary)
+
+    def enlarge_image(self, image: Tensor, low_res_size: tuple[int, int]) -> Tensor:
+        """The image [B, 3, height, width] to encode, of any size."""
+        raise NotImplementedError
+
+
+@register_upsampler("native-highres", "the image at factor x the size in one pass, no upsampling")
+class NativeHighRes(_OnePass):
+    """The backbone's own features of the larger image: p * H by p * W pixels for H x W cells and patches of p pixels.
+
+    Raises:
+        ConfigError: When used with a backbone that takes one size only.
+    """
+
+    needs = "larger image"
+    paper = "FeatSharp, arXiv 2502.16025, figure 5"
+
+    @property
+    def input_upsample_factor(self) -> float:
+        return self.factor
+
+    def enlarge_image(self, image: Tensor, low_res_size: tuple[int, int]) -> Tensor:
+        return image
+
+
+@register_upsampler("super-resolution", "the image enlarged by your super-resolution function, then one pass")
+class SuperResolution(_OnePass):
+    """Super-resolution first, then the backbone.
+
+    The question of this baseline is what invented detail can replace, so the function never sees more pixels than the
+    low-resolution pass: a larger image is shrunk to that size first. What it returns is clamped to [0, 1] and resized
+    to p pixels per cell. A module is registered as a part of this one and moves with it, frozen, in eval mode for good.
+
+    Args:
+        embed_dim: Channels C.
+        factor: Gain in each direction.
+        enlarge: Takes images [B, 3, h, w] in [0, 1] and returns them in at least that size, of any factor; or text that
+            names such a function, ``"module:function"``.
+        mean, std: The whitening of the images, which is undone around the call, three values each; the backbone's own.
+
+    Raises:
+        ConfigError: For options that make no sense; when used with a backbone that takes one size only.
+        InputError: When used, and the function returns something else than larger images.
+    """
+
+    needs = "image, a super-resolution function of yours"
+    function_options = ("enlarge",)
+    paper = "FeatSharp, arXiv 2502.16025, figure 5"
+
+    def __init__(
+        self,
+        embed_dim: int,
+        factor: float,
+        *,
+        enlarge: Callable[[Tensor], Tensor] | str | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__(embed_dim, factor)
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ConfigError(f"mean and std are three numbers each, std above 0; got mean={mean}, std={std}")
+        self.enlarge = load_function(enlarge, "enlarge")
+        if isinstance(self.enlarge, nn.Module):
+            self.enlarge.requires_grad_(False).eval()
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def train(self, mode: bool = True) -> "SuperResolution":
+        super().train(mode)
+        if isinstance(self.enlarge, nn.Module):
+            self.enlarge.eval()
+        return self
+
+    @torch.no_grad()
+    def enlarge_image(self, image: Tensor, low_res_size: tuple[int, int]) -> Tensor:
+        seen = min(image.shape[2], low_res_size[0]), min(image.shape[3], low_res_size[1])
+        mean, std = (image.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        pixels = (resize(image, seen) * std + mean).clamp(0, 1)
+        large = self.enlarge(pixels)
+        self._check(large, pixels)
+        return (large.to(image.dtype).clamp(0, 1) - mean) / std
+
+    def _check(self, large: object, pixels: Tensor) -> None:
+        name, wanted = name_of(self.enlarge), f"images [{len(pixels)}, 3, >={pixels.shape[2]}, >={pixels.shape[3]}]"
+        if not isinstance(large, Tensor):
+            raise InputError(f"{name} has to return {wanted}; got a {type(large).__name__}")
+        enough = large.ndim == 4 and large.shape[2] >= pixels.shape[2] and large.shape[3] >= pixels.shape[3]
+        if not enough or large.shape[:2] != pixels.shape[:2] or not large.is_floating_point():
+            raise InputError(f"{name} has to return floating point {wanted}; got {large.dtype} {tuple(large.shape)}")
+        if large.device != pixels.device:
+            raise InputError(f"{name} was given images on {pixels.device} and returned some on {large.device}")
+        if not torch.compiler.is_compiling() and not large.isfinite().all() and pixels.isfinite().all():
+            raise InputError(f"{name} returned NaN or infinite pixels")

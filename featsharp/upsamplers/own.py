@@ -1,0 +1,133 @@
+"""Bring your own: any function of image, features and size as an upsampler.
+
+It is then trained around, benchmarked and compared by the same commands as the ones that ship with the package.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from featsharp.errors import ConfigError, InputError, unknown_name
+from featsharp.upsamplers.base import GuidedUpsampler
+from featsharp.upsamplers.registration import register_upsampler
+
+if TYPE_CHECKING:
+    from featsharp.upsamplers import HasEmbedDim
+
+# (whitened image [B, 3, height, width], features [B, C, h, w], (H, W)) -> [B, C, H, W]
+UpsampleFunction = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
+
+
+@register_upsampler("custom", "your own function of image, features and size, as 'module:function'")
+class FromFunction(GuidedUpsampler):
+    """An upsampler made of a function.
+
+    What the function returns is checked, and cast to the dtype of the features. A module is registered as a part of
+    this one: it moves, casts, trains and switches to eval mode with the encoder, and its weights are saved with it.
+
+    Args:
+        embed_dim: Channels C.
+        factor: Gain in each direction; the function is asked for the size that comes of it.
+        function: Called with the whitened image [B, 3, height, width] (any size), the features [B, C, h, w] and the
+            size (H, W); returns [B, C, H, W]. Or text that names one, ``"module:function"``.
+
+    Raises:
+        ConfigError: Where there is no such function.
+        InputError: When used, and the function returns something else than was asked for.
+    """
+
+    needs = "a function of yours"
+    function_options = ("function",)
+    keeps_space = "no"  # nobody knows
+
+    def __init__(self, embed_dim: int, factor: float, *, function: UpsampleFunction | str | None = None) -> None:
+        super().__init__(embed_dim, factor)
+        self.function = load_function(function, "function")
+        self.trainable = any(parameter.requires_grad for parameter in self.parameters())
+
+    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        result = self.function(image, features, size)
+        name = name_of(self.function)
+        wanted = (*features.shape[:2], *size)
+        if not isinstance(result, Tensor):
+            raise InputError(f"{name} has to return a tensor {wanted}; got a {type(result).__name__}")
+        if result.shape != wanted:
+            raise InputError(
+                f"{name} was asked for {wanted}, features {tuple(features.shape)} at {size[0]}x{size[1]} cells; it "
+                f"returned {tuple(result.shape)}"
+            )
+        if not result.is_floating_point():
+            raise InputError(
+                f"{name} has to return floating point features such as {features.dtype}; got {result.dtype}"
+            )
+        if result.device != features.device:
+            raise InputError(f"{name} was given features on {features.device} and returned some on {result.device}")
+        # A graph cannot look at values, and NaN in the features is not the fault of the function.
+        if not torch.compiler.is_compiling() and not result.isfinite().all() and features.isfinite().all():
+            raise InputError(f"{name} returned NaN or infinite values for finite features")
+        return result.to(features.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, function={name_of(self.function)}"
+
+
+def from_function(function: UpsampleFunction | str, backbone: "HasEmbedDim | int", factor: float) -> FromFunction:
+    """``function`` as an upsampler for a backbone, for ``create_encoder`` or to be called by itself.
+
+    Args:
+        function: See :class:`FromFunction`.
+        backbone: Anything with ``embed_dim``, or the number of channels.
+        factor: Gain in each direction, at least 1.
+
+    >>> nearest = from_function(lambda image, features, size: torch.nn.functional.interpolate(features, size), 8, 2)
+    >>> nearest.upsample(torch.zeros(1, 8, 3, 4), torch.zeros(1, 3, 24, 32)).shape
+    torch.Size([1, 8, 6, 8])
+    """
+    return FromFunction(backbone if isinstance(backbone, int) else backbone.embed_dim, factor, function=function)
+
+
+def load_function(function: object, option: str) -> Callable[..., Any]:
+    """The function that an option gives or names.
+
+    Args:
+        function: A callable, or ``"module:function"``; what follows the colon may have dots.
+        option: Its name, for messages.
+
+    Raises:
+        ConfigError: When it is neither, or the module or what is sought in it is absent.
+    """
+    if callable(function) and not isinstance(function, type):
+        return function
+    if not isinstance(function, str) or not all(parts := function.partition(":")) or ":" in parts[2]:
+        raise ConfigError(
+            f"option {option} is a function, or text that names one, such as 'my_module:my_function'; got {function!r}"
+        )
+    module, _, attribute = parts
+    try:
+        found: object = importlib.import_module(module)
+    except Exception as error:  # whatever a foreign module raises, the message has to say where it was named
+        raise ConfigError(
+            f"option {option}={function!r}: module {module!r} cannot be imported ({type(error).__name__}: {error}); "
+            f"install it, or add its folder to PYTHONPATH"
+        ) from error
+    try:
+        found = reduce(getattr, attribute.split("."), found)
+    except AttributeError:
+        raise unknown_name(
+            f"function in option {option}={function!r}:",
+            attribute,
+            [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")],
+        ) from None
+    if not callable(found) or isinstance(found, type):
+        what = "a class; name a function or an object that can be called" if isinstance(found, type) else "no function"
+        raise ConfigError(f"option {option}={function!r}: {attribute} is {what}")
+    return found
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What messages call a function."""
+    return getattr(function, "__qualname__", type(function).__name__)

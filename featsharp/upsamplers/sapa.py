@@ -1,0 +1,95 @@
+"""SAPA: every new cell attends to the old cells around it, by the similarity of image and features.
+
+SAPA (arXiv 2209.12866), here a stack of levels of a whole gain q. Per level, for features x on (h, w) and the image y
+averaged over the cells of (q h, q w):
+
+    query = Linear(LayerNorm(y)), 3 -> 64;   key = Linear(LayerNorm(x)), C -> 64
+    out(i) = sum_p softmax_p(<query(i), key[i // q + p]>) * x[i // q + p],   p in a 5 x 5 window
+
+Published levels are of 2x only, and a factor that is no power of two is rounded to one; the published border is zeros
+that count (see :class:`SAPA`).
+"""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from featsharp.errors import ConfigError
+from featsharp.ops.local_attention import local_attention
+from featsharp.ops.resize import size_of
+from featsharp.upsamplers.base import GuidedUpsampler, level_factors
+from featsharp.upsamplers.featup import pool_guidance
+from featsharp.upsamplers.registration import register_upsampler
+
+DIM = 64
+WINDOW = 5
+START_STD = 0.02
+
+SAPABorder = Literal["clip", "zeros"]
+BORDERS = ("clip", "zeros")
+
+
+@register_upsampler("sapa", "SAPA: local attention from image queries to keys and values of the features")
+class SAPA(GuidedUpsampler):
+    """One level per prime factor of ``factor``, each with its own parameters.
+
+    Args:
+        embed_dim: Channels C, any number.
+        factor: Gain, whole; 6 means a level of 2 and one of 3.
+        border: "clip" makes the window smaller at the edge of the map, so weights of real cells sum to one; "zeros" has
+            cells with logit 0 and value 0 there, as published, and results fade towards the edge.
+        norm_guidance: Whether the colours of a pixel are normalised by their own mean and deviation, as published. That
+            leaves hue and nothing else: without it, the guidance knows brightness and contrast too.
+
+    Raises:
+        ConfigError: For a factor that is not whole, or an unknown border.
+    """
+
+    factors = "whole"
+    trainable = True
+    needs = "image"
+    keeps_space = "yes"
+    paper = "SAPA, arXiv 2209.12866"
+
+    def __init__(
+        self, embed_dim: int, factor: float, *, border: SAPABorder = "clip", norm_guidance: bool = True
+    ) -> None:
+        super().__init__(embed_dim, factor)
+        if border not in BORDERS:
+            raise ConfigError(f"unknown border {border!r}; use {' or '.join(map(repr, BORDERS))}")
+        self.levels = nn.ModuleList(
+            SAPALevel(embed_dim, gain, border, norm_guidance) for gain in level_factors(self.factor)
+        )
+
+    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        for level in self.levels:
+            features = level(features, image)
+        return features
+
+
+class SAPALevel(nn.Module):
+    """One attention [B, C, h, w] -> [B, C, gain * h, gain * w]; the arguments are those of :class:`SAPA`."""
+
+    def __init__(self, embed_dim: int, gain: int, border: SAPABorder, norm_guidance: bool) -> None:
+        super().__init__()
+        self.gain, self.border = gain, border
+        # What is added to all keys alike adds the same to all scores of a query, and the softmax does not see it, save
+        # where published borders stay at 0.
+        bias = border == "zeros"
+        self.query_norm = nn.LayerNorm(3) if norm_guidance else nn.Identity()
+        self.key_norm = nn.LayerNorm(embed_dim, bias=bias)
+        self.query_proj, self.key_proj = nn.Linear(3, DIM), nn.Linear(embed_dim, DIM, bias=bias)
+        for layer in (self.query_proj, self.key_proj):
+            nn.init.trunc_normal_(layer.weight, std=START_STD)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        """x [B, C, h, w] and an image [B, 3, H, W] of any size."""
+        height, width = size_of(x)
+        guidance = pool_guidance(image, (self.gain * height, self.gain * width)).permute(0, 2, 3, 1)
+        value = x.permute(0, 2, 3, 1)
+        query = self.query_proj(self.query_norm(guidance.to(x.dtype)))
+        key = self.key_proj(self.key_norm(value))
+        heads = (part[:, :, :, None] for part in (query, key, value))
+        return local_attention(*heads, window=WINDOW, border=self.border).squeeze(3).permute(0, 3, 1, 2)

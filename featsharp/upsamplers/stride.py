@@ -1,0 +1,134 @@
+"""A smaller stride of the patch embedding: the backbone looks at overlapping patches, so it has more tokens.
+
+"Deep ViT Features as Dense Visual Descriptors" (arXiv 2112.05814); a baseline of FeatSharp (arXiv 2502.16025), figure
+5.
+
+Shapes:
+    An image of H x W pixels and patches of p make ``1 + (H - p) // s`` by ``1 + (W - p) // s`` tokens at stride s.
+
+Convention:
+    Token j is centred at pixel ``j * s + p / 2``, so the map does not cover the image as others do. Published code
+    stretches it over the image all the same, which moves features by up to half a patch at the border. Here every cell
+    of the result is read where it is, between the tokens around it; cells beyond the outermost centres take the value
+    there.
+"""
+
+import math
+from functools import reduce
+from inspect import signature
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from featsharp.errors import ConfigError
+from featsharp.ops.resize import resize, size_of
+from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
+from featsharp.upsamplers.registration import register_upsampler
+
+
+class StridedEncode(Protocol):
+    """:class:`Encode` with a choice of the pixels from token to token, such as ``SharpEncoder.encode``."""
+
+    def __call__(self, images: Tensor, /, *, patch_stride: int) -> tuple[Tensor, Tensor | None]: ...
+
+
+@register_upsampler("stride", "a smaller stride of the patch embedding, for vision transformers")
+class Stride(Upsampler):
+    """Features at stride ``round(p / factor)``, read bilinearly at the cells of the result.
+
+    The factor goes up to the patch size p, yet cost limits it before: the second pass has about ``factor ** 2`` as many
+    tokens, so activations grow with ``factor ** 2`` and attention with ``factor ** 4``. For a ViT-S/14 (6 heads) in
+    float32, an explicit attention map of one layer and image takes:
+
+    ======  ======  ====================  ====================
+    factor  stride  224 pixels            518 pixels
+    ======  ======  ====================  ====================
+    1       14      257 tokens, 1.5 MiB   1370 tokens, 43 MiB
+    2       7       962 tokens, 21 MiB    5330 tokens, 650 MiB
+    4       3       5042 tokens, 582 MiB  28562 tokens, 18 GiB
+    8       2       11237 tokens, 2.8 GiB 64010 tokens, 92 GiB
+    ======  ======  ====================  ====================
+
+    Fused attention never holds that map, but its time grows alike. At 8x, tiles are the cheaper way to detail.
+
+    Raises:
+        ConfigError: When used with a factor above the patch size, a backbone without patches that can overlap, or an
+            ``encode`` that knows no ``patch_stride``.
+    """
+
+    needs = "backbone's patch embedding"
+    paper = "Dense ViT descriptors, arXiv 2112.05814"
+
+    def forward(
+        self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
+    ) -> UpsampleFeatures:
+        small = resize(image, low_res_size)
+        low_res, summary = encode(small)
+        grid, size = size_of(low_res), self.high_res_grid(low_res, output_size)
+        if size == grid:
+            return UpsampleFeatures(low_res, low_res, summary)
+        gain = self.factor if output_size is None else max(size[0] / grid[0], size[1] / grid[1])
+        patch = low_res_size[0] // grid[0]
+        stride = patch_stride(patch, gain)
+        tokens, _ = _strided(encode)(small, patch_stride=stride)
+        return UpsampleFeatures(low_res, read_tokens(tokens, patch, stride, low_res_size, size), summary)
+
+
+def patch_stride(patch_size: int, factor: float) -> int:
+    """The stride that is nearest to giving ``factor`` as many tokens per axis; of two, the smaller one."""
+    if factor > patch_size:
+        raise ConfigError(
+            f"the smallest stride, one pixel, makes {patch_size} tokens per axis of a {patch_size}-pixel patch; got a "
+            f"factor of {factor:g}, use at most {patch_size}"
+        )
+    return max(1, math.ceil(patch_size / factor - 0.5))
+
+
+def read_tokens(
+    tokens: Tensor, patch_size: int, stride: int, image_size: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """The map of ``size`` cells that covers the image, from tokens of overlapping patches.
+
+    Args:
+        tokens: [B, C, h, w].
+        patch_size, stride: In pixels.
+        image_size: (height, width) in pixels.
+        size: (H, W) in cells.
+
+    Returns:
+        [B, C, H, W].
+    """
+    full = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    for axis, dim in enumerate((2, 3)):
+        step = image_size[axis] / size[axis]  # pixels from cell to cell
+        centres = (torch.arange(size[axis], device=full.device, dtype=full.dtype) + 0.5) * step
+        full = _read_axis(full, (centres - patch_size / 2) / stride, max(1, math.floor(step / stride)), dim)
+    return full.to(tokens.dtype)
+
+
+def _read_axis(x: Tensor, positions: Tensor, spread: int, dim: int) -> Tensor:
+    """Along one axis: means of the values around ``positions``, with weights that reach 0 at a distance of ``spread``.
+
+    A spread of 1 is linear interpolation; a larger one is for cells that are further apart than the values. Whole ones
+    leave a ramp as it is.
+    """
+    last = x.shape[dim] - 1
+    positions = positions.clamp(0, last)
+    taps = positions.floor().long() + torch.arange(1 - spread, spread + 1, device=x.device)[:, None]  # [taps, cells]
+    weights = (1 - (positions - taps).abs() / spread).clamp(min=0) * ((taps >= 0) & (taps <= last))
+    weights = (weights / weights.sum(0)).unflatten(1, (-1, *(3 - dim) * [1]))
+    parts = (x.index_select(dim, index) * weight for index, weight in zip(taps.clamp(0, last), weights, strict=True))
+    return reduce(torch.add, parts)
+
+
+def _strided(encode: Encode) -> StridedEncode:
+    # The call of every module takes any keywords; its forward says which.
+    parameters = signature(getattr(encode, "forward", encode)).parameters
+    if "patch_stride" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        raise ConfigError(
+            "the upsampler 'stride' changes the stride of the backbone's patches, but the function that encodes knows "
+            "no patch_stride=; use a SharpEncoder on a vision transformer (timm:MODEL, vits14-focus, toy-vit, or "
+            "a module of transformers or torch.hub in from_callable)"
+        )
+    return cast(StridedEncode, encode)
