@@ -31,7 +31,7 @@ from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics, StatisticsKey, fit_with_cache
 from featsharp.ops.memory import keep_freed_memory
 from featsharp.training.distributed import World, copy_from_main, gather_objects, start_world, stop_world
-from featsharp.training.objective import MultiViewObjective
+from featsharp.training.objectives import create_objective
 from featsharp.training.trainer import LAST, LoopConfig, Trainer
 from featsharp.training.writers import NullWriter, get_visualizer
 from featsharp.validation import ValidationSamples
@@ -92,7 +92,7 @@ def train(config: RunConfig) -> Trainer:
         normalizer=config.normalizer.name,
         bias_buffer=config.bias_buffer,
     ).to(world.device)
-    objective = MultiViewObjective(backbone.embed_dim, encoder.factor, config.objective).to(world.device)
+    objective = create_objective(encoder, config.objective)
     views = dataclasses.asdict(config.views)
     views = {key: tuple(value) if isinstance(value, list) else value for key, value in views.items()}
     if world.is_main:
@@ -104,7 +104,7 @@ def train(config: RunConfig) -> Trainer:
     trainer = Trainer(
         encoder,
         objective,
-        ViewDataset(mixture, view_size(encoder), ViewConfig(**views), config.seed),
+        ViewDataset(mixture, objective.view_size(encoder), ViewConfig(**views), config.seed),
         LoopConfig(
             num_steps=config.num_training_steps,
             batch_size=config.batch_size,
@@ -136,13 +136,6 @@ def train(config: RunConfig) -> Trainer:
     finally:
         trainer.writer.close()
     return trainer
-
-
-def view_size(encoder: SharpEncoder) -> tuple[int, int]:
-    """(h, w) of training views in pixels: large enough that zooming in and cutting tiles find real detail."""
-    height, width = encoder.backbone.input_size
-    times = max(2, encoder.upsampler.input_upsample_factor)
-    return height * times, width * times
 
 
 def fit_normalizer(encoder: SharpEncoder, config: RunConfig, world: World) -> None:
@@ -230,7 +223,9 @@ def _check_folder(folder: Path, config: RunConfig) -> None:
         raise ConfigError(
             f"{last} exists and resume=false would overwrite it; choose another output_base, or move it away"
         )
-    saved, present = flatten(read_checkpoint(last)["config"] or {}), flatten(dataclasses.asdict(config))
+    # A setting that is younger than the checkpoint had its default's effect then.
+    saved = flatten(dataclasses.asdict(RunConfig())) | flatten(read_checkpoint(last)["config"] or {})
+    present = flatten(dataclasses.asdict(config))
     different = [
         f"{key} {present[key]!r} instead of {saved.get(key)!r}"
         for key in present

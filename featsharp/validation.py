@@ -12,7 +12,7 @@ from featsharp.evaluation.fidelity import EVAL_VIEWS, FidelityMeter, default_eva
 from featsharp.evaluation.samples import ImageSet
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
-from featsharp.training.objective import MultiViewObjective
+from featsharp.training.objectives import Objective
 from featsharp.training.trainer import Validation
 from featsharp.visualization.panels import panel
 from featsharp.visualization.pca import FeaturePCA
@@ -33,15 +33,14 @@ class ValidationSamples:
         folder = parse_data_dir(data_dir)[0].path
         self.images = [image for _, image in ImageSet(folder, limit=count)]
 
-    def __call__(self, encoder: SharpEncoder, objective: MultiViewObjective) -> Validation:
+    def __call__(self, encoder: SharpEncoder, objective: Objective) -> Validation:
         """Fidelity over the samples (area pooling decides the best checkpoint), a PCA panel of each, the bias."""
-        meter = FidelityMeter(
-            encoder, downsamplers={"own": objective.downsampler}, views=replace(EVAL_VIEWS, num_views=4)
-        )
+        own = {} if objective.downsampler is None else {"own": objective.downsampler}
+        meter = FidelityMeter(encoder, downsamplers=own, views=replace(EVAL_VIEWS, num_views=4))
         for image in self.images:
             meter.add(image)
         found = meter.result()
-        scalars = {f"val/fidelity_{name}": found[name].value for name in ("area", "own")}
+        scalars = {f"val/fidelity_{name}": found[name].value for name in ("area", *own)}
         scalars["val/cosine"] = found["cosine"].value
         pictures = {f"val/features_{i}": feature_panel(encoder, image) for i, image in enumerate(self.images)}
         if encoder.bias_buffer is not None and encoder.bias_buffer.buffer.abs().max() > 0:

@@ -1,7 +1,6 @@
 """Every configuration file composes with every other, and a mistake in one key is answered at once and in one line."""
 
 import dataclasses
-import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,18 @@ from featsharp.errors import ConfigError
 from featsharp.normalizers import NORMALIZERS
 from featsharp.train import main
 from featsharp.training.downsamplers import DOWNSAMPLERS
-from featsharp.training.objective import DISTANCES
+from featsharp.training.objectives import config_type
+from featsharp.training.objectives.multi_view import DISTANCES
 from featsharp.training.writers import WRITERS
 from featsharp.upsamplers import UPSAMPLERS
 
 CONFIGS = Path(compose.__code__.co_filename).parent
 README = Path(__file__).resolve().parents[1] / "README.md"
+# What has to be given to upsamplers that are a function of the user's.
+OWN_FUNCTIONS = {
+    "custom": {"function": lambda image, features, size: features},
+    "super-resolution": {"enlarge": lambda image: image},
+}
 BASE = ["+model=toy-vit", "+upsampler=featsharp-2x", "train_data_dir=photos"]
 
 
@@ -44,16 +49,29 @@ def test_every_model_composes_and_names_a_backbone(model):
 
 @pytest.mark.parametrize("upsampler", options_of("upsampler"))
 def test_every_upsampler_composes_and_exists(upsampler):
-    config = compose(["+model=toy-vit", f"+upsampler={upsampler}", "train_data_dir=x"])
+    factor = 1 if upsampler == "identity" else 4
+    config = compose(["+model=toy-vit", f"+upsampler={upsampler}-{factor}x", "train_data_dir=x"])
     assert config.upsampler.name in UPSAMPLERS
-    named = re.search(r"-(\d+)x", upsampler)
-    factor = int(named[1]) if named else 1
     assert config.upsampler.factor == factor
-    module = UPSAMPLERS[config.upsampler.name].factory(32, config.upsampler.factor, **config.upsampler.options)
+    options = {**OWN_FUNCTIONS.get(upsampler, {}), **config.upsampler.options}
+    module = UPSAMPLERS[config.upsampler.name].factory(32, config.upsampler.factor, **options)
     assert module.factor == factor
-    assert config.objective.downsampler in DOWNSAMPLERS
-    assert config.objective.distance in DISTANCES
+    assert module.trainable == (sum(p.numel() for p in module.parameters()) > 0)
+    assert type(config.objective) is config_type(config.objective.name)
+    if config.objective.name == "multi-view":
+        assert config.objective.downsampler in DOWNSAMPLERS
+        assert config.objective.distance in DISTANCES
     assert config.viz.type in WRITERS
+
+
+def test_any_factor_can_be_named():
+    def factor(*overrides):
+        return compose(["+model=toy-vit", *overrides, "train_data_dir=x"]).upsampler.factor
+
+    assert factor("+upsampler=tile") == 2
+    assert factor("+upsampler=tile-1.5x") == 1.5
+    assert factor("+upsampler=featsharp-jafar-12x") == 12
+    assert factor("+upsampler=tile-3x", "upsampler.factor=3.5") == 3.5
 
 
 @pytest.mark.parametrize("normalizer", options_of("normalizer"))
@@ -76,7 +94,7 @@ def test_all_pairs_of_models_and_upsamplers_compose_without_conflict():
 
 
 def test_published_presets_override_views_and_objective():
-    config = compose(["+model=toy-vit", "+upsampler=featsharp-2x-published", "train_data_dir=x"])
+    config = compose(["+model=toy-vit", "+upsampler=featsharp-published-2x", "train_data_dir=x"])
     assert config.views.jitter_zoom == [0.95, 1.0526]
     assert config.objective.downsampler == "attention"
     assert config.objective.uncertainty
@@ -134,6 +152,7 @@ def test_defaults_of_the_schema_are_those_of_the_base_file():
         assert schema[key] == base[key], key
     given_elsewhere = {"train_data_dir", "val_data_dir", "dist_train_data_dir", "output_subdir", "normalizer.name"}
     given_elsewhere |= {"model.name", "upsampler.name", "upsampler.factor"}
+    given_elsewhere |= {key for key in schema if key.startswith("objective.")}  # in the files of that group
     assert schema.keys() - base.keys() == given_elsewhere
     assert RunConfig().normalizer.name == "phi-s"
 
@@ -151,7 +170,7 @@ def test_view_options_of_the_library_are_those_of_the_configuration():
         (["num_trainig_steps=5"], "num_training_steps"),
         (["optim.learning_rat=1"], "optim.learning_rate"),
         (["views.zooms=[1,2]"], "views.zoom"),
-        (["+upsampler=featsharp-5x"], "featsharp-4x"),
+        (["+upsampler=featshap-5x"], "did you mean 'featsharp'"),
         (["+model=siglip"], "siglip2"),
         (["+modle=siglip2"], "model"),
         (["normalizer=phis"], "phi-s"),
@@ -219,7 +238,7 @@ def test_dry_run_prints_the_plan_and_builds_nothing(tmp_path, monkeypatch, capsy
 
 
 def test_unknown_names_end_the_command_with_the_valid_ones(capsys):
-    assert main(["+model=siglip2", "+upsampler=featsharp-5x", "dry_run=true"]) == 1
+    assert main(["+model=siglip2", "+upsampler=featshap-5x", "dry_run=true"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("featsharp train: unknown upsampler 'featsharp-5x'")
+    assert line.startswith("featsharp train: unknown upsampler 'featshap'")
     assert all(name in line for name in options_of("upsampler"))

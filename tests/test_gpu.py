@@ -7,8 +7,7 @@ import torch
 import featsharp
 from featsharp.data.views import ViewConfig, Views, cut_canvas, sample_homography
 from featsharp.ops.local_attention import local_attention
-from featsharp.training.objective import MultiViewObjective, ObjectiveConfig
-from featsharp.training.step import backward_step
+from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
 
 pytestmark = pytest.mark.gpu
 
@@ -44,8 +43,8 @@ def test_training_step_agrees_with_the_cpu():
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         encoder = featsharp.create_encoder("toy-vit", "featsharp", 2).to(device)
-        objective = MultiViewObjective(encoder.embed_dim, 2, ObjectiveConfig()).to(device)
-        backward_step(encoder, objective, Views(*(x.to(device) for x in views)), (64, 64))
+        objective = MultiViewObjective(encoder.embed_dim, 2, MultiViewConfig()).to(device)
+        objective.backward(encoder, Views(*(x.to(device) for x in views)), (64, 64))
         gradients.append([p.grad.cpu() for p in encoder.upsampler.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-2, atol=1e-4)
 

@@ -21,7 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from featsharp.backbones import create_backbone
 from featsharp.builder import load_from_file
 from featsharp.checkpoint import read_checkpoint
+from featsharp.configs.compose import compose, options_of
 from featsharp.train import main
+from featsharp.upsamplers import UPSAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -128,13 +130,28 @@ def test_the_command_trains_from_nested_tars_and_leaves_its_artifacts(shards, tm
     assert len(list((own_cache / "statistics").iterdir())) == 1
 
 
-@pytest.mark.parametrize(
-    "upsampler", ["featup-2x", "featsharp-2x-published", "featsharp-2x-jafar", "identity", "tile-2x"]
-)
-def test_other_upsamplers_train_and_load(photos, upsampler):
-    assert train(photos, upsampler=upsampler) == 0
+@pytest.mark.parametrize("upsampler", sorted(options_of("upsampler").keys() - {"custom", "super-resolution"}))
+def test_every_upsampler_trains_and_loads(photos, upsampler):
+    """At a fraction where the method has them; 2 has every other but the identity."""
+    factors = getattr(UPSAMPLERS[compose_upsampler(upsampler)].factory, "factors", "any")
+    factor = {"any": "1.5", "one": "1"}.get(factors, "2")
+    assert train(photos, upsampler=f"{upsampler}-{factor}x") == 0
     loaded = load_from_file("outputs/toy-vit/64/last.pth")
+    assert loaded.factor == float(factor)
     assert loaded(torch.randn(1, 3, 64, 64)).high_res.isfinite().all()
+
+
+@pytest.mark.parametrize("upsampler", ["featsharp-jafar", "lift", "resfu-tiled"])
+def test_a_cnn_as_backbone(photos, upsampler):
+    """F19."""
+    assert train(photos, "model=toy-cnn", upsampler=f"{upsampler}-2x") == 0
+    loaded = load_from_file("outputs/toy-cnn/64/last.pth")
+    assert loaded(torch.randn(1, 3, 64, 64)).high_res.isfinite().all()
+
+
+def compose_upsampler(name):
+    """The upsampler that a configuration names."""
+    return compose(["+model=toy-vit", f"+upsampler={name}", "train_data_dir=x"]).upsampler.name
 
 
 @pytest.mark.parametrize("overrides", [["normalizer=layernorm"], ["bias_buffer=false", "spectral=false"]])

@@ -10,7 +10,7 @@ from PIL import Image
 from featsharp.builder import create_encoder
 from featsharp.errors import DataError
 from featsharp.model import SharpEncoder
-from featsharp.training.objective import MultiViewObjective, ObjectiveConfig
+from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
 from featsharp.validation import CELL, ValidationSamples, feature_panel
 
 
@@ -27,7 +27,7 @@ def parts_of(bias: float = 0.0) -> tuple[SharpEncoder, MultiViewObjective]:
     encoder = create_encoder("toy-vit", "bilinear", 2, bias_buffer=True)
     assert encoder.bias_buffer is not None
     encoder.bias_buffer.buffer.data.normal_(std=bias)
-    objective = MultiViewObjective(encoder.embed_dim, 2, ObjectiveConfig(downsampler="simple", kernel_size=3))
+    objective = MultiViewObjective(encoder.embed_dim, 2, MultiViewConfig(downsampler="simple", kernel_size=3))
     return encoder, objective.eval()
 
 

@@ -3,14 +3,19 @@
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from featsharp.configs.schema import RunConfig
 from featsharp.errors import ConfigError, MissingDependencyError, unknown_name
+from featsharp.training.objectives import OBJECTIVES, ObjectiveConfig, config_type
 
-GROUPS = ("model", "upsampler", "datasets", "normalizer")
+GROUPS = ("model", "upsampler", "datasets", "normalizer", "objective")
+
+# "+upsampler=featsharp-4x" is the file featsharp with upsampler.factor=4.
+FACTOR = re.compile(r"(?P<group>\+{0,2}upsampler)=(?P<name>[\w-]+)-(?P<factor>\d+(\.\d+)?)x")
 
 # The least that numbers may be, and the least low end of [low, high] ranges.
 AT_LEAST = {
@@ -33,6 +38,7 @@ AT_LEAST = {
     "optim.clip_norm": 0.0,
     "objective.border_weight": 0.0,
     "objective.tv_weight": 0.0,
+    "objective.mse_weight": 0.0,
     "views.rotation": 0.0,
     "views.shift": 0.0,
     "views.flip": 0.0,
@@ -59,12 +65,14 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     except ImportError as error:
         raise MissingDependencyError('training needs: pip install "featsharp[train]"') from error
 
+    overrides = [part for override in overrides for part in _split_factor(override)]
     _check_overrides(overrides)
     try:
         GlobalHydra.instance().clear()
         with initialize_config_module("featsharp.configs", version_base="1.3"):
             composed = hydra_compose("base_config", overrides=[_appendable(override) for override in overrides])
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
+        schema = RunConfig(objective=_objective_type(composed.objective)())
+        merged = OmegaConf.merge(OmegaConf.structured(schema), composed)
         # Unresolved: what is missing may be named by interpolations elsewhere.
         raw: Any = OmegaConf.to_container(merged, resolve=False)
         missing = sorted(key for key, value in flatten(raw).items() if value == "???")
@@ -127,9 +135,31 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             raise ConfigError(f"unknown configuration key {key!r}; {hint}")
 
 
+def _split_factor(override: str) -> list[str]:
+    """``+upsampler=NAME-FACTORx`` as its two overrides; any other as it is."""
+    match = FACTOR.fullmatch(override)
+    return [f"{match['group']}={match['name']}", f"upsampler.factor={match['factor']}"] if match else [override]
+
+
+def _objective_type(settings: Mapping[str, Any]) -> type[ObjectiveConfig]:
+    """The settings class of the chosen objective; keys of another one are an error wherever they come from."""
+    chosen = config_type(settings["name"])
+    own = [field.name for field in dataclasses.fields(chosen)]
+    for key in settings:
+        if key not in own:
+            raise ConfigError(
+                f"objective {settings['name']!r} has no {key!r}, only {', '.join(own)}; choose another one as a whole, "
+                f"objective=NAME: {', '.join(OBJECTIVES.names())}"
+            )
+    return chosen
+
+
 def _appendable(override: str) -> str:
-    """Options of an upsampler have no defaults to override, so Hydra wants them marked as additions."""
-    return f"++{override}" if override.startswith("upsampler.options.") else override
+    """Options of an upsampler have no defaults to override, so Hydra wants them marked as additions.
+
+    So are the settings of an objective, as its own check says more about one that it does not have.
+    """
+    return f"++{override}" if override.startswith(("upsampler.options.", "objective.")) else override
 
 
 def _valid_keys(schema: Any = RunConfig, prefix: str = "") -> set[str]:
@@ -138,6 +168,8 @@ def _valid_keys(schema: Any = RunConfig, prefix: str = "") -> set[str]:
         keys.add(prefix + field.name)
         if dataclasses.is_dataclass(field.type):
             keys |= _valid_keys(field.type, f"{prefix}{field.name}.")
+    if schema is RunConfig:
+        keys |= {key for name in OBJECTIVES.names() for key in _valid_keys(config_type(name), "objective.")}
     return keys
 
 
@@ -145,7 +177,7 @@ def _check_values(config: RunConfig) -> None:
     """Refuse numbers that would fail only in the middle of a run."""
     flat = flatten(dataclasses.asdict(config))
     for key, least in AT_LEAST.items():
-        if not least <= flat[key] < math.inf:
+        if key in flat and not least <= flat[key] < math.inf:
             raise ConfigError(f"{key} must be at least {least:g} and finite; got {flat[key]}")
     for key, most in AT_MOST.items():
         if flat[key] > most:
@@ -166,7 +198,7 @@ def _one_line(error: Exception) -> str:
 def _missing(keys: list[str]) -> ConfigError:
     hints = {
         "model.name": f"+model=NAME, one of {', '.join(options_of('model'))}",
-        "upsampler.name": f"+upsampler=NAME, one of {', '.join(options_of('upsampler'))}",
+        "upsampler.name": f"+upsampler=NAME-FACTORx, NAME one of {', '.join(options_of('upsampler'))}",
         "train_data_dir": "train_data_dir=FOLDER of images or tars, or the environment variable FEATSHARP_DATA",
     }
     named = [hints[key] for key in hints if key in keys] or [f"{key}=..." for key in keys]

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from featsharp.training.objective import ObjectiveConfig
+from featsharp.training.objectives import ObjectiveConfig
+from featsharp.training.objectives.multi_view import MultiViewConfig
 from featsharp.training.optim import OptimConfig
 
 
@@ -21,7 +22,7 @@ class UpsamplerConfig:
     ``dtype`` is the autocast type of training."""
 
     name: str = "???"
-    factor: int = 2
+    factor: float = 2
     dtype: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -84,6 +85,6 @@ class RunConfig:
     upsampler: UpsamplerConfig = field(default_factory=UpsamplerConfig)
     normalizer: NormalizerConfig = field(default_factory=NormalizerConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=MultiViewConfig)  # of the class that its name says
     optim: OptimConfig = field(default_factory=OptimConfig)
     viz: VizConfig = field(default_factory=VizConfig)

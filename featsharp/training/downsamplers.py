@@ -53,12 +53,10 @@ class SimpleDownsampler(nn.Module):
         return weight / weight.sum()
 
     def forward(self, x: Tensor) -> Tensor:
-        channels = x.shape[1]
-        kernel = self.kernel()
-        # Depthwise convolution as one channel per image: the kernel is shared.
-        padded = pad_cells(x, kernel.shape[0], self.factor).flatten(0, 1)[:, None]
-        out = F.conv2d(padded, kernel[None, None].to(x.dtype), stride=self.factor)
-        return out.unflatten(0, (-1, channels)).squeeze(2)
+        kernel = self.kernel().to(x.dtype)
+        padded = pad_cells(x, kernel.shape[0], self.factor)
+        # One shared kernel, but a depthwise convolution: backward is twice as fast as with channels as images.
+        return F.conv2d(padded, kernel.expand(x.shape[1], 1, -1, -1), stride=self.factor, groups=x.shape[1])
 
 
 @DOWNSAMPLERS.register("attention", "a K x K kernel predicted for every token from the features under it")

@@ -8,6 +8,7 @@ from torch import nn
 
 from featsharp.errors import ConfigError
 from featsharp.layers.spectral import SpectralScale
+from featsharp.training.objectives import Objective
 from featsharp.upsamplers.featsharp import FeatSharp
 from featsharp.upsamplers.featup import JBULevel
 
@@ -33,12 +34,12 @@ class OptimConfig:
     clip_norm: float = 5.0
 
 
-def parameter_groups(encoder_parts: nn.Module, objective: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
+def parameter_groups(encoder_parts: nn.Module, objective: Objective, config: OptimConfig) -> list[dict[str, object]]:
     """Groups of every trainable parameter, each in exactly one.
 
     Args:
         encoder_parts: Holds the upsampler and the bias buffer.
-        objective: Holds the downsampler and, maybe, the uncertainty network.
+        objective: With the parameters that it has itself, of a downsampler or an uncertainty network.
     """
     special: dict[int, str] = {}
     for module in encoder_parts.modules():
@@ -47,9 +48,8 @@ def parameter_groups(encoder_parts: nn.Module, objective: nn.Module, config: Opt
         if isinstance(module, FeatSharp):
             levels = (m for m in module.modules() if isinstance(m, JBULevel))
             special |= {id(p): "jbu" for level in levels for p in level.parameters()}
-    uncertainty = getattr(objective, "uncertainty", None)
-    if uncertainty is not None:
-        special |= {id(p): "uncertainty" for p in uncertainty.parameters()}
+    if objective.uncertainty is not None:
+        special |= {id(p): "uncertainty" for p in objective.uncertainty.parameters()}
     settings = {
         "main": (config.learning_rate, 0.0),
         "jbu": (config.jbu_learning_rate, 0.0),
@@ -67,7 +67,7 @@ def parameter_groups(encoder_parts: nn.Module, objective: nn.Module, config: Opt
     ]
 
 
-def build_optimizer(encoder_parts: nn.Module, objective: nn.Module, config: OptimConfig) -> torch.optim.NAdam:
+def build_optimizer(encoder_parts: nn.Module, objective: Objective, config: OptimConfig) -> torch.optim.NAdam:
     """NAdam with its default betas over :func:`parameter_groups`."""
     groups = parameter_groups(encoder_parts, objective, config)
     if not groups:

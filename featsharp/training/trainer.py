@@ -20,9 +20,8 @@ from featsharp.errors import CheckpointError, InputError
 from featsharp.layers.spectral import add_spectral, spectral_norms
 from featsharp.model import SharpEncoder
 from featsharp.training.distributed import World, average_gradients, copy_from_main
-from featsharp.training.objective import Losses, MultiViewObjective
+from featsharp.training.objectives import Losses, Objective
 from featsharp.training.optim import OptimConfig, build_optimizer, build_schedule
-from featsharp.training.step import backward_step
 from featsharp.training.writers import VizWriter
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ class Validation(NamedTuple):
     images: dict[str, Tensor]  # [3, H, W] in [0, 1]
 
 
-Validate = Callable[[SharpEncoder, MultiViewObjective], Validation]
+Validate = Callable[[SharpEncoder, Objective], Validation]
 
 
 @dataclass
@@ -89,7 +88,7 @@ class Trainer:
     def __init__(
         self,
         encoder: SharpEncoder,
-        objective: MultiViewObjective,
+        objective: Objective,
         dataset: ViewDataset,
         config: LoopConfig,
         folder: Path,
@@ -157,9 +156,7 @@ class Trainer:
         step_seed = np.random.SeedSequence((self.config.seed, self.step, self.world.rank))
         torch.manual_seed(int(step_seed.generate_state(1)[0]))
         self.optimizer.zero_grad(set_to_none=True)
-        losses = backward_step(
-            self.encoder, self.objective, views, self.config.low_res_size, self.config.autocast_dtype
-        )
+        losses = self.objective.backward(self.encoder, views, self.config.low_res_size, self.config.autocast_dtype)
         average_gradients(self.parameters, self.world)
         self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm)
         if not torch.isfinite(self.gradient_norm):
@@ -214,9 +211,8 @@ class Trainer:
     def _report(self, losses: Losses, seconds: float) -> None:
         config, step = self.config, self.step
         if self.world.is_main and config.log_frequency and step % config.log_frequency == 0:
-            scalars = {f"loss/{name}": value.item() for name, value in losses._asdict().items()}
-            scalars |= {
-                "fidelity/train": 1 / max(losses.reconstruction.item(), 1e-12),
+            scalars = {
+                **self.objective.scalars(losses),
                 "optim/gradient_norm": self.gradient_norm.item(),
                 "optim/learning_rate": self.optimizer.param_groups[0]["lr"],
                 "speed/seconds_per_step": seconds,

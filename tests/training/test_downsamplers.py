@@ -13,7 +13,7 @@ from featsharp.training.downsamplers import (
     create_downsampler,
     pad_cells,
 )
-from featsharp.training.objective import ObjectiveConfig
+from featsharp.training.objectives.multi_view import MultiViewConfig
 
 SIZES = [(2, 5, (8, 12)), (3, 7, (9, 6)), (2, 4, (6, 10)), (1, 3, (5, 7)), (4, 3, (8, 12))]  # factor, kernel, (H, W)
 
@@ -152,7 +152,7 @@ def test_unknown_name_lists_the_known():
 @pytest.mark.parametrize("factor", [2, 3, 4, 6, 7, 8])
 def test_default_kernel_keeps_a_ramp_in_place(factor):
     """A kernel smaller than the cell would look at its corner, and shift what is learned."""
-    downsampler = create_downsampler("simple", 1, factor, ObjectiveConfig().kernel_size)
+    downsampler = create_downsampler("simple", 1, factor, MultiViewConfig().kernel_size)
     ramp = torch.arange(8.0 * factor).expand(1, 1, 8 * factor, 8 * factor)
     found = downsampler(ramp)[0, 0, 4, 2:-2]
     # Taps beyond the cell start at 2 % of those in it; they may pull by their centre's offset of at most half a pixel.

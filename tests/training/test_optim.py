@@ -9,7 +9,7 @@ from torch import nn
 from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError
 from featsharp.layers.spectral import SpectralScale, add_spectral
-from featsharp.training.objective import MultiViewObjective, ObjectiveConfig
+from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
 from featsharp.training.optim import OptimConfig, build_optimizer, build_schedule, parameter_groups
 
 RATES = OptimConfig(
@@ -23,7 +23,7 @@ def parts_of(upsampler: str, *, spectral: bool = True) -> tuple[nn.ModuleDict, M
         add_spectral(encoder.upsampler)
     assert encoder.bias_buffer is not None
     parts = nn.ModuleDict({"upsampler": encoder.upsampler, "bias_buffer": encoder.bias_buffer})
-    settings = ObjectiveConfig(downsampler="attention", kernel_size=3, uncertainty=True)
+    settings = MultiViewConfig(downsampler="attention", kernel_size=3, uncertainty=True)
     return parts, MultiViewObjective(encoder.embed_dim, 2, settings)
 
 
@@ -108,6 +108,6 @@ def test_resumed_schedule_continues():
 
 
 def test_nothing_to_train_is_said():
-    objective = MultiViewObjective(32, 2, ObjectiveConfig(downsampler="area", uncertainty=False))
+    objective = MultiViewObjective(32, 2, MultiViewConfig(downsampler="area", uncertainty=False))
     with pytest.raises(ConfigError, match="nothing to train"):
         build_optimizer(create_encoder("toy-vit", "bilinear", 2).upsampler, objective, OptimConfig())

@@ -21,15 +21,14 @@ from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.resize import resize
 from featsharp.training.distributed import World
-from featsharp.training.objective import MultiViewObjective, ObjectiveConfig
+from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
 from featsharp.training.optim import OptimConfig
-from featsharp.training.step import backward_step
 from featsharp.training.trainer import LoopConfig, Trainer, Validation
 from featsharp.training.writers import NullWriter
 
 ALONE = World(0, 1, torch.device("cpu"))
 VIEWS = ViewConfig(num_views=3, jitter_zoom=(0.9, 1.6), rotation=8.0, shift=0.15)
-DROPOUT = ObjectiveConfig(downsampler="attention", kernel_size=3, uncertainty=True)
+DROPOUT = MultiViewConfig(downsampler="attention", kernel_size=3, uncertainty=True)
 
 
 class Recorder(NullWriter):
@@ -68,7 +67,7 @@ def trainer_of(
     folder: Path,
     encoder: SharpEncoder | None = None,
     *,
-    objective: ObjectiveConfig = DROPOUT,
+    objective: MultiViewConfig = DROPOUT,
     writer: Recorder | None = None,
     validate: object = None,
     **settings: object,
@@ -119,7 +118,7 @@ def assert_equal(found: object, expected: object) -> None:
 def test_loss_falls_and_the_run_ends_at_the_last_step(photos, tmp_path):
     """F1, U6."""
     writer = Recorder()
-    settings = ObjectiveConfig(downsampler="simple", kernel_size=5, uncertainty=False)
+    settings = MultiViewConfig(downsampler="simple", kernel_size=5, uncertainty=False)
     encoder = create_encoder("toy-vit", "featsharp", 2, bias_buffer=True)
     trainer = trainer_of(
         photos,
@@ -134,7 +133,7 @@ def test_loss_falls_and_the_run_ends_at_the_last_step(photos, tmp_path):
     (probe,) = load_views(trainer.dataset, StepSampler(99, 100, 8), 0)
 
     def probe_loss() -> float:
-        loss = backward_step(encoder, trainer.objective, probe.views, (64, 64)).reconstruction.item()
+        loss = trainer.objective.backward(encoder, probe.views, (64, 64)).reconstruction.item()
         encoder.zero_grad()
         return loss
 
@@ -296,7 +295,7 @@ def train_planted(
         photos,
         folder,
         encoder,
-        objective=ObjectiveConfig(downsampler="area", uncertainty=False),
+        objective=MultiViewConfig(downsampler="area", uncertainty=False),
         num_steps=steps,
         batch_size=4,
         optim=OptimConfig(learning_rate=rate, jbu_learning_rate=rate),

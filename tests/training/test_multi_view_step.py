@@ -8,17 +8,19 @@ import torch
 
 from featsharp.builder import create_encoder
 from featsharp.data.views import ViewConfig, Views, base_view, sample_homography
-from featsharp.errors import InputError
+from featsharp.errors import ConfigError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
-from featsharp.training import step
-from featsharp.training.objective import MultiViewObjective, ObjectiveConfig
-from featsharp.training.step import backward_step, encode_views
+from featsharp.ops.resize import resize
+from featsharp.ops.warp import inside, warp
+from featsharp.training.objectives import create_objective, multi_view
+from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective, encode_views
+from featsharp.upsamplers.interpolate import Bilinear
 
 LOW_RES = (32, 48)
 
 
-def encoder_of(upsampler: str, backbone: str = "toy-vit", factor: int = 2) -> SharpEncoder:
+def encoder_of(upsampler: str, backbone: str = "toy-vit", factor: float = 2) -> SharpEncoder:
     encoder = create_encoder(backbone, upsampler, factor, normalizer="phi-s", bias_buffer=True)
     statistics = FeatureStatistics(encoder.embed_dim)
     statistics.update(encoder.backbone(torch.randn(8, 3, 64, 64)).features)
@@ -43,8 +45,8 @@ def some_views(batch: int = 2, count: int = 2) -> Views:
 @pytest.mark.parametrize(
     "settings",
     [
-        ObjectiveConfig(downsampler="simple", uncertainty=False, tv_weight=0.1),
-        ObjectiveConfig(downsampler="attention", kernel_size=3, uncertainty=True),
+        MultiViewConfig(downsampler="simple", uncertainty=False, tv_weight=0.1),
+        MultiViewConfig(downsampler="attention", kernel_size=3, uncertainty=True),
     ],
     ids=["simple", "attention"],
 )
@@ -57,7 +59,7 @@ def test_gradients_equal_those_of_one_graph(upsampler, settings):
     views = some_views()
 
     torch.manual_seed(1)
-    losses = backward_step(encoder, objective, views, LOW_RES)
+    losses = objective.backward(encoder, views, LOW_RES)
 
     torch.manual_seed(1)
     base, base_mask = base_view(views)
@@ -82,11 +84,11 @@ def test_gradients_equal_those_of_one_graph(upsampler, settings):
 def test_backbone_gets_no_gradient_and_keeps_its_weights():
     """F10."""
     encoder = encoder_of("featsharp")
-    objective = MultiViewObjective(encoder.embed_dim, 2, ObjectiveConfig())
+    objective = MultiViewObjective(encoder.embed_dim, 2, MultiViewConfig())
     before = copy.deepcopy(encoder.backbone.state_dict())
     optimizer = torch.optim.NAdam([p for p in encoder.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
-        backward_step(encoder, objective, some_views(), LOW_RES)
+        objective.backward(encoder, some_views(), LOW_RES)
         optimizer.step()
     assert all(p.grad is None and not p.requires_grad for p in encoder.backbone.parameters())
     assert all(torch.equal(value, before[name]) for name, value in encoder.backbone.state_dict().items())
@@ -95,12 +97,12 @@ def test_backbone_gets_no_gradient_and_keeps_its_weights():
 
 def test_gradients_add_up_until_they_are_cleared():
     encoder = encoder_of("bilinear")
-    objective = MultiViewObjective(encoder.embed_dim, 2, ObjectiveConfig(downsampler="area", uncertainty=False))
+    objective = MultiViewObjective(encoder.embed_dim, 2, MultiViewConfig(downsampler="area", uncertainty=False))
     views = some_views()
-    backward_step(encoder, objective, views, LOW_RES)
+    objective.backward(encoder, views, LOW_RES)
     assert encoder.bias_buffer is not None
     once = encoder.bias_buffer.buffer.grad.clone()
-    backward_step(encoder, objective, views, LOW_RES)
+    objective.backward(encoder, views, LOW_RES)
     assert torch.allclose(encoder.bias_buffer.buffer.grad, 2 * once, rtol=1e-4)
 
 
@@ -120,20 +122,69 @@ def test_loss_that_is_not_finite_is_refused():
     encoder = encoder_of("bilinear")
     assert encoder.bias_buffer is not None
     encoder.bias_buffer.buffer.data[0, 0, 0, 0] = float("nan")
-    objective = MultiViewObjective(encoder.embed_dim, 2, ObjectiveConfig())
+    objective = MultiViewObjective(encoder.embed_dim, 2, MultiViewConfig())
     with pytest.raises(InputError, match="training loss is nan"):
-        backward_step(encoder, objective, some_views(), LOW_RES)
+        objective.backward(encoder, some_views(), LOW_RES)
+
+
+@pytest.mark.parametrize(
+    "settings", [MultiViewConfig(uncertainty=True, tv_weight=0.1), MultiViewConfig(downsampler="area")]
+)
+def test_fractional_factors_are_compared_on_the_next_whole_multiple(settings):
+    """Factor 1.5: a map of 6 x 9 cells for targets of 4 x 6 is warped on, and pooled from, 8 x 12."""
+    encoder = encoder_of("bilinear", factor=1.5)
+    objective = MultiViewObjective(encoder.embed_dim, 1.5, settings)
+    views = some_views()
+    losses = objective.backward(encoder, views, LOW_RES)
+
+    base, base_mask = base_view(views)
+    targets, token_masks = encode_views(encoder, views, LOW_RES)
+    high_res = encoder.upsampler(encoder.input_conditioner(base), encoder.encode, LOW_RES).high_res
+    assert high_res.shape[2:] == (6, 9)
+    assert targets.shape[2:] == (4, 6)
+    to_base = views.homographies.flatten(0, 1)
+    warped = warp(high_res.repeat_interleave(2, 0), to_base, (8, 12))
+    error = (objective.downsampler(warped) - targets).square().mean(1, keepdim=True)
+    shown = warp(resize(base_mask, (8, 12)).repeat_interleave(2, 0), to_base, (4, 6), padding_mode="zeros") > 0.5
+    # Tiles of 1.5 cells have no border between cells: all places weigh the same, whatever border_weight says.
+    even = warp(torch.ones(4, 1, 8, 12), to_base, (4, 6), padding_mode="zeros")
+    valid = shown * token_masks * inside(to_base, (4, 6))
+    scale = valid.sum((1, 2, 3)).clamp(min=12)
+    expected = ((valid * even * error).sum((1, 2, 3)) / scale).mean()
+    torch.testing.assert_close(losses.reconstruction, expected.detach())
+    assert encoder.bias_buffer is not None
+    assert encoder.bias_buffer.buffer.grad.abs().max() > 0
+
+
+def test_view_sizes_are_whole_patches():
+    for name, factor in (("bilinear", 1.5), ("tile", 2)):
+        encoder = encoder_of(name, factor=factor)
+        assert create_objective(encoder, MultiViewConfig()).view_size(encoder) == (128, 128)
+
+    class Wide(Bilinear):
+        input_upsample_factor = 2.3
+
+    encoder = create_encoder("toy-vit", Wide(32, 2.3))
+    assert MultiViewObjective(32, 2.3, MultiViewConfig()).view_size(encoder) == (152, 152)  # 2.3 * 64 is 147.2
+
+
+def test_several_maps_at_once_are_refused():
+    class Twice(Bilinear):
+        num_maps = 2
+
+    with pytest.raises(ConfigError, match="Twice returns 2 maps at once"):
+        create_objective(create_encoder("toy-vit", Twice(32, 2)), MultiViewConfig())
 
 
 def test_views_in_parts_have_the_same_losses_and_gradients(monkeypatch):
     views = some_views(count=3)
     found = []
     for budget in (2**27, 1):
-        monkeypatch.setattr(step, "MAX_WARPED_ELEMENTS", budget)
+        monkeypatch.setattr(multi_view, "MAX_WARPED_ELEMENTS", budget)
         torch.manual_seed(0)
         encoder = encoder_of("featsharp")
-        objective = MultiViewObjective(encoder.embed_dim, 2, ObjectiveConfig(uncertainty=True, tv_weight=0.1))
-        losses = backward_step(encoder, objective, views, (64, 64))
+        objective = MultiViewObjective(encoder.embed_dim, 2, MultiViewConfig(uncertainty=True, tv_weight=0.1))
+        losses = objective.backward(encoder, views, (64, 64))
         gradients = [p.grad for p in [*encoder.parameters(), *objective.parameters()] if p.requires_grad]
         found.append((list(losses), gradients))
     torch.testing.assert_close(found[1], found[0])

@@ -11,13 +11,18 @@ from torch import Tensor
 from featsharp.data.views import ViewConfig, sample_homography
 from featsharp.errors import ConfigError
 from featsharp.ops.warp import inside, warp
-from featsharp.training.objective import MultiViewObjective, ObjectiveConfig, border_weights, total_variation
+from featsharp.training.objectives.multi_view import (
+    MultiViewConfig,
+    MultiViewObjective,
+    border_weights,
+    total_variation,
+)
 
 PLAIN = {"downsampler": "area", "uncertainty": False, "border_weight": 1.0}
 
 
 def objective_of(channels: int = 3, factor: int = 2, **settings: object) -> MultiViewObjective:
-    return MultiViewObjective(channels, factor, ObjectiveConfig(**{**PLAIN, **settings}))  # type: ignore[arg-type]
+    return MultiViewObjective(channels, factor, MultiViewConfig(**{**PLAIN, **settings}))  # type: ignore[arg-type]
 
 
 def identities(batch: int, views: int) -> Tensor:
@@ -47,7 +52,7 @@ def test_analytic_case():
         losses = objective_of(distance=distance)(high_res, base_mask, targets, view_masks, identities(2, 2))
         assert losses.total.item() == pytest.approx(expected, rel=1e-5)
         assert losses.reconstruction.item() == pytest.approx(expected, rel=1e-5)
-        assert losses.regularizer.item() == losses.tv.item() == 0
+        assert losses.terms["regularizer"].item() == losses.terms["tv"].item() == 0
 
 
 def test_perfect_prediction_scores_zero():
@@ -152,7 +157,7 @@ def test_uncertainty_starts_without_effect_and_is_no_way_out_for_the_upsampler()
     assert objective.uncertainty is not None
     losses = objective(*case)
     assert losses.total.item() == pytest.approx(0.7, rel=1e-5)
-    assert losses.regularizer.item() == 0
+    assert losses.terms["regularizer"].item() == 0
     # With the network switched on, its input still gets no gradient: only the warped prediction does.
     objective.uncertainty.out.weight.data.normal_()
     high_res = torch.randn(1, 3, 8, 8, requires_grad=True)
@@ -175,7 +180,7 @@ def test_total_variation_counts_steps_only():
     base_mask, view_masks = masks_of(1, 1, (4, 4))
     case = (torch.randn(1, 3, 8, 8), base_mask, torch.randn(1, 3, 4, 4), view_masks, identities(1, 1))
     without, losses = objective_of()(*case), objective_of(tv_weight=0.5)(*case)
-    assert losses.total.item() == pytest.approx((without.total + 0.5 * losses.tv).item())
+    assert losses.total.item() == pytest.approx((without.total + 0.5 * losses.terms["tv"]).item())
 
 
 def test_unknown_distance_lists_the_known():

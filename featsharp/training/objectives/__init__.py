@@ -1,0 +1,36 @@
+"""What training minimises. Adding an objective is a module with a ``@register_objective`` class, a line of import here
+and ``featsharp/configs/objective/<name>.yaml``."""
+
+from typing import Any
+
+from featsharp.model import SharpEncoder
+from featsharp.training.objectives import jafar, multi_view, reconstruction  # noqa: F401  (registers them)
+from featsharp.training.objectives.base import OBJECTIVES, Losses, Objective, ObjectiveConfig, register_objective
+
+__all__ = [
+    "OBJECTIVES",
+    "Losses",
+    "Objective",
+    "ObjectiveConfig",
+    "config_type",
+    "create_objective",
+    "register_objective",
+]
+
+
+def create_objective(encoder: SharpEncoder, config: ObjectiveConfig) -> Objective:
+    """The objective that ``config`` describes, for an encoder that it can train, on the encoder's device.
+
+    Raises:
+        ConfigError: For an unknown name, a setting that cannot be, or an encoder that it cannot train.
+    """
+    objective = OBJECTIVES[config.name].factory(encoder.embed_dim, encoder.factor, config)
+    objective.check(encoder)
+    return objective.to(encoder.device)
+
+
+def config_type(name: str) -> type[ObjectiveConfig]:
+    """The class of the settings of an objective; raises ConfigError for a name that does not exist."""
+    objective: Any = OBJECTIVES[name].factory
+    kind: type[ObjectiveConfig] = objective.config_type
+    return kind

@@ -1,0 +1,148 @@
+"""The contract of objectives: how a batch of views becomes gradients."""
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from featsharp.data.views import Views
+from featsharp.errors import ConfigError, InputError
+from featsharp.model import SharpEncoder
+from featsharp.registry import Registry
+from featsharp.upsamplers import GuidedUpsampler
+
+
+class Losses(NamedTuple):
+    """Scalars of one step: ``total`` is minimised; ``reconstruction`` is unweighted, for comparison."""
+
+    total: Tensor
+    reconstruction: Tensor
+    terms: dict[str, Tensor]  # what else an objective can tell, by name
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the settings of all objectives have in common: the ``name`` of the objective they belong to."""
+
+    name: str = field(default="???")
+
+
+class Objective(nn.Module):
+    """Base of all objectives. Subclasses implement :meth:`backward`, and build from (embed_dim, factor, config).
+
+    Attributes:
+        config_type: The dataclass of its settings.
+        downsampler: What the objective learned of how the backbone pools, [N, C, F*h, F*w] to [N, C, h, w] in
+            normalised space, F the next whole number from the factor upwards; None where it has none.
+        uncertainty: A network that is trained at a rate of its own, or None.
+    """
+
+    config_type: ClassVar[type[ObjectiveConfig]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.downsampler: nn.Module | None = None
+        self.uncertainty: nn.Module | None = None
+
+    def check(self, encoder: SharpEncoder) -> None:
+        """Raise ConfigError for an encoder that this objective cannot train; the message says what can."""
+        if encoder.upsampler.num_maps > 1:
+            raise ConfigError(
+                f"{type(encoder.upsampler).__name__} returns {encoder.upsampler.num_maps} maps at once, which cannot "
+                "be compared with the backbone's one; use it untrained"
+            )
+
+    def view_size(self, encoder: SharpEncoder) -> tuple[int, int]:
+        """(h, w) in pixels of the training views: whole patches, large enough that zooming and tiles find detail."""
+        times, patch = max(2, encoder.upsampler.input_upsample_factor), encoder.patch_size
+        height, width = (math.ceil(length * times / patch) * patch for length in encoder.backbone.input_size)
+        return height, width
+
+    def backward(
+        self,
+        encoder: SharpEncoder,
+        views: Views,
+        low_res_size: tuple[int, int],
+        autocast_dtype: torch.dtype | None = None,
+    ) -> Losses:
+        """Add the gradients of one batch to the encoder and to the objective's own parameters.
+
+        Args:
+            encoder: In training mode; the backbone stays frozen.
+            views: Canvases with pixels in [0, 1], on the encoder's device.
+            low_res_size: (h, w) in pixels of the backbone's native pass.
+            autocast_dtype: Type of the upsampler's matrix products; None: that of its weights. Losses are computed in
+                float32 either way.
+
+        Returns:
+            The losses, detached.
+
+        Raises:
+            InputError: When a loss is not finite; nothing was changed but gradients.
+        """
+        raise NotImplementedError
+
+    def scalars(self, losses: Losses) -> dict[str, float]:
+        """What the log says about a step."""
+        named = {"total": losses.total, "reconstruction": losses.reconstruction, **losses.terms}
+        return {f"loss/{name}": value.item() for name, value in named.items()}
+
+
+OBJECTIVES: Registry[Objective] = Registry("objective")
+register_objective = OBJECTIVES.register
+
+
+def guided_upsampler(encoder: SharpEncoder) -> GuidedUpsampler:
+    """The encoder's upsampler, which is called with features and a smaller image than they will be compared with.
+
+    Raises:
+        ConfigError: For one that encodes the image again.
+    """
+    upsampler = encoder.upsampler
+    if not isinstance(upsampler, GuidedUpsampler):
+        raise ConfigError(
+            f"this objective gives the upsampler one map of features and an image, but {type(upsampler).__name__} "
+            "encodes the image again; train it with objective=multi-view"
+        )
+    return upsampler
+
+
+def check_larger_images(encoder: SharpEncoder, name: str) -> None:
+    """Raise ConfigError for an encoder without features of larger images to learn from, or with nothing to learn."""
+    backbone, upsampler = encoder.backbone, guided_upsampler(encoder)
+    if not backbone.flexible:
+        raise ConfigError(
+            f"objective {name!r} learns from the features of larger images, but backbone {backbone.name!r} takes "
+            f"{backbone.input_size[0]}x{backbone.input_size[1]} only; use objective=multi-view"
+        )
+    if encoder.bias_buffer is not None:
+        raise ConfigError(
+            f"objective {name!r} compares an image with itself, which cannot tell a positional pattern from content; "
+            "set bias_buffer=false, or use objective=multi-view"
+        )
+    if not upsampler.trainable:
+        raise ConfigError(
+            f"there is nothing to train: {type(upsampler).__name__} has no parameters; use it untrained, or learn its "
+            "bias buffer with objective=multi-view"
+        )
+
+
+def autocast(images: Tensor, dtype: torch.dtype | None) -> torch.autocast:
+    """The context in which the upsampler runs."""
+    return torch.autocast(images.device.type, dtype, enabled=dtype is not None)
+
+
+def check_finite(loss: Tensor) -> None:
+    """Raise InputError for a loss that is NaN or infinite."""
+    if not torch.isfinite(loss):
+        raise InputError(
+            f"the training loss is {loss.item()}; the backbone or the upsampler returns NaN or infinite features "
+            "(lower the learning rate, or use float32)"
+        )
+
+
+def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over images and places of 1 - cosine of the channels; a vector of zeros has cosine 0 to anything."""
+    return 1 - nn.functional.cosine_similarity(prediction, target, dim=1).mean()

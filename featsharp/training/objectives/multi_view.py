@@ -1,0 +1,233 @@
+"""The multi-view consistency objective.
+
+The high-resolution map of the base image is warped into each jittered view, pooled to the backbone's grid and compared
+with what the backbone itself says about that view. FeatUp (arXiv 2403.10516), FeatSharp (arXiv 2502.16025).
+
+Shapes: B images, n views per image, C channels, (h, w) low-resolution grid, f factor, F the next whole number from f
+upwards: the gain of the grid on which maps are warped and pooled.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featsharp.data.views import Views, base_view, render_views
+from featsharp.errors import unknown_name
+from featsharp.model import SharpEncoder
+from featsharp.ops.resize import resize, size_of
+from featsharp.ops.warp import inside, warp
+from featsharp.training.downsamplers import create_downsampler
+from featsharp.training.objectives.base import (
+    Losses,
+    Objective,
+    ObjectiveConfig,
+    autocast,
+    check_finite,
+    register_objective,
+)
+
+DISTANCES = {
+    "mse": lambda a, b: (a - b).square(),
+    "l1": lambda a, b: (a - b).abs(),
+    "smooth_l1": lambda a, b: F.smooth_l1_loss(a, b, reduction="none"),
+}
+
+# Numbers in the warped maps that the objective holds at once: 512 MiB in float32.
+MAX_WARPED_ELEMENTS = 2**27
+# A token counts when at least this part of its pixels shows image.
+TOKEN_COVERAGE = 0.99
+
+
+@dataclass
+class MultiViewConfig(ObjectiveConfig):
+    """Parts of the objective.
+
+    Attributes:
+        distance: "mse", "l1" or "smooth_l1", averaged over channels.
+        downsampler: "attention", "simple" or "area".
+        kernel_size: K of the downsampler.
+        uncertainty: Whether to weigh places by a learned uncertainty.
+        border_weight: Weight of the rows and columns beside tile borders, relative to the rest.
+        tv_weight: Weight of the total variation of the high-resolution map.
+    """
+
+    name: str = "multi-view"
+    distance: str = "mse"
+    downsampler: str = "simple"
+    kernel_size: int = 5
+    uncertainty: bool = False
+    border_weight: float = 2.0
+    tv_weight: float = 0.0
+
+
+@register_objective("multi-view", "the sharp map, warped and pooled, says what the backbone says about jittered views")
+class MultiViewObjective(Objective):
+    """Compares a high-resolution map with the backbone's features of jittered views. Trains every upsampler.
+
+    Args:
+        embed_dim: C.
+        factor: f.
+        config: See :class:`MultiViewConfig`.
+    """
+
+    config_type = MultiViewConfig
+    downsampler: nn.Module
+    uncertainty: "UncertaintyNet | None"
+
+    def __init__(self, embed_dim: int, factor: float, config: MultiViewConfig) -> None:
+        super().__init__()
+        if config.distance not in DISTANCES:
+            raise unknown_name("distance", config.distance, DISTANCES)
+        self.config = config
+        self.factor = factor
+        self.gain = math.ceil(factor)
+        self.downsampler = create_downsampler(config.downsampler, embed_dim, self.gain, config.kernel_size)
+        self.uncertainty = UncertaintyNet(embed_dim) if config.uncertainty else None
+
+    def forward(
+        self, high_res: Tensor, base_mask: Tensor, targets: Tensor, view_masks: Tensor, homographies: Tensor
+    ) -> Losses:
+        """Losses of one batch; their terms are the regularizer of the uncertainty and the total variation.
+
+        Args:
+            high_res: [B, C, f*h, f*w], normalised features of the base images.
+            base_mask: [B, 1, H, W], 1 where the base image shows image; any size.
+            targets: [B*n, C, h, w], normalised features of the views, ordered (image, view).
+            view_masks: [B*n, 1, h, w], 1 where a view shows image.
+            homographies: [B, n, 3, 3], view to base.
+        """
+        count = homographies.shape[1]
+        small = size_of(targets)
+        large = self.gain * small[0], self.gain * small[1]
+        to_base = homographies.flatten(0, 1)
+
+        def to_views(x: Tensor, size: tuple[int, int], padding_mode: str = "reflection") -> Tensor:
+            x = x.expand(len(homographies), -1, -1, -1) if x.shape[0] == 1 else x
+            return warp(x.repeat_interleave(count, 0), to_base, size, padding_mode=padding_mode)
+
+        prediction = self.downsampler(to_views(high_res, large))
+        shown = to_views(resize(base_mask, large), small, "zeros") > 0.5
+        valid = shown.to(targets) * view_masks * inside(to_base, small)
+        error = DISTANCES[self.config.distance](prediction, targets).mean(1, keepdim=True)
+        error = valid * to_views(self._border_weights(large).to(targets), small, "zeros") * error
+        # A view that shows little of the base image must not weigh as much as a full one.
+        scale = valid.sum((1, 2, 3)).clamp(min=0.5 * valid[0].numel())
+
+        def average(x: Tensor) -> Tensor:
+            return (x.sum((1, 2, 3)) / scale).mean()
+
+        reconstruction = average(error)
+        weighted, regularizer = reconstruction, reconstruction.new_zeros(())
+        if self.uncertainty is not None:
+            log_variance = self.uncertainty(high_res.detach())
+            weighted = average(to_views(torch.exp(-log_variance), small) * error)
+            regularizer = (log_variance / 2 * resize(base_mask, size_of(high_res))).mean()
+        tv = total_variation(high_res) if self.config.tv_weight > 0 else reconstruction.new_zeros(())
+        total = weighted + regularizer + self.config.tv_weight * tv
+        terms = {"regularizer": regularizer.detach(), "tv": tv.detach()}
+        return Losses(total, reconstruction.detach(), terms)
+
+    def backward(
+        self,
+        encoder: SharpEncoder,
+        views: Views,
+        low_res_size: tuple[int, int],
+        autocast_dtype: torch.dtype | None = None,
+    ) -> Losses:
+        """See :meth:`Objective.backward`.
+
+        The losses are differentiated down to a detached leaf of the high-resolution map, as many views at a time as
+        memory allows; the gradient then runs once through the upsampler, however many views there are. The result
+        equals the gradient of the whole.
+        """
+        base, base_mask = base_view(views)
+        targets, token_masks = encode_views(encoder, views, low_res_size)
+        with autocast(base, autocast_dtype):
+            high_res = encoder.upsampler(encoder.input_conditioner(base), encoder.encode, low_res_size).high_res
+        high_res = high_res.to(base.dtype)
+        leaf = high_res.detach().requires_grad_()
+        target_leaf = targets.detach().requires_grad_(targets.requires_grad)
+        parts, shares = [], []
+        batch, count = views.homographies.shape[:2]
+        for chosen in torch.arange(count).split(self.views_at_once(targets, count)):
+
+            def pick(x: Tensor, chosen: Tensor = chosen) -> Tensor:
+                return x.unflatten(0, (batch, count))[:, chosen].flatten(0, 1)
+
+            part = self(leaf, base_mask, pick(target_leaf), pick(token_masks), views.homographies[:, chosen])
+            check_finite(part.total)
+            # The losses are means over views, so each part counts by its share of them.
+            share = len(chosen) / count
+            (part.total * share).backward()
+            parts.append(part)
+            shares.append(share)
+        if high_res.requires_grad:
+            high_res.backward(leaf.grad)
+        if targets.requires_grad:
+            targets.backward(target_leaf.grad)
+        return _weighted_sum(parts, shares)
+
+    def scalars(self, losses: Losses) -> dict[str, float]:
+        """See :meth:`Objective.scalars`; the training fidelity is the inverse of the reconstruction loss."""
+        return {**super().scalars(losses), "fidelity/train": 1 / max(losses.reconstruction.item(), 1e-12)}
+
+    def views_at_once(self, targets: Tensor, count: int) -> int:
+        """How many warped copies of a batch of maps fit into MAX_WARPED_ELEMENTS, at least one."""
+        warped = self.gain**2 * targets.numel() // count
+        return max(1, MAX_WARPED_ELEMENTS // warped)
+
+    def _border_weights(self, size: tuple[int, int]) -> Tensor:
+        """Only a whole number of tiles has its borders between cells."""
+        return border_weights(size, self.gain, self.config.border_weight if self.gain == self.factor else 1.0)
+
+
+def encode_views(encoder: SharpEncoder, views: Views, low_res_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """What the backbone says about every view: features [B*n, C, h, w] and token masks [B*n, 1, h, w]."""
+    images, masks = render_views(views, low_res_size)
+    features = encoder.encode(encoder.input_conditioner(images)).features
+    return features, (resize(masks, size_of(features)) > TOKEN_COVERAGE).to(features.dtype)
+
+
+class UncertaintyNet(nn.Module):
+    """Log variance u of the prediction at every place; errors are weighed by exp(-u), u / 2 is the price.
+
+    [B, C, H, W] to [B, 1, H, W], zero at the start. It sees the detached map: an upsampler cannot buy itself off.
+    """
+
+    def __init__(self, embed_dim: int, hidden_dim: int = 256) -> None:
+        super().__init__()
+        self.hidden = nn.Conv2d(embed_dim, hidden_dim, 5, padding=2, padding_mode="replicate")
+        self.out = nn.Conv2d(hidden_dim, 1, 1, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.gelu(self.hidden(x)))
+
+
+def border_weights(size: tuple[int, int], factor: int, weight: float) -> Tensor:
+    """[1, 1, H, W]: ``weight`` on the two rows or columns beside every tile border, 1 elsewhere, scaled to mean 1."""
+    out = torch.ones(1, 1, *size)
+    for axis in (2, 3):
+        cells = size[axis - 2] // factor
+        for border in range(cells, size[axis - 2], cells):
+            out.narrow(axis, border - 1, 2).fill_(weight)
+    return out / out.mean()
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """Mean smooth-L1 distance between vertical and between horizontal neighbours."""
+    return F.smooth_l1_loss(x[..., 1:, :], x[..., :-1, :]) + F.smooth_l1_loss(x[..., 1:], x[..., :-1])
+
+
+def _weighted_sum(parts: list[Losses], weights: list[float]) -> Losses:
+    """The losses of all parts, detached."""
+
+    def over(values: list[Tensor]) -> Tensor:
+        weighted = [value.detach() * weight for value, weight in zip(values, weights, strict=True)]
+        return torch.stack(weighted).sum()
+
+    terms = {name: over([part.terms[name] for part in parts]) for name in parts[0].terms}
+    return Losses(over([part.total for part in parts]), over([part.reconstruction for part in parts]), terms)

@@ -1,0 +1,151 @@
+"""Reconstruction from a smaller image: LiFT's own objective (Suri et al., ECCV 2024, arXiv 2403.14625).
+
+What the backbone says about an image is predicted from what it says about the same image at 1 / f of its size:
+
+    loss = d( Up(I_f, phi(I_f)), phi(I) )  +  d( Up(I_ff, phi(I_ff)), phi(I_f) )
+
+with the encoder's features phi, images I, I_f and I_ff at f, 1 and 1 / f times the backbone's native size, and d the
+mean over places of 1 - cosine. Works for every guided upsampler with a whole factor f. The second term is left out
+where the grid of I_ff would not be whole, or a single cell.
+
+Published LiFT shrinks by taking every f-th pixel, which aliases as no photograph that is resized for inference does;
+``subsample="slice"`` does that, the default is antialiased. It uses raw features (``normalizer=none``) and colour
+jitter, which is not here. In its training the running statistics of batch normalisation mix both scales; here they are
+those of the native grid, at which the result is used.
+
+Shapes: B images, C channels, (h, w) native grid.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from featsharp.data.views import Views, base_view
+from featsharp.errors import ConfigError, unknown_name
+from featsharp.model import SharpEncoder
+from featsharp.ops.resize import resize, size_of
+from featsharp.training.objectives.base import (
+    Losses,
+    Objective,
+    ObjectiveConfig,
+    autocast,
+    check_finite,
+    check_larger_images,
+    cosine_distance,
+    guided_upsampler,
+    register_objective,
+)
+
+DISTANCES = {
+    "cosine": cosine_distance,
+    "l1": lambda a, b: (a - b).abs().mean(),
+    "mse": lambda a, b: (a - b).square().mean(),
+}
+SUBSAMPLES = ("antialias", "slice")
+
+
+@dataclass
+class ReconstructionConfig(ObjectiveConfig):
+    """Parts of the objective.
+
+    Attributes:
+        distance: "cosine" (1 - cosine), "l1" or "mse", averaged over places and, but for the first, over channels.
+        subsample: How images are made smaller: "antialias", or "slice" for every f-th pixel.
+    """
+
+    name: str = "reconstruction"
+    distance: str = "cosine"
+    subsample: str = "antialias"
+
+
+@register_objective("reconstruction", "predict the features of an image from those of the image made smaller (LiFT)")
+class ReconstructionObjective(Objective):
+    """Predicts features from those of a smaller image. Trains guided upsamplers with a whole factor; has no parameters.
+
+    Args:
+        embed_dim: C.
+        factor: f.
+        config: See :class:`ReconstructionConfig`.
+    """
+
+    config_type = ReconstructionConfig
+
+    def __init__(self, embed_dim: int, factor: float, config: ReconstructionConfig) -> None:
+        super().__init__()
+        if config.distance not in DISTANCES:
+            raise unknown_name("distance", config.distance, DISTANCES)
+        if config.subsample not in SUBSAMPLES:
+            raise unknown_name("subsample", config.subsample, SUBSAMPLES)
+        if factor != int(factor) or factor < 2:
+            raise ConfigError(
+                f"objective 'reconstruction' compares with an image a whole number of times as large; got factor "
+                f"{factor:g}, use 2 (or objective=multi-view)"
+            )
+        self.config = config
+        self.factor = int(factor)
+
+    def check(self, encoder: SharpEncoder) -> None:
+        super().check(encoder)
+        check_larger_images(encoder, "reconstruction")
+
+    def view_size(self, encoder: SharpEncoder) -> tuple[int, int]:
+        """f times the native size."""
+        height, width = encoder.backbone.input_size
+        return self.factor * height, self.factor * width
+
+    def backward(
+        self,
+        encoder: SharpEncoder,
+        views: Views,
+        low_res_size: tuple[int, int],
+        autocast_dtype: torch.dtype | None = None,
+    ) -> Losses:
+        """See :meth:`Objective.backward`; ``reconstruction`` is the first term alone, the second is "small"."""
+        images = self.pyramid(encoder, views, low_res_size)
+        with torch.no_grad():
+            features = [encoder.encode(image).features for image in images]
+        losses = []
+        for level in range(1, len(images)):
+            frozen = _frozen_statistics(encoder.upsampler) if level > 1 else nullcontext()
+            with frozen, autocast(images[level], autocast_dtype):
+                prediction = guided_upsampler(encoder).upsample(features[level], images[level])
+            # Term by term: only one graph is held.
+            loss = DISTANCES[self.config.distance](prediction.float(), features[level - 1].float())
+            check_finite(loss)
+            loss.backward()
+            losses.append(loss.detach())
+        return Losses(torch.stack(losses).sum(), losses[0], {"small": losses[1]} if len(losses) > 1 else {})
+
+    def pyramid(self, encoder: SharpEncoder, views: Views, low_res_size: tuple[int, int]) -> list[Tensor]:
+        """Whitened base images at f, 1 and, where its grid is whole and more than a cell, 1 / f times the native size,
+        each [B, 3, height, width]."""
+        height, width = low_res_size
+        sizes = [(self.factor * height, self.factor * width), low_res_size]
+        grid = encoder.backbone.grid_size(low_res_size)
+        if all(cells % self.factor == 0 and cells > self.factor for cells in grid):
+            sizes.append((height // self.factor, width // self.factor))
+        full = resize(encoder.input_conditioner(base_view(views)[0]), sizes[0])
+        return [self._shrink(full, size) for size in sizes]
+
+    def _shrink(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.config.subsample == "slice":
+            height, width = size_of(image)
+            return image[..., :: height // size[0], :: width // size[1]]
+        return resize(image, size)
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch normalisation goes on by the statistics of the batch, but does not add them to the running ones."""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
