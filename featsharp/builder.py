@@ -16,17 +16,17 @@ from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.spectral import folded_state
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import create_normalizer
-from featsharp.upsamplers import create_upsampler
+from featsharp.upsamplers import UPSAMPLERS, create_upsampler
 from featsharp.upsamplers.base import Upsampler
 
-# "bilinear-4x" where a path is expected builds that upsampler untrained.
-PSEUDO_PATH = re.compile(r"(?P<name>identity|bilinear|tile)-(?P<factor>\d+)x")
+# "tile-4x" where a path is expected builds that upsampler untrained; "module:function-2x" one from a function.
+PSEUDO_PATH = re.compile(r"(?P<name>[\w.:-]+)-(?P<factor>\d+(\.\d+)?)x")
 
 
 def create_encoder(
     backbone: str | Backbone,
     upsampler: str | Upsampler,
-    factor: int | None = None,
+    factor: float | None = None,
     *,
     upsampler_options: Mapping[str, Any] | None = None,
     normalizer: str = "none",
@@ -38,7 +38,8 @@ def create_encoder(
     Args:
         backbone: A name of ``list_backbones()`` or a backbone (see ``from_callable`` for your own model).
         upsampler: A name of ``list_upsamplers()`` or an upsampler built for that backbone.
-        factor: Gain in each direction; needed with a name, refused if it contradicts an object.
+        factor: Gain in each direction, fractions for methods that allow them; needed with a name, refused if it
+            contradicts an object.
         upsampler_options: Keyword arguments of the upsampler's class; only with a name.
         normalizer: "none", or one of ``featsharp.normalizers.list_normalizers()``, to be fitted before use.
         bias_buffer: Whether to add a bias buffer (zero until trained).
@@ -89,14 +90,19 @@ def load_from_file(
     *,
     featurizer: str | Backbone | None = None,
     max_memory: int | str | None = None,
+    allow_functions: bool = False,
 ) -> SharpEncoder:
     """Load a sharp encoder from a checkpoint, or build a training-free one from a pseudo-path.
 
     Args:
-        path: A checkpoint file, or ``"bilinear-4x"``, ``"tile-2x"``, ``"identity-1x"``.
+        path: A checkpoint file, or an upsampler that needs no training with its factor: ``"tile-2x"``,
+            ``"bilinear-1.5x"``, or a function of your own ``"package.module:function-2x"`` (see
+            :func:`featsharp.upsamplers.from_function`), which is imported.
         featurizer: The backbone. Needed for pseudo-paths and for checkpoints of a backbone that has no name to be built
             from; otherwise the checkpoint's own is built. One that the checkpoint was not trained for is refused.
         max_memory: Limit of the memory that encoding takes, in bytes or as "2GiB"; see ``SharpEncoder.max_memory``.
+        allow_functions: Whether a checkpoint may name functions to import ("custom" and "super-resolution" do). That
+            runs the code of their module, so say yes only to files that you trust.
 
     Returns:
         The encoder in eval mode, on the CPU, without gradients; ``encoder.upsampler.requires_grad_()`` turns them on
@@ -107,16 +113,18 @@ def load_from_file(
         BackboneMismatchError: When the backbone at hand is not the one the checkpoint was trained for.
     """
     pseudo = PSEUDO_PATH.fullmatch(str(path))
-    if pseudo and not Path(path).exists():
+    if pseudo and (":" in pseudo["name"] or pseudo["name"] in UPSAMPLERS) and not Path(path).exists():
         if featurizer is None:
             raise ConfigError(
                 f"{path} is no file but an untrained upsampler; give it a backbone: featurizer='vits14-focus'"
             )
-        return create_encoder(featurizer, pseudo["name"], int(pseudo["factor"]), max_memory=max_memory)
+        return _untrained_encoder(featurizer, pseudo["name"], float(pseudo["factor"]), max_memory)
     content = read_checkpoint(path)
     saved = content["encoder"]
     backbone = _backbone_for(saved["backbone"], featurizer, path)
     recipe = saved["recipe"]
+    if not allow_functions:
+        _refuse_functions(recipe, path)
     encoder = create_encoder(
         backbone,
         recipe["upsampler"],
@@ -128,6 +136,32 @@ def load_from_file(
     )
     load_model_state(encoder, content["model"], path)
     return encoder.eval().requires_grad_(False)
+
+
+def _untrained_encoder(
+    featurizer: str | Backbone, name: str, factor: float, max_memory: int | str | None
+) -> SharpEncoder:
+    """The encoder of a pseudo-path."""
+    options = {}
+    if ":" in name:
+        name, options = "custom", {"function": name}
+    elif getattr(UPSAMPLERS[name].factory, "trainable", False):
+        raise ConfigError(
+            f"{name} has to be trained; give a checkpoint of it, or build it untrained: "
+            f"create_encoder(backbone, {name!r}, {factor:g})"
+        )
+    return create_encoder(featurizer, name, factor, upsampler_options=options, max_memory=max_memory)
+
+
+def _refuse_functions(recipe: Mapping[str, Any], path: object) -> None:
+    """Raise CheckpointError where a recipe would have code imported."""
+    options = getattr(UPSAMPLERS[recipe["upsampler"]].factory, "function_options", ())
+    named = [f"{key}={recipe['options'][key]!r}" for key in options if key in recipe["options"]]
+    if named:
+        raise CheckpointError(
+            f"checkpoint {path} would import code: {', '.join(named)}. If you trust it, load it with "
+            "allow_functions=True"
+        )
 
 
 def save_checkpoint(
@@ -149,6 +183,12 @@ def save_checkpoint(
         raise CheckpointError(
             "this encoder was built from an upsampler object, which no file can name; register its class with "
             "@register_upsampler and build it by name"
+        )
+    objects = [key for key, value in encoder.recipe["options"].items() if callable(value)]
+    if objects:
+        raise CheckpointError(
+            f"option {objects[0]} of this encoder is a Python object, which no file can hold; build it with the name "
+            "of an importable function, 'module:function'"
         )
     write_checkpoint(
         path,

@@ -1,6 +1,7 @@
-"""The checkpoint file: tensors and plain values only, written atomically, read without running code.
+"""Checkpoint files: tensors and plain values only, written atomically, read without running code.
 
-A file is one dictionary: ``format`` and ``version``; ``encoder`` (how to rebuild the sharp encoder, and which backbone
+A file is one dictionary that begins with ``format`` and ``version``; a :class:`FileKind` says what else is in it. That
+of a sharp encoder, the default, has ``encoder`` (how to rebuild the sharp encoder, and which backbone
 it belongs to); ``model`` (its tensors, without the backbone's); ``config`` (the composed training configuration, or
 None); ``training`` (everything a resumed run needs, or None).
 """
@@ -10,18 +11,31 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from featsharp.errors import CheckpointError
 
-FORMAT = "featsharp"
 VERSION = 1
-KEYS = ("encoder", "model", "config", "training")
 
 
-def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+class FileKind(NamedTuple):
+    """What a checkpoint file says that it is."""
+
+    format: str
+    version: int  # the newest that this package reads
+    keys: tuple[str, ...]  # of its dictionary, besides format and version
+    noun: str
+    writer: str  # the command that writes such files
+
+
+ENCODER_FILE = FileKind(
+    "featsharp", VERSION, ("encoder", "model", "config", "training"), "a featsharp checkpoint", "featsharp train"
+)
+
+
+def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any], kind: FileKind = ENCODER_FILE) -> None:
     """Write a checkpoint so that a crash or a full disk never costs the file that was there before.
 
     Raises:
@@ -32,7 +46,7 @@ def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> N
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+            torch.save({"format": kind.format, "version": kind.version, **content}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -46,7 +60,7 @@ def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> N
             temporary.unlink()
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str], kind: FileKind = ENCODER_FILE) -> dict[str, Any]:
     """Read a checkpoint on the CPU with weights-only semantics.
 
     Raises:
@@ -64,12 +78,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({_first_line(error)}); is it truncated?") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a featsharp checkpoint; `featsharp train` writes them")
+    if not isinstance(content, dict) or content.get("format") != kind.format:
+        raise CheckpointError(f"{path} is not {kind.noun}; `{kind.writer}` writes them")
     version = content.get("version")
-    if isinstance(version, int) and version > VERSION:
+    if isinstance(version, int) and version > kind.version:
         raise CheckpointError(f"checkpoint {path} has version {version}, newer than this featsharp; upgrade it")
-    lacking = [key for key in KEYS if key not in content]
+    lacking = [key for key in kind.keys if key not in content]
     if not isinstance(version, int) or lacking:
         raise CheckpointError(f"checkpoint {path} is not complete: it lacks {', '.join(lacking) or 'a version number'}")
     return content

@@ -142,7 +142,14 @@ def test_a_backbone_of_ones_own_comes_back_as_featurizer(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "upsampler", "factor"),
-    [("tile-2x", "tile", 2), ("bilinear-4x", "bilinear", 4), ("identity-1x", "identity", 1)],
+    [
+        ("tile-2x", "tile", 2),
+        ("tile-1.5x", "tile", 1.5),
+        ("bilinear-4x", "bilinear", 4),
+        ("identity-1x", "identity", 1),
+        ("native-highres-2x", "native-highres", 2),
+        ("s2-2x", "s2", 2),
+    ],
 )
 @pytest.mark.parametrize("featurizer", ["toy-vit", create_backbone("toy-cnn")])
 def test_pseudo_paths(path, upsampler, factor, featurizer):
@@ -158,8 +165,12 @@ def test_pseudo_paths_that_cannot_work(tmp_path):
         load_from_file("tile-2x")
     with pytest.raises(ConfigError, match="at least 1; got 0"):
         load_from_file("tile-0x", featurizer="toy-vit")
-    with pytest.raises(CheckpointError, match="checkpoint featsharp-2x does not exist"):
+    with pytest.raises(ConfigError, match="featsharp has to be trained; give a checkpoint of it"):
         load_from_file("featsharp-2x", featurizer="toy-vit")
+    with pytest.raises(CheckpointError, match="checkpoint featsharpp-2x does not exist"):
+        load_from_file("featsharpp-2x", featurizer="toy-vit")
+    with pytest.raises(ConfigError, match="module 'no_such_module' cannot be imported"):
+        load_from_file("no_such_module:function-2x", featurizer="toy-vit")
 
 
 def test_a_file_goes_before_a_pseudo_path(tmp_path, monkeypatch):

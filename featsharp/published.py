@@ -1,0 +1,330 @@
+"""Weights that the authors of FeatUp, LiFT, JAFAR and AnyUp have published, as sharp encoders of this package.
+
+Nothing is downloaded: get the file from the authors, under their licence. Its tensors are given our names and have to
+fit exactly; what only training used, and projections that never reach the output, are known by name and left out.
+"""
+
+import contextlib
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from featsharp.backbones import create_backbone
+from featsharp.backbones.base import Backbone
+from featsharp.builder import create_encoder, load_model_state, model_state
+from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, unknown_name
+from featsharp.model import SharpEncoder
+
+# Under which key a file may keep its tensors, if not at the top.
+CONTAINERS = ("state_dict", "jafar")
+FEATUP_LEVELS = 4
+ATTENTION = "cross_decode.cross_attn."
+
+
+def load_published(
+    kind: str,
+    path: str | PathLike[str],
+    backbone: str | Backbone,
+    *,
+    factor: float | None = None,
+    final_fixup: bool | None = None,
+    max_memory: int | str | None = None,
+) -> SharpEncoder:
+    """Load an upsampler that its authors have published.
+
+    ========= ================================================== =================================================
+    kind      file                                               factor
+    ========= ================================================== =================================================
+    "featup"  a JBU stack for one backbone, with or without norm 16 (default); 2, 4, 8: its first levels
+    "lift"    for one backbone                                   2 (default); 4, 8, ...: applied again
+    "jafar"   for one backbone                                   any; default: the patch size, a feature per pixel
+    "anyup"   for any backbone                                   any; default: the patch size, a feature per pixel
+    ========= ================================================== =================================================
+
+    A file with norm ("featup") brings its LayerNorm along: the features of the encoder are then normalised, and have
+    no way back to the space of the backbone. A file does not say which backbone it is for beyond the number of
+    channels: give the same model, facet and whitening as its authors did. The image that guides is whitened as the
+    backbone has it.
+
+    Args:
+        kind: "featup", "lift", "jafar" or "anyup".
+        path: A PyTorch file (a state dict, or a Lightning checkpoint) or a .safetensors file.
+        backbone: A name of ``list_backbones()`` or a backbone.
+        factor: Gain in each direction; see the table.
+        final_fixup: Only for "featup": whether the convolution after the last level is used. It was trained after the
+            fourth level, so by default it is at factor 16 only.
+        max_memory: Limit of the memory that encoding takes; see ``SharpEncoder.max_memory``.
+
+    Returns:
+        The encoder in eval mode, on the CPU, without gradients; ``save_checkpoint`` writes it as one of this package.
+
+    Raises:
+        CheckpointError: When the file cannot be read safely, or a tensor is missing, unknown or of another shape.
+        BackboneMismatchError: When the weights are for another number of channels.
+        ConfigError: For an unknown kind, or a factor that the method does not have.
+
+    Example:
+        >>> encoder = load_published("anyup", "anyup_paper.pth", "vits14-focus", factor=4)  # doctest: +SKIP
+    """
+    if kind not in _READERS:
+        raise unknown_name("kind of published weights", kind, _READERS)
+    if final_fixup is not None and kind != "featup":
+        raise ConfigError(f"final_fixup= is for 'featup' only; leave it out for {kind!r}")
+    backbone = create_backbone(backbone)
+    tensors = {key.removeprefix("module."): value for key, value in _read_tensors(path).items()}
+    if factor is None:
+        factor = {"featup": 2**FEATUP_LEVELS, "lift": 2}.get(kind, backbone.patch_size)
+    weights = _READERS[kind](tensors, factor, backbone, final_fixup)
+    if weights.channels not in (None, backbone.embed_dim):
+        raise BackboneMismatchError(
+            f"{path} is for features of {weights.channels} channels, but backbone {backbone.name!r} has "
+            f"{backbone.embed_dim}; give the backbone that it was trained for"
+        )
+    encoder = create_encoder(
+        backbone,
+        kind,
+        weights.factor,
+        upsampler_options=weights.options,
+        normalizer=weights.normalizer,
+        max_memory=max_memory,
+    )
+    load_model_state(encoder, _our_state(encoder, weights, path), path)
+    return encoder.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A file in our terms."""
+
+    tensors: dict[str, Tensor]  # by published name
+    names: dict[str, str]  # beginnings of our names -> of published ones
+    factor: float
+    channels: int | None  # that the file says it is for
+    options: dict[str, Any] = field(default_factory=dict)
+    normalizer: str = "none"
+    unused: str = r"$^"  # a pattern of published names that are known and left out
+
+
+def _featup(tensors: dict[str, Tensor], factor: float, backbone: Backbone, final_fixup: bool | None) -> _Weights:
+    factors = [2**n for n in range(1, FEATUP_LEVELS + 1)]
+    if factor not in factors:
+        raise ConfigError(
+            f"published FeatUp weights are {FEATUP_LEVELS} levels of 2x, used from the first; got factor {factor}, "
+            f"use {min(factors, key=lambda known: abs(known - factor))}"
+        )
+    final_fixup = factor == factors[-1] if final_fixup is None else final_fixup
+    levels = factors.index(int(factor)) + 1
+    names = {
+        "normalizer.weight": "model.1.norm.weight",
+        "normalizer.bias": "model.1.norm.bias",
+        "upsampler.final_fixup.layers": "upsampler.fixup_proj",
+    }
+    for n in range(levels):
+        ours, theirs = f"upsampler.levels.{n}", f"upsampler.up{n + 1}"
+        names |= {
+            f"{ours}.log_temperature": f"{theirs}.range_temp",
+            f"{ours}.sigma": f"{theirs}.sigma_spatial",
+            f"{ours}.keys": f"{theirs}.range_proj",
+            f"{ours}.fixup": f"{theirs}.fixup_proj",
+        }
+    normed = any(key.startswith("model.1.norm.") for key in tensors)
+    unused = r"(downsampler|scale_net)\.|model\.(?!1\.norm\.)"
+    unused += "".join(rf"|upsampler\.up{n + 1}\." for n in range(levels, FEATUP_LEVELS))
+    if not final_fixup:
+        unused += r"|upsampler\.fixup_proj\."
+    return _Weights(
+        tensors,
+        names,
+        factor,
+        _length(tensors, "upsampler.fixup_proj.1.bias", 0),
+        {"flavour": "featup", "start": "published", "final_fixup": final_fixup},
+        "layernorm" if normed else "none",
+        unused,
+    )
+
+
+def _lift(tensors: dict[str, Tensor], factor: float, backbone: Backbone, _: bool | None) -> _Weights:
+    names = {
+        "upsampler.doubling.image_fine": "image_convs_1",
+        "upsampler.doubling.image_coarse": "image_convs_2",
+        "upsampler.doubling.expand": "up1.up",
+        "upsampler.doubling.fuse": "up1.conv_1.double_conv",
+        "upsampler.doubling.project": "outc",
+    }
+    # One patch of the backbone for a cell, as in the published network.
+    options = {"image_scale": backbone.patch_size}
+    return _Weights(tensors, names, factor, _length(tensors, "outc.bias", 0), options)
+
+
+def _jafar(tensors: dict[str, Tensor], factor: float, backbone: Backbone, _: bool | None) -> _Weights:
+    names = _cross_attention_names() | {
+        "upsampler.feature_encoder": "key_features_encoder",
+        "upsampler.gamma": "sft_key.gamma",
+        "upsampler.beta": "sft_key.beta",
+    }
+    kernel = _length(tensors, "image_encoder.0.weight", -1) or 1
+    # FeatSharp's copy has a 3 x 3 convolution there, and guidance of twice the output.
+    options = {"image_kernel": kernel, "guidance_scale": 2.0 if kernel == 3 else None, "query_padding": "zeros"}
+    return _Weights(
+        _with_our_layout(tensors),
+        names,
+        factor,
+        _length(tensors, "key_features_encoder.0.weight", 1),
+        options,
+        unused=_dead_projections(),
+    )
+
+
+def _anyup(tensors: dict[str, Tensor], factor: float, backbone: Backbone, _: bool | None) -> _Weights:
+    names = _cross_attention_names() | {
+        "upsampler.feature_encoder": "key_features_encoder",
+        "upsampler.aggregation": "aggregation",
+    }
+    return _Weights(_with_our_layout(tensors), names, factor, None, unused=_dead_projections())
+
+
+_READERS: dict[str, Callable[[dict[str, Tensor], float, Backbone, bool | None], _Weights]] = {
+    "featup": _featup,
+    "lift": _lift,
+    "jafar": _jafar,
+    "anyup": _anyup,
+}
+
+
+def _cross_attention_names() -> dict[str, str]:
+    """What JAFAR and AnyUp have in common."""
+    return {
+        "upsampler.image_encoder": "image_encoder",
+        "upsampler.query_encoder": "query_encoder",
+        "upsampler.key_encoder": "key_encoder",
+        "upsampler.rope.frequencies": "rope.freqs",
+        "upsampler.query_conv": "cross_decode.conv2d",
+        "upsampler.query_norm": f"{ATTENTION}norm_q",
+        "upsampler.key_norm": f"{ATTENTION}norm_k",
+        "upsampler.query_proj.weight": f"{ATTENTION}attention.q_proj_weight",
+        "upsampler.query_proj.bias": f"{ATTENTION}attention.in_proj_bias[q]",
+        "upsampler.key_proj.weight": f"{ATTENTION}attention.k_proj_weight",
+        "upsampler.key_proj.bias": f"{ATTENTION}attention.in_proj_bias[k]",
+    }
+
+
+def _dead_projections() -> str:
+    """Projections of values and of the output, which the averaged attention weights go past."""
+    return (
+        re.escape(ATTENTION) + r"(norm_v\.weight|attention\.(v_proj_weight|in_proj_bias\[v\]|out_proj\.(weight|bias)))$"
+    )
+
+
+def _with_our_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Projections packed into one tensor apart, and the layers of residual blocks counted as ours are."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        packed = re.fullmatch(rf"({re.escape(ATTENTION)}attention\.)in_proj_(weight|bias)", key)
+        if packed and value.ndim and value.shape[0] % 3 == 0:
+            name = "{}_proj_weight" if packed[2] == "weight" else "in_proj_bias[{}]"
+            renamed |= {packed[1] + name.format(x): part for x, part in zip("qkv", value.chunk(3), strict=True)}
+        else:
+            renamed[key] = value
+    blocks: dict[tuple[str, str, int], list[str]] = {}
+    for key, value in renamed.items():
+        if match := re.fullmatch(r"(\w+_encoder\.[12]|aggregation\.[12])\..+\.(weight|bias)", key):
+            blocks.setdefault((match[1], match[2], value.ndim), []).append(key)
+    layout = {}
+    for (block, leaf, ndim), keys in blocks.items():
+        # Normalisation, activation, convolution; and once more.
+        places = (2, 5) if ndim == 4 else (0, 3)
+        for place, key in zip(places, sorted(keys, key=_natural_order), strict=False):
+            layout[key] = f"{block}.layers.{place}.{leaf}"
+    return {layout.get(key, key): value for key, value in renamed.items()}
+
+
+def _natural_order(key: str) -> list[tuple[int, str]]:
+    """Numbers by value, the rest as text."""
+    return [(int(part or 0) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", key)]
+
+
+def _our_state(encoder: SharpEncoder, weights: _Weights, path: object) -> dict[str, Tensor]:
+    """The state of ``encoder`` with the published tensors in it; raises CheckpointError unless all fit."""
+    state = model_state(encoder)
+    published = {_published_name(key, weights.names): key for key in state}
+    published.pop("", None)
+    tensors = {key: value for key, value in weights.tensors.items() if not re.match(weights.unused, key)}
+    shapes = [
+        f"{key} {tuple(tensors[key].shape)} instead of {tuple(state[ours].shape)}"
+        for key, ours in sorted(published.items())
+        if key in tensors and tensors[key].shape != state[ours].shape
+    ]
+    for problem, keys in (
+        ("lacks", sorted(published.keys() - tensors.keys())),
+        ("has unknown", sorted(tensors.keys() - published.keys())),
+        ("has other shapes:", shapes),
+    ):
+        if keys:
+            more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
+            raise CheckpointError(f"{path} {problem} {', '.join(keys[:20])}{more}; is it a file of this kind?")
+    return state | {ours: tensors[key] for key, ours in published.items()}
+
+
+def _published_name(ours: str, names: Mapping[str, str]) -> str:
+    """What the authors call a tensor of ours; "" for one that they do not have."""
+    for beginning, theirs in names.items():
+        if ours == beginning or ours.startswith(f"{beginning}."):
+            return theirs + ours.removeprefix(beginning)
+    return ""
+
+
+def _length(tensors: Mapping[str, Tensor], key: str, dim: int) -> int | None:
+    """The size of a tensor along ``dim``, where it is there."""
+    return tensors[key].shape[dim] if key in tensors and tensors[key].ndim else None
+
+
+def _read_tensors(path: str | PathLike[str]) -> dict[str, Tensor]:
+    """The named tensors of a file, on the CPU, read without running code."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}; get it from the authors of the method")
+    content = _load(path)
+    for name in CONTAINERS:
+        if isinstance(content, dict) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{path} holds no state dict; got {type(content).__name__}")
+    strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError(
+            f"{path} is no state dict: {', '.join(strange[:5])} {'is' if len(strange) == 1 else 'are'} no tensor"
+        )
+    return {str(key): value.detach() for key, value in content.items()}
+
+
+def _load(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} was not loaded: it is damaged, or holds objects beside tensors, which could run code"
+            f"{_unsafe_names(path)}. If you trust it, write its tensors to a file of their own: "
+            f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'tensors.pth')"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({str(error).splitlines()[0]}); is it truncated?") from error
+
+
+def _unsafe_names(path: Path) -> str:
+    """The classes that a file asks for, for a message."""
+    with contextlib.suppress(Exception):  # a damaged file has none
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        return f" ({', '.join(names[:5])})" if names else ""
+    return ""
