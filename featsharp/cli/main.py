@@ -13,6 +13,7 @@ from featsharp.errors import FeatSharpError
 # Sub-command -> its line in the help. Modules are imported when used, so that help is instant.
 COMMANDS = {
     "upsample": "sharp features of images: PCA pictures and raw features",
+    "fit": "sharp features of one image by a network fitted to it (FeatUp's implicit upsampler)",
     "train": "train an upsampler (arguments as for python -m featsharp.train)",
     "pack": "an image folder to webdataset shards",
     "eval": "measure a checkpoint: fidelity and zoom cosine",

@@ -14,30 +14,25 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from featsharp.builder import load_from_file
-from featsharp.data.files import write_file
-from featsharp.data.images import decode_image, image_to_tensor, is_image_name
+from featsharp.cli.results import check_finite, metadata_of, parse_size, save_comparison, save_features
+from featsharp.data.images import decode_image, is_image_name
 from featsharp.data.mapped import MappedFeatures
 from featsharp.errors import ConfigError, DataError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.ops.device import find_device
 from featsharp.ops.memory import keep_freed_memory
-from featsharp.ops.resize import resize
-from featsharp.visualization.panels import panel, save_picture
-from featsharp.visualization.pca import FeaturePCA
-
-# Longer side of one picture of the PNG, in pixels.
-PICTURE_SIDE = 448
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--checkpoint", required=True, help="a trained file, or tile-Nx, bilinear-Nx with --backbone")
+    parser.add_argument("--checkpoint", required=True, help="a trained file; or NAME-FACTORx with --backbone")
     parser.add_argument("--backbone", help="name of the backbone; default: the checkpoint's own")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--size", type=_size, metavar="HxW", help="scale the image to this many pixels first")
+    parser.add_argument("--size", type=parse_size, metavar="HxW", help="scale the image to this many pixels first")
+    parser.add_argument(
+        "--output-size", type=parse_size, metavar="HxW", help="cells of the sharp map; default: by the factor"
+    )
     parser.add_argument(
         "--max-memory",
         metavar="AMOUNT",
@@ -59,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     failed = 0
     for source, target in jobs:
         try:
-            upsample_file(encoder, source, target, size=arguments.size)
+            upsample_file(encoder, source, target, size=arguments.size, output_size=arguments.output_size)
         except (DataError, InputError) as error:
             # One bad image never ends the work on the others.
             print(f"featsharp upsample: {source}: {str(error).removeprefix(f'{source}: ')}", file=sys.stderr)
@@ -69,38 +64,29 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def upsample_file(encoder: SharpEncoder, source: Path, target: Path, *, size: tuple[int, int] | None = None) -> None:
+def upsample_file(
+    encoder: SharpEncoder,
+    source: Path,
+    target: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    output_size: tuple[int, int] | None = None,
+) -> None:
     """Write ``target``.safetensors and ``target``.png for one image file."""
-    from safetensors.torch import save
-
     image = decode_image(source)
     picture_file, features_file = _results(target)
-    metadata = {"image_size": f"{image.height}x{image.width}", "layout": "CHW"}
     if encoder.max_memory is None:
-        out = encoder.encode_image(image, size=size)
-        _check_finite(out.high_res)
-        tensors = {"low_res": out.low_res[0].float().cpu(), "high_res": out.high_res[0].float().cpu()}
-        write_file(features_file, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+        out = encoder.encode_image(image, size=size, output_size=output_size)
+        save_features(features_file, image, out.low_res, out.high_res)
     else:
-        with MappedFeatures(features_file, metadata) as file:
-            out = encoder.encode_image(image, size=size, allocate=file.allocate)
-            _check_finite(out.high_res)
-    scale = PICTURE_SIDE / max(image.size)
-    shape = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))
+        with MappedFeatures(features_file, metadata_of(image)) as file:
+            out = encoder.encode_image(image, size=size, output_size=output_size, allocate=file.allocate)
+            check_finite(out.high_res)
     try:
         low_res = out.low_res.to(out.high_res.device)  # a file is mapped on the CPU
-        colours = FeaturePCA(low_res)
+        save_comparison(picture_file, image, low_res, out.high_res)
     except InputError as error:
         raise InputError(f"{features_file} is written, but there is no picture: {error}") from error
-    photo = resize(image_to_tensor(image)[None], shape)[0]
-    picture = panel([photo, colours(low_res)[0], colours(out.high_res)[0]], shape)
-    save_picture(picture, picture_file)
-
-
-def _check_finite(features: torch.Tensor) -> None:
-    # Channel by channel, since the map may be larger than memory.
-    if not all(torch.isfinite(channel).all() for channel in features.unbind(1)):
-        raise InputError("the features hold NaN or infinite values; nothing was written")
 
 
 def _jobs(paths: list[Path], output: Path) -> Iterator[tuple[Path, Path]]:
@@ -144,10 +130,3 @@ def _protect_files(jobs: list[tuple[Path, Path]]) -> None:
 def _results(target: Path) -> tuple[Path, Path]:
     """Where picture and features of a job go."""
     return target.with_name(target.name + ".png"), target.with_name(target.name + ".safetensors")
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.lower().partition("x")
-    if not (height.isdigit() and width.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write HEIGHTxWIDTH, for example 448x672")
-    return int(height), int(width)

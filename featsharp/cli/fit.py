@@ -1,0 +1,113 @@
+"""Sharp features of one image, by a small network that is fitted to it (FeatUp's implicit upsampler).
+
+    featsharp fit photo.jpg --backbone vits14-focus -o fits
+    featsharp fit photo.jpg --backbone vits14-focus -o fits --steps 1200 --query 448x672
+
+Needs no training, but minutes for every image: the backbone looks at --views crops of it, then the network is fitted in
+--steps steps. Writes NAME.pth, the fit, also while it grows: the same command goes on after an interruption, and more
+--steps continue it. Then NAME.safetensors with low_res [C, h, w] and high_res [C, H, W], float32, in the backbone's own
+space, and NAME.png (image, low-resolution and sharp features in one PCA basis), both as `featsharp upsample` does. In
+Python, featsharp.implicit.load_fit("DIR/NAME.pth").features((H, W)) gives any other size.
+
+Prints how well the map, and a bilinear one of the same size, explain views that the fit has not seen.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from featsharp.backbones import create_backbone
+from featsharp.cli.results import parse_size, save_comparison, save_features
+from featsharp.data.images import decode_image
+from featsharp.errors import ConfigError, InputError
+from featsharp.implicit.fit import FitConfig, Fitter
+from featsharp.implicit.reconstruction import Reconstruction, reconstruction
+from featsharp.ops.device import find_device
+from featsharp.ops.memory import keep_freed_memory
+from featsharp.ops.resize import resize
+
+HELD_OUT_VIEWS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    config = FitConfig()
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument("--backbone", required=True, help="name of the backbone (see featsharp ls backbones)")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--steps", type=_count, default=400, help="of the fit (%(default)s; published: 1200)")
+    parser.add_argument("--views", type=_count, default=config.views, help="crops (%(default)s; published: 3000)")
+    parser.add_argument("--dim", type=_count, default=config.dim, help="principal components (%(default)s)")
+    parser.add_argument("--render", type=_count, default=config.render, help="cells per token (%(default)s)")
+    parser.add_argument("--downsampler", default=config.downsampler, help="simple, attention (published, slow) or area")
+    parser.add_argument("--frequencies", default=config.frequencies, help="resolved or published")
+    parser.add_argument("--start", default=config.start, help="bilinear, or nothing (published)")
+    parser.add_argument("--size", type=parse_size, metavar="HxW", help="scale the image to this many pixels first")
+    parser.add_argument("--query", type=parse_size, metavar="HxW", help="cells of high_res (one per pixel fitted)")
+    parser.add_argument("--seed", type=int, default=config.seed, help="of everything random (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    keep_freed_memory()
+    config = FitConfig(
+        **{
+            key: getattr(arguments, key)
+            for key in ("views", "dim", "render", "downsampler", "frequencies", "start", "seed")
+        }
+    )
+    name = arguments.output / arguments.image.stem
+    file, features_file, picture_file = (name.with_name(name.name + end) for end in (".pth", ".safetensors", ".png"))
+    image = decode_image(arguments.image)
+    _protect_files(arguments.image, file, [features_file, picture_file])
+    fitter = Fitter(
+        create_backbone(arguments.backbone).to(find_device(arguments.device)),
+        image,
+        config,
+        size=arguments.size,
+        resume=file if file.exists() else None,
+        progress=_progress,
+    )
+    fitter.run(arguments.steps, file)
+    low_res, high_res = fitter.low_res(), fitter.fitted.features(arguments.query)
+    save_features(features_file, image, low_res, high_res)
+    try:
+        save_comparison(picture_file, image, low_res, high_res)
+    except InputError as error:
+        raise InputError(f"{features_file} is written, but there is no picture: {error}") from error
+    print(features_file)
+    targets, homographies = fitter.held_out_views(HELD_OUT_VIEWS)
+    maps = {"fitted": fitter.fitted.features(fitter.render_size), "bilinear": resize(low_res, fitter.render_size)}
+    print(
+        f"on {HELD_OUT_VIEWS} other views: "
+        + "; ".join(_line(label, reconstruction(features, targets, homographies)) for label, features in maps.items())
+    )
+
+
+def _line(label: str, found: Reconstruction) -> str:
+    return f"{label} fidelity {found.fidelity:.3f}, cosine {found.cosine:.4f}"
+
+
+def _protect_files(source: Path, file: Path, results: list[Path]) -> None:
+    """Refuse to write over the input, or over results of something else than this fit."""
+    for result in results:
+        if result.resolve() == source.resolve():
+            raise ConfigError(f"the result {result} would overwrite the input; choose another folder with -o")
+        if result.exists() and not file.exists():
+            raise ConfigError(f"{result} is there already, and not from a fit; choose another folder with -o")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def _progress(items: Sequence[Any], doing: str) -> Any:
+    """A bar where someone looks at it and tqdm, of the extra ``train``, is there."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=doing, file=sys.stderr, disable=None)

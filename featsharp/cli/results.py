@@ -1,0 +1,60 @@
+"""What the sub-commands that make features of a picture write, and how they are told sizes."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from featsharp.data.files import write_file
+from featsharp.data.images import image_to_tensor
+from featsharp.errors import InputError
+from featsharp.ops.resize import resize
+from featsharp.visualization.panels import panel, save_picture
+from featsharp.visualization.pca import FeaturePCA
+
+# Longer side of one picture of the PNG, in pixels.
+PICTURE_SIDE = 448
+
+
+def metadata_of(image: Image.Image) -> dict[str, str]:
+    """The texts in a file of features."""
+    return {"image_size": f"{image.height}x{image.width}", "layout": "CHW"}
+
+
+def save_features(path: Path, image: Image.Image, low_res: Tensor, high_res: Tensor) -> None:
+    """Write [1, C, h, w] and [1, C, H, W] as low_res [C, h, w] and high_res [C, H, W], float32, safetensors."""
+    from safetensors.torch import save
+
+    check_finite(high_res)
+    tensors = {"low_res": low_res[0].float().cpu(), "high_res": high_res[0].float().cpu()}
+    write_file(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata_of(image)))
+
+
+def save_comparison(path: Path, image: Image.Image, low_res: Tensor, high_res: Tensor) -> None:
+    """Write image, low-resolution and sharp features side by side as PNG, in the PCA basis of the first map.
+
+    Raises:
+        InputError: Where there are too few features to find colours from.
+    """
+    scale = PICTURE_SIDE / max(image.size)
+    shape = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))
+    colours = FeaturePCA(low_res)
+    photo = resize(image_to_tensor(image)[None], shape)[0]
+    save_picture(panel([photo, colours(low_res)[0], colours(high_res)[0]], shape), path)
+
+
+def check_finite(features: Tensor) -> None:
+    """Raise InputError unless all features are finite."""
+    # Channel by channel, since the map may be larger than memory.
+    if not all(torch.isfinite(channel).all() for channel in features.unbind(1)):
+        raise InputError("the features hold NaN or infinite values; nothing was written")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``448x672`` to (448, 672), for argparse."""
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write HEIGHTxWIDTH, for example 448x672")
+    return int(height), int(width)

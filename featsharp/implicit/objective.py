@@ -1,0 +1,83 @@
+"""What a fit minimises: the map, seen and pooled as each view was, against what the backbone says about that view.
+
+FeatUp (arXiv 2403.10516, section 3.1 and appendix). Shapes: n views, K channels, r cells per token, (h, w) tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featsharp.ops.warp import inside, warp
+from featsharp.training.downsamplers import create_downsampler
+
+MAGNITUDE_WEIGHT, TV_WEIGHT, BLUR_WEIGHT = 0.001, 0.05, 0.1
+LEAST_SPREAD = 1e-4
+
+
+class FitLosses(NamedTuple):
+    """Scalars of one step: ``total`` is to be minimised, ``error`` is the plain mean squared one, for comparison."""
+
+    total: Tensor
+    error: Tensor
+
+
+class FitObjective(nn.Module):
+    """Pools a map as the backbone does and weighs the error by a learned uncertainty.
+
+    Args:
+        dim: K.
+        render: r.
+        downsampler: Of ``featsharp.training.downsamplers``; its kernel spans two tokens (published: 29 pixels of
+            14-pixel tokens).
+    """
+
+    def __init__(self, dim: int, render: int, downsampler: str) -> None:
+        super().__init__()
+        # The magnitude is one channel more, pooled like the others.
+        self.downsampler = create_downsampler(downsampler, dim + 1, render, 2 * render)
+        self.uncertainty = nn.Conv2d(dim, 1, 1)
+        with torch.no_grad():
+            for parameter in self.uncertainty.parameters():
+                parameter.mul_(0.1)
+
+    def forward(self, features: Tensor, targets: Tensor, homographies: Tensor) -> FitLosses:
+        """Losses of one step.
+
+        Args:
+            features: [1, K, r*h, r*w], the map of the whole image.
+            targets: [n, K, h, w], the backbone's features of the views.
+            homographies: [n, 3, 3], view to image.
+        """
+        magnitude = features.norm(dim=1, keepdim=True)
+        full = torch.cat([magnitude, features], 1)
+        large = (features.shape[-2], features.shape[-1])
+        pooled = self.downsampler(warp(full.expand(len(targets), -1, -1, -1), homographies, large))
+        # Tokens whose centre lies in the mirrored margin say nothing about the image.
+        valid = inside(homographies, (targets.shape[-2], targets.shape[-1]))
+        spread = (self.uncertainty(targets) + 0.1).exp().clamp(min=LEAST_SPREAD)
+        error = (pooled[:, 1:] - targets).square().mean(1, keepdim=True)
+        magnitude_error = (pooled[:, :1] - targets.norm(dim=1, keepdim=True)).square()
+        terms = error / (2 * spread.square()) + spread.log() + MAGNITUDE_WEIGHT * magnitude_error
+        count = valid.sum().clamp(min=1)
+        total = (valid * terms).sum() / count
+        total = (
+            total + TV_WEIGHT * squared_variation(magnitude) + BLUR_WEIGHT * (features - blur(features)).square().mean()
+        )
+        return FitLosses(total, ((valid * error).sum() / count).detach())
+
+
+def squared_variation(x: Tensor) -> Tensor:
+    """Mean squared difference of vertical neighbours plus that of horizontal ones; 0 along an axis of one cell."""
+    differences = (x.diff(dim=-2), x.diff(dim=-1))
+    return sum((d.square().mean() for d in differences if d.numel()), x.new_zeros(()))
+
+
+def blur(x: Tensor) -> Tensor:
+    """5 x 5 Gaussian of sigma 1 over [B, C, H, W], borders repeated."""
+    taps = torch.exp(-(torch.arange(-2.0, 3.0, device=x.device) ** 2) / 2).to(x.dtype)
+    taps = (taps / taps.sum()).expand(x.shape[1], 1, 5)
+    padded = F.pad(x, (2, 2, 2, 2), mode="replicate")
+    rows = F.conv2d(padded, taps[..., None], groups=x.shape[1])
+    return F.conv2d(rows, taps[:, :, None], groups=x.shape[1])

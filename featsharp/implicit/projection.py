@@ -1,0 +1,62 @@
+"""Principal components of a backbone's features: fewer channels to fit, and the way back."""
+
+import torch
+from torch import Tensor, nn
+
+from featsharp.errors import InputError
+
+
+class Projection(nn.Module):
+    """C channels to K principal ones and back, ``z = basis (x - mean) / scale``.
+
+    One scale for all components brings their mean square to 1, so that rates and weights mean the same for every
+    backbone (the published fit takes features as they are). With K = C nothing is lost.
+
+    Args:
+        mean: [C].
+        basis: [K, C], orthonormal rows.
+        scale: [].
+    """
+
+    mean: Tensor
+    basis: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("basis", basis)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def fit(cls, features: Tensor, dim: int) -> "Projection":
+        """The first min(``dim``, C) components of [B, C, h, w].
+
+        Exact, from the covariance in float64: the published randomised PCA gives another basis with every call.
+
+        Raises:
+            InputError: When the features hold NaN or infinite values.
+        """
+        rows = features.movedim(1, -1).flatten(0, -2).double()
+        if not torch.isfinite(rows).all():
+            raise InputError("the backbone's features hold NaN or infinite values; nothing can be fitted to them")
+        mean = rows.mean(0)
+        rows = rows - mean
+        variances, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+        kept = min(dim, len(mean))
+        # eigh sorts upwards.
+        basis = vectors.flip(1)[:, :kept].T.contiguous()
+        scale = variances.flip(0)[:kept].clamp(min=0).mean().sqrt()
+        # Features that are the same everywhere have nothing to be scaled by.
+        scale = torch.where(scale > 1e-6, scale, 1.0)
+        return cls(mean.float(), basis.float(), scale.float())
+
+    def project(self, features: Tensor) -> Tensor:
+        """[B, C, h, w] to [B, K, h, w]."""
+        centred = features - self.mean[:, None, None]
+        return torch.einsum("kc,bchw->bkhw", self.basis / self.scale, centred)
+
+    def restore(self, components: Tensor) -> Tensor:
+        """[B, K, h, w] to [B, C, h, w]: the features, but for what lay outside of the K components."""
+        features = torch.einsum("kc,bkhw->bchw", self.basis * self.scale, components)
+        return features.add_(self.mean[:, None, None])  # in place: the map may be large
