@@ -10,14 +10,17 @@ if TYPE_CHECKING:
     from featsharp.backbones import create_backbone, from_callable, list_backbones, register_backbone
     from featsharp.builder import create_encoder, load_from_file, save_checkpoint
     from featsharp.model import SharpEncoder
+    from featsharp.published import load_published
     from featsharp.upsamplers import create_upsampler, list_upsamplers, register_upsampler
     from featsharp.upsamplers.base import UpsampleFeatures
+    from featsharp.upsamplers.layer import UpsampleLayer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SharpEncoder",
     "UpsampleFeatures",
+    "UpsampleLayer",
     "__version__",
     "create_backbone",
     "create_encoder",
@@ -26,6 +29,7 @@ __all__ = [
     "list_backbones",
     "list_upsamplers",
     "load_from_file",
+    "load_published",
     "register_backbone",
     "register_upsampler",
     "save_checkpoint",
@@ -34,6 +38,7 @@ __all__ = [
 _HOMES = {
     "SharpEncoder": "featsharp.model",
     "UpsampleFeatures": "featsharp.upsamplers.base",
+    "UpsampleLayer": "featsharp.upsamplers.layer",
     "create_backbone": "featsharp.backbones",
     "create_encoder": "featsharp.builder",
     "create_upsampler": "featsharp.upsamplers",
@@ -41,6 +46,7 @@ _HOMES = {
     "list_backbones": "featsharp.backbones",
     "list_upsamplers": "featsharp.upsamplers",
     "load_from_file": "featsharp.builder",
+    "load_published": "featsharp.published",
     "register_backbone": "featsharp.backbones",
     "register_upsampler": "featsharp.upsamplers",
     "save_checkpoint": "featsharp.builder",

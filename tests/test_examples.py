@@ -1,0 +1,35 @@
+"""The examples do what they say."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def decoder(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import train_decoder
+
+    yield train_decoder
+    sys.modules.pop("train_decoder", None)
+
+
+def test_a_decoder_with_a_sharp_upsampler_beats_bilinear(decoder):
+    """E26: trained end to end, by the labels alone."""
+    bilinear, sharp = (decoder.train_decoder(name, steps=60) for name in ("bilinear", "resize-conv"))
+    assert sharp > bilinear + 0.15
+
+
+def test_recomputing_gives_the_same_training(decoder):
+    scores = [decoder.train_decoder("resize-conv", steps=6, recompute=recompute) for recompute in (False, True)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def test_mean_iou_of_known_maps(decoder):
+    labels = torch.tensor([[[0, 1], [2, 3]]])
+    assert decoder.mean_iou(labels, labels) == 1
+    assert decoder.mean_iou(torch.tensor([[[0, 1], [2, 2]]]), labels) == pytest.approx((1 + 1 + 0.5 + 0) / 4)
