@@ -1,9 +1,12 @@
-"""Train FeatUp-JBU and FeatSharp on the same photographs with the same steps, and measure both on the others.
+"""Train upsamplers on the same photographs with the same steps, and measure them on the others.
 
     python benchmarks/quality.py --photos PHOTOS --steps 1500 --output benchmarks/results/quality-vits14-focus-cpu
+    python benchmarks/quality.py --photos PHOTOS --steps 120 --before --upsamplers sapa-2x "jafar-2x objective=jafar" \\
+        --output benchmarks/results/upsamplers-quality-cpu
 
-The first --train-count photographs by name train, the rest are held out. Writes OUTPUT.md and OUTPUT.json. Trainings go
-to --work and are resumed from there, so an interrupted benchmark goes on where it stopped.
+The first --train-count photographs by name train, the rest are held out. An upsampler is a value of +upsampler=, with
+further overrides of the configuration behind it. Writes OUTPUT.md and OUTPUT.json. Trainings go to --work and are
+resumed from there, so an interrupted benchmark goes on where it stopped.
 """
 
 import argparse
@@ -27,6 +30,7 @@ from featsharp.evaluation.zoom import ZoomMeter
 from featsharp.model import SharpEncoder
 from featsharp.ops.memory import keep_freed_memory
 from featsharp.train import autocast_dtype, train
+from featsharp.upsamplers import create_upsampler
 
 FACTOR = 2
 
@@ -38,33 +42,36 @@ def main() -> None:
     split_photos(arguments.photos, arguments.work, arguments.train_count)
     backbone_dtype = autocast_dtype("auto", torch.device("cpu"))
     untrained = {"low resolution": ("identity", 1), "bilinear": ("bilinear", FACTOR), "tile": ("tile", FACTOR)}
-    trained = {"FeatUp-JBU": "featup-2x", "FeatSharp": "featsharp-2x"}
-    seconds = {}
-    # FeatSharp first: it is the long one.
-    for label in reversed(trained):
-        seconds[label] = train_one(trained[label], arguments)
+    seconds = {upsampler: train_one(upsampler, arguments) for upsampler in arguments.upsamplers}
 
     size = tuple(2 * side for side in load_backbone_size(arguments.backbone))
     rows: dict[str, dict[str, Estimate]] = {}
-    for label in [*untrained, *trained]:
-        if label in untrained:
-            name, factor = untrained[label]
-            encoder, own = create_encoder(arguments.backbone, name, factor), None
-        else:
-            checkpoint = arguments.work / trained[label] / "last.pth"
-            encoder = load_from_file(checkpoint)
-            own = own_downsampler(str(checkpoint), encoder)
+
+    def add_row(label: str, encoder: SharpEncoder, own: torch.nn.Module | None = None) -> None:
         encoder.backbone.autocast_dtype = backbone_dtype
-        rows[label] = measure(encoder, own, arguments.work / "heldout", size)
+        rows[label] = measure(encoder, own, arguments.work / "heldout", size, arguments.heldout_count)
         print(label, {name: round(estimate.value, 4) for name, estimate in rows[label].items()}, flush=True)
+
+    for label, (name, factor) in untrained.items():
+        add_row(label, create_encoder(arguments.backbone, name, factor))
+    for upsampler in arguments.upsamplers:
+        checkpoint = run_folder(upsampler, arguments) / "last.pth"
+        if arguments.before:
+            add_row(f"{upsampler}, untrained", untrained_encoder(checkpoint))
+        encoder = load_from_file(checkpoint)
+        add_row(upsampler, encoder, own_downsampler(str(checkpoint), encoder))
     write_report(arguments, rows, seconds, size)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True)
+    # FeatSharp first: it is the long one.
+    parser.add_argument("--upsamplers", nargs="+", default=["featsharp-2x", "featup-2x"], metavar="NAME-FACTORx")
+    parser.add_argument("--before", action="store_true", help="measure each upsampler before training, too")
     parser.add_argument("--backbone", default="vits14-focus", help="a value of +model= and a backbone name")
     parser.add_argument("--train-count", type=int, default=650)
+    parser.add_argument("--heldout-count", type=int, help="measure on so many of the held-out ones; default: all")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("out/quality"))
@@ -83,16 +90,24 @@ def split_photos(photos: Path, work: Path, train_count: int) -> None:
                 os.symlink((photos / name).resolve(), link)
 
 
+def run_folder(upsampler: str, arguments: argparse.Namespace) -> Path:
+    """Where the training of an upsampler goes."""
+    return arguments.work / upsampler.replace(" ", ",")
+
+
 def train_one(upsampler: str, arguments: argparse.Namespace) -> float:
     """Train to the last step, or go on; returns the median seconds per step of the run that finished it."""
-    timing = arguments.work / f"{upsampler}.seconds.json"
+    folder = run_folder(upsampler, arguments)
+    timing = folder / "seconds.json"
+    name, *overrides = upsampler.split()
     config = compose(
         [
             f"+model={arguments.backbone}",
-            f"+upsampler={upsampler}",
+            f"+upsampler={name}",
+            *overrides,
             f"train_data_dir={arguments.work / 'train'}",
             f"output_base={arguments.work}",
-            f"output_subdir={upsampler}",
+            f"output_subdir='{folder.name}'",
             f"num_training_steps={arguments.steps}",
             f"batch_size={arguments.batch_size}",
             "val_frequency=0",
@@ -106,18 +121,31 @@ def train_one(upsampler: str, arguments: argparse.Namespace) -> float:
     return float(json.loads(timing.read_text()))
 
 
+def untrained_encoder(checkpoint: Path) -> SharpEncoder:
+    """The encoder of a trained checkpoint as it was before the first step: same normalizer, no bias, fresh weights."""
+    encoder = load_from_file(checkpoint)
+    torch.manual_seed(0)  # that of the training
+    recipe = encoder.recipe
+    encoder.upsampler = create_upsampler(
+        recipe["upsampler"], encoder.backbone, recipe["factor"], options=recipe["options"]
+    ).eval()
+    if encoder.bias_buffer is not None:
+        torch.nn.init.zeros_(encoder.bias_buffer.buffer)
+    return encoder
+
+
 def load_backbone_size(name: str) -> tuple[int, int]:
     """Native (h, w) of a backbone."""
     return create_encoder(name, "identity", 1).backbone.input_size
 
 
 def measure(
-    encoder: SharpEncoder, own: torch.nn.Module | None, folder: Path, size: tuple[int, ...]
+    encoder: SharpEncoder, own: torch.nn.Module | None, folder: Path, size: tuple[int, ...], limit: int | None
 ) -> dict[str, Estimate]:
     """Fidelity (area and own downsampler), cosine and zoom cosine over a folder, all at one input size."""
     fidelity = FidelityMeter(encoder, downsamplers={} if own is None else {"own": own}, size=(size[0], size[1]))
     zoom = ZoomMeter(encoder)
-    for _, image in ImageSet(folder):
+    for _, image in ImageSet(folder, limit=limit):
         fidelity.add(image)
         zoom.add(image)
     return {**fidelity.result(), "zoom": zoom.result()}
@@ -130,9 +158,16 @@ def write_report(
     size: tuple[int, ...],
 ) -> None:
     """OUTPUT.json with everything, OUTPUT.md for people."""
+    settings = [f"--train-count {arguments.train_count}", f"--steps {arguments.steps}"]
+    settings.append(f"--batch-size {arguments.batch_size}")
+    if arguments.heldout_count is not None:
+        settings.append(f"--heldout-count {arguments.heldout_count}")
+    if arguments.before:
+        settings.append("--before")
+    upsamplers = " ".join(f'"{name}"' if " " in name else name for name in arguments.upsamplers)
     command = (
-        f"python benchmarks/quality.py --photos PHOTOS --train-count {arguments.train_count} --steps {arguments.steps} "
-        f"--batch-size {arguments.batch_size} --output {arguments.output.as_posix()}"
+        f"python benchmarks/quality.py --photos PHOTOS {' '.join(settings)} --upsamplers {upsamplers} "
+        f"--output {arguments.output.as_posix()}"
     )
     machine = f"{processor()}, {os.cpu_count()} cores, no GPU"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
@@ -157,8 +192,9 @@ def write_report(
         f"# Quality of 2x upsamplers on `{arguments.backbone}`",
         "",
         f"Trained on the first {arguments.train_count} photographs by name, {arguments.steps} steps of batch "
-        f"{arguments.batch_size}, measured on the others. Input {size[0]}, low-resolution pass {size[0] // 2}. Higher "
-        "is better in every column; brackets are 95 % bootstrap intervals over images.",
+        f"{arguments.batch_size}, measured on {arguments.heldout_count or 'all'} of the others. Input {size[0]}, "
+        f"low-resolution pass {size[0] // 2}. Higher is better in every column but the last; brackets are 95 % "
+        "bootstrap intervals over images.",
         "",
         "| encoder | fidelity, area pooling | fidelity, own downsampler | cosine | zoom cosine | seconds per step |",
         "|---|---|---|---|---|---|",

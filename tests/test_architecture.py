@@ -24,8 +24,9 @@ LEVELS = (
     ("backbones", "upsamplers", "data"),
     ("model",),
     ("builder",),
+    ("published", "testing"),
     ("training", "evaluation", "visualization", "benchmark"),
-    ("configs", "validation"),
+    ("configs", "validation", "implicit"),
     ("train",),
     ("cli",),
 )

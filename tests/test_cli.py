@@ -15,13 +15,14 @@ from PIL import Image
 from safetensors import safe_open
 
 from featsharp import __version__
-from featsharp.backbones import list_backbones
+from featsharp.backbones import create_backbone, list_backbones
+from featsharp.benchmark.cost import count_cost
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint
 from featsharp.cli.main import COMMANDS, main
 from featsharp.configs.compose import options_of
 from featsharp.normalizers import NORMALIZERS, FeatureStatistics
 from featsharp.training.downsamplers import create_downsampler
-from featsharp.upsamplers import UPSAMPLERS
+from featsharp.upsamplers import UPSAMPLERS, create_upsampler
 
 TILE = ["--checkpoint", "tile-2x", "--backbone", "toy-vit"]
 
@@ -122,18 +123,53 @@ def test_one_bad_image_does_not_end_the_work_on_others(photos, tmp_path, capsys)
 # ls, pack, eval, panel
 
 
+def nearest(image, features, size):
+    """An upsampler of the user's."""
+    return torch.nn.functional.interpolate(features, size)
+
+
 def test_ls_prints_every_name_with_a_description(capsys):
     """U28."""
     assert run("ls") == 0
     lines = capsys.readouterr().out.splitlines()
     names = [*list_backbones(), *UPSAMPLERS.names(), *NORMALIZERS.names()]
-    names += [f"+model={n}" for n in options_of("model")] + [f"+upsampler={n}" for n in options_of("upsampler")]
+    names += [f"+model={n}" for n in options_of("model")] + [f"+upsampler={n}-FACTORx" for n in options_of("upsampler")]
+    names += [f"objective={n}" for n in options_of("objective")]
     described = {line.split()[0] for line in lines if line.startswith("  ") and len(line.split()) > 2}
     assert set(names) <= described
     assert run("ls", "upsamplers") == 0
     text = capsys.readouterr().out
-    assert re.search(r"featsharp .*needs image, tiles; trained", text)
+    assert re.search(r"featsharp +image, tiles +yes +nearly +any +4,630,434 +5.80 ", text)
+    assert re.search(r"identity +nothing +no +yes +one +0 +1.00 ", text)
     assert "backbones:" not in text
+
+
+def test_the_table_in_the_documentation_is_the_one_of_the_command(capsys):
+    assert run("ls", "upsamplers", "--markdown") == 0
+    document = Path(__file__).resolve().parents[1] / "docs" / "upsamplers.md"
+    assert capsys.readouterr().out in document.read_text()
+
+
+def test_the_cost_of_an_upsampler_is_that_of_its_products():
+    """One JBU level: two 1x1 convolutions and 49 products of keys and of values per cell, beside one pass."""
+    cost = count_cost(create_upsampler("featup", create_backbone("vits14-focus"), 2))
+    cells, pass_ = 32 * 32, 12 * (24 * 256 * 384**2 + 4 * 256**2 * 384)
+    own = cells * (2 * (3 * 32 + 32 * 32) + 2 * 49 * (32 + 384))
+    assert (cost.parameters, cost.passes) == (1186, 1)
+    assert cost.relative == pytest.approx(1 + own / pass_)
+    assert count_cost(create_upsampler("tile", create_backbone("vits14-focus"), 3)).relative == pytest.approx(10)
+
+
+def test_a_function_of_the_users_is_benchmarked_and_evaluated_like_any_other(capsys, tmp_path):
+    """P16."""
+    names = ["--upsamplers", f"{__name__}:nearest", "bilinear", "--factors", "2", "--repeat", "2"]
+    assert run("bench", "encode", "--backbone", "toy-vit", *names) == 0
+    assert re.search(r"test_cli:nearest +2x float32", capsys.readouterr().out)
+    for i in range(2):
+        Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / f"{i}.png")
+    chosen = ["--checkpoint", f"{__name__}:nearest-2x", "--backbone", "toy-vit"]
+    assert run("eval", "fidelity", *chosen, "--images", tmp_path) == 0
+    assert "zoom_cosine" in capsys.readouterr().out
 
 
 def test_doctor_lists_backends_with_reasons(capsys):

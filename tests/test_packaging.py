@@ -56,7 +56,7 @@ def test_wheel_holds_all_modules_and_configs(wheel):
 def test_wheel_holds_nothing_else(wheel):
     folders = {name.split("/")[0] for name in wheel.namelist()}
     assert folders == {"featsharp", f"featsharp-{featsharp.__version__}.dist-info"}
-    assert not [name for name in wheel.namelist() if "test" in Path(name).name or name.endswith((".pyc", ".pth"))]
+    assert not [name for name in wheel.namelist() if "test_" in Path(name).name or name.endswith((".pyc", ".pth"))]
 
 
 def test_wheel_works_where_it_is_unpacked(wheel, tmp_path):

@@ -1,6 +1,7 @@
 """What sharp features cost on top of the backbone passes that they are made from."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +24,7 @@ def benchmark_encode(
     *,
     repeat: int,
     normalizer: str = "phi-s",
+    upsamplers: Sequence[str] = UPSAMPLERS,
     autocast: tuple[torch.dtype | None, ...] = (None,),
 ) -> Iterator[dict[str, Any]]:
     """Rows with upsampler, factor, dtype, and times of the whole encoding and of its own backbone passes alone.
@@ -32,13 +34,14 @@ def benchmark_encode(
         factors: Gains.
         repeat: Most runs of a case.
         normalizer: Its name; fitted to random vectors, which cost what others do.
+        upsamplers: Their names, or ``module:function`` for one made of a function; identity only at factor 1.
         autocast: Dtypes to run under; None for float32.
     """
     groups = []
     for factor in factors:
         encoders = {
             name: _build(backbone, name, factor, normalizer).to(device)
-            for name in UPSAMPLERS
+            for name in upsamplers
             if name != "identity" or factor == 1
         }
         for dtype in autocast:
@@ -65,7 +68,7 @@ def benchmark_encode(
 
 def _passes(encoder: SharpEncoder) -> int:
     """Images that go through the backbone for one image."""
-    return 1 if encoder.upsampler.halo is None else 1 + encoder.factor**2
+    return 1 if encoder.upsampler.halo is None else 1 + math.ceil(encoder.factor) ** 2
 
 
 def _call(module: torch.nn.Module, images: Tensor, dtype: torch.dtype | None) -> Callable[[], object]:
@@ -79,7 +82,9 @@ def _call(module: torch.nn.Module, images: Tensor, dtype: torch.dtype | None) ->
 
 
 def _build(backbone: str | Backbone, upsampler: str, factor: int, normalizer: str) -> SharpEncoder:
-    encoder = create_encoder(backbone, upsampler, factor, normalizer=normalizer)
+    options = {"function": upsampler} if ":" in upsampler else {}
+    name = "custom" if options else upsampler
+    encoder = create_encoder(backbone, name, factor, upsampler_options=options, normalizer=normalizer)
     if encoder.normalizer.needs_fit:
         statistics = FeatureStatistics(encoder.embed_dim)
         statistics.update(torch.randn(2 * encoder.embed_dim, encoder.embed_dim))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from featsharp.benchmark.encode import benchmark_encode
+from featsharp.benchmark.encode import UPSAMPLERS, benchmark_encode
 from featsharp.benchmark.measure import describe_machine
 from featsharp.benchmark.ops import benchmark_ops, benchmark_scaling
 from featsharp.data.files import write_file
@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--factors", type=int, nargs="+", help="gains; default: 2 4 16 for ops, 2 4 for encode")
     parser.add_argument("--backbone", default="vits14-focus", help="name; for ops, whose passes are timed beside")
     parser.add_argument("--normalizer", default="phi-s", help="for encode")
+    parser.add_argument(
+        "--upsamplers", nargs="+", default=UPSAMPLERS, metavar="NAME", help="for encode: names, or module:function"
+    )
     parser.add_argument("--repeat", type=int, default=15, help="most runs of a case; slow ones get fewer")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch; default: its own choice")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -103,6 +106,7 @@ def _bench_encode(arguments: argparse.Namespace, device: torch.device) -> list[d
         device,
         repeat=arguments.repeat,
         normalizer=arguments.normalizer,
+        upsamplers=arguments.upsamplers,
         autocast=(None, torch.bfloat16),
     ):
         encode, alone = row["encode"], row["backbone"]["median"]

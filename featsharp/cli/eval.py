@@ -2,13 +2,17 @@
 
     featsharp eval fidelity --checkpoint last.pth --images photos --json result.json
     featsharp eval fidelity --checkpoint tile-2x --backbone vits14-focus --images photos
+    featsharp eval drift --checkpoint lift.pth --images photos --iterations 3
 
-Prints multi-view fidelity (with area pooling, and with the run's own downsampler where the checkpoint has one), the
-cosine similarity of the same comparison, and the zoom cosine; each with its 95 % interval over images.
+"fidelity" prints multi-view fidelity (with area pooling, and with the run's own downsampler where the checkpoint has
+one), the cosine similarity of the same comparison, and the zoom cosine. "drift" prints how far features get from the
+backbone's own when the upsampler is applied to its result again: cosine, norm, mean and spread after every number of
+applications. Each with its 95 % interval over images.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -22,6 +26,7 @@ from torch import nn
 from featsharp.builder import load_from_file
 from featsharp.checkpoint import read_checkpoint
 from featsharp.data.files import write_file
+from featsharp.evaluation.drift import DriftMeter
 from featsharp.evaluation.fidelity import FidelityMeter
 from featsharp.evaluation.samples import Estimate, ImageSet
 from featsharp.evaluation.zoom import ZoomMeter
@@ -29,17 +34,18 @@ from featsharp.model import SharpEncoder
 from featsharp.ops.device import find_device
 from featsharp.ops.memory import keep_freed_memory
 
-TASKS = ("fidelity",)
+TASKS = ("fidelity", "drift")
 
 T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--checkpoint", required=True, help="a trained file, or tile-Nx, bilinear-Nx with --backbone")
+    parser.add_argument("--checkpoint", required=True, help="a trained file; or NAME-FACTORx with --backbone")
     parser.add_argument("--backbone", help="name of the backbone; default: the checkpoint's own")
     parser.add_argument("--images", required=True, metavar="DIR", help="held-out images: a folder or tars")
     parser.add_argument("--limit", type=_count, help="only the first N images")
+    parser.add_argument("--iterations", type=_count, default=3, metavar="N", help="of drift: applications; default: 3")
     parser.add_argument("--json", type=Path, metavar="F", help="also write the result there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
 
@@ -47,13 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
     encoder = load_from_file(arguments.checkpoint, featurizer=arguments.backbone).to(find_device(arguments.device))
-    own = own_downsampler(arguments.checkpoint, encoder)
     images = ImageSet(arguments.images, limit=arguments.limit)
-    result = measure(encoder, images, own)
+    if arguments.task == "drift":
+        result = measure_drift(encoder, images, arguments.iterations)
+    else:
+        result = measure(encoder, images, own_downsampler(arguments.checkpoint, encoder))
     for name, estimate in result.items():
         print(f"{name:16} {estimate.value:7.4f}   [{estimate.low:.4f}, {estimate.high:.4f}]")
     if arguments.json is not None:
-        write_json(arguments.json, arguments.checkpoint, encoder, images, result)
+        write_json(arguments.json, arguments.task, arguments.checkpoint, encoder, images, result)
 
 
 def measure(encoder: SharpEncoder, images: ImageSet, own: nn.Module | None = None) -> dict[str, Estimate]:
@@ -69,6 +77,14 @@ def measure(encoder: SharpEncoder, images: ImageSet, own: nn.Module | None = Non
     return {**named, "cosine": cosine, "zoom_cosine": zoom.result()}
 
 
+def measure_drift(encoder: SharpEncoder, images: ImageSet, iterations: int) -> dict[str, Estimate]:
+    """Drift of one encoder: cosine_k, norm_k, mean_k and std_k for k from 0 to ``iterations``."""
+    meter = DriftMeter(encoder, iterations=iterations)
+    for _, image in _with_progress(images):
+        meter.add(image)
+    return meter.result()
+
+
 def own_downsampler(checkpoint: str, encoder: SharpEncoder) -> nn.Module | None:
     """The downsampler that a checkpoint was trained with, in eval mode; None where there is none."""
     from featsharp.training.downsamplers import create_downsampler
@@ -79,9 +95,10 @@ def own_downsampler(checkpoint: str, encoder: SharpEncoder) -> nn.Module | None:
     if content["training"] is None or content["config"] is None:
         return None
     settings = content["config"]["objective"]
-    downsampler = create_downsampler(
-        settings["downsampler"], encoder.embed_dim, encoder.factor, settings["kernel_size"]
-    )
+    if "downsampler" not in settings:
+        return None
+    gain = math.ceil(encoder.factor)
+    downsampler = create_downsampler(settings["downsampler"], encoder.embed_dim, gain, settings["kernel_size"])
     prefix = "downsampler."
     state = content["training"]["objective"]
     downsampler.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
@@ -89,11 +106,11 @@ def own_downsampler(checkpoint: str, encoder: SharpEncoder) -> nn.Module | None:
 
 
 def write_json(
-    path: Path, checkpoint: str, encoder: SharpEncoder, images: ImageSet, result: dict[str, Estimate]
+    path: Path, task: str, checkpoint: str, encoder: SharpEncoder, images: ImageSet, result: dict[str, Estimate]
 ) -> None:
     """Write the result with what it was measured on and with."""
     content: dict[str, Any] = {
-        "task": "fidelity",
+        "task": task,
         "checkpoint": Path(checkpoint).name,
         "backbone": encoder.backbone.name,
         "factor": encoder.factor,
@@ -108,7 +125,7 @@ def write_json(
 
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of images; give a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; give a whole number of at least 1")
     return int(text)
 
 
