@@ -37,6 +37,7 @@ FACTOR = 2
 
 def main() -> None:
     arguments = parse_arguments()
+    source = commit()
     keep_freed_memory()
     arguments.work.mkdir(parents=True, exist_ok=True)
     split_photos(arguments.photos, arguments.work, arguments.train_count)
@@ -60,7 +61,7 @@ def main() -> None:
             add_row(f"{upsampler}, untrained", untrained_encoder(checkpoint))
         encoder = load_from_file(checkpoint)
         add_row(upsampler, encoder, own_downsampler(str(checkpoint), encoder))
-    write_report(arguments, rows, seconds, size)
+    write_report(arguments, rows, seconds, size, source)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -156,6 +157,7 @@ def write_report(
     rows: Mapping[str, Mapping[str, Estimate]],
     seconds: Mapping[str, float],
     size: tuple[int, ...],
+    source: str,
 ) -> None:
     """OUTPUT.json with everything, OUTPUT.md for people."""
     settings = [f"--train-count {arguments.train_count}", f"--steps {arguments.steps}"]
@@ -173,7 +175,7 @@ def write_report(
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     content = {
         "command": command,
-        "commit": commit(),
+        "commit": source,
         "machine": machine,
         "versions": versions,
         "seconds_per_step": dict(seconds),
