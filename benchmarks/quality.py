@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from featsharp.benchmark.measure import processor
 from featsharp.builder import create_encoder, load_from_file
@@ -25,10 +26,11 @@ from featsharp.cli.eval import own_downsampler
 from featsharp.configs.compose import compose
 from featsharp.data.images import is_image_name
 from featsharp.evaluation.fidelity import FidelityMeter
-from featsharp.evaluation.samples import Estimate, ImageSet
+from featsharp.evaluation.samples import Estimate, ImageSet, bootstrap
 from featsharp.evaluation.zoom import ZoomMeter
 from featsharp.model import SharpEncoder
 from featsharp.ops.memory import keep_freed_memory
+from featsharp.ops.resize import size_of
 from featsharp.train import autocast_dtype, train
 from featsharp.upsamplers import create_upsampler
 
@@ -143,13 +145,20 @@ def load_backbone_size(name: str) -> tuple[int, int]:
 def measure(
     encoder: SharpEncoder, own: torch.nn.Module | None, folder: Path, size: tuple[int, ...], limit: int | None
 ) -> dict[str, Estimate]:
-    """Fidelity (area and own downsampler), cosine and zoom cosine over a folder, all at one input size."""
+    """Fidelity (area and own downsampler), cosine and zoom cosine over a folder, all at one input size.
+
+    "kept" is the cosine of the map, averaged over low-resolution cells, with the low-resolution features.
+    """
     fidelity = FidelityMeter(encoder, downsamplers={} if own is None else {"own": own}, size=(size[0], size[1]))
     zoom = ZoomMeter(encoder)
+    kept = []
     for _, image in ImageSet(folder, limit=limit):
         fidelity.add(image)
         zoom.add(image)
-    return {**fidelity.result(), "zoom": zoom.result()}
+        out = encoder.encode_image(image, denormalize=True)
+        pooled = F.adaptive_avg_pool2d(out.high_res, size_of(out.low_res))
+        kept.append([F.cosine_similarity(pooled, out.low_res).mean().item()])
+    return {**fidelity.result(), "zoom": zoom.result(), "kept": bootstrap(kept, lambda rows: float(rows.mean()))}
 
 
 def write_report(
@@ -196,14 +205,15 @@ def write_report(
         f"Trained on the first {arguments.train_count} photographs by name, {arguments.steps} steps of batch "
         f"{arguments.batch_size}, measured on {arguments.heldout_count or 'all'} of the others. Input {size[0]}, "
         f"low-resolution pass {size[0] // 2}. Higher is better in every column but the last; brackets are 95 % "
-        "bootstrap intervals over images.",
+        'bootstrap intervals over images. "Kept" is the cosine of the map, averaged over each low-resolution cell, '
+        "with the low-resolution features.",
         "",
-        "| encoder | fidelity, area pooling | fidelity, own downsampler | cosine | zoom cosine | seconds per step |",
-        "|---|---|---|---|---|---|",
+        "| encoder | fidelity, area pooling | fidelity, own downsampler | cosine | zoom cosine | kept | seconds per step |",
+        "|---|---|---|---|---|---|---|",
     ]
     for label in rows:
         speed = f"{seconds[label]:.2f}" if label in seconds else ""
-        cells = [cell(label, name) for name in ("area", "own", "cosine", "zoom")]
+        cells = [cell(label, name) for name in ("area", "own", "cosine", "zoom", "kept")]
         lines.append(f"| {label} | {' | '.join(cells)} | {speed} |")
     lines += [
         "",

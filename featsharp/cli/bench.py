@@ -98,7 +98,9 @@ def _bench_scaling(arguments: argparse.Namespace, device: torch.device) -> list[
 
 
 def _bench_encode(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    print(f"{arguments.backbone:36} {'encode ms':>10} {'quartiles':>17} {'passes':>6} {'alone ms':>9} {'ratio':>6}")
+    print(
+        f"{arguments.backbone:38} {'encode ms':>10} {'quartiles':>17} {'passes':>6} {'alone ms':>9} {'ratio':>6} {'memory':>9}"
+    )
     rows = []
     for row in benchmark_encode(
         arguments.backbone,
@@ -111,8 +113,9 @@ def _bench_encode(arguments: argparse.Namespace, device: torch.device) -> list[d
     ):
         encode, alone = row["encode"], row["backbone"]["median"]
         print(
-            f"{row['upsampler']:12} {row['factor']:2}x {row['dtype']:19} {encode['median']:10.0f} "
-            f"{_quartiles(encode):>17} {row['passes']:6} {alone:9.0f} {encode['median'] / alone:6.3f}",
+            f"{row['upsampler']:14} {row['factor']:2}x {row['dtype']:19} {encode['median']:10.0f} "
+            f"{_quartiles(encode):>17} {row['passes']:6} {alone:9.0f} {encode['median'] / alone:6.3f} "
+            f"{row['peak_bytes'] / 2**20:5.0f} MiB",
             flush=True,
         )
         rows.append(row)
