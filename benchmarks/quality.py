@@ -208,7 +208,7 @@ def write_report(
         'bootstrap intervals over images. "Kept" is the cosine of the map, averaged over each low-resolution cell, '
         "with the low-resolution features.",
         "",
-        "| encoder | fidelity, area pooling | fidelity, own downsampler | cosine | zoom cosine | kept | seconds per step |",
+        "| encoder | fidelity (area) | fidelity (own downsampler) | cosine | zoom cosine | kept | seconds per step |",
         "|---|---|---|---|---|---|---|",
     ]
     for label in rows:
