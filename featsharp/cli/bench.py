@@ -98,9 +98,8 @@ def _bench_scaling(arguments: argparse.Namespace, device: torch.device) -> list[
 
 
 def _bench_encode(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    print(
-        f"{arguments.backbone:38} {'encode ms':>10} {'quartiles':>17} {'passes':>6} {'alone ms':>9} {'ratio':>6} {'memory':>9}"
-    )
+    columns = f"{'encode ms':>10} {'quartiles':>17} {'passes':>6} {'alone ms':>9} {'ratio':>6} {'memory':>9}"
+    print(f"{arguments.backbone:38} {columns}")
     rows = []
     for row in benchmark_encode(
         arguments.backbone,
