@@ -10,7 +10,7 @@ import torch
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
-from featsharp.checkpoint import read_checkpoint, write_checkpoint
+from featsharp.checkpoint import read_checkpoint, restoring, write_checkpoint
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.spectral import folded_state
@@ -18,9 +18,10 @@ from featsharp.model import SharpEncoder
 from featsharp.normalizers import create_normalizer
 from featsharp.upsamplers import UPSAMPLERS, create_upsampler
 from featsharp.upsamplers.base import Upsampler
+from featsharp.upsamplers.registration import plain_options
 
 # "tile-4x" where a path is expected builds that upsampler untrained; "module:function-2x" one from a function.
-PSEUDO_PATH = re.compile(r"(?P<name>[\w.:-]+)-(?P<factor>\d+(\.\d+)?)x")
+PSEUDO_PATH = re.compile(r"(?P<name>[\w.:-]*\w)-(?P<factor>-?\d+(\.\d+)?)x")
 
 
 def create_encoder(
@@ -54,7 +55,7 @@ def create_encoder(
         torch.Size([1, 32, 24, 16])
     """
     backbone = create_backbone(backbone)
-    options = dict(upsampler_options or {})
+    options = plain_options(upsampler_options or {})
     if isinstance(upsampler, Upsampler):
         if options or factor not in (None, upsampler.factor):
             raise ConfigError(
@@ -78,7 +79,7 @@ def create_encoder(
     encoder.recipe = {
         "upsampler": name,
         "factor": module.factor,
-        "options": {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()},
+        "options": options,
         "normalizer": normalizer,
         "bias_buffer": bias_buffer,
     }
@@ -116,25 +117,27 @@ def load_from_file(
     if pseudo and (":" in pseudo["name"] or pseudo["name"] in UPSAMPLERS) and not Path(path).exists():
         if featurizer is None:
             raise ConfigError(
-                f"{path} is no file but an untrained upsampler; give it a backbone: featurizer='vits14-focus'"
+                f"{path} is no file but an untrained upsampler; give it a backbone: featurizer='vits14-focus' "
+                "(--backbone on the command line)"
             )
         return _untrained_encoder(featurizer, pseudo["name"], float(pseudo["factor"]), max_memory)
     content = read_checkpoint(path)
-    saved = content["encoder"]
-    backbone = _backbone_for(saved["backbone"], featurizer, path)
-    recipe = saved["recipe"]
-    if not allow_functions:
-        _refuse_functions(recipe, path)
-    encoder = create_encoder(
-        backbone,
-        recipe["upsampler"],
-        recipe["factor"],
-        upsampler_options=recipe["options"],
-        normalizer=recipe["normalizer"],
-        bias_buffer=recipe["bias_buffer"],
-        max_memory=max_memory,
-    )
-    load_model_state(encoder, content["model"], path)
+    with restoring(path):
+        saved = content["encoder"]
+        backbone = _backbone_for(saved["backbone"], featurizer, path)
+        recipe = saved["recipe"]
+        if not allow_functions:
+            _refuse_functions(recipe, path)
+        encoder = create_encoder(
+            backbone,
+            recipe["upsampler"],
+            recipe["factor"],
+            upsampler_options=recipe["options"],
+            normalizer=recipe["normalizer"],
+            bias_buffer=recipe["bias_buffer"],
+            max_memory=max_memory,
+        )
+        load_model_state(encoder, content["model"], path)
     return encoder.eval().requires_grad_(False)
 
 
@@ -160,7 +163,7 @@ def _refuse_functions(recipe: Mapping[str, Any], path: object) -> None:
     if named:
         raise CheckpointError(
             f"checkpoint {path} would import code: {', '.join(named)}. If you trust it, load it with "
-            "allow_functions=True"
+            "allow_functions=True (--allow-functions on the command line)"
         )
 
 
@@ -184,11 +187,11 @@ def save_checkpoint(
             "this encoder was built from an upsampler object, which no file can name; register its class with "
             "@register_upsampler and build it by name"
         )
-    objects = [key for key, value in encoder.recipe["options"].items() if callable(value)]
+    objects = [key for key, value in encoder.recipe["options"].items() if not _is_plain(value)]
     if objects:
         raise CheckpointError(
-            f"option {objects[0]} of this encoder is a Python object, which no file can hold; build it with the name "
-            "of an importable function, 'module:function'"
+            f"option {objects[0]} of this encoder is a Python object, which no file can hold; build it with plain "
+            "values, a function by its name 'module:function'"
         )
     write_checkpoint(
         path,
@@ -199,6 +202,15 @@ def save_checkpoint(
             "training": None if training is None else dict(training),
         },
     )
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a checkpoint can hold it: what JSON knows."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value.keys(), *value.values()]))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def model_state(encoder: SharpEncoder) -> dict[str, torch.Tensor]:

@@ -10,12 +10,13 @@ import contextlib
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from featsharp.errors import CheckpointError
+from featsharp.errors import CheckpointError, FeatSharpError
 
 VERSION = 1
 
@@ -70,6 +71,7 @@ def read_checkpoint(path: str | os.PathLike[str], kind: FileKind = ENCODER_FILE)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist{_beside(path)}")
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -77,7 +79,9 @@ def read_checkpoint(path: str | os.PathLike[str], kind: FileKind = ENCODER_FILE)
             "it was not loaded"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read ({_first_line(error)}); is it truncated?") from error
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({_first_line(error)}); is it truncated or damaged?"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != kind.format:
         raise CheckpointError(f"{path} is not {kind.noun}; `{kind.writer}` writes them")
     version = content.get("version")
@@ -87,6 +91,29 @@ def read_checkpoint(path: str | os.PathLike[str], kind: FileKind = ENCODER_FILE)
     if not isinstance(version, int) or lacking:
         raise CheckpointError(f"checkpoint {path} is not complete: it lacks {', '.join(lacking) or 'a version number'}")
     return content
+
+
+@contextlib.contextmanager
+def restoring(path: object) -> Iterator[None]:
+    """Within this context, content that is not what it should be is a CheckpointError that names the file."""
+    try:
+        yield
+    except FeatSharpError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} does not hold what a checkpoint holds ({type(error).__name__}: {_first_line(error)}); it was "
+            "damaged or edited"
+        ) from error
+
+
+def _check_sums(path: Path) -> None:
+    """Raise BadZipFile where the bytes of a member are not those that were written; torch does not look."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
 def _beside(path: Path) -> str:

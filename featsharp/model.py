@@ -209,6 +209,12 @@ class SharpEncoder(nn.Module):
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise InputError(f"a sharp encoder takes whitened images [B, 3, H, W]; got {tuple(images.shape)}")
+        if not len(images):
+            raise InputError("a sharp encoder needs at least one image; got an empty batch")
+        if not images.is_floating_point():
+            raise InputError(
+                f"whitened images are floating point; got {images.dtype}. Use input_conditioner(pixels / 255) first"
+            )
         if return_summary and self.backbone.summary_dim is None:
             raise InputError(f"backbone {self.backbone.name!r} has no summary; call without return_summary")
         size = low_res_size or self.low_res_size(size_of(images))
@@ -234,7 +240,8 @@ class SharpEncoder(nn.Module):
     def compile(self, **options: Any) -> None:
         """Compile :meth:`forward` in place with ``torch.compile``, for images of any size.
 
-        The first images of some sizes take long. What runs under :attr:`max_memory` is not compiled.
+        The first images of some sizes take long; torch compiles one function for at most eight encoders of a process
+        (``torch._dynamo.config.recompile_limit``). What runs under :attr:`max_memory` is not compiled.
 
         Args:
             options: Of ``torch.compile``. Default ``dynamic=True``: one graph serves many sizes; False makes a faster
@@ -250,6 +257,11 @@ class SharpEncoder(nn.Module):
             return self.normalizer.denormalize(high_res)
         maps = high_res.unflatten(1, (self.upsampler.num_maps, -1)).flatten(0, 1)
         return self.normalizer.denormalize(maps).unflatten(0, (len(high_res), -1)).flatten(1, 2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are not compiled."""
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"_upsample_within": upsample_within}
 
     def low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) in pixels of the low-resolution pass for an image of ``image_size``."""

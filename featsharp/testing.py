@@ -134,6 +134,9 @@ def _wrong_features(build: Build, device: str) -> None:
     _refuses(InputError, upsampler.upsample, features[0], image)
     _refuses(InputError, upsampler.upsample, features, image[:1])
     _refuses(InputError, upsampler.upsample, features, image[:, :1])
+    _refuses(InputError, upsampler.upsample, features[:0], image[:0])
+    for size in ((5.5, 9), (8,), 8, "8x8"):
+        _refuses(InputError, upsampler.upsample, features, image, size)
 
 
 @_check
@@ -166,6 +169,20 @@ def _dtypes(build: Build, device: str) -> None:
 
 
 @_check
+def _silence(build: Build, device: str) -> None:
+    """A black image and features of zeros give finite features in every type."""
+
+    def encode(images: Tensor, *, patch_stride: int | None = None) -> tuple[Tensor, None]:
+        return torch.zeros_like(patch_statistics(images, patch_stride=patch_stride)[0]), None
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        upsampler = _build(build, device).to(dtype)
+        with torch.no_grad():
+            out = upsampler(torch.zeros(1, 3, 24, 40, device=device, dtype=dtype), encode, _pixels(3, 5)).high_res
+        assert out.isfinite().all(), f"NaN or infinite features of nothing in {dtype}"
+
+
+@_check
 def _autocast(build: Build, device: str) -> None:
     """Under autocast the result stays close and training works."""
     upsampler = _stirred(_build(build, device))
@@ -177,6 +194,7 @@ def _autocast(build: Build, device: str) -> None:
     assert cosine > 0.99, f"cosine similarity under autocast with float32 is {cosine:.4f}"
     if upsampler.trainable:
         out.float().square().mean().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in upsampler.parameters()), "gradients overflow"
 
 
 @_check
@@ -219,7 +237,7 @@ def _gradient_of_the_inputs(build: Build, device: str) -> None:
 
 @_check
 def _constants(build: Build, device: str) -> None:
-    """Where the result stays in the feature space, a constant map stays constant, up to the borders."""
+    """Where nothing but features makes the result, a constant map stays constant, up to the borders."""
 
     def encode(images: Tensor, *, patch_stride: int | None = None) -> tuple[Tensor, None]:
         shape = patch_statistics(images, patch_stride=patch_stride)[0].shape
@@ -227,7 +245,8 @@ def _constants(build: Build, device: str) -> None:
 
     for factor in _factors(build):
         upsampler = _stirred(build(CHANNELS, factor).to(device).eval())
-        if upsampler.keeps_space != "yes":
+        untrained = not upsampler.trainable and upsampler.keeps_space == "nearly"  # tiles, larger images
+        if upsampler.keeps_space != "yes" and not untrained:
             continue
         with torch.no_grad():
             out = upsampler(_photo(1, (30, 50), device), encode, _pixels(3, 5))
@@ -274,18 +293,24 @@ def _no_global_state(build: Build, device: str) -> None:
             torch.backends.cudnn.benchmark,
         ]
 
+    def random_state() -> Tensor:
+        states = [torch.get_rng_state()]
+        if torch.device(device).type == "cuda":
+            states.append(torch.cuda.get_rng_state(device))
+        return torch.cat(states)
+
     before = settings()
     followers = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         upsampler = _build(build, device)
         _same("seed", torch.initial_seed(), seed)
-        followers.append(torch.get_rng_state())
+        followers.append(random_state())
     assert not torch.equal(*followers), "building sets the random state"
-    state = torch.get_rng_state()
+    state = random_state()
     with torch.no_grad():
         upsampler(_photo(1, (24, 24), device), patch_statistics, _pixels(3, 3))
-    assert torch.equal(torch.get_rng_state(), state), "random numbers are drawn in eval mode"
+    assert torch.equal(random_state(), state), "random numbers are drawn in eval mode"
     _same("settings of torch", settings(), before)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from featsharp.backbones import create_backbone
 from featsharp.builder import create_encoder
-from featsharp.checkpoint import read_checkpoint
+from featsharp.checkpoint import read_checkpoint, restoring
 from featsharp.configs.compose import compose, flatten, to_yaml
 from featsharp.configs.schema import RunConfig
 from featsharp.data.files import write_file
@@ -224,7 +224,9 @@ def _check_folder(folder: Path, config: RunConfig) -> None:
             f"{last} exists and resume=false would overwrite it; choose another output_base, or move it away"
         )
     # A setting that is younger than the checkpoint had its default's effect then.
-    saved = flatten(dataclasses.asdict(RunConfig())) | flatten(read_checkpoint(last)["config"] or {})
+    content = read_checkpoint(last)
+    with restoring(last):
+        saved = flatten(dataclasses.asdict(RunConfig())) | flatten(content["config"] or {})
     present = flatten(dataclasses.asdict(config))
     different = [
         f"{key} {present[key]!r} instead of {saved.get(key)!r}"

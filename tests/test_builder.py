@@ -1,5 +1,8 @@
 """Encoders from names and objects, to files and back."""
 
+import pickle
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -264,3 +267,41 @@ def test_loaded_encoders_need_no_gradient_and_can_get_it(tmp_path):
     assert not venc(smooth_images(1, (128, 128))).high_res.requires_grad
     venc.upsampler.requires_grad_()
     assert venc(smooth_images(1, (128, 128))).high_res.requires_grad
+
+
+def test_options_of_numpy_and_ranges_are_saved_as_plain_values(tmp_path):
+    for name, options in {
+        "s2": {"scales": range(1, 3)},
+        "featsharp": {"window": np.int64(5), "inputs": ("jbu", "tiles")},
+        "jafar": {"guidance_scale": np.float64(1.5)},
+    }.items():
+        encoder = create_encoder("toy-vit", name, np.int64(2), upsampler_options=options)
+        save_checkpoint(encoder, tmp_path / "last.pth")
+        assert load_from_file(tmp_path / "last.pth").recipe == encoder.recipe
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content["encoder"].update(recipe=None),
+        lambda content: content["encoder"]["recipe"].pop("factor"),
+        lambda content: content["encoder"].update(backbone={}),
+        lambda content: content.update(model=[]),
+        lambda content: content["encoder"]["recipe"].update(upsampler=["bilinear"]),
+    ],
+)
+def test_edited_checkpoints_are_one_error(damage, tmp_path):
+    save_checkpoint(create_encoder("toy-vit", "featup", 2), tmp_path / "last.pth")
+    content = torch.load(tmp_path / "last.pth", weights_only=True)
+    damage(content)
+    torch.save(content, tmp_path / "last.pth")
+    with pytest.raises(CheckpointError, match=r"last.pth does not hold what a checkpoint holds"):
+        load_from_file(tmp_path / "last.pth")
+
+
+def test_a_compiled_encoder_can_be_copied():
+    encoder = create_encoder("toy-vit", "bilinear", 2)
+    encoder.compile(backend="eager")
+    images = smooth_images(1, (64, 64))
+    copied = pickle.loads(pickle.dumps(encoder))
+    assert torch.equal(outputs(copied, images).high_res, outputs(encoder, images).high_res)

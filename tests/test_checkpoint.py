@@ -158,3 +158,14 @@ def test_an_incomplete_file_says_what_it_lacks(tmp_path, content, lacking):
     torch.save({"format": "featsharp", **content}, tmp_path / "part.pth")
     with pytest.raises(CheckpointError, match=f"is not complete: it lacks {lacking}"):
         read_checkpoint(tmp_path / "part.pth")
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    """torch.load would take it."""
+    path = tmp_path / "last.pth"
+    write_checkpoint(path, {"encoder": {}, "model": {"weight": torch.zeros(4096)}, "config": None, "training": None})
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"cannot be read .the checksum of .* is wrong"):
+        read_checkpoint(path)

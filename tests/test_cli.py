@@ -412,3 +412,33 @@ def test_bench_of_an_encoder(tmp_path, capsys, monkeypatch):
 def test_bench_of_what_does_not_exist(arguments, said, capsys):
     assert run("bench", *arguments) == 1
     assert said in capsys.readouterr().err
+
+
+def test_pictures_of_several_maps(tmp_path):
+    """S2 stacks maps: the last one is drawn, all are written."""
+    photo = write_photo(tmp_path / "photo.png", 90, 70)
+    chosen = ["--checkpoint", "s2-2x", "--backbone", "toy-vit"]
+    assert run("upsample", photo, *chosen, "-o", tmp_path / "out") == 0
+    with safe_open(tmp_path / "out" / "photo.safetensors", framework="pt") as file:
+        assert file.get_tensor("high_res").shape[0] == 2 * file.get_tensor("low_res").shape[0]
+    assert (tmp_path / "out" / "photo.png").exists()
+    assert run("panel", "pca", photo, *chosen, "-o", tmp_path / "panel.png") == 0
+
+
+def test_checkpoints_that_name_functions_need_a_word(tmp_path, capsys):
+    photo = write_photo(tmp_path / "photo.png", 90, 70)
+    options = {"function": f"{__name__}:nearest"}
+    save_checkpoint(create_encoder("toy-vit", "custom", 2, upsampler_options=options), tmp_path / "last.pth")
+    command = ["upsample", photo, "--checkpoint", tmp_path / "last.pth", "-o", tmp_path / "out"]
+    assert run(*command) == 1
+    assert "--allow-functions on the command line" in capsys.readouterr().err
+    assert run(*command, "--allow-functions") == 0
+
+
+def test_the_passes_of_every_upsampler_are_counted(capsys):
+    names = ("bilinear", "tile", "s2", "featsharp-progressive", "native-highres", "stride")
+    assert (
+        run("bench", "encode", "--backbone", "toy-vit", "--factors", "4", "--repeat", "2", "--upsamplers", *names) == 0
+    )
+    found = re.findall(r"^(\S+) +4x float32 +\d+ +\S+ - \S+ +(\d+) ", capsys.readouterr().out, re.M)
+    assert dict(found) == dict(zip(names, ("1", "17", "17", "21", "2", "2"), strict=True))

@@ -49,7 +49,7 @@ def test_every_model_composes_and_names_a_backbone(model):
 
 @pytest.mark.parametrize("upsampler", options_of("upsampler"))
 def test_every_upsampler_composes_and_exists(upsampler):
-    factor = 1 if upsampler == "identity" else 4
+    factor = 1 if upsampler in ("identity", "s2-pooled") else 4
     config = compose(["+model=toy-vit", f"+upsampler={upsampler}-{factor}x", "train_data_dir=x"])
     assert config.upsampler.name in UPSAMPLERS
     assert config.upsampler.factor == factor

@@ -3,13 +3,27 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import featsharp
 from featsharp.data.views import ViewConfig, Views, cut_canvas, sample_homography
 from featsharp.ops.local_attention import local_attention
 from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
+from featsharp.upsamplers import UPSAMPLERS, list_upsamplers
 
 pytestmark = pytest.mark.gpu
+
+
+def nearest(image, features, size):
+    return F.interpolate(features, size)
+
+
+# Names with what some cannot be built without.
+NEEDED = {
+    "custom": {"function": nearest},
+    "super-resolution": {"enlarge": lambda images: F.interpolate(images, scale_factor=2)},
+}
+CASES = {name: (name, NEEDED.get(name, {})) for name in list_upsamplers()}
 
 
 @pytest.mark.parametrize("border", ["clip", "reflect"])
@@ -22,9 +36,11 @@ def test_local_attention_agrees_with_the_cpu(border):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", featsharp.list_upsamplers())
-def test_upsamplers_run_on_a_gpu(name, dtype):
-    encoder = featsharp.create_encoder("toy-vit", name, 1 if name == "identity" else 2)
+@pytest.mark.parametrize("case", CASES)
+def test_upsamplers_agree_with_the_cpu(case, dtype):
+    name, options = CASES[case]
+    factor = 1 if UPSAMPLERS[name].factory.factors == "one" else 2
+    encoder = featsharp.create_encoder("toy-vit", name, factor, upsampler_options=options)
     images = torch.randn(2, 3, 128, 96)
     expected = encoder(images).high_res
     found = encoder.to("cuda", dtype)(images.to("cuda", dtype)).high_res

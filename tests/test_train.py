@@ -130,7 +130,10 @@ def test_the_command_trains_from_nested_tars_and_leaves_its_artifacts(shards, tm
     assert len(list((own_cache / "statistics").iterdir())) == 1
 
 
-@pytest.mark.parametrize("upsampler", sorted(options_of("upsampler").keys() - {"custom", "super-resolution"}))
+NOT_TRAINED = {"custom", "super-resolution", "s2", "s2-pooled"}
+
+
+@pytest.mark.parametrize("upsampler", sorted(options_of("upsampler").keys() - NOT_TRAINED))
 def test_every_upsampler_trains_and_loads(photos, upsampler):
     """At a fraction where the method has them; 2 has every other but the identity."""
     factors = getattr(UPSAMPLERS[compose_upsampler(upsampler)].factory, "factors", "any")
@@ -147,6 +150,34 @@ def test_a_cnn_as_backbone(photos, upsampler):
     assert train(photos, "model=toy-cnn", upsampler=f"{upsampler}-2x") == 0
     loaded = load_from_file("outputs/toy-cnn/64/last.pth")
     assert loaded(torch.randn(1, 3, 64, 64)).high_res.isfinite().all()
+
+
+class Sharpener(torch.nn.Linear):
+    """A foreign network: colours of enlarged images, mixed a little."""
+
+    def forward(self, images):
+        large = F.interpolate(images, scale_factor=2, mode="bilinear")
+        return super().forward(large.movedim(1, -1)).movedim(-1, 1)
+
+
+sharpener = Sharpener(3, 3)
+
+
+def test_training_around_a_foreign_network_leaves_it_alone(photos):
+    before = {key: value.clone() for key, value in sharpener.state_dict().items()}
+    options = f"upsampler.options.enlarge={__name__}:sharpener"
+    assert train(photos, options, upsampler="super-resolution-2x") == 0
+    saved = read_checkpoint("outputs/toy-vit/64/last.pth")["model"]
+    for key, value in before.items():
+        assert torch.equal(sharpener.state_dict()[key], value)
+        assert torch.equal(saved[f"upsampler.enlarge.{key}"], value)
+
+
+def test_what_cannot_be_trained_says_so(photos, capsys):
+    assert train(photos, upsampler="s2-2x") == 1
+    assert "S2 returns 2 maps at once, which cannot be compared" in capsys.readouterr().err
+    assert train(photos, "bias_buffer=false", upsampler="bilinear-2x") == 1
+    assert "there is nothing to train" in capsys.readouterr().err
 
 
 def compose_upsampler(name):

@@ -1,6 +1,5 @@
 """What sharp features cost on top of the backbone passes that they are made from."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,7 +18,7 @@ UPSAMPLERS = ("identity", "bilinear", "tile", "featup", "jafar", "featsharp")
 
 def benchmark_encode(
     backbone: str | Backbone,
-    factors: tuple[int, ...],
+    factors: tuple[float, ...],
     device: torch.device,
     *,
     repeat: int,
@@ -46,42 +45,50 @@ def benchmark_encode(
         }
         for dtype in autocast:
             cases: dict[str, Callable[[], object]] = {}
+            passes: dict[str, list[Tensor]] = {}
             for name, encoder in encoders.items():
                 images = torch.randn(1, 3, *encoder.input_size, device=device)
-                batch = torch.randn(_passes(encoder), 3, *encoder.backbone.input_size, device=device)
-                cases[name] = _call(encoder, images, dtype)
-                cases[f"{name}, backbone"] = _call(encoder.backbone, batch, dtype)
-            groups.append((factor, dtype, encoders, cases, time_interleaved(cases, device, repeat=repeat)))
+                passes[name] = _passes(encoder, images)
+                cases[name] = _call(dtype, encoder, images)
+                cases[f"{name}, backbone"] = _call(dtype, encoder.backbone, *passes[name])
+            counts = {name: sum(map(len, batches)) for name, batches in passes.items()}
+            groups.append((factor, dtype, encoders, cases, counts, time_interleaved(cases, device, repeat=repeat)))
     # Afterwards, because measuring changes how the allocator works.
-    for factor, dtype, encoders, cases, timings in groups:
-        for name, encoder in encoders.items():
+    for factor, dtype, encoders, cases, counts, timings in groups:
+        for name in encoders:
             yield {
                 "upsampler": name,
                 "factor": factor,
                 "dtype": "float32" if dtype is None else f"{dtype} autocast".removeprefix("torch."),
-                "passes": _passes(encoder),
+                "passes": counts[name],
                 "encode": asdict(timings[name]),
                 "backbone": asdict(timings[f"{name}, backbone"]),
                 "peak_bytes": measure_memory(cases[name], device),
             }
 
 
-def _passes(encoder: SharpEncoder) -> int:
-    """Images that go through the backbone for one image."""
-    return 1 if encoder.upsampler.halo is None else 1 + math.ceil(encoder.factor) ** 2
+def _passes(encoder: SharpEncoder, images: Tensor) -> list[Tensor]:
+    """The batches that go through the backbone for ``images``."""
+    batches: list[Tensor] = []
+    hook = encoder.backbone.register_forward_pre_hook(lambda module, arguments: batches.append(arguments[0]))
+    with torch.no_grad():
+        encoder(images)
+    hook.remove()
+    return batches
 
 
-def _call(module: torch.nn.Module, images: Tensor, dtype: torch.dtype | None) -> Callable[[], object]:
-    """Without gradients, under autocast to ``dtype`` or none."""
+def _call(dtype: torch.dtype | None, module: torch.nn.Module, *batches: Tensor) -> Callable[[], object]:
+    """One batch after the other, without gradients, under autocast to ``dtype`` or none."""
 
     def call() -> None:
-        with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-            module(images)
+        with torch.no_grad(), torch.autocast(batches[0].device.type, dtype, enabled=dtype is not None):
+            for batch in batches:
+                module(batch)
 
     return call
 
 
-def _build(backbone: str | Backbone, upsampler: str, factor: int, normalizer: str) -> SharpEncoder:
+def _build(backbone: str | Backbone, upsampler: str, factor: float, normalizer: str) -> SharpEncoder:
     options = {"function": upsampler} if ":" in upsampler else {}
     name = "custom" if options else upsampler
     encoder = create_encoder(backbone, name, factor, upsampler_options=options, normalizer=normalizer)

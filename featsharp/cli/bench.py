@@ -28,7 +28,9 @@ from featsharp.ops.memory import keep_freed_memory
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("ops", "encode"))
-    parser.add_argument("--factors", type=int, nargs="+", help="gains; default: 2 4 16 for ops, 2 4 for encode")
+    parser.add_argument(
+        "--factors", type=float, nargs="+", help="gains, whole for ops; default: 2 4 16 for ops, 2 4 for encode"
+    )
     parser.add_argument("--backbone", default="vits14-focus", help="name; for ops, whose passes are timed beside")
     parser.add_argument("--normalizer", default="phi-s", help="for encode")
     parser.add_argument(
@@ -76,7 +78,7 @@ def _bench_ops(arguments: argparse.Namespace, device: torch.device) -> list[dict
     print(f"{'':44} {'forward ms':>11} {'quartiles':>17} {'backward ms':>12} {'memory':>9}")
     rows = []
     for row in benchmark_ops(
-        tuple(arguments.factors or (2, 4, 16)), device, repeat=arguments.repeat, backbone=arguments.backbone
+        tuple(map(int, arguments.factors or (2, 4, 16))), device, repeat=arguments.repeat, backbone=arguments.backbone
     ):
         line = f"{row['name']:40} {row['factor']:2}x {row['forward']['median']:11.1f} {_quartiles(row['forward']):>17}"
         if "peak_bytes" in row:
@@ -99,7 +101,7 @@ def _bench_scaling(arguments: argparse.Namespace, device: torch.device) -> list[
 
 def _bench_encode(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     columns = f"{'encode ms':>10} {'quartiles':>17} {'passes':>6} {'alone ms':>9} {'ratio':>6} {'memory':>9}"
-    print(f"{arguments.backbone:38} {columns}")
+    print(f"{arguments.backbone:39} {columns}")
     rows = []
     for row in benchmark_encode(
         arguments.backbone,
@@ -112,7 +114,7 @@ def _bench_encode(arguments: argparse.Namespace, device: torch.device) -> list[d
     ):
         encode, alone = row["encode"], row["backbone"]["median"]
         print(
-            f"{row['upsampler']:14} {row['factor']:2}x {row['dtype']:19} {encode['median']:10.0f} "
+            f"{row['upsampler']:14} {row['factor']:3g}x {row['dtype']:19} {encode['median']:10.0f} "
             f"{_quartiles(encode):>17} {row['passes']:6} {alone:9.0f} {encode['median'] / alone:6.3f} "
             f"{row['peak_bytes'] / 2**20:5.0f} MiB",
             flush=True,

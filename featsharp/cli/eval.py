@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from featsharp.builder import load_from_file
-from featsharp.checkpoint import read_checkpoint
+from featsharp.checkpoint import read_checkpoint, restoring
 from featsharp.data.files import write_file
 from featsharp.evaluation.drift import DriftMeter
 from featsharp.evaluation.fidelity import FidelityMeter
@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--checkpoint", required=True, help="a trained file; or NAME-FACTORx with --backbone")
     parser.add_argument("--backbone", help="name of the backbone; default: the checkpoint's own")
+    parser.add_argument(
+        "--allow-functions",
+        action="store_true",
+        help="let the checkpoint import functions that it names; runs their code",
+    )
     parser.add_argument("--images", required=True, metavar="DIR", help="held-out images: a folder or tars")
     parser.add_argument("--limit", type=_count, help="only the first N images")
     parser.add_argument("--iterations", type=_count, default=3, metavar="N", help="of drift: applications; default: 3")
@@ -52,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
-    encoder = load_from_file(arguments.checkpoint, featurizer=arguments.backbone).to(find_device(arguments.device))
+    encoder = load_from_file(
+        arguments.checkpoint, featurizer=arguments.backbone, allow_functions=arguments.allow_functions
+    ).to(find_device(arguments.device))
     images = ImageSet(arguments.images, limit=arguments.limit)
     if arguments.task == "drift":
         result = measure_drift(encoder, images, arguments.iterations)
@@ -87,13 +94,18 @@ def measure_drift(encoder: SharpEncoder, images: ImageSet, iterations: int) -> d
 
 def own_downsampler(checkpoint: str, encoder: SharpEncoder) -> nn.Module | None:
     """The downsampler that a checkpoint was trained with, in eval mode; None where there is none."""
-    from featsharp.training.downsamplers import create_downsampler
-
     if not Path(checkpoint).is_file():
         return None
     content = read_checkpoint(checkpoint)
     if content["training"] is None or content["config"] is None:
         return None
+    with restoring(checkpoint):
+        return _own_downsampler(content, encoder)
+
+
+def _own_downsampler(content: dict[str, Any], encoder: SharpEncoder) -> nn.Module | None:
+    from featsharp.training.downsamplers import create_downsampler
+
     settings = content["config"]["objective"]
     if "downsampler" not in settings:
         return None

@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.seed < 0:
+        raise ConfigError(f"--seed must be at least 0; got {arguments.seed}")
     keep_freed_memory()
     config = FitConfig(
         **{

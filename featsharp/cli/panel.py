@@ -23,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--checkpoint", action="append", required=True, help="may be given several times")
     parser.add_argument("--backbone", help="name of the backbone; default: the checkpoint's own")
+    parser.add_argument(
+        "--allow-functions",
+        action="store_true",
+        help="let the checkpoint import functions that it names; runs their code",
+    )
     parser.add_argument("--real", action="store_true", help="add the backbone run on the enlarged image")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="PNG")
 
@@ -31,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
     trained = {}
     for path in arguments.checkpoint:
-        encoder = load_from_file(path, featurizer=arguments.backbone)
+        encoder = load_from_file(path, featurizer=arguments.backbone, allow_functions=arguments.allow_functions)
         label = encoder.recipe["upsampler"]
         trained[label if label not in trained else f"{label} ({Path(path).stem})"] = encoder
     first = next(iter(trained.values()))

@@ -35,6 +35,8 @@ def save_features(path: Path, image: Image.Image, low_res: Tensor, high_res: Ten
 def save_comparison(path: Path, image: Image.Image, low_res: Tensor, high_res: Tensor) -> None:
     """Write image, low-resolution and sharp features side by side as PNG, in the PCA basis of the first map.
 
+    Of several maps stacked on the channel axis (S2) the last one, of the largest scale, is drawn.
+
     Raises:
         InputError: Where there are too few features to find colours from.
     """
@@ -42,7 +44,7 @@ def save_comparison(path: Path, image: Image.Image, low_res: Tensor, high_res: T
     shape = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))
     colours = FeaturePCA(low_res)
     photo = resize(image_to_tensor(image)[None], shape)[0]
-    save_picture(panel([photo, colours(low_res)[0], colours(high_res)[0]], shape), path)
+    save_picture(panel([photo, colours(low_res)[0], colours(high_res[:, -low_res.shape[1] :])[0]], shape), path)
 
 
 def check_finite(features: Tensor) -> None:

@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--checkpoint", required=True, help="a trained file; or NAME-FACTORx with --backbone")
     parser.add_argument("--backbone", help="name of the backbone; default: the checkpoint's own")
+    parser.add_argument(
+        "--allow-functions",
+        action="store_true",
+        help="let the checkpoint import functions that it names; runs their code",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--size", type=parse_size, metavar="HxW", help="scale the image to this many pixels first")
     parser.add_argument(
@@ -44,9 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.max_memory is None:
         keep_freed_memory()
-    encoder = load_from_file(arguments.checkpoint, featurizer=arguments.backbone, max_memory=arguments.max_memory).to(
-        find_device(arguments.device)
-    )
+    encoder = load_from_file(
+        arguments.checkpoint,
+        featurizer=arguments.backbone,
+        max_memory=arguments.max_memory,
+        allow_functions=arguments.allow_functions,
+    ).to(find_device(arguments.device))
     jobs = list(_jobs(arguments.images, arguments.output))
     if not jobs:
         raise DataError(f"no image in {', '.join(map(str, arguments.images))}")

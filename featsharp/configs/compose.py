@@ -15,7 +15,7 @@ from featsharp.training.objectives import OBJECTIVES, ObjectiveConfig, config_ty
 GROUPS = ("model", "upsampler", "datasets", "normalizer", "objective")
 
 # "+upsampler=featsharp-4x" is the file featsharp with upsampler.factor=4.
-FACTOR = re.compile(r"(?P<group>\+{0,2}upsampler)=(?P<name>[\w-]+)-(?P<factor>\d+(\.\d+)?)x")
+FACTOR = re.compile(r"(?P<group>\+{0,2}upsampler)=(?P<name>[\w-]*\w)-(?P<factor>-?\d+(\.\d+)?)x")
 
 # The least that numbers may be, and the least low end of [low, high] ranges.
 AT_LEAST = {
@@ -130,7 +130,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             if value not in options_of(key):
                 raise unknown_name(key, value, options_of(key))
         elif key not in keys and not key.startswith("upsampler.options."):
-            near = difflib.get_close_matches(key, [*keys, *GROUPS], n=3, cutoff=0.5)
+            near = difflib.get_close_matches(key, {*keys, *GROUPS}, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"valid keys: {', '.join(sorted(keys))}"
             raise ConfigError(f"unknown configuration key {key!r}; {hint}")
 
@@ -148,8 +148,9 @@ def _objective_type(settings: Mapping[str, Any]) -> type[ObjectiveConfig]:
     for key in settings:
         if key not in own:
             raise ConfigError(
-                f"objective {settings['name']!r} has no {key!r}, only {', '.join(own)}; choose another one as a whole, "
-                f"objective=NAME: {', '.join(OBJECTIVES.names())}"
+                f"objective {settings['name']!r} has no {key!r}, only {', '.join(own)}. If the key comes from "
+                f"+upsampler=, that preset is for another objective; if from you, choose objective=NAME as a whole: "
+                f"{', '.join(OBJECTIVES.names())}"
             )
     return chosen
 

@@ -25,6 +25,9 @@ from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import GuidedUpsampler
 
+# Largest map that is made: 4 GiB in float32.
+MAX_NUMBERS = 2**30
+
 QUANTITIES = ("cosine", "norm", "mean", "std")
 
 
@@ -45,6 +48,12 @@ class DriftMeter:
             raise ConfigError(f"drift is measured with a whole factor of at least 2; got {name} of factor {factor}")
         if iterations < 1:
             raise ConfigError(f"iterations must be at least 1; got {iterations}")
+        native = encoder.backbone.grid_size(encoder.backbone.input_size)
+        largest = encoder.embed_dim * native[0] * native[1] * factor ** (2 * iterations)
+        if largest > MAX_NUMBERS:
+            raise ConfigError(
+                f"{iterations} iterations of a {factor}x upsampler make a map of {largest:.1e} numbers; take fewer"
+            )
         self.encoder, self.upsampler, self.iterations = encoder, upsampler, iterations
         # Per image: the quantities of every number of applications.
         self._rows: list[list[float]] = []

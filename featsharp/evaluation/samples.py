@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featsharp.data.images import decode_image
 from featsharp.data.sources import open_source
-from featsharp.errors import DataError, InputError
+from featsharp.errors import ConfigError, DataError, InputError
 from featsharp.model import SharpEncoder
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,11 @@ def predict_raw(encoder: SharpEncoder, images: Tensor, low_res_size: tuple[int, 
 
     Taking the learned bias off again makes encoders with and without a bias buffer answer to the same target.
     """
+    if encoder.upsampler.num_maps > 1:
+        raise ConfigError(
+            f"{type(encoder.upsampler).__name__} returns {encoder.upsampler.num_maps} maps at once, which cannot be "
+            "compared with the backbone's one; measure it in a task with a head of its own"
+        )
     high_res = encoder(images, low_res_size=low_res_size).high_res.float()
     if encoder.bias_buffer is not None:
         high_res = high_res - encoder.bias_buffer.at((high_res.shape[-2], high_res.shape[-1]))

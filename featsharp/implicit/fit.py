@@ -28,7 +28,7 @@ from torch import Tensor
 
 from featsharp.backbones.base import Backbone
 from featsharp.builder import check_backbone, create_encoder
-from featsharp.checkpoint import read_checkpoint, write_checkpoint
+from featsharp.checkpoint import read_checkpoint, restoring, write_checkpoint
 from featsharp.data.images import decode_image, image_to_tensor
 from featsharp.errors import CheckpointError, ConfigError, InputError, unknown_name
 from featsharp.implicit.fitted import FIT_FILE, ImplicitFeatures, fitted_from
@@ -264,14 +264,15 @@ class Fitter:
     def _read(self, path: Path) -> dict[str, Any]:
         """The content of a file of the same fit."""
         content = read_checkpoint(path, FIT_FILE)
-        check_backbone(self.encoder.backbone, content["backbone"], path)
-        differences = [
-            f"{name} {value!r} instead of {content['settings'].get(name)!r}"
-            for name, value in self._identity["settings"].items()
-            if value != content["settings"].get(name)
-        ]
-        if content["picture"] != self._identity["picture"]:
-            differences.insert(0, "another picture")
+        with restoring(path):
+            check_backbone(self.encoder.backbone, content["backbone"], path)
+            differences = [
+                f"{name} {value!r} instead of {content['settings'].get(name)!r}"
+                for name, value in self._identity["settings"].items()
+                if value != content["settings"].get(name)
+            ]
+            if content["picture"] != self._identity["picture"]:
+                differences.insert(0, "another picture")
         if differences:
             raise CheckpointError(
                 f"{path} is of a fit with other settings: {'; '.join(differences)}. Give the same to go on with it, or "
@@ -280,14 +281,12 @@ class Fitter:
         return content
 
     def _restore(self, content: dict[str, Any], path: object) -> None:
-        training = content["training"]
-        try:
+        with restoring(path):
+            training = content["training"]
             self.fitted.load_state_dict(content["model"])
             self.objective.load_state_dict(training["objective"])
             self.optimizer.load_state_dict(training["optimizer"])
-            self.step = training["step"]
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"the fit {path} is damaged: {str(error).splitlines()[-1].strip()}") from error
+            self.step = int(training["step"])
 
 
 @contextmanager

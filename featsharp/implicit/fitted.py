@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featsharp.checkpoint import FileKind, read_checkpoint
+from featsharp.checkpoint import FileKind, read_checkpoint, restoring
 from featsharp.errors import CheckpointError, InputError
 from featsharp.implicit.network import ImplicitNetwork
 from featsharp.implicit.projection import Projection
@@ -131,7 +131,8 @@ def load_fit(path: str | PathLike[str]) -> ImplicitFeatures:
     Example:
         >>> load_fit("fits/photo.pth").features((512, 512))  # doctest: +SKIP
     """
-    return fitted_from(read_checkpoint(path, FIT_FILE), path).eval()
+    with restoring(path):
+        return fitted_from(read_checkpoint(path, FIT_FILE), path).eval()
 
 
 def fitted_from(content: Mapping[str, Any], path: object) -> ImplicitFeatures:

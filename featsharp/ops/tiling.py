@@ -31,7 +31,10 @@ def join_tiles(x: Tensor, tiles: tuple[int, int]) -> Tensor:
 def window_starts(length: int, window: int, overlap: int) -> list[int]:
     """First cells of the fewest windows that cover ``length`` cells with at least ``overlap`` cells in common."""
     if not 0 <= overlap < window:
-        raise InputError(f"the overlap of tiles must be from 0 to {window - 1} cells; got {overlap}")
+        raise InputError(
+            f"the overlap of tiles must be from 0 to {window - 1} cells, less than the {window} that a tile has here; "
+            f"got {overlap}"
+        )
     if length <= window:
         return [0]
     count = -(-(length - overlap) // (window - overlap))

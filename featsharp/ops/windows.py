@@ -19,10 +19,10 @@ Border = Literal["clip", "reflect", "replicate", "zeros"]
 
 def check_window(window: int, border: str = "clip") -> None:
     """Raise ConfigError for a window that has no centre, or an unknown border."""
-    if window < 1 or window % 2 == 0:
-        raise ConfigError(
-            f"the window of local operations must be odd; got {window}, use {max(1, window - 1)} or {window + 1}"
-        )
+    if not isinstance(window, int) or window < 1:
+        raise ConfigError(f"the window of local operations must be odd and at least 1; got {window!r}, use 3 or 7")
+    if window % 2 == 0:
+        raise ConfigError(f"the window of local operations must be odd; got {window}, use {window - 1} or {window + 1}")
     if border not in get_args(Border):
         raise ConfigError(f"unknown border {border!r}; use {' or '.join(map(repr, get_args(Border)))}")
 

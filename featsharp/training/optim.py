@@ -70,7 +70,7 @@ def parameter_groups(encoder_parts: nn.Module, objective: Objective, config: Opt
 def build_optimizer(encoder_parts: nn.Module, objective: Objective, config: OptimConfig) -> torch.optim.NAdam:
     """NAdam with its default betas over :func:`parameter_groups`."""
     groups = parameter_groups(encoder_parts, objective, config)
-    if not groups:
+    if not any(parameter.requires_grad for parameter in encoder_parts.parameters()):
         raise ConfigError(
             "there is nothing to train: this upsampler has no parameters; turn on bias_buffer, or use it untrained "
             "(load_from_file('bilinear-2x', featurizer=...))"

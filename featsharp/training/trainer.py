@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.builder import check_backbone, save_checkpoint
-from featsharp.checkpoint import read_checkpoint
+from featsharp.checkpoint import read_checkpoint, restoring
 from featsharp.data.loader import SkipLog, StepSampler, ViewDataset, load_views
 from featsharp.data.views import Views
 from featsharp.errors import CheckpointError, InputError
+from featsharp.layers.local_block import LocalBlock
 from featsharp.layers.spectral import add_spectral, spectral_norms
 from featsharp.model import SharpEncoder
 from featsharp.training.distributed import World, average_gradients, copy_from_main
@@ -50,7 +51,7 @@ class LoopConfig:
         num_workers: Processes that decode images; 0 decodes in the training process.
         log_frequency, val_frequency, checkpoint_frequency: In steps; 0 for never (but at the end).
         seed: Of everything random.
-        spectral: Whether linear layers are trained under spectral reparametrisation.
+        spectral: Whether the linear layers of FeatSharp's block are trained under spectral reparametrisation.
         low_res_size: (h, w) in pixels of the low-resolution pass and of the rendered views.
         autocast_dtype: Type of the upsampler's matrix products; None: float32.
         optim: Rates and schedule.
@@ -103,7 +104,10 @@ class Trainer:
         self.folder, self.writer, self.world = folder, writer, world
         self.run_config, self.validate, self.progress = run_config, validate, progress
         if config.spectral:
-            add_spectral(encoder.upsampler)
+            # Of the local block alone, as published in effect: elsewhere a norm of 1 would undo the start.
+            for module in encoder.upsampler.modules():
+                if isinstance(module, LocalBlock):
+                    add_spectral(module)
         self.trained = nn.ModuleDict({"upsampler": encoder.upsampler})
         if encoder.bias_buffer is not None:
             self.trained["bias_buffer"] = encoder.bias_buffer
@@ -188,25 +192,26 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Go on where the checkpoint at ``path`` was written."""
         content = read_checkpoint(path)
-        state = content["training"]
-        if state is None:
-            raise CheckpointError(f"checkpoint {path} holds no training state; start a new run in another folder")
-        if state["step"] > self.config.num_steps:
-            raise CheckpointError(
-                f"checkpoint {path} is at step {state['step']}, beyond num_training_steps={self.config.num_steps}"
-            )
-        check_backbone(self.encoder.backbone, content["encoder"]["backbone"], path)
-        self.trained.load_state_dict(state["trained"])
-        # The normalizer too: what was trained belongs to this very rotation, which another fit need not find again.
-        prefix = "normalizer."
-        normalizer = {k.removeprefix(prefix): v for k, v in content["model"].items() if k.startswith(prefix)}
-        self.encoder.normalizer.load_state_dict(normalizer)
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        self.best_score = state["best_score"]
-        self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_steps, self.step)
-        self.skipped.names.update(state["skipped"])
+        with restoring(path):
+            state = content["training"]
+            if state is None:
+                raise CheckpointError(f"checkpoint {path} holds no training state; start a new run in another folder")
+            if state["step"] > self.config.num_steps:
+                raise CheckpointError(
+                    f"checkpoint {path} is at step {state['step']}, beyond num_training_steps={self.config.num_steps}"
+                )
+            check_backbone(self.encoder.backbone, content["encoder"]["backbone"], path)
+            self.trained.load_state_dict(state["trained"])
+            # The normalizer too: what was trained belongs to this very rotation, which another fit need not find again.
+            prefix = "normalizer."
+            normalizer = {k.removeprefix(prefix): v for k, v in content["model"].items() if k.startswith(prefix)}
+            self.encoder.normalizer.load_state_dict(normalizer)
+            self.objective.load_state_dict(state["objective"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+            self.best_score = state["best_score"]
+            self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_steps, self.step)
+            self.skipped.names.update(state["skipped"])
 
     def _report(self, losses: Losses, seconds: float) -> None:
         config, step = self.config, self.step

@@ -4,10 +4,8 @@ Adding one is a module with a ``@register_upsampler`` class and a line of import
 """
 
 from collections.abc import Mapping
-from inspect import signature
 from typing import Any, Protocol
 
-from featsharp.errors import unknown_name
 from featsharp.upsamplers import (  # noqa: F401  (registers them)
     anyup,
     carafe,
@@ -27,7 +25,12 @@ from featsharp.upsamplers import (  # noqa: F401  (registers them)
 )
 from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler
 from featsharp.upsamplers.own import from_function
-from featsharp.upsamplers.registration import UPSAMPLERS, register_upsampler
+from featsharp.upsamplers.registration import (
+    UPSAMPLERS,
+    build_upsampler,
+    options_of_upsampler,
+    register_upsampler,
+)
 
 __all__ = [
     "UPSAMPLERS",
@@ -62,14 +65,10 @@ def create_upsampler(
     Raises:
         ConfigError: For an unknown name, an option that this upsampler does not have, or a factor that it cannot have.
     """
-    factory = UPSAMPLERS[name].factory
-    allowed = [p.name for p in signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for option in options or {}:
-        if option not in allowed:
-            raise unknown_name(f"option of upsampler {name!r}:", option, allowed)
     # Whoever undoes the whitening needs the backbone's own.
-    known = {key: getattr(backbone, key) for key in ("mean", "std") if key in allowed and hasattr(backbone, key)}
-    return factory(backbone.embed_dim, factor, **(known | dict(options or {})))
+    wanted = {"mean", "std"}.intersection(options_of_upsampler(name))
+    known = {key: getattr(backbone, key) for key in wanted if hasattr(backbone, key)}
+    return build_upsampler(name, backbone.embed_dim, factor, known | dict(options or {}))
 
 
 def list_upsamplers() -> list[str]:

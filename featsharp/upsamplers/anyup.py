@@ -53,8 +53,8 @@ class AnyUp(GuidedUpsampler):
     Args:
         embed_dim: Channels C; no parameter depends on it.
         factor: Gain in each direction.
-        guidance_scale: The image is resized to this many times the output grid before it is encoded, which bounds
-            memory; None, as published, takes it as it is.
+        guidance_scale: An image larger than this many times the output grid is shrunk to that before it is encoded,
+            which bounds memory; None, as published, takes it as it is.
         query_padding: What the 3 x 3 convolution of the queries finds beyond the border, "reflect" or "zeros".
     """
 
@@ -91,7 +91,7 @@ class AnyUp(GuidedUpsampler):
         encoded = self.rope(self.image_encoder(scaled_guidance(image, size, self.guidance_scale)))
         query = self.query_conv(F.adaptive_avg_pool2d(self.query_encoder(encoded), size))
         key = F.adaptive_avg_pool2d(self.key_encoder(encoded), size_of(low_res))
-        code = self.feature_encoder(F.normalize(low_res, dim=1))
+        code = self.feature_encoder(F.normalize(low_res.float(), dim=1).to(low_res.dtype))
         key = self.aggregation(torch.cat([key, code.to(key.dtype)], 1))
         # Autocast leaves normalisation alone, which has no fused kernel for two dtypes.
         dtype = self.query_norm.weight.dtype

@@ -10,6 +10,8 @@ Convention:
 """
 
 import math
+import numbers
+import operator
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -137,7 +139,7 @@ class Upsampler(nn.Module):
         natural = scale_length(grid[0], self.factor), scale_length(grid[1], self.factor)
         if output_size is None:
             return natural
-        height, width = output_size
+        height, width = _check_size(output_size)
         name = type(self).__name__
         if self.factors != "any" and (height, width) != natural:
             raise InputError(
@@ -178,9 +180,10 @@ class GuidedUpsampler(Upsampler):
         Raises:
             InputError: When features and image do not belong together, or the size cannot be made.
         """
-        if features.ndim != 4 or features.shape[1] != self.embed_dim or 0 in features.shape[1:]:
+        if features.ndim != 4 or features.shape[1] != self.embed_dim or 0 in features.shape:
             raise InputError(
-                f"this {type(self).__name__} takes features [B, {self.embed_dim}, h, w]; got {tuple(features.shape)}"
+                f"this {type(self).__name__} takes features [B, {self.embed_dim}, h, w], none of them 0; got "
+                f"{tuple(features.shape)}"
             )
         if image.ndim != 4 or image.shape[1] != 3 or len(image) != len(features) or 0 in image.shape[2:]:
             raise InputError(
@@ -201,8 +204,8 @@ def check_factor(factor: float, allowed: Factors, name: str) -> float:
         allowed: See :attr:`Upsampler.factors`.
         name: Of the method, for the message.
     """
-    number = isinstance(factor, int | float) and not isinstance(factor, bool) and math.isfinite(factor)
-    if not number or factor < 1:
+    # NumPy's numbers are Real, too; True is an int that nobody means.
+    if type(factor) is bool or not issubclass(type(factor), numbers.Real) or not math.isfinite(factor) or factor < 1:
         raise ConfigError(f"the upsampling factor must be a number of at least 1; got {factor!r}")
     lower = {
         "any": factor,
@@ -216,6 +219,21 @@ def check_factor(factor: float, allowed: Factors, name: str) -> float:
         raise ConfigError(f"{name} has factor 1; got {factor}. Use 'bilinear' for an untrained factor {factor}")
     higher = lower + 1 if allowed == "whole" else 2 * lower
     raise ConfigError(f"{name} takes factors that are {allowed}; got {factor}, use {lower} or {higher}")
+
+
+def check_whole(name: str, value: int, least: int) -> int:
+    """``value`` itself; raises ConfigError for an option that is not a whole number of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}; got {value!r}")
+    return value
+
+
+def _check_size(size: tuple[int, int]) -> tuple[int, int]:
+    try:
+        height, width = map(operator.index, size)
+    except (TypeError, ValueError):
+        raise InputError(f"output_size is (height, width), two whole numbers of cells; got {size!r}") from None
+    return height, width
 
 
 def scale_length(length: int, factor: float) -> int:

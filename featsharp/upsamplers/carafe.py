@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from featsharp.errors import ConfigError
 from featsharp.ops.local_filter import local_filter
-from featsharp.upsamplers.base import GuidedUpsampler, level_factors
+from featsharp.upsamplers.base import GuidedUpsampler, check_whole, level_factors
 from featsharp.upsamplers.registration import register_upsampler
 
 ENCODER_STD = 0.001
@@ -69,12 +69,12 @@ class CARAFE(GuidedUpsampler):
         super().__init__(embed_dim, factor)
         _check_odd("kernel_size", kernel_size, least=3)
         _check_odd("encoder_kernel", encoder_kernel, least=1)
-        if compressed < 1:
-            raise ConfigError(f"compressed must be at least 1 channel; got {compressed}, the paper has 64")
+        check_whole("compressed", compressed, 1)
         if border not in BORDERS:
             raise ConfigError(f"unknown border {border!r}; use {' or '.join(map(repr, BORDERS))}")
         if start not in STARTS:
             raise ConfigError(f"unknown start {start!r}; use {' or '.join(map(repr, STARTS))}")
+        self.window = kernel_size
         self.levels = nn.ModuleList(
             CARAFELevel(embed_dim, gain, kernel_size, encoder_kernel, compressed, border, start)
             for gain in level_factors(self.factor)

@@ -22,6 +22,7 @@ from featsharp.errors import ConfigError, unknown_name
 from featsharp.layers.local_block import LinearBlock, LocalBlock, Position
 from featsharp.ops.boxes import Box, whole
 from featsharp.ops.resize import resize, size_of
+from featsharp.ops.windows import check_window
 from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler, level_factors
 from featsharp.upsamplers.featup import FeatUp
 from featsharp.upsamplers.interpolate import Bilinear
@@ -62,8 +63,8 @@ class FeatSharp(Upsampler):
             the published code that no published configuration uses) or "none".
         widths: "lean" (exact head dim, SwiGLU of 4 C) or "published" (padded head dim, SwiGLU of 8 C).
         start: "mix" starts close to 0.7 of the bilinear map and 0.3 of the tiles, with a linear mix in the residual
-            path and open gates; "published" starts with a broad JBU blur, no mix, and gates at 1e-6 (none where
-            attention or SwiGLU is missing).
+            path and open gates; "published" starts with a broad JBU blur (and ReSFU's own start), no mix, and gates at
+            1e-6 (none where attention or SwiGLU is missing).
         max_tile_batch: Most images given to the backbone at once; None: all of them.
 
     Raises:
@@ -100,6 +101,7 @@ class FeatSharp(Upsampler):
                 f"FeatSharp needs a multiple of 8 channels; this backbone has {embed_dim}, the nearest that works is "
                 f"{max(8, 8 * round(embed_dim / 8))}"
             )
+        check_window(window)
         self.inputs = _check_inputs(inputs)
         self.window = window if attention else None
         self.max_tile_batch = check_tile_batch(max_tile_batch)
@@ -252,6 +254,7 @@ class ProgressiveFeatSharp(Upsampler):
         max_tile_batch: int | None = None,
     ) -> None:
         super().__init__(embed_dim, factor)
+        self.window = window if attention else None
         self.max_tile_batch = check_tile_batch(max_tile_batch)
         self.levels = nn.ModuleList(
             FeatSharp(
@@ -313,10 +316,12 @@ class ColourMap(GuidedUpsampler):
 
 
 def _check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(inputs, str):
+        raise ConfigError(f"the inputs of FeatSharp are a list; got {inputs!r}, use [{inputs}, tiles] or the like")
     for name in inputs:
         if name not in INPUTS:
             raise unknown_name("FeatSharp input", name, INPUTS)
-    if not inputs or isinstance(inputs, str) or len(set(inputs)) != len(inputs):
+    if not inputs or len(set(inputs)) != len(inputs):
         raise ConfigError(f"the inputs of FeatSharp must be one or more different maps; got {list(inputs)}")
     if inputs[0] == "rgb":
         raise ConfigError("the first input of FeatSharp is its residual path and needs features; put 'rgb' behind it")
@@ -325,10 +330,13 @@ def _check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
 
 def _branch(name: str, embed_dim: int, factor: float, start: Start) -> GuidedUpsampler:
     """The guided upsampler that computes an input."""
+    branch_start: Literal["published", "bilinear"] = "published" if start == "published" else "bilinear"
     if name == "jbu":
-        return FeatUp(embed_dim, factor, start="published" if start == "published" else "bilinear")
+        return FeatUp(embed_dim, factor, start=branch_start)
+    if name == "resfu":
+        return ReSFU(embed_dim, factor, start=branch_start)
     branches: dict[str, type[GuidedUpsampler]] = {
-        "jafar": JAFAR, "resfu": ReSFU, "bilinear": Bilinear, "rgb": ColourMap
+        "jafar": JAFAR, "bilinear": Bilinear, "rgb": ColourMap
     }  # fmt: skip
     return branches[name](embed_dim, factor)
 

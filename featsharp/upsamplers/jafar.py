@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from featsharp.errors import ConfigError
 from featsharp.ops.boxes import Box, whole
 from featsharp.ops.resize import resize, size_of
-from featsharp.upsamplers.base import GuidedUpsampler
+from featsharp.upsamplers.base import GuidedUpsampler, check_whole
 from featsharp.upsamplers.registration import register_upsampler
 
 DIM = 128
@@ -46,9 +46,9 @@ class JAFAR(GuidedUpsampler):
         embed_dim: Channels C.
         factor: Gain in each direction.
         image_kernel: Side of the first convolution on the image, odd: 3 in FeatSharp's copy, 1 in the published JAFAR.
-        guidance_scale: The image is resized to this many times the output grid before it is encoded, which bounds
-            memory: 2 in FeatSharp's copy; None takes it as it is, as the published JAFAR does.
-        query_padding: What the 3 x 3 convolution of the queries finds beyond the border.
+        guidance_scale: An image larger than this many times the output grid is shrunk to that before it is encoded,
+            which bounds memory: 2 in FeatSharp's copy; None takes it as it is, as the published JAFAR does.
+        query_padding: What the 3 x 3 convolution of the queries finds beyond the border, "zeros" or "reflect".
     """
 
     trainable = True
@@ -63,13 +63,11 @@ class JAFAR(GuidedUpsampler):
         *,
         image_kernel: int = 3,
         guidance_scale: float | None = 2.0,
-        query_padding: Padding = "reflect",
+        query_padding: Padding = "zeros",
     ) -> None:
         super().__init__(embed_dim, factor)
-        if image_kernel < 1 or image_kernel % 2 == 0:
+        if check_whole("image_kernel", image_kernel, 1) % 2 == 0:
             raise ConfigError(f"image_kernel must be odd; got {image_kernel}, use 1 (published JAFAR) or 3 (FeatSharp)")
-        if query_padding not in ("reflect", "zeros"):
-            raise ConfigError(f"unknown query_padding {query_padding!r}; use 'reflect' or 'zeros'")
         self.guidance_scale = check_guidance_scale(guidance_scale)
         self.image_encoder = residual_encoder(3, kernel_size=image_kernel)
         self.rope = AxialRope()
@@ -90,7 +88,8 @@ class JAFAR(GuidedUpsampler):
         query = F.group_norm(F.adaptive_avg_pool2d(self.query_encoder(encoded), size), GROUPS)
         query = self.query_conv(query)
         key = F.group_norm(F.adaptive_avg_pool2d(self.key_encoder(encoded), size_of(low_res)), GROUPS)
-        modulation = self.feature_encoder(F.normalize(low_res, dim=1))
+        # In float32: the least norm that is divided by is zero in float16.
+        modulation = self.feature_encoder(F.normalize(low_res.float(), dim=1).to(low_res.dtype))
         key = self.gamma(modulation) * key + self.beta(modulation)
         # Autocast leaves normalisation alone, which has no fused kernel for two dtypes.
         dtype = self.query_norm.weight.dtype
@@ -159,6 +158,8 @@ class PaddedConv2d(nn.Conv2d):
     """A convolution that keeps the size, mirrors the map at its border or finds zeros there, and has no bias."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: Padding = "reflect") -> None:
+        if padding not in ("reflect", "zeros"):
+            raise ConfigError(f"unknown query_padding {padding!r}; use 'reflect' or 'zeros'")
         super().__init__(
             in_channels, out_channels, kernel_size, padding=kernel_size // 2, padding_mode=padding, bias=False
         )
@@ -183,10 +184,11 @@ def check_guidance_scale(scale: float | None) -> float | None:
 
 
 def scaled_guidance(image: Tensor, size: tuple[int, int], scale: float | None) -> Tensor:
-    """The image at ``scale`` times a grid ``size`` (h, w); None: as it is."""
+    """The image, shrunk where it is larger than ``scale`` times a grid ``size`` (h, w); None: as it is."""
     if scale is None:
         return image
-    return resize(image, (max(1, round(scale * size[0])), max(1, round(scale * size[1]))))
+    height, width = (max(1, round(scale * side)) for side in size)
+    return resize(image, (min(image.shape[2], height), min(image.shape[3], width)))
 
 
 def averaged_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:

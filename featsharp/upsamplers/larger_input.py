@@ -52,6 +52,7 @@ class NativeHighRes(_OnePass):
     """
 
     needs = "larger image"
+    keeps_space = "nearly"
     paper = "FeatSharp, arXiv 2502.16025, figure 5"
 
     @property
@@ -83,6 +84,7 @@ class SuperResolution(_OnePass):
     """
 
     needs = "image, a super-resolution function of yours"
+    keeps_space = "nearly"
     function_options = ("enlarge",)
     paper = "FeatSharp, arXiv 2502.16025, figure 5"
 

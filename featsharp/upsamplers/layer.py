@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from featsharp.errors import ConfigError
-from featsharp.upsamplers.base import GuidedUpsampler
-from featsharp.upsamplers.registration import UPSAMPLERS
+from featsharp.upsamplers.base import GuidedUpsampler, Upsampler
+from featsharp.upsamplers.registration import build_upsampler
 
 
 class UpsampleLayer(nn.Module):
@@ -49,7 +49,7 @@ class UpsampleLayer(nn.Module):
                 raise ConfigError(
                     f"how many channels and which factor? For example UpsampleLayer({upsampler!r}, 384, 2)"
                 )
-            built = UPSAMPLERS[upsampler].factory(embed_dim, factor, **(options or {}))
+            built: Upsampler = build_upsampler(upsampler, embed_dim, factor, options or {})
         else:
             if (embed_dim, factor, options) != (None, None, None):
                 raise ConfigError("an upsampler object brings its own channels, factor and options; leave them out")

@@ -50,8 +50,8 @@ class FromFunction(GuidedUpsampler):
         self.trainable = any(parameter.requires_grad for parameter in self.parameters())
 
     def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        result = self.function(image, features, size)
         name = name_of(self.function)
+        result = self.function(image, features, size)
         wanted = (*features.shape[:2], *size)
         if not isinstance(result, Tensor):
             raise InputError(f"{name} has to return a tensor {wanted}; got a {type(result).__name__}")

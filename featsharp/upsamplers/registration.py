@@ -1,7 +1,45 @@
 """The table of upsamplers: a name, a factory (embed_dim, factor, **options) and a line for ``featsharp ls``."""
 
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+from featsharp.errors import ConfigError, unknown_name
 from featsharp.registry import Registry
 from featsharp.upsamplers.base import Upsampler
 
 UPSAMPLERS: Registry[Upsampler] = Registry("upsampler")
 register_upsampler = UPSAMPLERS.register
+
+
+def build_upsampler(name: str, embed_dim: int, factor: float, options: Mapping[str, Any]) -> Upsampler:
+    """Build an upsampler by name; raises ConfigError for a name or an option that does not exist."""
+    allowed = options_of_upsampler(name)
+    for option in options:
+        if option not in allowed:
+            raise unknown_name(f"option of upsampler {name!r}:", option, allowed)
+    try:
+        return UPSAMPLERS[name].factory(embed_dim, factor, **plain_options(options))
+    except TypeError as error:  # an option of another type than it should be
+        raise ConfigError(f"upsampler {name!r} cannot be built with {dict(options)}: {error}") from error
+
+
+def options_of_upsampler(name: str) -> list[str]:
+    """Keyword arguments that the factory of an upsampler takes."""
+    parameters = signature(UPSAMPLERS[name].factory).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as configurations and checkpoints hold them: NumPy's numbers and arrays, tuples and ranges made plain."""
+    return {key: _plain(value) for key, value in options.items()}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # arrays, tensors and their scalars
+        return value.tolist()
+    if isinstance(value, tuple | list | range):
+        return [_plain(one) for one in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return value

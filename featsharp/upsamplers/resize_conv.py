@@ -57,9 +57,9 @@ class ResizeConv(GuidedUpsampler):
                 parameter.mul_(START_SCALE[start])
 
     def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        sizes = level_sizes(size_of(features), level_factors(self.factor), size)
+        sizes = level_sizes(size_of(features), level_factors(self.factor), size)[: len(self.levels)]
         x = features
-        for number, (conv, grid) in enumerate(zip(self.levels, sizes, strict=False), 1):
+        for number, (conv, grid) in enumerate(zip(self.levels, sizes, strict=True), 1):
             x = resize(x, grid)
             correction = conv(torch.cat([x, resize(image, grid).to(x.dtype)], 1))
             x = x + (correction if number == len(self.levels) else correction.relu())

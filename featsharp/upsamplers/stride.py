@@ -58,6 +58,7 @@ class Stride(Upsampler):
     """
 
     needs = "backbone's patch embedding"
+    keeps_space = "nearly"
     paper = "Dense ViT descriptors, arXiv 2112.05814"
 
     def forward(

@@ -10,11 +10,10 @@ are spread evenly over it, and their overlap absorbs the remainder.
 import torch
 from torch import Tensor
 
-from featsharp.errors import ConfigError
 from featsharp.ops.boxes import Box
 from featsharp.ops.resize import resize, size_of
 from featsharp.ops.tiling import add_windows, blend_windows, join_tiles, split_tiles, window_starts
-from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
+from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler, check_whole
 from featsharp.upsamplers.registration import register_upsampler
 
 
@@ -37,9 +36,7 @@ class Tile(Upsampler):
 
     def __init__(self, embed_dim: int, factor: float, *, overlap: int = 0, max_tile_batch: int | None = None) -> None:
         super().__init__(embed_dim, factor)
-        if overlap < 0:
-            raise ConfigError(f"the overlap of tiles is a number of tokens, 0 for none; got {overlap}")
-        self.overlap = overlap
+        self.overlap = check_whole("overlap", overlap, 0)
         self.max_tile_batch = check_tile_batch(max_tile_batch)
 
     @property
@@ -73,9 +70,7 @@ class Tile(Upsampler):
 
 def check_tile_batch(limit: int | None) -> int | None:
     """``limit`` itself; ConfigError for one that lets nothing through."""
-    if limit is not None and limit < 1:
-        raise ConfigError(f"max_tile_batch must be at least 1, or None for no limit; got {limit}")
-    return limit
+    return None if limit is None else check_whole("max_tile_batch", limit, 1)
 
 
 def encode_tiles(

@@ -39,7 +39,9 @@ def compare_encoders(image: Image, encoders: Mapping[str, SharpEncoder], *, real
     if real and backbone.flexible:
         maps[f"real {factor:g}x"] = backbone(resize(whitened, backbone.fit_size(*size))).features
     for caption, encoder in encoders.items():
-        maps[caption] = encoder(whitened, denormalize=encoder.normalizer.invertible, low_res_size=low_res_size).high_res
+        out = encoder(whitened, denormalize=encoder.normalizer.invertible, low_res_size=low_res_size)
+        # Of several maps (S2) the last one, of the largest scale.
+        maps[caption] = out.high_res[:, -encoder.embed_dim :]
     colours = FeaturePCA(low_res)
     return {
         "image": pixels[0],

@@ -144,7 +144,7 @@ def test_the_image_is_not_used():
         ({"kernel_size": 4}, "kernel_size must be odd and at least 3; got 4, use 3 or 5"),
         ({"kernel_size": 1}, "kernel_size must be odd and at least 3; got 1, use 3"),
         ({"encoder_kernel": 2}, "encoder_kernel must be odd and at least 1; got 2, use 1 or 3"),
-        ({"compressed": 0}, "at least 1 channel; got 0"),
+        ({"compressed": 0}, "compressed must be a whole number of at least 1; got 0"),
         ({"border": "mirror"}, "unknown border 'mirror'; use 'replicate' or 'zeros'"),
         ({"start": "sharp"}, "unknown start 'sharp'; use 'bilinear' or 'published'"),
     ],

@@ -180,9 +180,9 @@ def test_the_gates_start_open_or_nearly_closed(start):
         (32, {"window": 6}, "must be odd"),
         (20, {}, "multiple of 8 channels; this backbone has 20, the nearest that works is 16"),
         (32, {"inputs": ("rgb", "tiles")}, "put 'rgb' behind it"),
-        (32, {"inputs": "tiles"}, "unknown FeatSharp input 't'"),
+        (32, {"inputs": "tiles"}, "the inputs of FeatSharp are a list; got 'tiles'"),
         (32, {"position": "sine"}, "unknown position 'sine'"),
-        (32, {"max_tile_batch": 0}, "max_tile_batch must be at least 1"),
+        (32, {"max_tile_batch": 0}, "max_tile_batch must be a whole number of at least 1"),
     ],
 )
 def test_options_that_cannot_work(channels, options, message):

@@ -109,11 +109,13 @@ def test_guidance_is_scaled_to_the_output_grid_or_not_at_all():
     small = F.interpolate(image, (12, 16), mode="bilinear", antialias=True)
     torch.testing.assert_close(ours.upsample(features, image), own.upsample(features, small))
     assert not torch.allclose(ours.upsample(features, image), own.upsample(features, image), atol=1e-4)
+    # A small image is not enlarged.
+    torch.testing.assert_close(ours.upsample(features, image[..., :7, :9]), own.upsample(features, image[..., :7, :9]))
 
 
 def test_queries_are_padded_as_asked():
     features, image = torch.randn(1, 16, 3, 4), torch.randn(1, 3, 36, 48)
-    mirrored, zeros = JAFAR(16, 2), JAFAR(16, 2, query_padding="zeros")
+    mirrored, zeros = JAFAR(16, 2, query_padding="reflect"), JAFAR(16, 2)
     zeros.load_state_dict(mirrored.state_dict())
     first, second = mirrored.upsample(features, image), zeros.upsample(features, image)
     torch.testing.assert_close(first[..., 1:-1, 1:-1], second[..., 1:-1, 1:-1])

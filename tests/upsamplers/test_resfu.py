@@ -318,7 +318,7 @@ def test_batches_of_tiles_can_be_bounded():
 def test_options_that_cannot_work():
     with pytest.raises(ConfigError, match="unknown start 'sharp'; use 'bilinear' or 'published'"):
         ReSFU(4, 2, start="sharp")
-    with pytest.raises(ConfigError, match="max_tile_batch must be at least 1, or None for no limit; got 0"):
+    with pytest.raises(ConfigError, match="max_tile_batch must be a whole number of at least 1; got 0"):
         TiledReSFU(4, 2, max_tile_batch=0)
 
 

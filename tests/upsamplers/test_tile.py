@@ -128,11 +128,11 @@ def test_sizes_below_the_grid():
 def test_impossible_overlaps():
     with pytest.raises(InputError, match="overlap of tiles must be from 0 to 2"):
         Tile(3, 2, overlap=3)(torch.randn(1, 3, 24, 24), mean_colour, (12, 20))
-    with pytest.raises(ConfigError, match="number of tokens, 0 for none; got -1"):
+    with pytest.raises(ConfigError, match="overlap must be a whole number of at least 0; got -1"):
         Tile(3, 2, overlap=-1)
 
 
 @pytest.mark.parametrize("limit", [0, -4])
 def test_impossible_batches(limit):
-    with pytest.raises(ConfigError, match=f"at least 1, or None for no limit; got {limit}"):
+    with pytest.raises(ConfigError, match=f"max_tile_batch must be a whole number of at least 1; got {limit}"):
         Tile(3, 2, max_tile_batch=limit)

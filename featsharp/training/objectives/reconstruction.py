@@ -4,14 +4,15 @@ What the backbone says about an image is predicted from what it says about the s
 
     loss = d( Up(I_f, phi(I_f)), phi(I) )  +  d( Up(I_ff, phi(I_ff)), phi(I_f) )
 
-with the encoder's features phi, images I, I_f and I_ff at f, 1 and 1 / f times the backbone's native size, and d the
-mean over places of 1 - cosine. Works for every guided upsampler with a whole factor f. The second term is left out
-where the grid of I_ff would not be whole, or a single cell.
+with the encoder's features phi, images I, I_f and I_ff at f, 1 and 1 / f times the backbone's native size, and d a mean
+over places. Works for every guided upsampler with a whole factor f. The second term is left out where the grid of I_ff
+would not be whole, or a single cell.
 
-Published LiFT shrinks by taking every f-th pixel, which aliases as no photograph that is resized for inference does;
-``subsample="slice"`` does that, the default is antialiased. It uses raw features (``normalizer=none``) and colour
-jitter, which is not here. In its training the running statistics of batch normalisation mix both scales; here they are
-those of the native grid, at which the result is used.
+Published LiFT has d = 1 - cosine, of raw features (``distance=cosine normalizer=none``). That leaves the length of the
+features open, and in centred space a wrong length becomes a wrong direction, so the default is the mean squared error.
+It shrinks by taking every f-th pixel, which aliases as no photograph that is resized for inference does
+(``subsample=slice``); the default is antialiased. Its colour jitter is not here. In its training the running statistics
+of batch normalisation mix both scales; here they are those of the native grid, at which the result is used.
 
 Shapes: B images, C channels, (h, w) native grid.
 """
@@ -52,12 +53,12 @@ class ReconstructionConfig(ObjectiveConfig):
     """Parts of the objective.
 
     Attributes:
-        distance: "cosine" (1 - cosine), "l1" or "mse", averaged over places and, but for the first, over channels.
+        distance: "mse", "l1" or "cosine" (1 - cosine), averaged over places and, but for the last, over channels.
         subsample: How images are made smaller: "antialias", or "slice" for every f-th pixel.
     """
 
     name: str = "reconstruction"
-    distance: str = "cosine"
+    distance: str = "mse"
     subsample: str = "antialias"
 
 
