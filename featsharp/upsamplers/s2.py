@@ -22,7 +22,7 @@ from torch import Tensor
 
 from featsharp.errors import ConfigError
 from featsharp.ops.resize import resize, size_of
-from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler, scale_length
+from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler, check_whole, scale_length
 from featsharp.upsamplers.registration import register_upsampler
 from featsharp.upsamplers.tile import check_tile_batch, tile_map
 
@@ -54,11 +54,9 @@ class S2(Upsampler):
         max_tile_batch: int | None = None,
     ) -> None:
         super().__init__(embed_dim, factor)
-        if overlap < 0:
-            raise ConfigError(f"the overlap of tiles is a number of tokens, 0 for none; got {overlap}")
         self.scales = _check_scales(sorted({1, self.factor}) if scales is None else scales)
         self.num_maps = len(self.scales)
-        self.overlap = overlap
+        self.overlap = check_whole("overlap", overlap, 0)
         self.max_tile_batch = check_tile_batch(max_tile_batch)
 
     @property

@@ -146,7 +146,7 @@ def test_impossible_scales(scales):
 def test_other_impossible_options():
     with pytest.raises(ConfigError, match="S2Pooled has factor 1; got 2"):
         S2Pooled(3, 2)
-    with pytest.raises(ConfigError, match="overlap of tiles"):
+    with pytest.raises(ConfigError, match="overlap must be a whole number of at least 0; got -1"):
         S2(3, 2, overlap=-1)
     with pytest.raises(ConfigError, match="max_tile_batch"):
         S2(3, 2, max_tile_batch=0)
