@@ -230,7 +230,8 @@ def check_whole(name: str, value: int, least: int) -> int:
 
 def _check_size(size: tuple[int, int]) -> tuple[int, int]:
     try:
-        height, width = map(operator.index, size)
+        # index() would fix a size that a compiled graph leaves open.
+        height, width = (side if isinstance(side, int) else operator.index(side) for side in size)
     except (TypeError, ValueError):
         raise InputError(f"output_size is (height, width), two whole numbers of cells; got {size!r}") from None
     return height, width
@@ -238,6 +239,8 @@ def _check_size(size: tuple[int, int]) -> tuple[int, int]:
 
 def scale_length(length: int, factor: float) -> int:
     """Halves are rounded up: 1.5 times 3 cells are 5."""
+    if isinstance(factor, int):
+        return length * factor  # without a detour through floats, in compiled graphs too
     return math.floor(length * factor + 0.5)
 
 

@@ -165,7 +165,7 @@ class FeatSharp(Upsampler):
         Returns:
             [B, C, H, W].
         """
-        maps = {name: branch.upsample(low_res, image, size) for name, branch in self._branches()}
+        maps = {name: branch.upsample_to(low_res, image, size) for name, branch in self._branches()}
         if tiles is not None:
             maps["tiles"] = tiles + self._tile_positions(whole(size), size).to(tiles.dtype)
         return self.block(self._stack(maps)).permute(0, 3, 1, 2)

@@ -54,7 +54,7 @@ def test_windows_cover_with_the_least_overlap_and_are_few(data):
 
 @pytest.mark.parametrize("overlap", [-1, 4, 9])
 def test_impossible_overlaps(overlap):
-    with pytest.raises(InputError, match=f"from 0 to 3 cells; got {overlap}"):
+    with pytest.raises(InputError, match=f"from 0 to 3 cells, .*got {overlap}"):
         window_starts(8, 4, overlap)
 
 
