@@ -122,5 +122,7 @@ class FidelityMeter:
 
 
 def _erode(mask: Tensor) -> Tensor:
-    """Drop the outermost ring of a [B, 1, h, w] mask; beyond the map counts as outside."""
+    """Drop the outermost ring of a [B, 1, h, w] mask; beyond the map counts as outside. Tiny maps are all ring."""
+    if min(mask.shape[-2:]) <= 2:
+        return mask
     return -F.max_pool2d(F.pad(-mask, (1, 1, 1, 1)), 3, stride=1)

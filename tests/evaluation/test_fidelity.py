@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from featsharp.backbones import from_callable
 from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
 from featsharp.data.views import ViewConfig
@@ -146,3 +147,11 @@ def test_default_size_has_detail_to_find():
 def test_no_image_is_an_error():
     with pytest.raises(ConfigError, match="no image"):
         FidelityMeter(create_encoder(PatchColour(), "identity", 1)).result()
+
+
+def test_grids_of_a_few_tokens_are_measured_too():
+    backbone = from_callable(torch.nn.AvgPool2d(16), input_size=(32, 32))
+    meter = FidelityMeter(create_encoder(backbone, "bilinear", 2))
+    for picture in smooth_pictures(2):
+        meter.add(picture)
+    assert meter.result()["area"].value > 1
