@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from featsharp.backbones import BACKBONES
+from featsharp.backbones import ALIASES, BACKBONES
 from featsharp.configs.compose import GROUPS, compose, flatten, options_of, to_yaml
 from featsharp.configs.schema import RunConfig, ViewsConfig
 from featsharp.data.views import ViewConfig
@@ -43,8 +43,20 @@ def fields_of(schema: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("model", options_of("model"))
 def test_every_model_composes_and_names_a_backbone(model):
     config = compose([f"+model={model}", "+upsampler=bilinear-2x", "train_data_dir=x"])
-    assert config.model.name in BACKBONES or config.model.name.startswith("timm:")
+    assert config.model.name in BACKBONES or config.model.name in ALIASES
     assert config.output_root == f"outputs/{config.output_subdir}"
+
+
+def test_every_short_name_has_a_file_that_says_the_same():
+    """Names that mean the same share the one of the published configurations."""
+    published = {"dinov2-g": "dinov2-g_448px", "dinov2-l": "dinov2-l_448px", "radio-l": "radio-l_512px"}
+    files = options_of("model")
+    written = {name: yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text()) for name in files}
+    for name, alias in ALIASES.items():
+        file = published.get(name, name)
+        assert files[file] == f"{alias.description}."
+        assert written[file]["model"] == {"name": file}
+    assert len({content["output_subdir"] for content in written.values()}) == len(files)
 
 
 @pytest.mark.parametrize("upsampler", options_of("upsampler"))
@@ -110,7 +122,7 @@ def test_every_file_describes_itself():
 def test_names_of_the_readme_resolve():
     """U2, U3."""
     config = compose(["+model=siglip2", "+upsampler=featsharp-4x", "num_training_steps=9000", "train_data_dir=x"])
-    assert config.model.name.startswith("timm:vit_so400m")
+    assert (config.model.name, ALIASES["siglip2"].target) == ("siglip2", "hf:google/siglip2-so400m-patch16-512")
     assert (config.upsampler.name, config.upsampler.factor) == ("featsharp", 4)
     assert config.num_training_steps == 9000
 
@@ -171,7 +183,7 @@ def test_view_options_of_the_library_are_those_of_the_configuration():
         (["optim.learning_rat=1"], "optim.learning_rate"),
         (["views.zooms=[1,2]"], "views.zoom"),
         (["+upsampler=featshap-5x"], "did you mean 'featsharp'"),
-        (["+model=siglip"], "siglip2"),
+        (["+model=siglp"], "siglip2"),
         (["+modle=siglip2"], "model"),
         (["normalizer=phis"], "phi-s"),
         (["zzz=1"], "valid keys: batch_size"),

@@ -1,4 +1,7 @@
-"""Vision transformers of the timm library, by name: ``timm:MODEL[.TAG][?pretrained=false&img_size=448]``.
+"""Models of the timm library, by name: ``timm:MODEL[.TAG]``, ``timm:DIR`` or ``timm:MODEL?weights=FILE``.
+
+Three kinds are known: vision transformers with a token sequence (:class:`TimmViT`), the trunk of Segment Anything
+(:class:`TimmSAM`), and everything else that ends in a map, such as convolutional networks (:class:`TimmStages`).
 
 Shapes:
     tokens [B, P + h * w, C]: P prefix tokens (class token first, then registers), then patches row by row.
@@ -6,126 +9,64 @@ Shapes:
 Convention:
     Other sizes than the native one resample the position embedding as timm does: bicubic, antialiased, half-pixel
     centres. At the native size timm adds the stored embedding itself.
+
+Whitening is what ``pretrained_cfg`` of the weights says. Published numbers may rest on another: timm has 0.5/0.5 for
+the supervised ``vit_small_patch16_224``, FeatUp (arXiv 2403.10516) feeds it ImageNet's. Options ``mean`` and ``std``
+match these: ``?mean=0.485,0.456,0.406&std=0.229,0.224,0.225``.
 """
 
-import difflib
-import re
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from featsharp.backbones._timm_facets import inputs_of, project, projection
+from featsharp.backbones._timm_loading import first_line, load_timm_model
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput, embeds_patches
-from featsharp.backbones.registration import import_optional, register_prefix, split_options
-from featsharp.errors import ConfigError, MissingDependencyError
+from featsharp.backbones.options import Choices, Facet, chosen_blocks, parse_choices
+from featsharp.backbones.registration import register_prefix
+from featsharp.errors import ConfigError
 
-INSTALL_TIMM = 'pip install "featsharp[timm]"'
-
-
-class TimmViT(Backbone):
-    """A timm vision transformer: final-norm patch tokens as features.
-
-    Patch size, prefix tokens and width are read from the model; whitening comes from its ``pretrained_cfg``, and the
-    native size from its token grid: a 384-pixel model with 14-pixel patches is native at 27 patches, 378 pixels.
-    The summary is the final-norm class token; without one the model's own pool (the attention pool of SigLIP); without
-    that there is none.
-
-    Args:
-        name: What ``create_backbone`` builds it from, or a label.
-        model: A timm model with ``patch_embed``, ``num_prefix_tokens`` and ``forward_features`` to tokens.
-        input_size, mean, std: Override what is read.
-
-    Raises:
-        ConfigError: For a model without such tokens or with patches that are not square.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        *,
-        input_size: tuple[int, int] | None = None,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-    ) -> None:
-        patch_embed = getattr(model, "patch_embed", None)
-        num_prefix_tokens = getattr(model, "num_prefix_tokens", None)
-        if patch_embed is None or num_prefix_tokens is None:
-            raise ConfigError(
-                f"timm model {name!r} ({type(model).__name__}) does not give patch tokens; wrap it with "
-                f"featsharp.backbones.from_callable(model.forward_features)"
-            )
-        patch_height, patch_width = patch_embed.patch_size
-        if patch_height != patch_width:
-            raise ConfigError(f"timm model {name!r} has {patch_height}x{patch_width} patches; only square ones work")
-        rows, columns = patch_embed.grid_size
-        config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-        embed_dim: int = getattr(model, "embed_dim")  # noqa: B009  (nn.Module types attributes as Tensor | Module)
-        has_class_token = getattr(model, "cls_token", None) is not None
-        has_summary = has_class_token or getattr(model, "global_pool", "") != ""
-        super().__init__(
-            name,
-            patch_size=patch_height,
-            embed_dim=embed_dim,
-            input_size=input_size or (rows * patch_height, columns * patch_height),
-            mean=mean or config.get("mean", IMAGENET_MEAN),
-            std=std or config.get("std", IMAGENET_STD),
-            summary_dim=embed_dim if has_summary else None,
-            flexible=bool(getattr(model, "dynamic_img_size", False)),
-        )
-        self.model: Any = model
-        self.num_prefix_tokens: int = num_prefix_tokens
-        self.has_class_token = has_class_token
-        self.embeds_patches = embeds_patches(getattr(patch_embed, "proj", None), patch_height)
-        self.freeze()
-
-    def extract(self, images: Tensor) -> BackboneOutput:
-        tokens = self.model.forward_features(images)
-        height, width = images.shape[-2:]
-        features = tokens[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.grid_size((height, width)))
-        summary = None
-        if self.has_class_token:
-            summary = tokens[:, 0]
-        elif self.summary_dim is not None:
-            summary = self.model.forward_head(tokens, pre_logits=True)
-        return BackboneOutput(features, summary)
+OPTIONS = ("layer", "facet", "summary", "pretrained", "img_size", "weights")
+OWN_OPTIONS = ("mean", "std")
 
 
-@register_prefix("timm", "timm:MODEL[.TAG] any vision transformer of timm (options: pretrained, img_size)")
-def create_timm_backbone(name: str) -> TimmViT:
-    """Build ``timm:MODEL[.TAG]``: ``?pretrained=false`` takes seeded random weights, ``?img_size=448x224`` a size.
+@register_prefix(
+    "timm", "timm:MODEL[.TAG] any vision transformer or CNN of timm, or timm:DIR with its config and weights"
+)
+def create_timm_backbone(name: str) -> Backbone:
+    """Build ``timm:MODEL[.TAG]``; the directory that ``timm.models.save_for_hf`` writes can take the place of MODEL.
+
+    Options, beside those of every backbone:
+        ``layer``, ``facet``, ``summary``: see :class:`featsharp.backbones.options.Choices` and the classes here.
+        ``pretrained=false``: seeded random weights.
+        ``img_size=448x224``: the native size, whole patches.
+        ``weights``: a file that timm can read (``.safetensors``, ``.pth``, ``.bin``; timm's own keys or those of the
+        authors, which timm converts) or a directory with one. Every weight has to be in it, the classifier aside.
+        ``mean``, ``std``: three numbers with commas in place of those of the weights.
 
     Raises:
-        ConfigError: For an unknown model, tag or option, or a model that gives no patch tokens.
+        ConfigError: For an unknown model, tag or option, or a model that has not what an option asks for.
         MissingDependencyError: When timm or the weights are absent and the weights cannot be fetched.
+        CheckpointError: For a weight file that cannot be read.
+        BackboneMismatchError: For one that does not fill the model.
     """
-    timm = import_optional("timm", f"backbone {name!r}", INSTALL_TIMM)
-    spec, options = split_options(name.removeprefix("timm:"), ("pretrained", "img_size"))
-    architecture = spec.split(".")[0]
-    if not timm.is_model(architecture):
-        nearest = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.6)
-        hint = f"did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else "no name is near."
-        raise ConfigError(f"unknown timm model {architecture!r}; {hint} timm.list_models() lists all")
-    pretrained = _parse_flag("pretrained", options.get("pretrained", "true"))
-    arguments: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0}
-    size = None
-    if "img_size" in options:
-        size = arguments["img_size"] = _parse_size("img_size", options["img_size"])
-    try:
-        model = _create_model(timm, spec, arguments)
-    except OSError as error:
-        raise MissingDependencyError(
-            f"the weights of timm model {spec!r} are not on this machine and cannot be fetched "
-            f"({_first_line(error)}); with a network, run once: python -c \"import timm; timm.create_model('{spec}', "
-            f'pretrained=True)"; or take random weights: timm:{spec}?pretrained=false'
-        ) from error
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise ConfigError(
-            f"timm cannot build {name!r}: {_first_line(error)}; timm.list_pretrained('{architecture}*') lists the tags "
-            f"with weights, ?pretrained=false takes random weights"
-        ) from error
-    backbone = TimmViT(name, model)
-    if size is not None and backbone.input_size != size:
+    spec, choices = parse_choices(name.removeprefix("timm:"), OPTIONS, OWN_OPTIONS)
+    whitening = {key: _channel_values(key, text) for key, text in choices.extra.items()}
+    if any(value <= 0 for value in whitening.get("std", ())):
+        raise ConfigError(f"option std of backbone {name!r} has to be above zero; got {choices.extra['std']!r}")
+    model = load_timm_model(spec, choices)
+    if not hasattr(model, "forward_features"):
+        raise ConfigError(f"timm model {name!r} ({type(model).__name__}) gives no features")
+    if _is_sam(model):
+        kind: type[TimmViT | TimmSAM | TimmStages] = TimmSAM
+    else:
+        kind = TimmViT if _has_tokens(model) else TimmStages
+    size = None if kind is TimmViT else choices.img_size
+    backbone = kind(name, model, choices=choices, input_size=size, **whitening)
+    if choices.img_size is not None and backbone.input_size != choices.img_size:
         height, width = backbone.input_size
         raise ConfigError(
             f"img_size of {name!r} has to be whole patches of {backbone.patch_size}; "
@@ -134,31 +75,345 @@ def create_timm_backbone(name: str) -> TimmViT:
     return backbone
 
 
-def _create_model(timm: Any, spec: str, arguments: dict[str, Any]) -> nn.Module:
-    """The timm model, able to change its size where its class can; random weights are the same at every call."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+class TimmViT(Backbone):
+    """A timm vision transformer: final-norm patch tokens as features.
+
+    Patch size, prefix tokens and width are read from the model; whitening comes from its ``pretrained_cfg``, and the
+    native size from its token grid: a 384-pixel model with 14-pixel patches is native at 27 patches, 378 pixels.
+    Hybrids, which start with a convolutional network, have the stride of that network times that of the patches.
+
+    ``layer`` takes outputs of blocks through the final norm, ``facet`` the output of a block's query, key or value
+    projection, before normalisation and rotary positions. A model whose only norm follows its pooling (timm's
+    ``fc_norm``: BEiT and EVA fine-tuned for classes) has none for tokens, which come as its last block leaves them.
+
+    The summary is "cls", the class token that the model ends with, whatever ``layer`` says. In a model without one, and
+    in one whose norm follows its pooling, it is "pool", its own pooling head (the attention pool of SigLIP); without
+    that there is none. timm's models carry no text-aligned head.
+
+    Args:
+        name: What ``create_backbone`` builds it from, or a label.
+        model: A timm model with ``patch_embed``, ``num_prefix_tokens`` and ``forward_features`` to tokens.
+        choices: Of these ``layers``, ``facet`` and ``summary``.
+        input_size, mean, std: Override what is read.
+
+    Raises:
+        ConfigError: For a model without such tokens, with patches that are not square, or without what is chosen.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        *,
+        choices: Choices = Choices(),  # noqa: B008  (frozen)
+        input_size: tuple[int, int] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        if not _has_tokens(model):
+            raise ConfigError(
+                f"timm model {name!r} ({type(model).__name__}) does not give patch tokens; wrap it with "
+                f"featsharp.backbones.from_callable(model.forward_features)"
+            )
+        patch_embed: Any = model.patch_embed
+        patch_size = _square_patch(name, patch_embed)
+        rows, columns = patch_embed.grid_size
+        blocks = _chosen(model, choices, name)
+        width = _int(model, "embed_dim")
+        embed_dim = _channels(model, blocks, choices.facet, width)
+        summary = _summary_kind(choices.summary, _token_summaries(model), name)
+        super().__init__(
+            name,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            input_size=input_size or (rows * patch_size, columns * patch_size),
+            summary_dim={"none": None, "mean": embed_dim}.get(summary, width),
+            flexible=bool(getattr(model, "dynamic_img_size", False)),
+            **_whitening(model, mean, std),
+        )
+        self.model: Any = model
+        self.num_prefix_tokens = _int(model, "num_prefix_tokens")
+        self.blocks = blocks
+        self.facet: Facet = choices.facet
+        self.summary_kind = summary
+        # Without these the model runs to its end, as it is.
+        self.inner = choices.layers is not None or choices.facet != "token"
+        self.embeds_patches = embeds_patches(getattr(patch_embed, "proj", None), patch_size)
+        self.freeze()
+
+    def extract(self, images: Tensor) -> BackboneOutput:
+        final, patches = self._inner(images) if self.inner else self._outer(images)
+        features = patches.transpose(1, 2).unflatten(2, self.grid_size((images.shape[-2], images.shape[-1])))
+        return BackboneOutput(features, self._summary(final, features))
+
+    def _outer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens as the model ends [B, P + h * w, C], and those of patches."""
+        tokens = self.model.forward_features(images)
+        return tokens, tokens[:, self.num_prefix_tokens :]
+
+    def _inner(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
+        """All tokens as the model ends, None where no summary needs them, and the chosen features of patches."""
+        to_end = self.summary_kind in ("cls", "pool")
+        order = sorted(set(self.blocks))
+        blocks = [self.model.blocks[block] for block in order]
+        with inputs_of([block.attn for block in blocks] if self.facet != "token" else []) as inputs:
+            out = self.model.forward_intermediates(
+                images, indices=order, norm=True, stop_early=not to_end, intermediates_only=not to_end, output_fmt="NLC"
+            )
+        final, outputs = out if to_end else (None, out)
+        if self.facet != "token":
+            outputs = [
+                project(block, self.facet, tokens[:, self.num_prefix_tokens :])
+                for block, tokens in zip(blocks, inputs, strict=True)
+            ]
+        return final, _concatenated(self.blocks, order, outputs, 2)
+
+    def _summary(self, final: Any, features: Tensor) -> Tensor | None:
+        if self.summary_kind == "cls":
+            return final[:, 0]
+        if self.summary_kind == "pool":
+            return self.model.forward_head(final, pre_logits=True)
+        return features.mean((2, 3)) if self.summary_kind == "mean" else None
+
+
+class TimmSAM(Backbone):
+    """The image encoder of Segment Anything (arXiv 2304.02643): the output of its last block, before the neck.
+
+    It takes one size, 1024 pixels in the weights of the authors: its absolute and relative positions are tables.
+    Another ``input_size`` resamples them at every call as timm does (absolute ones bicubic and antialiased, relative
+    ones linear). There is no class token and no pooling; the only summary is the token mean, when asked for.
+
+    ``facet`` gives the projections of whole maps, also in blocks whose attention is windowed.
+
+    Args: As :class:`TimmViT`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        *,
+        choices: Choices = Choices(),  # noqa: B008  (frozen)
+        input_size: tuple[int, int] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        patch_embed: Any = model.patch_embed
+        patch_size = _square_patch(name, patch_embed)
+        size = input_size or patch_embed.img_size
+        blocks = _chosen(model, choices, name)
+        embed_dim = _channels(model, blocks, choices.facet, _int(model, "embed_dim"))
+        summary = _summary_kind(choices.summary, [], name)
+        super().__init__(
+            name,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            input_size=_whole_patches(size, patch_size),
+            summary_dim=embed_dim if summary == "mean" else None,
+            flexible=False,
+            **_whitening(model, mean, std),
+        )
+        self.model: Any = model
+        self.blocks = blocks
+        self.facet: Facet = choices.facet
+        self.embeds_patches = embeds_patches(getattr(patch_embed, "proj", None), patch_size)
+        self.freeze()
+
+    def extract(self, images: Tensor) -> BackboneOutput:
+        order = sorted(set(self.blocks))
+        blocks = [self.model.blocks[block] for block in order]
+        with inputs_of(blocks if self.facet != "token" else []) as inputs:
+            maps = self.model.forward_intermediates(images, indices=order, stop_early=True, intermediates_only=True)
+        if self.facet != "token":
+            # The attention itself may see windows, with padding.
+            maps = [
+                project(block, self.facet, block.norm1(tokens)).permute(0, 3, 1, 2)
+                for block, tokens in zip(blocks, inputs, strict=True)
+            ]
+        features = _concatenated(self.blocks, order, maps, 1)
+        return BackboneOutput(features, None if self.summary_dim is None else features.mean((2, 3)))
+
+
+class TimmStages(Backbone):
+    """A timm model whose stages are maps: ConvNeXt, ResNet and other CNNs, Swin and other hierarchical transformers.
+
+    ``layer`` is a stage as timm counts them in ``feature_info`` (in a ResNet 0 is the stem, 4 the last one); its stride
+    is the patch size. Without it the last stage, through the model's final norm over maps where it has one. The summary
+    is "pool", the pooled output of the model's last stage, as its classifier would see it.
+
+    Where token (y, x) looks: a stride-s stack of patch convolutions (ConvNeXt) is centred on its s pixels. Odd kernels
+    of stride 2 with symmetric padding (ResNet) are centred on the first pixel of theirs, (s - 1) / 2 pixels above and
+    left of the centre: 15.5 of 32 pixels at the last stage of a ResNet. That is the model's own, and is left as it is.
+
+    Args: As :class:`TimmViT`; of ``choices.layers`` one.
+
+    Raises:
+        ConfigError: Also for a model whose map is not image / stride (no padding, as in Inception), found by a pass.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        *,
+        choices: Choices = Choices(),  # noqa: B008  (frozen)
+        input_size: tuple[int, int] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        stages: Any = getattr(model, "feature_info", None)
+        if not isinstance(stages, Sequence) or not stages or not hasattr(model, "forward_intermediates"):
+            raise ConfigError(
+                f"timm model {name!r} ({type(model).__name__}) names no stages; wrap it with "
+                f"featsharp.backbones.from_callable(model.forward_features)"
+            )
+        if choices.facet != "token":
+            raise ConfigError(
+                f"timm model {name!r} ({type(model).__name__}) has no facet {choices.facet!r}; only token"
+            )
+        if choices.layers is not None and len(choices.layers) > 1:
+            raise ConfigError(f"the stages of timm model {name!r} differ in stride; choose one layer")
+        (stage,) = chosen_blocks(stages, choices.layers, name)
+        config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        size = input_size or tuple(config.get("input_size", (3, 224, 224))[1:])
+        stride = int(stages[stage]["reduction"])
+        super().__init__(
+            name,
+            patch_size=stride,
+            embed_dim=int(stages[stage]["num_chs"]),
+            input_size=_whole_patches(size, stride),
+            flexible=not config.get("fixed_input_size", False),
+            **_whitening(model, mean, std),
+        )
+        self.model: Any = model
+        self.stage = stage
+        self.summary_kind = _summary_kind(choices.summary, ["pool"], name)
+        self.norm = True
+        self.freeze()
+        self._try()
+
+    def extract(self, images: Tensor) -> BackboneOutput:
+        if self.summary_kind != "pool":
+            (features,) = self.model.forward_intermediates(
+                images, indices=[self.stage], norm=self.norm, stop_early=True, intermediates_only=True
+            )
+            return BackboneOutput(features, features.mean((2, 3)) if self.summary_kind == "mean" else None)
+        final, (features,) = self.model.forward_intermediates(images, indices=[self.stage], norm=self.norm)
+        return BackboneOutput(features, self.model.forward_head(final, pre_logits=True))
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Run a small image; sets the channels of the summary."""
+        p = self.patch_size
+        deepest = math.lcm(p, *(int(stage["reduction"]) for stage in self.model.feature_info))
+        size = (3 * deepest, 4 * deepest) if self.flexible else self.input_size
+        weight = next(self.model.parameters())
         try:
-            return timm.create_model(spec, dynamic_img_size=True, **arguments)
-        except TypeError as error:
-            # Models whose position terms are tied to one grid, such as BEiT's, do not know the argument.
-            if "dynamic_img_size" not in str(error):
-                raise
-            return timm.create_model(spec, **arguments)
+            features, summary = self.extract(weight.new_zeros(1, 3, *size))
+            shape = tuple(features.shape)
+        except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
+            if self.norm and "normalization" in str(error):  # Hiera has none between stages and its head
+                self.norm = False
+                return self._try()
+            raise ConfigError(
+                f"timm model {self.name!r} ({type(self.model).__name__}) cannot run at {size[0]}x{size[1]} "
+                f"({first_line(error)}); wrap it with featsharp.backbones.from_callable(model.forward_features)"
+            ) from error
+        expected = (1, self.embed_dim, *self.grid_size(size))
+        if shape != expected:
+            raise ConfigError(
+                f"timm model {self.name!r} ({type(self.model).__name__}) makes {shape} of {size[0]}x{size[1]} pixels, "
+                f"not {expected}: its map is not the image over its stride, {p}; choose another layer or model"
+            )
+        self.summary_dim = None if summary is None else summary.shape[1]
 
 
-def _parse_flag(option: str, text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ConfigError(f"option {option} is true or false; got {text!r}")
-    return text.lower() == "true"
+def _has_tokens(model: nn.Module) -> bool:
+    patch_embed = getattr(model, "patch_embed", None)
+    return hasattr(patch_embed, "grid_size") and isinstance(getattr(model, "num_prefix_tokens", None), int)
 
 
-def _parse_size(option: str, text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if match is None:
-        raise ConfigError(f"option {option} is a side in pixels or HEIGHTxWIDTH, such as 448 or 448x224; got {text!r}")
-    return int(match[1]), int(match[2] or match[1])
+def _is_sam(model: nn.Module) -> bool:
+    """The only one of timm with a neck after blocks that keep their map."""
+    return all(hasattr(model, part) for part in ("patch_embed", "blocks", "neck", "rope_window"))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def _token_summaries(model: nn.Module) -> list[str]:
+    """What the model has, the one that it is known for first."""
+    summaries = ["cls"] if getattr(model, "cls_token", None) is not None else []
+    if getattr(model, "global_pool", ""):
+        # Where the norm follows the pooling, training saw the pooled tokens only.
+        pooled_first = not isinstance(getattr(model, "fc_norm", None), nn.Identity | None)
+        summaries.insert(0 if pooled_first else len(summaries), "pool")
+    return summaries
+
+
+def _square_patch(name: str, patch_embed: Any) -> int:
+    ratio = getattr(patch_embed, "feat_ratio", None)
+    height, width = ratio(as_scalar=False) if ratio is not None else patch_embed.patch_size
+    if height != width:
+        raise ConfigError(f"timm model {name!r} has {height}x{width} patches; only square ones work")
+    return int(height)
+
+
+def _chosen(model: nn.Module, choices: Choices, name: str) -> list[int]:
+    """Blocks whose features are taken; ConfigError where the model has none to choose from."""
+    blocks: Any = getattr(model, "blocks", [])
+    inner = choices.layers is not None or choices.facet != "token"
+    if inner and not (len(blocks) and hasattr(model, "forward_intermediates")):
+        raise ConfigError(f"timm model {name!r} ({type(model).__name__}) shows no blocks; leave out layer and facet")
+    return chosen_blocks(blocks, choices.layers, name)
+
+
+def _channels(model: nn.Module, blocks: Sequence[int], facet: Facet, width: int) -> int:
+    if facet == "token":
+        return width * len(blocks)
+    modules: Any = model.blocks
+    return sum(projection(modules[block], facet)[0].shape[0] for block in blocks)
+
+
+def _concatenated(blocks: Sequence[int], order: Sequence[int], outputs: Sequence[Tensor], dim: int) -> Tensor:
+    """Outputs of the blocks ``order``, in the order of ``blocks``; no copy for one."""
+    by_block = dict(zip(order, outputs, strict=True))
+    return by_block[blocks[0]] if len(blocks) == 1 else torch.cat([by_block[block] for block in blocks], dim)
+
+
+def _summary_kind(asked: str, available: Sequence[str], name: str) -> str:
+    """What "default" means here, or ``asked``; ConfigError for one that the model has not."""
+    if asked == "default":
+        return next(iter(available), "none")
+    if asked not in (*available, "mean", "none"):
+        hint = "; text-aligned summaries come from open_clip: or hf:" if asked == "projected" else ""
+        raise ConfigError(
+            f"timm model {name!r} has no summary {asked!r}; it has {', '.join([*available, 'mean', 'none'])}{hint}"
+        )
+    return asked
+
+
+def _whitening(model: nn.Module, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> dict[str, Any]:
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    return {
+        "mean": tuple(mean or config.get("mean", IMAGENET_MEAN)),
+        "std": tuple(std or config.get("std", IMAGENET_STD)),
+    }
+
+
+def _whole_patches(size: Sequence[int], patch_size: int) -> tuple[int, int]:
+    height, width = (max(1, side // patch_size) * patch_size for side in size)
+    return height, width
+
+
+def _channel_values(option: str, text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or not all(map(math.isfinite, values)):
+        raise ConfigError(f"option {option} is three numbers with commas, such as 0.485,0.456,0.406; got {text!r}")
+    return values
+
+
+def _int(model: nn.Module, attribute: str) -> int:
+    """nn.Module types its attributes as Tensor | Module."""
+    value: Any = getattr(model, attribute)
+    return int(value)

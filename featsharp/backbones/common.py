@@ -1,0 +1,38 @@
+"""The options that every backbone has, whatever its library."""
+
+from collections.abc import Mapping
+
+import torch
+
+from featsharp.backbones.base import Backbone
+from featsharp.backbones.names import split_query
+from featsharp.backbones.options import COMMON, parse_flag, with_options
+from featsharp.backbones.windowed import WindowedBackbone
+from featsharp.errors import unknown_name
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OTHER_SIZES = ("resize", "tile")
+
+
+def split_common(name: str) -> tuple[str, dict[str, str]]:
+    """The name without the options of :data:`featsharp.backbones.options.COMMON`, and these."""
+    bare, _, query = name.partition("?")
+    options = split_query(query)
+    rest = {key: value for key, value in options.items() if key not in COMMON}
+    return with_options(bare, rest), {key: value for key, value in options.items() if key in COMMON}
+
+
+def apply_common(backbone: Backbone, options: Mapping[str, str]) -> Backbone:
+    """The backbone as these options want it; raises ConfigError for a value that an option does not have."""
+    dtype, other_sizes = options.get("dtype", "float32"), options.get("other_sizes", "resize")
+    if dtype not in DTYPES:
+        raise unknown_name("dtype of a backbone", dtype, DTYPES)
+    if other_sizes not in OTHER_SIZES:
+        raise unknown_name("value of other_sizes:", other_sizes, OTHER_SIZES)
+    if other_sizes == "tile":
+        backbone = WindowedBackbone(backbone)
+    if DTYPES[dtype] is not None:
+        backbone.autocast_dtype = DTYPES[dtype]
+    if parse_flag("compile", options.get("compile", "false")):
+        backbone.compile()
+    return backbone

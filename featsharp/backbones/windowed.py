@@ -1,0 +1,67 @@
+"""A backbone of one size on images of any size: windows of its size, their features put together."""
+
+import torch
+from torch import Tensor
+
+from featsharp.backbones.base import Backbone, BackboneOutput
+from featsharp.errors import ConfigError
+from featsharp.ops.resize import resize, size_of
+from featsharp.ops.tiling import blend_windows, window_starts
+
+# Part of a window that neighbours share at least, so that their seams can be blended.
+OVERLAP = 0.25
+
+
+class WindowedBackbone(Backbone):
+    """Covers an image with the fewest windows of the native size, spread evenly, and blends them where they overlap.
+
+    All windows of a batch go through the backbone in one call. The summary is that of the whole image, resized. An
+    image smaller than the native size is refused: :meth:`fit_size` names the size to enlarge it to.
+
+    Args:
+        backbone: One that takes its native size only.
+
+    Raises:
+        ConfigError: For a backbone that takes other sizes by itself.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        if backbone.flexible:
+            raise ConfigError(
+                f"backbone {backbone.name!r} takes images of other sizes by itself; leave out other_sizes=tile"
+            )
+        super().__init__(
+            backbone.name,
+            patch_size=backbone.patch_size,
+            embed_dim=backbone.embed_dim,
+            input_size=backbone.input_size,
+            mean=backbone.mean,
+            std=backbone.std,
+            summary_dim=backbone.summary_dim,
+        )
+        self.backbone = backbone
+        self.freeze()
+
+    def fit_size(self, height: float, width: float) -> tuple[int, int]:
+        """The nearest whole patches, at least the native size on each side."""
+        fitted = super().fit_size(height, width)
+        return max(fitted[0], self.input_size[0]), max(fitted[1], self.input_size[1])
+
+    def extract(self, images: Tensor) -> BackboneOutput:
+        window, size = self.grid_size(self.input_size), self.grid_size(size_of(images))
+        # Its own forward would turn off the autocast of this one.
+        if size == window:
+            return self.backbone.extract(images)
+        p, (height, width) = self.patch_size, self.input_size
+        rows, cols = (
+            window_starts(length, side, int(OVERLAP * side)) for length, side in zip(size, window, strict=True)
+        )
+        windows = [images[..., p * y : p * y + height, p * x : p * x + width] for y in rows for x in cols]
+        batch = torch.cat([resize(images, self.input_size), torch.stack(windows, 1).flatten(0, 1)])
+        features, summary = self.backbone.extract(batch)
+        summary = None if summary is None else summary[: len(images)]
+        return BackboneOutput(blend_windows(features[len(images) :].to(images.dtype), (rows, cols), size), summary)
+
+    def weights_hash(self) -> str:
+        """That of the backbone inside."""
+        return self.backbone.weights_hash()
