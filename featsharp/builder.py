@@ -10,6 +10,7 @@ import torch
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
+from featsharp.backbones.common import runs_code
 from featsharp.checkpoint import read_checkpoint, restoring, write_checkpoint
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError
 from featsharp.layers.bias_buffer import BiasBuffer
@@ -102,8 +103,8 @@ def load_from_file(
         featurizer: The backbone. Needed for pseudo-paths and for checkpoints of a backbone that has no name to be built
             from; otherwise the checkpoint's own is built. One that the checkpoint was not trained for is refused.
         max_memory: Limit of the memory that encoding takes, in bytes or as "2GiB"; see ``SharpEncoder.max_memory``.
-        allow_functions: Whether a checkpoint may name functions to import ("custom" and "super-resolution" do). That
-            runs the code of their module, so say yes only to files that you trust.
+        allow_functions: Whether a checkpoint may name functions to import ("custom" and "super-resolution" do), or a
+            backbone whose repository runs code ("hub:", "trust=true"). Say yes only to files that you trust.
 
     Returns:
         The encoder in eval mode, on the CPU, without gradients; ``encoder.upsampler.requires_grad_()`` turns them on
@@ -124,6 +125,11 @@ def load_from_file(
     content = read_checkpoint(path)
     with restoring(path):
         saved = content["encoder"]
+        if featurizer is None and runs_code(saved["backbone"]["name"]) and not allow_functions:
+            raise CheckpointError(
+                f"checkpoint {path} was trained for backbone {saved['backbone']['name']!r}, whose repository would run "
+                "code of its own; pass featurizer= (--backbone on the command line), or allow_functions=True"
+            )
         backbone = _backbone_for(saved["backbone"], featurizer, path)
         recipe = saved["recipe"]
         if not allow_functions:
@@ -266,7 +272,7 @@ def check_backbone(backbone: Backbone, saved: Mapping[str, Any], path: object) -
     # A label differs between two wrappers of one model; what the model is made of does not.
     different = [
         f"{key} {_short(present[key])} instead of {_short(saved[key])}"
-        for key in ("patch_size", "embed_dim", "input_size", "mean", "std", "weights_sha256")
+        for key in ("patch_size", "embed_dim", "input_size", "mean", "std", "features", "weights_sha256")
         if key in saved and present[key] != saved[key]
     ]
     if different:

@@ -305,3 +305,24 @@ def test_a_compiled_encoder_can_be_copied():
     images = smooth_images(1, (64, 64))
     copied = pickle.loads(pickle.dumps(encoder))
     assert torch.equal(outputs(copied, images).high_res, outputs(encoder, images).high_res)
+
+
+@pytest.mark.parametrize("name", ["hub:{folder}/entry", "hub:owner/repo/entry?trust=true", "hf:owner/repo?trust=true"])
+def test_a_checkpoint_runs_no_code_of_a_repository_unasked(name, tmp_path):
+    (tmp_path / "hubconf.py").write_text("raise SystemExit('code ran')\n")
+    save_checkpoint(create_encoder("toy-vit", "bilinear", 2), tmp_path / "last.pth")
+    content = torch.load(tmp_path / "last.pth", weights_only=True)
+    content["encoder"]["backbone"]["name"] = name.format(folder=tmp_path)
+    torch.save(content, tmp_path / "last.pth")
+    with pytest.raises(CheckpointError, match="whose repository would run code of its own; pass featurizer="):
+        load_from_file(tmp_path / "last.pth")
+    assert load_from_file(tmp_path / "last.pth", featurizer="toy-vit").factor == 2
+
+
+def test_other_features_of_the_same_weights_are_refused(tmp_path):
+    name = "timm:vit_tiny_patch16_224?pretrained=false&img_size=64"
+    save_checkpoint(create_encoder(f"{name}&facet=key", "bilinear", 2), tmp_path / "last.pth")
+    assert load_from_file(tmp_path / "last.pth").backbone.feature_options == {"facet": "key"}
+    for other in (name, f"{name}&facet=key&layer=3"):
+        with pytest.raises(BackboneMismatchError, match=r"features .* instead of {'facet': 'key'}"):
+            load_from_file(tmp_path / "last.pth", featurizer=other)

@@ -11,7 +11,7 @@ from featsharp.backbones import (  # noqa: F401  (imported to register)
     vits14_focus,
 )
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput
-from featsharp.backbones.common import apply_common, split_common
+from featsharp.backbones.common import apply_common, feature_options, split_common
 from featsharp.backbones.from_callable import from_callable
 from featsharp.backbones.names import ALIASES, resolve_alias
 from featsharp.backbones.options import COMMON, with_options
@@ -88,15 +88,14 @@ def _build(name: str) -> Backbone:
             f"featsharp.backbones.from_callable(module)"
         )
     bare, common = split_common(name)
-    backbone = apply_common(_build_bare(bare), common)
-    backbone.name = name
+    target = resolve_alias(bare) if bare.partition("?")[0] in ALIASES else bare
+    backbone = apply_common(_build_target(target), common)
+    backbone.name, backbone.feature_options = name, feature_options(target)
     return backbone
 
 
-def _build_bare(name: str) -> Backbone:
-    """The backbone of a name without the options that every backbone has."""
-    if name.partition("?")[0] in ALIASES:
-        name = resolve_alias(name)
+def _build_target(name: str) -> Backbone:
+    """The backbone of a name that is no short one, without the options that every backbone has."""
     model, mark, _ = name.partition("?")
     prefix, colon, _ = model.partition(":")
     if colon:

@@ -6,8 +6,9 @@ Convention:
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,8 @@ class Backbone(nn.Module):
 
     autocast_dtype: torch.dtype | None = None
     embeds_patches: bool = False
+    # What the name asks for beyond the model (layer, facet, project, summary): other features of the same weights.
+    feature_options: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -201,6 +204,7 @@ class Backbone(nn.Module):
             "input_size": list(self.input_size),
             "mean": list(self.mean),
             "std": list(self.std),
+            "features": dict(self.feature_options),
             "weights_sha256": self.weights_hash(),
         }
 

@@ -10,13 +10,16 @@ from featsharp.ops.tiling import blend_windows, window_starts
 
 # Part of a window that neighbours share at least, so that their seams can be blended.
 OVERLAP = 0.25
+# Windows that go through the backbone in one call: more are no faster, and SAM's take a gigabyte each.
+WINDOWS_AT_ONCE = 8
 
 
 class WindowedBackbone(Backbone):
     """Covers an image with the fewest windows of the native size, spread evenly, and blends them where they overlap.
 
-    All windows of a batch go through the backbone in one call. The summary is that of the whole image, resized. An
-    image smaller than the native size is refused: :meth:`fit_size` names the size to enlarge it to.
+    A few windows go through the backbone at a time, so that large images need no more memory than small ones but for
+    the map. The summary is that of the whole image, resized. An image smaller than the native size is refused:
+    :meth:`fit_size` names the size to enlarge it to.
 
     Args:
         backbone: One that takes its native size only.
@@ -57,10 +60,12 @@ class WindowedBackbone(Backbone):
             window_starts(length, side, int(OVERLAP * side)) for length, side in zip(size, window, strict=True)
         )
         windows = [images[..., p * y : p * y + height, p * x : p * x + width] for y in rows for x in cols]
-        batch = torch.cat([resize(images, self.input_size), torch.stack(windows, 1).flatten(0, 1)])
-        features, summary = self.backbone.extract(batch)
-        summary = None if summary is None else summary[: len(images)]
-        return BackboneOutput(blend_windows(features[len(images) :].to(images.dtype), (rows, cols), size), summary)
+        batches = torch.stack(windows, 1).flatten(0, 1).split(WINDOWS_AT_ONCE)
+        features = torch.cat([self.backbone.extract(batch).features.to(images.dtype) for batch in batches])
+        summary = None
+        if self.summary_dim is not None:
+            summary = self.backbone.extract(resize(images, self.input_size)).summary
+        return BackboneOutput(blend_windows(features, (rows, cols), size), summary)
 
     def weights_hash(self) -> str:
         """That of the backbone inside."""
