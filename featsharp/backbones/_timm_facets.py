@@ -1,14 +1,12 @@
 """Queries, keys and values of timm's attention classes, which keep their projections in different ways."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featsharp.backbones.options import Facet
+from featsharp.backbones.options import Facet, captured
 from featsharp.errors import ConfigError
 
 Projection = tuple[Tensor, Tensor | None]  # weight [C, width], bias [C]
@@ -42,16 +40,5 @@ def project(block: nn.Module, facet: Facet, tokens: Tensor) -> Tensor:
 @contextmanager
 def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Within this context, the first argument of each of ``modules``, in the order in which they run in this thread."""
-    inputs: list[Tensor] = []
-    here = threading.get_ident()
-
-    def keep(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if threading.get_ident() == here:
-            inputs.append(arguments[0])
-
-    hooks = [module.register_forward_pre_hook(keep) for module in modules]
-    try:
+    with captured(modules, inputs=True) as inputs:
         yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ INSTALL_TIMM = 'pip install "featsharp[timm]"'
 # As timm looks for them in a directory of its own.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-# timm resamples SAM's positions at every call, but not when it loads them.
-ONE_SIZE_MODULES = ["vision_transformer_sam"]
+# These resample their positions at every call: SAM not when it loads them, NaFlexVit from a table of its own grid.
+RESAMPLING_MODULES = ["vision_transformer_sam", "naflexvit"]
 
 
 def load_timm_model(spec: str, choices: Choices) -> nn.Module:
@@ -44,7 +45,7 @@ def load_timm_model(spec: str, choices: Choices) -> nn.Module:
         "num_classes": 0,
         "dynamic_img_size": True,
     }
-    if choices.img_size is not None and not timm.models.is_model_in_modules(architecture, ONE_SIZE_MODULES):
+    if choices.img_size is not None and not timm.models.is_model_in_modules(architecture, RESAMPLING_MODULES):
         arguments["img_size"] = choices.img_size
     try:
         model = _create_model(timm, source, arguments)
@@ -57,8 +58,9 @@ def load_timm_model(spec: str, choices: Choices) -> nn.Module:
         ) from error
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ConfigError(
-            f"timm cannot build {spec!r}: {first_line(error)}; timm.list_pretrained('{architecture}*') lists the tags "
-            f"with weights, ?weights=FILE takes a file, ?pretrained=false takes random weights"
+            f"timm cannot build {spec!r}: {first_line(error)}; {_nearest_tags(timm, source, architecture)}"
+            f"timm.list_pretrained('{architecture}*') lists the tags with weights, ?weights=FILE takes a file, "
+            f"?pretrained=false takes random weights"
         ) from error
     if weights is not None:
         _fill(timm, model, architecture, weights)
@@ -69,9 +71,13 @@ def _find_source(timm: Any, spec: str, weights: str | None) -> tuple[str, str]:
     """What ``timm.create_model`` takes, and the architecture that this is."""
     if spec.startswith("hf-hub:"):
         return spec, spec
-    if spec.startswith("local-dir:") or Path(spec).is_dir():
-        directory = spec.removeprefix("local-dir:")
-        return f"local-dir:{directory}", _architecture(timm, Path(directory))
+    if not spec:
+        raise ConfigError(
+            "timm: needs a name of timm.list_models() or a directory, such as timm:vit_small_patch16_224.dino"
+        )
+    directory = _path(spec.removeprefix("local-dir:"))
+    if spec.startswith("local-dir:") or directory.is_dir():
+        return f"local-dir:{directory}", _architecture(timm, directory)
     if "/" in spec or "\\" in spec:
         raise ConfigError(f"there is no directory {spec!r}; timm:MODEL is a name of timm.list_models() or a directory")
     architecture = spec.split(".")[0]
@@ -79,12 +85,25 @@ def _find_source(timm: Any, spec: str, weights: str | None) -> tuple[str, str]:
         nearest = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.6)
         hint = f"did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else "no name is near."
         raise ConfigError(f"unknown timm model {architecture!r}; {hint} timm.list_models() lists all")
-    if weights is not None and (Path(weights) / "config.json").is_file():
-        found = _architecture(timm, Path(weights))
+    folder = None if weights is None else _path(weights)
+    if folder is not None and (folder / "config.json").is_file():
+        found = _architecture(timm, folder)
         if found != architecture:
-            raise BackboneMismatchError(f"{weights} holds a timm model {found!r}, not {architecture!r}; name that one")
-        return f"local-dir:{weights}", architecture
+            raise BackboneMismatchError(f"{folder} holds a timm model {found!r}, not {architecture!r}; name that one")
+        return f"local-dir:{folder}", architecture
     return spec, architecture
+
+
+def _nearest_tags(timm: Any, source: str, architecture: str) -> str:
+    """For the message about a tag that timm has not: the nearest ones, else the first; empty for a tag that it has."""
+    if source.startswith(("hf-hub:", "local-dir:")):
+        return ""
+    tag = source.partition(".")[2]
+    known = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+    if not tag or not known or tag in known:
+        return ""
+    nearest = difflib.get_close_matches(tag, known, n=3, cutoff=0.4) or known[:5]
+    return f"nearest tags: {', '.join(nearest)}; "
 
 
 def _architecture(timm: Any, directory: Path) -> str:
@@ -101,14 +120,25 @@ def _architecture(timm: Any, directory: Path) -> str:
     architecture = content.get("architecture") if isinstance(content, dict) else None
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise ConfigError(f"{config} names no architecture of this timm ({architecture!r}); is it of another library?")
+    pretrained_cfg = content.get("pretrained_cfg", {})
+    if not isinstance(pretrained_cfg, dict):
+        raise ConfigError(
+            f"{config} has pretrained_cfg={pretrained_cfg!r}; it has to be a mapping with mean, std and input_size, as "
+            f"timm.models.save_for_hf writes it"
+        )
     return architecture
+
+
+def _path(text: str) -> Path:
+    """With the home directory for ``~``, as a shell would have it outside quotes."""
+    return Path(os.path.expanduser(text))  # that of Path raises for an unknown user
 
 
 def _find_weights(source: str, choices: Choices) -> Path | None:
     """The local file to load, None for weights that timm finds."""
     if choices.weights is None and not source.startswith("local-dir:"):
         return None
-    place = Path(choices.weights or source.removeprefix("local-dir:"))
+    place = _path(choices.weights or source.removeprefix("local-dir:"))
     if place.is_file():
         return place
     if not place.is_dir():

@@ -27,7 +27,7 @@ from featsharp.backbones._hub_models import DinoBackbone, RadioBackbone, is_dino
 from featsharp.backbones._weights import fill, first_line
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from featsharp.backbones.from_callable import from_callable
-from featsharp.backbones.options import Choices, parse_choices, parse_flag
+from featsharp.backbones.options import Choices, parse_choices, parse_flag, parse_whitening
 from featsharp.backbones.registration import register_prefix
 from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError, unknown_name
 
@@ -78,7 +78,7 @@ def create_hub_backbone(name: str) -> Backbone:
     if is_radio(model) and "pretrained" in arguments:
         raise ConfigError(f"hub:{spec} is a RADIO model, which takes its checkpoint as ?version=FILE, not as weights")
     if choices.weights is not None:
-        _fill_from(model, Path(choices.weights).expanduser(), spec)
+        _fill_from(model, Path(choices.weights), spec)
     return _wrap(name, model, choices, adaptors)
 
 
@@ -172,7 +172,7 @@ def _fill_from(model: nn.Module, path: Path, spec: str) -> None:
 
 def _wrap(name: str, model: nn.Module, choices: Choices, adaptors: list[str]) -> Backbone:
     """The module as a backbone of the kind that its methods tell."""
-    whitening = {key: _numbers(key, choices.extra[key]) for key in ("mean", "std") if key in choices.extra}
+    whitening = {key: parse_whitening(key, choices.extra[key]) for key in ("mean", "std") if key in choices.extra}
     backbone: Backbone
     if is_radio(model):
         if whitening:
@@ -190,7 +190,7 @@ def _wrap(name: str, model: nn.Module, choices: Choices, adaptors: list[str]) ->
     return backbone
 
 
-def _by_trial(name: str, model: Any, choices: Choices, whitening: dict[str, tuple[float, ...]]) -> Backbone:
+def _by_trial(name: str, model: Any, choices: Choices, whitening: dict[str, tuple[float, float, float]]) -> Backbone:
     if choices.layers is not None or choices.facet != "token" or choices.summary != "default":
         raise ConfigError(
             f"backbone {name!r} ({type(model).__name__}) is of no kind that is known, so layer, facet and summary do "
@@ -203,13 +203,3 @@ def _by_trial(name: str, model: Any, choices: Choices, whitening: dict[str, tupl
         mean=whitening.get("mean", IMAGENET_MEAN),
         std=whitening.get("std", IMAGENET_STD),
     )
-
-
-def _numbers(option: str, text: str) -> tuple[float, ...]:
-    try:
-        numbers = tuple(map(float, text.split(",")))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != 3 or (option == "std" and min(numbers) <= 0):
-        raise ConfigError(f"option {option} is three numbers with commas, such as 0.5,0.5,0.5; got {text!r}")
-    return numbers

@@ -27,7 +27,7 @@ from torch import nn
 from featsharp.backbones._open_clip_towers import ResNetTower, TransformerTower, TrunkTower
 from featsharp.backbones._weights import fill, first_line
 from featsharp.backbones.base import Backbone
-from featsharp.backbones.options import CHOICES, Choices, parse_choices
+from featsharp.backbones.options import CHOICES, Choices, parse_choices, parse_whitening
 from featsharp.backbones.registration import import_optional, register_prefix
 from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError, unknown_name
 
@@ -46,12 +46,14 @@ class Source:
         preprocess: Its ``preprocess_cfg``; of it ``mean`` and ``std`` are read.
         weights: The checkpoint; None while it is not known.
         tag: What open_clip knows about the pretrained tag, None without one.
+        place: Where the configuration was read, for messages.
     """
 
     config: dict[str, Any]
     preprocess: Mapping[str, Any]
     weights: Path | None = None
     tag: Mapping[str, Any] | None = None
+    place: str = "open_clip"
 
 
 @register_prefix("open_clip", "open_clip:MODEL/TAG any CLIP-type model of open_clip, or a local directory of one")
@@ -91,7 +93,7 @@ def _find(open_clip: Any, spec: str, choices: Choices) -> Source:
         source = _from_list(open_clip, spec, choices)
     if choices.weights is None:
         return source
-    path = Path(choices.weights).expanduser()
+    path = Path(choices.weights)
     if path.is_dir():
         path = _weights_in(open_clip, path)
     if not path.is_file():
@@ -127,13 +129,22 @@ def _from_directory(open_clip: Any, folder: Path, *, need_weights: bool) -> Sour
     path = folder / open_clip.constants.HF_CONFIG_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        source = Source(content["model_cfg"], content.get("preprocess_cfg") or {})
+        source = Source(content["model_cfg"], content.get("preprocess_cfg") or {}, place=str(path))
+        _check_layout(source)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} cannot be read as a configuration with model_cfg ({first_line(error)}); "
             f"open_clip.push_to_hf_hub.save_for_hf writes one"
         ) from error
     return replace(source, weights=_weights_in(open_clip, folder)) if need_weights else source
+
+
+def _check_layout(source: Source) -> None:
+    """Raises KeyError or TypeError where an entry is missing or of another kind."""
+    if not isinstance(source.config, dict) or not isinstance(source.preprocess, dict):
+        raise TypeError("model_cfg and preprocess_cfg are mappings")
+    if not isinstance(source.config["embed_dim"], int) or not isinstance(source.config["vision_cfg"], dict):
+        raise TypeError("model_cfg has embed_dim, a number, and vision_cfg, a mapping")
 
 
 def _weights_in(open_clip: Any, folder: Path) -> Path:
@@ -182,13 +193,19 @@ def _build(open_clip: Any, source: Source) -> Any:
     quick_gelu = bool((source.tag or config).get("quick_gelu", False))
     if vision.get("timm_model_name"):
         import_optional("timm", f"the trunk {vision['timm_model_name']!r}", 'pip install "featsharp[timm]"')
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = open_clip.CustomTextCLIP(
-            embed_dim=config["embed_dim"], vision_cfg=vision, text_cfg=_NO_TEXT, quick_gelu=quick_gelu
-        )
-        if vision.get("timm_model_name"):
-            model.visual.trunk = _let_size_vary(model.visual.trunk, vision["timm_model_name"])
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = open_clip.CustomTextCLIP(
+                embed_dim=config["embed_dim"], vision_cfg=vision, text_cfg=_NO_TEXT, quick_gelu=quick_gelu
+            )
+            if vision.get("timm_model_name"):
+                model.visual.trunk = _let_size_vary(model.visual.trunk, vision["timm_model_name"])
+    except Exception as error:  # whatever open_clip and timm raise for values that they cannot use
+        raise ConfigError(
+            f"open_clip cannot build the visual tower that vision_cfg of {source.place} describes "
+            f"({first_line(error)}); correct it, or update open_clip and timm"
+        ) from error
     return model
 
 
@@ -224,15 +241,22 @@ def _load_visual(model: Any, path: Path, spec: str) -> None:
 
 
 def _wrap(open_clip: Any, name: str, visual: nn.Module, source: Source, choices: Choices) -> Backbone:
-    whitening = {
-        "mean": source.preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN,
-        "std": source.preprocess.get("std") or open_clip.OPENAI_DATASET_STD,
-    }
+    defaults = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    whitening = {key: _whitening(source, key) or default for key, default in defaults.items()}
     if isinstance(visual, open_clip.transformer.VisionTransformer):
         return TransformerTower(name, visual, choices, **whitening)
     if isinstance(visual, open_clip.modified_resnet.ModifiedResNet):
         return ResNetTower(name, visual, choices, **whitening)
     return TrunkTower(name, visual, choices, **whitening, joint_dim=source.config["embed_dim"])
+
+
+def _whitening(source: Source, key: str) -> tuple[float, float, float] | None:
+    """Mean or std of the configuration; None where it does not say."""
+    values = source.preprocess.get(key)
+    try:
+        return parse_whitening(key, values) if values else None
+    except ConfigError as error:
+        raise ConfigError(f"preprocess_cfg of {source.place}: {error}") from error
 
 
 def _with_native_size(backbone: Backbone, size: tuple[int, int] | None) -> Backbone:

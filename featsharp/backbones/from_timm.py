@@ -8,7 +8,9 @@ Shapes:
 
 Convention:
     Other sizes than the native one resample the position embedding as timm does: bicubic, antialiased, half-pixel
-    centres. At the native size timm adds the stored embedding itself.
+    centres. At the native size timm adds the stored embedding itself. Models of its class ``NaFlexVit`` keep a table of
+    their own grid and resample that at every call, as each is configured: those of RADIO bilinearly to a square of the
+    longer side, of which they crop the top left (cropped position embedding, arXiv 2412.07679).
 
 Whitening is what ``pretrained_cfg`` of the weights says. Published numbers may rest on another: timm has 0.5/0.5 for
 the supervised ``vit_small_patch16_224``, FeatUp (arXiv 2403.10516) feeds it ImageNet's. Options ``mean`` and ``std``
@@ -64,13 +66,14 @@ def create_timm_backbone(name: str) -> Backbone:
         kind: type[TimmViT | TimmSAM | TimmStages] = TimmSAM
     else:
         kind = TimmViT if _has_tokens(model) else TimmStages
-    size = None if kind is TimmViT else choices.img_size
+    # A model with a token grid may be native at less: it was built for img_size.
+    size = None if hasattr(_embedding(model), "grid_size") and kind is TimmViT else choices.img_size
     backbone = kind(name, model, choices=choices, input_size=size, **whitening)
     if choices.img_size is not None and backbone.input_size != choices.img_size:
         height, width = backbone.input_size
+        which = "smallest near it" if min(choices.img_size) < backbone.patch_size else "nearest below"
         raise ConfigError(
-            f"img_size of {name!r} has to be whole patches of {backbone.patch_size}; "
-            f"the nearest below is {height}x{width}"
+            f"img_size of {name!r} has to be whole patches of {backbone.patch_size}; the {which} is {height}x{width}"
         )
     return backbone
 
@@ -79,7 +82,8 @@ class TimmViT(Backbone):
     """A timm vision transformer: final-norm patch tokens as features.
 
     Patch size, prefix tokens and width are read from the model; whitening comes from its ``pretrained_cfg``, and the
-    native size from its token grid: a 384-pixel model with 14-pixel patches is native at 27 patches, 378 pixels.
+    native size from its token grid: a 384-pixel model with 14-pixel patches is native at 27 patches, 378 pixels. A
+    ``NaFlexVit`` has no such grid and is native at the size that its configuration names.
     Hybrids, which start with a convolutional network, have the stride of that network times that of the patches.
 
     ``layer`` takes outputs of blocks through the final norm, ``facet`` the output of a block's query, key or value
@@ -92,7 +96,8 @@ class TimmViT(Backbone):
 
     Args:
         name: What ``create_backbone`` builds it from, or a label.
-        model: A timm model with ``patch_embed``, ``num_prefix_tokens`` and ``forward_features`` to tokens.
+        model: A timm model with ``patch_embed`` (``embeds`` in a ``NaFlexVit``), ``num_prefix_tokens`` and
+            ``forward_features`` to tokens.
         choices: Of these ``layers``, ``facet`` and ``summary``.
         input_size, mean, std: Override what is read.
 
@@ -115,9 +120,8 @@ class TimmViT(Backbone):
                 f"timm model {name!r} ({type(model).__name__}) does not give patch tokens; wrap it with "
                 f"featsharp.backbones.from_callable(model.forward_features)"
             )
-        patch_embed: Any = model.patch_embed
-        patch_size = _square_patch(name, patch_embed)
-        rows, columns = patch_embed.grid_size
+        embedding = _embedding(model)
+        patch_size = _square_patch(name, embedding)
         blocks = _chosen(model, choices, name)
         width = _int(model, "embed_dim")
         embed_dim = _channels(model, blocks, choices.facet, width)
@@ -126,9 +130,9 @@ class TimmViT(Backbone):
             name,
             patch_size=patch_size,
             embed_dim=embed_dim,
-            input_size=input_size or (rows * patch_size, columns * patch_size),
+            input_size=_whole_patches(input_size or _native_size(model, patch_size), patch_size),
             summary_dim={"none": None, "mean": embed_dim}.get(summary, width),
-            flexible=bool(getattr(model, "dynamic_img_size", False)),
+            flexible=_is_naflex(model) or bool(getattr(model, "dynamic_img_size", False)),
             **_whitening(model, mean, std),
         )
         self.model: Any = model
@@ -138,7 +142,7 @@ class TimmViT(Backbone):
         self.summary_kind = summary
         # Without these the model runs to its end, as it is.
         self.inner = choices.layers is not None or choices.facet != "token"
-        self.embeds_patches = embeds_patches(getattr(patch_embed, "proj", None), patch_size)
+        self.embeds_patches = embeds_patches(getattr(embedding, "proj", None), patch_size)
         self.freeze()
 
     def extract(self, images: Tensor) -> BackboneOutput:
@@ -275,7 +279,7 @@ class TimmStages(Backbone):
             raise ConfigError(f"the stages of timm model {name!r} differ in stride; choose one layer")
         (stage,) = chosen_blocks(stages, choices.layers, name)
         config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-        size = input_size or tuple(config.get("input_size", (3, 224, 224))[1:])
+        size = input_size or _configured_size(model)
         stride = int(stages[stage]["reduction"])
         super().__init__(
             name,
@@ -329,8 +333,30 @@ class TimmStages(Backbone):
 
 
 def _has_tokens(model: nn.Module) -> bool:
-    patch_embed = getattr(model, "patch_embed", None)
-    return hasattr(patch_embed, "grid_size") and isinstance(getattr(model, "num_prefix_tokens", None), int)
+    placed = hasattr(_embedding(model), "grid_size") or _is_naflex(model)
+    return placed and isinstance(getattr(model, "num_prefix_tokens", None), int)
+
+
+def _is_naflex(model: nn.Module) -> bool:
+    """timm's ``NaFlexVit``, which takes images as other models do, of any size, beside batches of loose patches."""
+    return hasattr(getattr(model, "embeds", None), "pos_embed_ar_preserving")
+
+
+def _embedding(model: nn.Module) -> Any:
+    return model.embeds if _is_naflex(model) else getattr(model, "patch_embed", None)
+
+
+def _native_size(model: nn.Module, patch_size: int) -> tuple[int, int]:
+    if _is_naflex(model):
+        return _configured_size(model)
+    rows, columns = _embedding(model).grid_size
+    return rows * patch_size, columns * patch_size
+
+
+def _configured_size(model: nn.Module) -> tuple[int, int]:
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    height, width = config.get("input_size", (3, 224, 224))[1:]
+    return height, width
 
 
 def _is_sam(model: nn.Module) -> bool:
@@ -340,7 +366,8 @@ def _is_sam(model: nn.Module) -> bool:
 
 def _token_summaries(model: nn.Module) -> list[str]:
     """What the model has, the one that it is known for first."""
-    summaries = ["cls"] if getattr(model, "cls_token", None) is not None else []
+    holder = _embedding(model) if _is_naflex(model) else model
+    summaries = ["cls"] if getattr(holder, "cls_token", None) is not None else []
     if getattr(model, "global_pool", ""):
         # Where the norm follows the pooling, training saw the pooled tokens only.
         pooled_first = not isinstance(getattr(model, "fc_norm", None), nn.Identity | None)
@@ -393,9 +420,22 @@ def _summary_kind(asked: str, available: Sequence[str], name: str) -> str:
 def _whitening(model: nn.Module, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> dict[str, Any]:
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     return {
-        "mean": tuple(mean or config.get("mean", IMAGENET_MEAN)),
-        "std": tuple(std or config.get("std", IMAGENET_STD)),
+        "mean": mean or _configured_values(config, "mean", IMAGENET_MEAN),
+        "std": std or _configured_values(config, "std", IMAGENET_STD),
     }
+
+
+def _configured_values(config: dict[str, Any], key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    """``pretrained_cfg`` may come from a file."""
+    values = config.get(key, default)
+    numbers = isinstance(values, Sequence) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    if not numbers or len(values) != 3 or (key == "std" and min(values) <= 0):
+        above = ", above zero" if key == "std" else ""
+        raise ConfigError(
+            f"pretrained_cfg of this timm model has {key}={values!r}; it has to be three numbers{above}, such as "
+            f"{list(default)}: mend its config.json, or give option {key}"
+        )
+    return tuple(float(value) for value in values)
 
 
 def _whole_patches(size: Sequence[int], patch_size: int) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from featsharp.backbones._transformers_families import FAMILIES, Preprocessing, pair
 from featsharp.backbones.base import Backbone
 from featsharp.backbones.from_callable import from_callable
-from featsharp.backbones.options import CHOICES, Choices, parse_choices, parse_flag
+from featsharp.backbones.options import CHOICES, Choices, parse_choices, parse_flag, parse_whitening
 from featsharp.backbones.registration import import_optional, register_prefix
 from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError
 
@@ -45,6 +44,7 @@ def create_transformers_backbone(name: str) -> Backbone:
     """
     transformers = import_optional("transformers", f"backbone {name!r}", INSTALL_HF)
     source, choices = parse_choices(name.removeprefix("hf:"), CHOICES, extra=("mean", "std", "trust"))
+    source = os.path.expanduser(source)
     trust = parse_flag("trust", choices.extra.get("trust", "false"))
     with _quiet(transformers):
         place, config = _read_config(transformers, name, source, choices.weights, trust)
@@ -90,7 +90,7 @@ def _read_config(transformers: Any, name: str, source: str, weights: str | None,
         return source, transformers.AutoConfig.from_pretrained(
             source, trust_remote_code=trust, local_files_only=complete
         )
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except Exception as error:  # whatever values of another kind lead to
         raise ConfigError(f"transformers cannot read the configuration of {name!r}: {_first_line(error)}") from error
 
 
@@ -120,7 +120,12 @@ def _build_model(
         torch.manual_seed(0)
         if not choices.pretrained:
             create = build.from_config if build is transformers.AutoModel else build._from_config
-            return create(vision, **arguments)
+            try:
+                return create(vision, **arguments)
+            except Exception as error:  # whatever values that do not fit lead to
+                raise ConfigError(
+                    f"transformers cannot build {name!r} from its configuration at {place!r}: {_first_line(error)}"
+                ) from error
         if vision is not config:
             arguments["key_mapping"] = TOWER_KEYS
         return _load(build, name, choices.weights or place, vision, arguments)
@@ -142,8 +147,6 @@ def _load(build: Any, name: str, place: str, config: Any, arguments: dict[str, A
 
     Keys that the model has no use for are passed over: the checkpoint may hold heads and a language model.
     """
-    from safetensors import SafetensorError
-
     try:
         if os.path.isfile(place):
             arguments = {**arguments, "state_dict": _read_file(place)}
@@ -156,7 +159,7 @@ def _load(build: Any, name: str, place: str, config: Any, arguments: dict[str, A
         )
     except OSError as error:
         raise _not_at_hand(name, place, error) from error
-    except (SafetensorError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever reading a foreign file raises, the message has to name it
         raise CheckpointError(f"the weights of {name!r} at {place!r} cannot be read: {_first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     mismatched = [f"{key} {_shape(found)}, not {_shape(wanted)}" for key, found, wanted in report["mismatched_keys"]]
@@ -207,21 +210,36 @@ def _read_preprocessing(name: str, place: str, told: Mapping[str, str]) -> Prepr
     """From the image processor's file, where ``mean`` and ``std`` are not told."""
     from transformers.models.auto.image_processing_auto import get_image_processor_config
 
-    config = get_image_processor_config(place, local_files_only=os.path.isdir(place))
-    mean, std = (_three(key, told[key]) if key in told else None for key in ("mean", "std"))
-    whitens = config.get("do_normalize", "image_mean" in config)
+    mean, std = (parse_whitening(key, told[key], single=True) if key in told else None for key in ("mean", "std"))
+    try:
+        config = get_image_processor_config(place, local_files_only=os.path.isdir(place))
+        size = _processor_size(config)
+        whitening = None if mean and std else _processor_whitening(config)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"{os.path.join(place, 'preprocessor_config.json')} cannot be read as that of an image processor "
+            f"({_first_line(error)}); save_pretrained of the processor writes one"
+        ) from error
     if mean is None or std is None:
-        if not config or (whitens and not ("image_mean" in config and "image_std" in config)):
+        if whitening is None:
             raise ConfigError(
                 f"backbone {name!r} has no preprocessor_config.json with image_mean and image_std; say its whitening "
                 f"as options, such as ?mean=0.485,0.456,0.406&std=0.229,0.224,0.225"
             )
-        # The processor multiplies pixels from 0 to 255 first.
-        scale = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
-        own_mean, own_std = (config["image_mean"], config["image_std"]) if whitens else (0.0, 1.0)
-        mean = mean or tuple(value / scale for value in _thrice(own_mean))
-        std = std or tuple(value / scale for value in _thrice(own_std))
-    return Preprocessing(mean, std, _processor_size(config))
+        return Preprocessing(mean or whitening[0], std or whitening[1], size)
+    return Preprocessing(mean, std, size)
+
+
+def _processor_whitening(config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of pixels in [0, 1]; None where the processor does not say them."""
+    whitens = config.get("do_normalize", "image_mean" in config)
+    if not config or (whitens and not ("image_mean" in config and "image_std" in config)):
+        return None
+    # The processor multiplies pixels from 0 to 255 first.
+    scale = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
+    mean, std = (config["image_mean"], config["image_std"]) if whitens else (0.0, 1.0)
+    mean, std = parse_whitening("image_mean", mean, single=True), parse_whitening("image_std", std, single=True)
+    return tuple(value / scale for value in mean), tuple(value / scale for value in std)
 
 
 def _processor_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -237,20 +255,6 @@ def _processor_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _pair_or_none(value: Any) -> tuple[int, int] | None:
     return None if value is None else pair(value)
-
-
-def _thrice(value: Any) -> tuple[float, ...]:
-    return (float(value),) * 3 if isinstance(value, int | float) else tuple(map(float, value))
-
-
-def _three(option: str, text: str) -> tuple[float, ...]:
-    try:
-        values = tuple(map(float, text.split(",")))
-    except ValueError:
-        values = ()
-    if len(values) not in (1, 3):
-        raise ConfigError(f"option {option} is a number or three with commas, such as 0.5 or 0.5,0.5,0.5; got {text!r}")
-    return values * (3 // len(values))
 
 
 def _not_at_hand(name: str, source: str, error: Exception) -> MissingDependencyError:

@@ -30,14 +30,33 @@ class Alias:
 
 _AT_448 = "448 pixels as in the published FeatSharp configurations; the weights are of 518"
 _AS_FEATUP = "as in FeatUp"
+_CROPPED = "timm's vit_ namesakes stretch the position table at other sizes; these crop it, as RADIO was trained"
 
 ALIASES: dict[str, Alias] = {
-    "c-radio-v3-b": Alias("timm:vit_base_patch16_radio_v3.c_radio", "C-RADIOv3-B/16: 768 channels, 512 pixels"),
-    "c-radio-v3-h": Alias("timm:vit_huge_patch16_radio_v3.c_radio", "C-RADIOv3-H/16: 1280 channels, 512 pixels"),
-    "c-radio-v3-l": Alias("timm:vit_large_patch16_radio_v3.c_radio", "C-RADIOv3-L/16: 1024 channels, 512 pixels"),
-    "c-radio-v4-h": Alias("timm:vit_huge_patch16_radio_v4.c_radio", "C-RADIOv4-H/16: 1280 channels, 512 pixels"),
+    "c-radio-v3-b": Alias(
+        "timm:naflexvit_base_patch16_radio_v3.c_radio",
+        "C-RADIOv3-B/16: 768 channels, stride 16, 512 pixels; summary: its first class token",
+        _CROPPED,
+    ),
+    "c-radio-v3-h": Alias(
+        "timm:naflexvit_huge_patch16_radio_v3.c_radio",
+        "C-RADIOv3-H/16: 1280 channels, stride 16, 512 pixels; summary: its first class token",
+        _CROPPED,
+    ),
+    "c-radio-v3-l": Alias(
+        "timm:naflexvit_large_patch16_radio_v3.c_radio",
+        "C-RADIOv3-L/16: 1024 channels, stride 16, 512 pixels; summary: its first class token",
+        _CROPPED,
+    ),
+    "c-radio-v4-h": Alias(
+        "timm:naflexvit_huge_patch16_radio_v4.c_radio",
+        "C-RADIOv4-H/16: 1280 channels, stride 16, 512 pixels; summary: its first class token",
+        _CROPPED,
+    ),
     "c-radio-v4-so400m": Alias(
-        "timm:vit_so400m_patch16_radio_v4.c_radio", "C-RADIOv4-SO400M/16: 1152 channels, 512 pixels"
+        "timm:naflexvit_so400m_patch16_radio_v4.c_radio",
+        "C-RADIOv4-SO400M/16: 1152 channels, stride 16, 512 pixels; summary: its first class token",
+        _CROPPED,
     ),
     "clip-b16": Alias(
         "open_clip:ViT-B-16-quickgelu/openai",

@@ -5,12 +5,16 @@ type), ``compile`` (true) and ``other_sizes`` ("resize" or "tile": what a backbo
 The rest goes to the adapter of the library, which says which of them it has.
 """
 
+import math
+import os
 import re
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from featsharp.backbones.registration import split_options
@@ -42,7 +46,8 @@ class Choices:
             (aligned with text), "mean" (of patch tokens) or "none".
         pretrained: False for seeded random weights.
         img_size: (h, w) in pixels to build the model for; None: its own.
-        weights: A local file or directory with the weights, in the library's own format; None: the library finds them.
+        weights: A local file or directory with the weights, in the library's own format, ``~`` expanded; None: the
+            library finds them.
         extra: Options of the adapter's own.
     """
 
@@ -65,28 +70,32 @@ def parse_choices(spec: str, supported: Collection[str], extra: Collection[str] 
         extra: Options of its own, kept as text.
 
     Raises:
-        ConfigError: For an option that is unknown or that this adapter does not have, or a value that it cannot have.
+        ConfigError: For an option that is unknown or that this adapter does not have, a value that it cannot have, or
+            ``weights`` beside ``pretrained=false``.
     """
     model, options = split_options(spec, [*CHOICES, *COMMON, *extra])
     for key in options:
         if key in CHOICES and key not in supported:
             own = [*(c for c in CHOICES if c in supported), *extra]
             raise ConfigError(f"backbone {model!r} has no option {key!r}; it has {', '.join([*own, *COMMON])}")
+    pretrained, weights = parse_flag("pretrained", options.get("pretrained", "true")), options.get("weights")
+    if weights is not None and not pretrained:
+        raise ConfigError(f"pretrained=false takes random weights for {model!r}; leave out it or weights")
     return model, Choices(
         layers=_layers(options.get("layer")),
         facet=_one_of("facet", options.get("facet", "token"), get_args(Facet)),
         project=parse_flag("project", options.get("project", "false")),
         summary=_one_of("summary", options.get("summary", "default"), get_args(Summary)),
-        pretrained=parse_flag("pretrained", options.get("pretrained", "true")),
+        pretrained=pretrained,
         img_size=None if "img_size" not in options else parse_size("img_size", options["img_size"]),
-        weights=options.get("weights"),
+        weights=None if weights is None else os.path.expanduser(weights),
         extra={key: value for key, value in options.items() if key in extra},
     )
 
 
 def with_options(name: str, options: Mapping[str, Any]) -> str:
-    """The name with further options; those that are None are left out, sequences are written with commas, and the signs
-    ``& + %``, which paths may have, as ``%26 %2B %25``.
+    """The name with further options; those that are None are left out, sequences are written with commas,
+    a torch.dtype by its name, and the signs ``& + %``, which paths may have, as ``%26 %2B %25``.
 
     >>> with_options("hf:x?facet=key", {"layer": [3, -1], "pretrained": False, "weights": None})
     'hf:x?facet=key&layer=3,-1&pretrained=false'
@@ -112,6 +121,33 @@ def parse_size(option: str, text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def parse_whitening(option: str, values: Any, *, single: bool = False) -> tuple[float, float, float]:
+    """Mean or standard deviation of the three channels.
+
+    Args:
+        option: "mean" or "std", or a name that ends with one of them, for the message.
+        values: Text with commas, as in the name of a backbone, or numbers, as a JSON file holds them.
+        single: Take one number for all channels too.
+
+    Raises:
+        ConfigError: For another count, numbers that are not finite, and a standard deviation that is not above zero.
+    """
+    parts = values.split(",") if isinstance(values, str) else values
+    try:
+        numbers = [float(part) for part in (parts if isinstance(parts, list | tuple) else [parts])]
+    except (TypeError, ValueError):
+        numbers = []
+    if single and len(numbers) == 1:
+        numbers *= 3
+    positive = option.endswith("std")
+    if len(numbers) != 3 or not all(math.isfinite(n) and (n > 0 or not positive) for n in numbers):
+        raise ConfigError(
+            f"option {option} is {'a number or three' if single else 'three numbers'} with commas, finite"
+            f"{' and above 0' if positive else ''}, such as 0.5,0.5,0.5; got {values!r}"
+        )
+    return numbers[0], numbers[1], numbers[2]
+
+
 def chosen_blocks(blocks: Sequence[nn.Module], layers: tuple[int, ...] | None, name: str) -> list[int]:
     """Numbers from 0 of the blocks that ``layers`` means, the last for None; ConfigError for one that is not there."""
     count = len(blocks)
@@ -122,15 +158,37 @@ def chosen_blocks(blocks: Sequence[nn.Module], layers: tuple[int, ...] | None, n
 
 
 @contextmanager
-def captured(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Within this context, what each of ``modules`` returns is put into the list, in the order in which they run."""
-    outputs: list[Tensor] = []
-    hooks = [module.register_forward_hook(lambda module, inputs, output: outputs.append(output)) for module in modules]
+def captured(modules: Sequence[nn.Module], *, inputs: bool = False) -> Iterator[list[Tensor]]:
+    """Within this context, what each of ``modules`` returns is put into the list, in the order in which they run.
+
+    A hook sees the calls of all threads; only those of the thread that entered the context are kept, so that several
+    can use one model at a time. The context works inside of what torch.compile compiles.
+
+    Args:
+        modules: What is watched.
+        inputs: Keep the first positional argument of each in place of what it returns.
+    """
+    found: list[Tensor] = []
+    here = _this_thread()
+
+    def keep(tensor: Tensor) -> None:
+        if here is None or _this_thread() in (here, None):
+            found.append(tensor)
+
+    if inputs:
+        hooks = [module.register_forward_pre_hook(lambda module, given: keep(given[0])) for module in modules]
+    else:
+        hooks = [module.register_forward_hook(lambda module, given, output: keep(output)) for module in modules]
     try:
-        yield outputs
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _this_thread() -> int | None:
+    """A number of the calling thread; none while torch.compile traces, which cannot follow it and is one thread."""
+    return None if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:
@@ -150,6 +208,8 @@ def _one_of(option: str, text: str, allowed: Sequence[str]) -> Any:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return str(value)

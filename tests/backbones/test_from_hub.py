@@ -631,6 +631,8 @@ def test_missing_packages(tmp_path):
         ("/dino_tiny8?layer=4", "4 blocks, 0 to 3; got layer=4"),
         ("/dino_tiny8?project=true", "has no option 'project'"),
         ("/dino_tiny8?mean=0.5", "three numbers with commas"),
+        ("/dino_tiny8?mean=0.5,nan,0.5", "three numbers with commas, finite"),
+        ("/dino_tiny8?pretrained=false&weights=w.pth", "leave out it or weights"),
         ("/dino_tiny8?std=1,1,0", "three numbers with commas"),
         ("/dino_tiny8?img_size=30", "whole patches of 8; the nearest is 32x32"),
         ("-not-there/dino_tiny8", "there is no hubconf.py in it"),

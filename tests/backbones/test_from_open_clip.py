@@ -700,6 +700,34 @@ def test_directories_that_are_none(tmp_path):
         create_backbone(f"open_clip:{tmp_path}")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "cannot be read as a configuration"),
+        ({"model_cfg": {}}, "cannot be read as a configuration with model_cfg .*embed_dim"),
+        ({"model_cfg": []}, "mappings"),
+        ({"model_cfg": {"embed_dim": 8, "vision_cfg": []}}, "vision_cfg, a mapping"),
+        ({"model_cfg": TRANSFORMER, "preprocess_cfg": [1]}, "mappings"),
+        ({"model_cfg": TRANSFORMER, "preprocess_cfg": {"std": "x"}}, "option std is three numbers.* got 'x'"),
+        ({"model_cfg": TRANSFORMER, "preprocess_cfg": {"std": [1, 1, 0]}}, "option std .*above 0"),
+        ({"model_cfg": {"embed_dim": 8, "vision_cfg": {"timm_model_name": "no_trunk"}}}, "cannot build .*no_trunk"),
+        ({"model_cfg": {"embed_dim": 8, "vision_cfg": {"colour": 1}}}, "cannot build .*colour"),
+        ({"model_cfg": {"embed_dim": 8, "vision_cfg": {"width": "wide"}}}, "cannot build"),
+    ],
+)
+def test_odd_configurations_are_named(content, message, tmp_path):
+    path = tmp_path / "open_clip_config.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message) as caught:
+        create_backbone(f"open_clip:{tmp_path}?pretrained=false")
+    assert str(path) in str(caught.value)
+
+
+def test_random_weights_and_a_file_of_weights_exclude_each_other():
+    with pytest.raises(ConfigError, match="pretrained=false takes random weights for 'RN50'; leave out it or weights"):
+        create_backbone("open_clip:RN50?pretrained=false&weights=w.pt")
+
+
 def test_without_the_package(monkeypatch):
     real = importlib.import_module
 

@@ -41,6 +41,7 @@ FAMILIES = {
     "eva02": ("eva02_small_patch14_224.mim_in22k", {}, (14, 384, 224, 1, 384, CLIP)),
     "eva": ("eva_large_patch14_196.in22k_ft_in22k_in1k", {}, (14, 1024, 196, 1, 1024, CLIP)),
     "deit distilled": ("deit_tiny_distilled_patch16_224.fb_in1k", {}, (16, 192, 224, 2, 192, IMAGENET)),
+    "radio": ("naflexvit_base_patch16_radio_v3.c_radio", {}, (16, 768, 512, 8, 768, CLIP)),
     "beit": ("beit_base_patch16_224.in22k_ft_in22k_in1k", {"img_size": 64}, (16, 768, 64, 1, 768, HALF)),
 }
 
@@ -49,7 +50,7 @@ def build(family: str, **arguments):
     """The real model of two blocks, with the weights and arguments of a wide spread, so that nothing is trivial."""
     name, own, _ = FAMILIES[family]
     torch.manual_seed(0)
-    dynamic = {} if family == "beit" else {"dynamic_img_size": True}
+    dynamic = {} if family in ("beit", "radio") else {"dynamic_img_size": True}
     model = timm.create_model(name, depth=2, num_classes=0, **dynamic, **own, **arguments)
     with torch.no_grad():
         for key, value in model.named_parameters():
@@ -99,7 +100,7 @@ def test_facts_are_those_of_the_configuration(family, backbone):
     assert (backbone.num_prefix_tokens, backbone.summary_dim) == (prefix, summary)
     assert (backbone.mean, backbone.std) == (mean, std)
     assert backbone.flexible == (family != "beit")
-    assert backbone.embeds_patches
+    assert backbone.embeds_patches == (family != "radio")  # a NaFlexVit embeds patches that it has cut out before
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
     assert not any(module.training for module in backbone.modules())
 
@@ -192,8 +193,47 @@ def test_another_size_resamples_the_positions_as_documented():
     torch.testing.assert_close(resampled[3, 6].double(), expected, atol=1e-6, rtol=1e-4)
 
 
+def resized_to_square(table: np.ndarray, side: int, align_corners: bool) -> np.ndarray:
+    """Bilinear without antialias, [n, n, C] to [side, side, C], axis by axis from the definition."""
+    count = len(table)
+    for axis in (0, 1):
+        rows = []
+        for index in range(side):
+            place = index * (count - 1) / (side - 1) if align_corners else (index + 0.5) * count / side - 0.5
+            place = min(max(place, 0), count - 1)
+            first = min(int(place), count - 2)
+            low, high = np.take(table, first, axis), np.take(table, first + 1, axis)
+            rows.append(low + (place - first) * (high - low))
+        table = np.stack(rows, axis)
+    return table
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+@pytest.mark.parametrize("grid", [(32, 64), (5, 3), (32, 32)])
+def test_radio_crops_its_positions_from_a_square_of_the_longer_side(size, grid):
+    """Of an all-zero image the patches are their positions, which the blocks then see."""
+    model = timm.create_model(f"naflexvit_{size}_patch16_radio_v3", depth=1)
+    y, x = torch.meshgrid(torch.linspace(0, 3, 128), torch.linspace(0, 2, 128), indexing="ij")
+    phase = torch.rand(3, model.embed_dim, generator=torch.Generator().manual_seed(0)) * 6
+    with torch.no_grad():
+        model.embeds.pos_embed[0] = torch.sin(y[..., None] * phase[0] + x[..., None] * phase[1] + phase[2])
+        model.embeds.proj.bias.zero_()
+    backbone, seen = TimmViT("radio", model), []
+    handle = model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    features = backbone(torch.zeros(1, 3, 16 * grid[0], 16 * grid[1])).features
+    handle.remove()
+    assert features.shape[2:] == grid
+    table = model.embeds.pos_embed[0].double().numpy()
+    expected = resized_to_square(table, max(grid), align_corners=size == "base")[: grid[0], : grid[1]]
+    positions = seen[0][0, 8:].unflatten(0, grid).double().numpy()
+    np.testing.assert_allclose(positions, expected, atol=1e-5)
+    if grid[0] != grid[1]:
+        stretched = F.interpolate(model.embeds.pos_embed.permute(0, 3, 1, 2), grid, mode="bilinear")[0]
+        assert np.abs(positions - stretched.permute(1, 2, 0).numpy()).max() > 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["dinov3", "eva02"])
+@pytest.mark.parametrize("name", ["dinov3", "eva02", "radio"])
 def test_half_precision(name, dtype):
     exact = TimmViT(name, build(name))
     images = images_for(exact)
@@ -486,6 +526,74 @@ def test_a_directory_of_timm_is_a_backbone(name, tmp_path):
     assert torch.equal(create_backbone(f"timm:local-dir:{folder}")(images).features, expected(images).features)
 
 
+def test_the_home_directory_by_its_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    folder = save(timm.create_model("test_vit", num_classes=0), tmp_path / "saved")
+    expected = create_backbone(f"timm:{folder}").weights_hash()
+    for name in ("~/saved", "local-dir:~/saved", "test_vit?weights=~/saved/model.safetensors"):
+        assert create_backbone(f"timm:{name}").weights_hash() == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (5, r"config\.json has pretrained_cfg=5; it has to be a mapping"),
+        ({"mean": "x"}, r"has mean='x'; it has to be three numbers, such as \[0\.485, 0\.456, 0\.406\]"),
+        ({"mean": [0.5, 0.5]}, r"has mean=.*0\.5, 0\.5.; it has to be three numbers"),
+        ({"mean": [0.5, 0.5, float("nan")]}, "it has to be three numbers"),
+        ({"std": [0.5, 0, 0.5]}, r"has std=.*; it has to be three numbers, above zero.* or give option std"),
+    ],
+)
+def test_configurations_with_whitening_that_is_none(content, message, tmp_path):
+    folder = save(timm.create_model("test_vit", num_classes=0), tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] = config["pretrained_cfg"] | content if isinstance(content, dict) else content
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        create_backbone(f"timm:{folder}")
+    if isinstance(content, dict):
+        option = next(iter(content))
+        assert getattr(create_backbone(f"timm:{folder}?{option}=0.1,0.2,0.3"), option) == (0.1, 0.2, 0.3)
+
+
+def test_a_radio_by_name_and_from_its_own_weights(tmp_path):
+    small = {"depth": 1, "embed_dim": 48, "num_heads": 2}
+    model = timm.create_model("naflexvit_base_patch16_radio_v3", **small)
+    folder = tmp_path / "saved"
+    timm.models.save_for_hf(model, folder, model_args=small)
+    backbone = create_backbone(f"timm:{folder}?img_size=64x96")
+    assert isinstance(backbone, TimmViT)
+    assert (backbone.input_size, backbone.flexible) == ((64, 96), True)
+    images = torch.randn(1, 3, 96, 48)
+    torch.testing.assert_close(tokens_of(backbone(images).features), model.eval().forward_features(images)[:, 8:])
+    with pytest.raises(ConfigError, match="nearest below is 64x96"):
+        create_backbone(f"timm:{folder}?img_size=70x96")
+
+
+def test_radio_as_its_authors_publish_it_is_converted(tmp_path):
+    """One table of class tokens and registers, patches [C, 3 * p * p] without bias, a flat position table."""
+    small = {"depth": 1, "embed_dim": 48, "num_heads": 2}
+    model = timm.create_model("naflexvit_base_patch16_radio_v3", **small)
+    timm.models.save_for_hf(model, tmp_path / "saved", model_args=small)
+    torch.manual_seed(4)
+    tokens, patches, table = torch.randn(8, 48), torch.randn(48, 3, 16, 16) / 28, torch.randn(1, 128**2, 48)
+    own = {
+        "patch_generator.cls_token.token": tokens,
+        "patch_generator.embedder.weight": patches.flatten(1),
+        "patch_generator.pos_embed": table,
+    }
+    blocks = {key: torch.randn_like(value) / 7 for key, value in model.state_dict().items() if key.startswith("blocks")}
+    torch.save({f"radio_model.model.{key}": value for key, value in (own | blocks).items()}, tmp_path / "w.pth")
+    backbone, seen = create_backbone(f"timm:{tmp_path / 'saved'}?weights={tmp_path / 'w.pth'}"), []
+    images = torch.randn(1, 3, 2048, 16 * 3)  # as long as the table, so that nothing is resampled
+    backbone.model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
+    backbone(images)
+    assert torch.equal(seen[0][:8], tokens)
+    expected = F.conv2d(images, patches, stride=16)[0].permute(1, 2, 0) + table.unflatten(1, (128, 128))[0, :, :3]
+    torch.testing.assert_close(seen[0][8:], expected.flatten(0, 1), atol=1e-4, rtol=1e-4)
+
+
 def test_a_network_from_a_directory(tmp_path):
     model = timm.create_model("test_resnet", num_classes=7).eval()
     backbone = create_backbone(f"timm:{save(model, tmp_path)}")
@@ -625,7 +733,12 @@ def test_random_weights_are_seeded_and_leave_the_global_state():
         ("vit_tiny_patch16_224?pretrained=false&pretrained=true", "given twice"),
         ("vit_tiny_patch16_224?pretrained=false&img_size=0", "448x224; got '0'"),
         ("vit_tiny_patch16_224?pretrained=false&img_size=100", "whole patches of 16; the nearest below is 96x96"),
-        ("vit_tiny_patch16_224.nonsense", "Invalid pretrained tag"),
+        ("vit_tiny_patch16_224?pretrained=false&img_size=8", "whole patches of 16; the smallest near it is 16x16"),
+        ("vit_tiny_patch16_224?pretrained=false&img_size=8x40", "whole patches of 16; the smallest near it is 16x32"),
+        ("vit_tiny_patch16_224.nonsense", "Invalid pretrained tag.*nearest tags: augreg_in21k"),
+        ("vit_tiny_patch16_224.augreg_in21", "nearest tags: augreg_in21k, "),
+        ("", "timm: needs a name .* or a directory, such as timm:vit_small_patch16_224.dino"),
+        ("?pretrained=false", "timm: needs a name"),
         ("vit_tiny_patch16_224?pretrained=false&project=true", "has no option 'project'; it has layer, facet, summary"),
         ("vit_tiny_patch16_224?pretrained=false&layer=12", "has 12 blocks, 0 to 11; got layer=12"),
         ("vit_tiny_patch16_224?pretrained=false&summary=projected", "text-aligned summaries come from open_clip:"),

@@ -745,6 +745,8 @@ def test_weights_that_cannot_be_had_say_what_to_do(offline):
         ("?mean=0.5", "image_mean and image_std"),
         ("?mean=0.5,0.5&std=1", "option mean is a number or three"),
         ("?mean=x&std=1", "option mean is a number or three"),
+        ("?mean=0.5&std=0", "option std is a number or three.*above 0"),
+        ("?pretrained=false&weights=w.bin", "pretrained=false takes random weights .*leave out it or weights"),
         ("?trust=yes", "option trust is true or false"),
     ],
 )
@@ -752,6 +754,51 @@ def test_wrong_options(saved, tmp_path, options, message):
     (tmp_path / "config.json").write_bytes((saved("vit").path / "config.json").read_bytes())
     with pytest.raises(ConfigError, match=message):
         create_backbone(f"hf:{tmp_path}{options}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"image_mean": [0.5, 0', "cannot be read"),
+        ('{"image_mean": 0.5, "image_std": "x"}', "option image_std .* got 'x'"),
+        ('{"image_mean": [0.5, 0.5], "image_std": 1}', r"option image_mean .* got \[0.5, 0.5\]"),
+        ('{"image_mean": 0.5, "image_std": 0.5, "rescale_factor": "x"}', "cannot be read"),
+        ('{"image_mean": 0.5, "image_std": 0.5, "size": []}', "cannot be read"),
+        ('{"image_mean": 0.5, "image_std": 0.5, "size": [64]}', "cannot be read"),
+        ("[1]", "cannot be read"),
+    ],
+)
+def test_damaged_processors_are_named(saved, tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes((saved("vit").path / "config.json").read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        create_backbone(f"hf:{tmp_path}?pretrained=false")
+    assert str(tmp_path / "preprocessor_config.json") in str(caught.value)
+
+
+def test_a_model_of_text_is_no_backbone(saved, tmp_path):
+    config = {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    for path in saved("vit").path.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"weights at '{tmp_path}' are not those of a BertModel"):
+        create_backbone(f"hf:{tmp_path}")
+    with pytest.raises(ConfigError, match="fails on whitened images"):
+        create_backbone(f"hf:{tmp_path}?pretrained=false")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 5}))
+    with pytest.raises(ConfigError, match=f"cannot build .* from its configuration at '{tmp_path}'"):
+        create_backbone(f"hf:{tmp_path}?pretrained=false")
+    with pytest.raises(CheckpointError, match=f"at '{tmp_path}' cannot be read"):
+        create_backbone(f"hf:{tmp_path}")
+
+
+def test_a_directory_below_home(saved, monkeypatch):
+    path = saved("vit").path
+    monkeypatch.setenv("HOME", str(path.parent))
+    monkeypatch.setenv("USERPROFILE", str(path.parent))
+    assert create_backbone(f"hf:~/{path.name}").weights_hash() == saved("vit").create().weights_hash()
+    weights = f"~/{path.name}/model.safetensors"
+    assert create_backbone(f"hf:{path}", weights=weights).weights_hash() == saved("vit").create().weights_hash()
 
 
 def test_wrong_directories(tmp_path):

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from featsharp.backbones import ALIASES, PREFIXES, Backbone, BackboneOutput, create_backbone, list_backbones
 from featsharp.backbones.names import Alias, resolve_alias, split_query
-from featsharp.backbones.options import CHOICES, COMMON, Choices, captured, chosen_blocks, parse_choices, with_options
+from featsharp.backbones.options import (
+    CHOICES,
+    COMMON,
+    Choices,
+    captured,
+    chosen_blocks,
+    parse_choices,
+    parse_whitening,
+    with_options,
+)
 from featsharp.backbones.toy import ToyViT
 from featsharp.backbones.windowed import WindowedBackbone
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint
@@ -25,11 +34,12 @@ OPEN_CLIP_TARGETS = {n: a for n, a in ALIASES.items() if a.target.startswith("op
 
 
 def test_choices_of_a_name():
-    text = "org/model?layer=3,-1&facet=key&project=TRUE&summary=mean&pretrained=false&img_size=448x224&weights=/a b&x=1"
+    text = "org/model?layer=3,-1&facet=key&project=TRUE&summary=mean&img_size=448x224&weights=/a b&x=1"
     assert parse_choices(text, CHOICES, ["x"]) == (
         "org/model",
-        Choices((3, -1), "key", True, "mean", False, (448, 224), "/a b", {"x": "1"}),
+        Choices((3, -1), "key", True, "mean", True, (448, 224), "/a b", {"x": "1"}),
     )
+    assert parse_choices("m?pretrained=false", CHOICES) == ("m", Choices(pretrained=False))
     assert parse_choices("m", ()) == ("m", Choices())
     assert parse_choices("m?img_size=98", ["img_size"])[1].img_size == (98, 98)
     assert parse_choices("m?dtype=float16&compile=true&other_sizes=tile", ()) == ("m", Choices())
@@ -50,6 +60,7 @@ def test_choices_of_a_name():
         ("img_size=448x", "option img_size"),
         ("project=true", "backbone 'm' has no option 'project'; it has layer, facet, summary, pretrained, .*version"),
         ("layer=1&layer=2", "given twice"),
+        ("weights=w.pt&pretrained=false", "pretrained=false takes random weights for 'm'; leave out it or weights"),
         ("layer", "written \\?key=value&key=value"),
     ],
 )
@@ -65,6 +76,38 @@ def test_paths_survive_a_name(path):
     # As create_backbone does it: taken apart, common options out, put together again.
     again = with_options("hf:x", split_query(name.partition("?")[2]))
     assert again == name
+
+
+def test_the_home_directory_of_weights_is_expanded_once(monkeypatch):
+    monkeypatch.setenv("HOME", "/home of/me")
+    monkeypatch.setenv("USERPROFILE", "/home of/me")
+    assert parse_choices("m?weights=~/w.pt", CHOICES)[1].weights == "/home of/me/w.pt"
+    assert parse_choices("m?weights=a/~/w.pt", CHOICES)[1].weights == "a/~/w.pt"
+
+
+def test_whitening_from_text_and_from_json():
+    assert parse_whitening("mean", "0.5,-1,2e-1") == (0.5, -1.0, 0.2)
+    assert parse_whitening("std", [1, 0.5, 2]) == (1.0, 0.5, 2.0)
+    assert parse_whitening("image_std", "0.5", single=True) == parse_whitening("std", 0.5, single=True) == (0.5,) * 3
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "single", "message"),
+    [
+        ("mean", "0.5", False, "option mean is three numbers with commas, finite, such as .* got '0.5'"),
+        ("mean", "1,2", True, "option mean is a number or three with commas"),
+        ("mean", "1,nan,1", True, "finite.* got '1,nan,1'"),
+        ("std", "1,inf,1", False, "finite and above 0"),
+        ("image_std", [1, 0, 1], False, r"image_std .*above 0.* got \[1, 0, 1\]"),
+        ("std", "x", True, "got 'x'"),
+        ("std", None, True, "got None"),
+        ("std", [[1], 1, 1], True, "got"),
+        ("std", {"r": 1}, True, "got"),
+    ],
+)
+def test_whitenings_that_cannot_be(option, values, single, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_whitening(option, values, single=single)
 
 
 def test_blocks_are_counted_from_both_ends():
@@ -184,6 +227,13 @@ def test_options_are_arguments_too():
     assert backbone.name == "toy-vit-fixed?other_sizes=tile&dtype=float16"
     assert isinstance(backbone, WindowedBackbone)
     assert backbone.autocast_dtype == torch.float16
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, torch.bfloat16), (torch.float32, None)])
+def test_a_dtype_is_an_argument_as_its_name_is(dtype, autocast):
+    backbone = create_backbone("toy-vit", dtype=dtype)
+    assert backbone.autocast_dtype == autocast
+    assert backbone.name == f"toy-vit?dtype={str(dtype).removeprefix('torch.')}"
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64)])
