@@ -74,6 +74,8 @@ def open_clip_model(folder: Path) -> str:
 # function that prepares an empty folder and returns one.
 FOREIGN: dict[str, str | Callable[[Path], str]] = {
     "timm ViT": TIMM_RANDOM,
+    "timm ViT, keys": f"{TIMM_RANDOM}&facet=key",
+    "timm ViT, two layers": f"{TIMM_RANDOM}&layer=1,-1",
     "timm ViT with rotary positions": "timm:vit_tiny_patch16_dinov3_qkvb?pretrained=false&img_size=64",
     "timm ResNet": "timm:test_resnet?pretrained=false",
     "timm ConvNeXt": "timm:test_convnext?pretrained=false",
