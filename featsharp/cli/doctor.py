@@ -129,8 +129,11 @@ def _measurements(backbone: "Backbone", device: torch.device, repeat: int) -> It
     from featsharp.evaluation.position_bias import position_bias
 
     like = next((value for value in backbone.state_dict().values() if value.is_floating_point()), torch.empty(0))
-    for scale in (1, 2) if backbone.flexible else (1,):
-        height, width = (scale * side for side in backbone.input_size)
+    for scale in (1, 2):
+        height, width = backbone.fit_size(*(scale * side for side in backbone.input_size))
+        if scale == 2 and (height, width) == backbone.input_size:
+            yield "pass at 2x", "none: it takes no larger images"
+            continue
         image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device, like.dtype)
         with torch.inference_mode():
             timing = time_interleaved({"pass": partial(backbone, image)}, device, repeat=repeat)["pass"]
