@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from featsharp.backbones._weights import first_line
 from featsharp.backbones.options import Choices
 from featsharp.backbones.registration import import_optional
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, MissingDependencyError
@@ -36,8 +37,6 @@ def load_timm_model(spec: str, choices: Choices) -> nn.Module:
         ConfigError, MissingDependencyError, CheckpointError, BackboneMismatchError: As ``create_timm_backbone``.
     """
     timm = import_optional("timm", f"backbone 'timm:{spec}'", INSTALL_TIMM)
-    if choices.weights is not None and not choices.pretrained:
-        raise ConfigError(f"pretrained=false takes random weights for 'timm:{spec}'; leave out it or weights")
     source, architecture = _find_source(timm, spec, choices.weights)
     weights = _find_weights(source, choices) if choices.pretrained else None
     arguments: dict[str, Any] = {
@@ -201,8 +200,3 @@ def _fill(timm: Any, model: nn.Module, architecture: str, file: Path) -> None:
 def _some(texts: Sequence[str], separator: str = ", ", count: int = 5) -> str:
     more = f" and {len(texts) - count} more" if len(texts) > count else ""
     return separator.join(texts[:count]) + more if texts else "none"
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, in short; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.backbones._timm_facets import inputs_of, project, projection
-from featsharp.backbones._timm_loading import first_line, load_timm_model
+from featsharp.backbones._timm_loading import load_timm_model
+from featsharp.backbones._weights import first_line
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput, embeds_patches
 from featsharp.backbones.options import Choices, Facet, chosen_blocks, parse_choices
 from featsharp.backbones.registration import register_prefix

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.backbones._transformers_families import FAMILIES, Preprocessing, pair
+from featsharp.backbones._weights import first_line
 from featsharp.backbones.base import Backbone
 from featsharp.backbones.from_callable import from_callable
 from featsharp.backbones.options import CHOICES, Choices, parse_choices, parse_flag, parse_whitening
@@ -91,7 +92,7 @@ def _read_config(transformers: Any, name: str, source: str, weights: str | None,
             source, trust_remote_code=trust, local_files_only=complete
         )
     except Exception as error:  # whatever values of another kind lead to
-        raise ConfigError(f"transformers cannot read the configuration of {name!r}: {_first_line(error)}") from error
+        raise ConfigError(f"transformers cannot read the configuration of {name!r}: {first_line(error)}") from error
 
 
 def _build_model(
@@ -124,7 +125,7 @@ def _build_model(
                 return create(vision, **arguments)
             except Exception as error:  # whatever values that do not fit lead to
                 raise ConfigError(
-                    f"transformers cannot build {name!r} from its configuration at {place!r}: {_first_line(error)}"
+                    f"transformers cannot build {name!r} from its configuration at {place!r}: {first_line(error)}"
                 ) from error
         if vision is not config:
             arguments["key_mapping"] = TOWER_KEYS
@@ -160,7 +161,7 @@ def _load(build: Any, name: str, place: str, config: Any, arguments: dict[str, A
     except OSError as error:
         raise _not_at_hand(name, place, error) from error
     except Exception as error:  # whatever reading a foreign file raises, the message has to name it
-        raise CheckpointError(f"the weights of {name!r} at {place!r} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"the weights of {name!r} at {place!r} cannot be read: {first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     mismatched = [f"{key} {_shape(found)}, not {_shape(wanted)}" for key, found, wanted in report["mismatched_keys"]]
     if missing or mismatched:
@@ -218,7 +219,7 @@ def _read_preprocessing(name: str, place: str, told: Mapping[str, str]) -> Prepr
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
         raise ConfigError(
             f"{os.path.join(place, 'preprocessor_config.json')} cannot be read as that of an image processor "
-            f"({_first_line(error)}); save_pretrained of the processor writes one"
+            f"({first_line(error)}); save_pretrained of the processor writes one"
         ) from error
     if mean is None or std is None:
         if whitening is None:
@@ -260,11 +261,11 @@ def _pair_or_none(value: Any) -> tuple[int, int] | None:
 def _not_at_hand(name: str, source: str, error: Exception) -> MissingDependencyError:
     if os.path.isdir(source):
         return MissingDependencyError(
-            f"directory {source!r} has no weights of backbone {name!r} ({_first_line(error)}); put them there, give "
+            f"directory {source!r} has no weights of backbone {name!r} ({first_line(error)}); put them there, give "
             f"weights=FILE, or take random ones: pretrained=false"
         )
     return MissingDependencyError(
-        f"the files of backbone {name!r} are not on this machine and cannot be fetched ({_first_line(error)}); with a "
+        f"the files of backbone {name!r} are not on this machine and cannot be fetched ({first_line(error)}); with a "
         f"network, run once: hf download {source}; or copy them into a directory and name it: hf:DIRECTORY"
     )
 
@@ -291,7 +292,3 @@ def _listed(keys: Sequence[str]) -> str:
 
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
