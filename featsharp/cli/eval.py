@@ -25,6 +25,7 @@ from torch import nn
 
 from featsharp.builder import load_from_file
 from featsharp.checkpoint import read_checkpoint, restoring
+from featsharp.cli.results import parse_count
 from featsharp.data.files import write_file
 from featsharp.evaluation.drift import DriftMeter
 from featsharp.evaluation.fidelity import FidelityMeter
@@ -49,8 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let the checkpoint import functions that it names; runs their code",
     )
     parser.add_argument("--images", required=True, metavar="DIR", help="held-out images: a folder or tars")
-    parser.add_argument("--limit", type=_count, help="only the first N images")
-    parser.add_argument("--iterations", type=_count, default=3, metavar="N", help="of drift: applications; default: 3")
+    parser.add_argument("--limit", type=parse_count, help="only the first N images")
+    parser.add_argument(
+        "--iterations", type=parse_count, default=3, metavar="N", help="of drift: applications; default: 3"
+    )
     parser.add_argument("--json", type=Path, metavar="F", help="also write the result there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
 
@@ -133,12 +136,6 @@ def write_json(
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {encoder.device.type}",
     }
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count; give a whole number of at least 1")
-    return int(text)
 
 
 def _with_progress(items: Iterable[T]) -> Iterable[T]:

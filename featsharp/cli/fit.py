@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from featsharp.backbones import create_backbone
-from featsharp.cli.results import parse_size, save_comparison, save_features
+from featsharp.cli.results import parse_count, parse_size, save_comparison, save_features
 from featsharp.data.images import decode_image
 from featsharp.errors import ConfigError, InputError
 from featsharp.implicit.fit import FitConfig, Fitter
@@ -36,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, metavar="IMAGE")
     parser.add_argument("--backbone", required=True, help="name of the backbone (see featsharp ls backbones)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=_count, default=400, help="of the fit (%(default)s; published: 1200)")
-    parser.add_argument("--views", type=_count, default=config.views, help="crops (%(default)s; published: 3000)")
-    parser.add_argument("--dim", type=_count, default=config.dim, help="principal components (%(default)s)")
-    parser.add_argument("--render", type=_count, default=config.render, help="cells per token (%(default)s)")
+    parser.add_argument("--steps", type=parse_count, default=400, help="of the fit (%(default)s; published: 1200)")
+    parser.add_argument("--views", type=parse_count, default=config.views, help="crops (%(default)s; published: 3000)")
+    parser.add_argument("--dim", type=parse_count, default=config.dim, help="principal components (%(default)s)")
+    parser.add_argument("--render", type=parse_count, default=config.render, help="cells per token (%(default)s)")
     parser.add_argument("--downsampler", default=config.downsampler, help="simple, attention (published, slow) or area")
     parser.add_argument("--frequencies", default=config.frequencies, help="resolved or published")
     parser.add_argument("--start", default=config.start, help="bilinear, or nothing (published)")
@@ -98,12 +98,6 @@ def _protect_files(source: Path, file: Path, results: list[Path]) -> None:
             raise ConfigError(f"the result {result} would overwrite the input; choose another folder with -o")
         if result.exists() and not file.exists():
             raise ConfigError(f"{result} is there already, and not from a fit; choose another folder with -o")
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
 
 
 def _progress(items: Sequence[Any], doing: str) -> Any:

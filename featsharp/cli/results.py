@@ -60,3 +60,10 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write HEIGHTxWIDTH, for example 448x672")
     return int(height), int(width)
+
+
+def parse_count(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; give a whole number of at least 1")
+    return int(text)
