@@ -31,6 +31,7 @@ from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics, StatisticsKey, fit_with_cache
 from featsharp.ops.memory import keep_freed_memory
 from featsharp.training.distributed import World, copy_from_main, gather_objects, start_world, stop_world
+from featsharp.training.feature_cache import remember_features
 from featsharp.training.objectives import create_objective
 from featsharp.training.trainer import LAST, LoopConfig, Trainer
 from featsharp.training.writers import NullWriter, get_visualizer
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 FREE_TO_CHANGE = {
     "device", "dry_run", "log_frequency", "val_frequency", "checkpoint_frequency", "num_workers", "output_base",
     "output_root", "progress", "resume", "val_data_dir", "viz.type", "viz.num_images", "num_training_steps",
-    "normalizer.cache",
+    "normalizer.cache", "feature_cache.folder",
 }  # fmt: skip
 
 
@@ -101,6 +102,8 @@ def train(config: RunConfig) -> Trainer:
     resuming = config.resume and (folder / LAST).exists()
     if not resuming:
         fit_normalizer(encoder, config, world)
+    if config.feature_cache.samples:
+        remember_features(backbone, Path(os.path.expandvars(config.feature_cache.folder)).expanduser())
     trainer = Trainer(
         encoder,
         objective,
@@ -113,6 +116,7 @@ def train(config: RunConfig) -> Trainer:
             val_frequency=config.val_frequency,
             checkpoint_frequency=config.checkpoint_frequency,
             seed=config.seed,
+            distinct_samples=config.feature_cache.samples,
             spectral=config.spectral,
             low_res_size=backbone.input_size,
             autocast_dtype=autocast_dtype(config.upsampler.dtype, world.device),

@@ -51,6 +51,14 @@ class ViewsConfig:
 
 
 @dataclass
+class FeatureCacheConfig:
+    """``samples`` are trained on again and again, their backbone features kept in ``folder``; 0: always new ones."""
+
+    samples: int = 0
+    folder: str = "${output_root}/features"
+
+
+@dataclass
 class VizConfig:
     """``type`` is tensorboard or none; ``num_images`` of ``val_data_dir`` are drawn and scored every time."""
 
@@ -87,4 +95,5 @@ class RunConfig:
     views: ViewsConfig = field(default_factory=ViewsConfig)
     objective: ObjectiveConfig = field(default_factory=MultiViewConfig)  # of the class that its name says
     optim: OptimConfig = field(default_factory=OptimConfig)
+    feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
     viz: VizConfig = field(default_factory=VizConfig)

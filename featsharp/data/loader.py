@@ -45,11 +45,26 @@ class ViewDataset:
 
 
 class StepSampler:
-    """The sample numbers of every step from ``first_step`` to ``last_step`` (exclusive) for one rank."""
+    """The sample numbers of every step from ``first_step`` to ``last_step`` (exclusive) for one rank.
 
-    def __init__(self, first_step: int, last_step: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
+    With ``distinct`` samples, these come again in every epoch, in an order of its own that ``seed`` decides.
+    """
+
+    def __init__(
+        self,
+        first_step: int,
+        last_step: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        distinct: int = 0,
+        seed: int = 0,
+    ) -> None:
         self.steps = range(first_step, last_step)
         self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.distinct, self.seed = distinct, seed
+        self._order: tuple[int, np.ndarray] | None = None  # epoch and its permutation
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -57,7 +72,14 @@ class StepSampler:
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
             first = (step * self.world + self.rank) * self.batch_size
-            yield list(range(first, first + self.batch_size))
+            numbers = range(first, first + self.batch_size)
+            yield [self._sample(n) for n in numbers] if self.distinct else list(numbers)
+
+    def _sample(self, n: int) -> int:
+        epoch, position = divmod(n, self.distinct)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.distinct)
+        return int(self._order[1][position])
 
 
 def load_views(dataset: ViewDataset, sampler: StepSampler, num_workers: int) -> Iterator[ViewBatch]:

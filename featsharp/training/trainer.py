@@ -51,6 +51,7 @@ class LoopConfig:
         num_workers: Processes that decode images; 0 decodes in the training process.
         log_frequency, val_frequency, checkpoint_frequency: In steps; 0 for never (but at the end).
         seed: Of everything random.
+        distinct_samples: Samples that are repeated epoch by epoch; 0: always new ones.
         spectral: Whether the linear layers of FeatSharp's block are trained under spectral reparametrisation.
         low_res_size: (h, w) in pixels of the low-resolution pass and of the rendered views.
         autocast_dtype: Type of the upsampler's matrix products; None: float32.
@@ -64,6 +65,7 @@ class LoopConfig:
     val_frequency: int = 1000
     checkpoint_frequency: int = 500
     seed: int = 0
+    distinct_samples: int = 0
     spectral: bool = True
     low_res_size: tuple[int, int] = (224, 224)
     autocast_dtype: torch.dtype | None = None
@@ -125,7 +127,13 @@ class Trainer:
         from tqdm import tqdm
 
         sampler = StepSampler(
-            self.step, self.config.num_steps, self.config.batch_size, self.world.rank, self.world.size
+            self.step,
+            self.config.num_steps,
+            self.config.batch_size,
+            self.world.rank,
+            self.world.size,
+            distinct=self.config.distinct_samples,
+            seed=self.config.seed,
         )
         bar = tqdm(
             total=self.config.num_steps,

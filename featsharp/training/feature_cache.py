@@ -1,0 +1,75 @@
+"""Backbone passes that are not run twice: a training that sees its samples again reads their features from disk.
+
+Most of a step on a CPU is the frozen backbone. With a limited number of samples (``feature_cache.samples``) every
+epoch but the first one skips it. Features are found by the content of the image that they belong to, so whatever
+changes (data, seed, views) is simply not found, and runs with other upsamplers or rates share one folder.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from featsharp.backbones.base import Backbone, BackboneOutput
+from featsharp.data.files import write_file
+
+
+def remember_features(backbone: Backbone, folder: Path) -> None:
+    """Make a backbone keep what it says about each image as a file below ``folder``, in half precision, and read it.
+
+    Features beyond the range of half precision are kept as they are. The files of other weights, feature options or
+    autocast types lie beside each other. A damaged file is written again.
+    """
+    settings = f"{backbone.name}|{sorted(backbone.feature_options.items())}|{backbone.autocast_dtype}"
+    tag = hashlib.sha256(f"{backbone.weights_hash()}|{settings}".encode()).hexdigest()[:16]
+    place = folder / tag
+    extract = backbone.extract
+
+    def remembered(images: Tensor) -> BackboneOutput:
+        paths = [place / f"{_digest(image)}.safetensors" for image in images]
+        found = [_read(path) for path in paths]
+        missing = [i for i, tensors in enumerate(found) if tensors is None]
+        if missing:
+            fresh = extract(images[missing])
+            for n, i in enumerate(missing):
+                found[i] = _write(paths[i], fresh.features[n], None if fresh.summary is None else fresh.summary[n])
+        whole = [tensors for tensors in found if tensors is not None]
+        features = torch.stack([tensors["features"] for tensors in whole]).to(images)
+        has_summary = "summary" in whole[0]
+        summary = torch.stack([tensors["summary"] for tensors in whole]).to(images) if has_summary else None
+        return BackboneOutput(features, summary)
+
+    backbone.extract = remembered  # type: ignore[method-assign]
+
+
+def _digest(image: Tensor) -> str:
+    """A name for the content of [3, H, W]."""
+    digest = hashlib.blake2b(f"{tuple(image.shape)}{image.dtype}".encode(), digest_size=16)
+    digest.update(image.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(path.read_bytes())
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def _write(path: Path, features: Tensor, summary: Tensor | None) -> dict[str, Tensor]:
+    """Keep one image's features; returns what will be read."""
+    from safetensors.torch import save
+
+    tensors = {"features": features} if summary is None else {"features": features, "summary": summary}
+    tensors = {name: _halved(tensor).cpu().contiguous() for name, tensor in tensors.items()}
+    write_file(path, save(tensors))
+    return tensors
+
+
+def _halved(x: Tensor) -> Tensor:
+    half = x.half()
+    return half if torch.isfinite(half).all() else x
