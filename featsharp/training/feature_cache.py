@@ -35,10 +35,11 @@ def remember_features(backbone: Backbone, folder: Path) -> None:
             for n, i in enumerate(missing):
                 found[i] = _write(paths[i], fresh.features[n], None if fresh.summary is None else fresh.summary[n])
         whole = [tensors for tensors in found if tensors is not None]
-        features = torch.stack([tensors["features"] for tensors in whole]).to(images)
-        has_summary = "summary" in whole[0]
-        summary = torch.stack([tensors["summary"] for tensors in whole]).to(images) if has_summary else None
-        return BackboneOutput(features, summary)
+
+        def stacked(name: str) -> Tensor:
+            return torch.stack([tensors[name].to(images) for tensors in whole])
+
+        return BackboneOutput(stacked("features"), stacked("summary") if "summary" in whole[0] else None)
 
     backbone.extract = remembered  # type: ignore[method-assign]
 
