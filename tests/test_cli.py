@@ -168,8 +168,8 @@ def test_a_function_of_the_users_is_benchmarked_and_evaluated_like_any_other(cap
     for i in range(2):
         Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / f"{i}.png")
     chosen = ["--checkpoint", f"{__name__}:nearest-2x", "--backbone", "toy-vit"]
-    assert run("eval", "fidelity", *chosen, "--images", tmp_path) == 0
-    assert "zoom_cosine" in capsys.readouterr().out
+    assert run("eval", "fidelity", *chosen, "--data", tmp_path) == 0
+    assert "fidelity_area" in capsys.readouterr().out
 
 
 def test_doctor_lists_backends_with_reasons(capsys):
@@ -194,31 +194,35 @@ def test_pack_round_trip(photos, tmp_path, capsys, caplog):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_eval_fidelity_writes_a_table_and_json(photos, checkpoint, tmp_path, capsys):
-    assert (
-        run("eval", "fidelity", "--checkpoint", checkpoint, "--images", photos, "--json", tmp_path / "new" / "r.json")
-        == 0
+def test_eval_measures_several_encoders_and_writes_json(photos, checkpoint, tmp_path, capsys):
+    """E20: per image and pooled, with intervals."""
+    path = tmp_path / "new" / "r.json"
+    (photos / "broken.png").write_bytes(b"")
+    chosen = ["--checkpoint", f"sharp={checkpoint}", "--upsampler", "tile-2x", "--backbone", "toy-vit"]
+    assert run("eval", "fidelity", *chosen, "--data", photos, "--json", path) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    names = ["sharp", "fidelity_area", "fidelity_own", "cosine", "tile-2x", "fidelity_area", "cosine"]
+    assert [words[0] for words in table] == names
+    assert table[0][1:] == ["(2", "measured,", "1", "skipped)"]
+    content = json.loads(path.read_text())
+    assert content["command"] == (
+        f"featsharp eval fidelity --checkpoint sharp={checkpoint.name} --upsampler tile-2x --backbone toy-vit --data "
+        f"{photos.name} --json r.json"
     )
-    table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table] == ["fidelity_area", "fidelity_own", "cosine", "zoom_cosine"]
-    content = json.loads((tmp_path / "new" / "r.json").read_text())
-    assert content["backbone"] == "toy-vit"
-    assert content["factor"] == 2
-    assert content["skipped"] == []
-    assert list(content["result"]) == [line.split()[0] for line in table]
-    for estimate in content["result"].values():
+    found = content["encoders"]["sharp"]
+    assert (found["backbone"], found["factor"]) == ("toy-vit", 2)
+    assert found["skipped"] == [["broken.png", "the file is empty (0 bytes)"]]
+    for estimate in found["result"].values():
         assert estimate["low"] <= estimate["value"] <= estimate["high"]
+    assert set(found["items"]) == {"a.png", "deep/b.jpg"}
+    assert set(found["items"]["a.png"]) == {"area", "own", "cosine"}
     # No machine's paths in a result that is to be shared.
-    assert str(tmp_path) not in json.dumps(content)
+    assert str(tmp_path) not in path.read_text()
 
 
-def test_eval_of_a_training_free_upsampler(photos, capsys):
-    assert run("eval", "fidelity", *TILE, "--images", photos, "--limit", 1) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        "fidelity_area",
-        "cosine",
-        "zoom_cosine",
-    ]
+def test_encoders_of_one_name_are_refused(photos, checkpoint, capsys):
+    assert run("eval", "zoom", "--checkpoint", checkpoint, checkpoint, "--data", photos) == 1
+    assert "LABEL=" in capsys.readouterr().err
 
 
 def test_panel_writes_a_picture(photos, checkpoint, tmp_path):
@@ -257,10 +261,10 @@ def nan_checkpoint(checkpoint: Path) -> Path:
         (["upsample", "{photos}/a.png", *TILE, "-o", "{tmp}/out", "--device", "gpu"], "device 'gpu' cannot be used"),
         (["upsample", "{photos}/a.png", "--checkpoint", "{nan}", "-o", "{tmp}/out"], "NaN or infinite"),
         (["upsample", "{photos}/a.png", "--checkpoint", "{photos}/a.png", "-o", "{tmp}/out"], "checkpoint"),
-        (["eval", "fidelity", *TILE, "--images", "{tmp}/empty"], "no images found"),
-        (["eval", "fidelity", "--checkpoint", "{nan}", "--images", "{photos}"], "NaN or infinite"),
-        (["eval", "speed", *TILE, "--images", "{photos}"], "invalid choice: 'speed'"),
-        (["eval", "fidelity", *TILE, "--images", "{photos}", "--limit", "-3"], "at least 1"),
+        (["eval", "fidelity", *TILE, "--data", "{tmp}/empty"], "no images found"),
+        (["eval", "fidelity", "--checkpoint", "{nan}", "--data", "{photos}"], "NaN or infinite"),
+        (["eval", "speed", *TILE, "--data", "{photos}"], "invalid choice: 'speed'"),
+        (["eval", "fidelity", *TILE, "--data", "{photos}", "--limit", "-3"], "at least 1"),
         (["pack", "{tmp}/empty", "{tmp}/out"], "no images found"),
         (["pack", "{photos}", "{tmp}/out", "--images-per-shard", "0"], "at least 1"),
         (["train", "+model=toy-vit", "+upsampler=featsharp-2x", "train_data_dir={tmp}/none"], "no such file"),

@@ -1,98 +1,117 @@
-"""Measure a sharp encoder on images that it was not trained on.
+"""Measure encoders by the tasks on which this field compares upsamplers, all with the same protocol.
 
-    featsharp eval fidelity --checkpoint last.pth --images photos --json result.json
-    featsharp eval fidelity --checkpoint tile-2x --backbone vits14-focus --images photos
-    featsharp eval drift --checkpoint lift.pth --images photos --iterations 3
+    featsharp eval fidelity --data photos --checkpoint last.pth --upsampler bilinear-2x tile-2x --json result.json
+    featsharp eval segmentation --data camvid --checkpoint sharp=last.pth --upsampler tile-2x --json camvid.json
+    featsharp eval TASK --help
 
-"fidelity" prints multi-view fidelity (with area pooling, and with the run's own downsampler where the checkpoint has
-one), the cosine similarity of the same comparison, and the zoom cosine. "drift" prints how far features get from the
-backbone's own when the upsampler is applied to its result again: cosine, norm, mean and spread after every number of
-applications. Each with its 95 % interval over images.
+Encoders are checkpoints, shipped weights, and training-free upsamplers NAME-FACTORx on --backbone; LABEL=... gives one
+another name in the results. With --json an evaluation that was stopped goes on when the same command is given again.
+What cannot be measured (a damaged file, a label out of range) is skipped, reported and counted.
 """
 
 import argparse
+import dataclasses
+import hashlib
+import importlib
 import json
 import math
-import os
-import platform
-import sys
-from collections.abc import Iterable
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
+from featsharp.benchmark.measure import describe_machine
 from featsharp.builder import load_from_file
 from featsharp.checkpoint import read_checkpoint, restoring
-from featsharp.cli.results import parse_count
+from featsharp.cli.results import parse_count, parse_size
 from featsharp.data.files import write_file
-from featsharp.evaluation.drift import DriftMeter
-from featsharp.evaluation.fidelity import FidelityMeter
-from featsharp.evaluation.samples import Estimate, ImageSet
-from featsharp.evaluation.zoom import ZoomMeter
+from featsharp.errors import ConfigError
+from featsharp.evaluation.samples import Estimate
+from featsharp.evaluation.task import Subject, evaluate, from_json
 from featsharp.model import SharpEncoder
 from featsharp.ops.device import find_device
 from featsharp.ops.memory import keep_freed_memory
+from featsharp.train import autocast_dtype
 
-TASKS = ("fidelity", "drift")
+# Task -> where it is defined. Imported when used, so that help is instant.
+TASKS = {
+    "fidelity": "featsharp.evaluation.fidelity:FidelityTask",
+    "zoom": "featsharp.evaluation.zoom:ZoomTask",
+    "drift": "featsharp.evaluation.drift:DriftTask",
+}
 
-T = TypeVar("T")
+# What a task's setting calls the kinds of numbers that argparse has no name for.
+PARSERS: dict[Any, Any] = {"count": parse_count, "size": parse_size}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--checkpoint", required=True, help="a trained file; or NAME-FACTORx with --backbone")
-    parser.add_argument("--backbone", help="name of the backbone; default: the checkpoint's own")
-    parser.add_argument(
-        "--allow-functions",
-        action="store_true",
-        help="let the checkpoint import functions that it names; runs their code",
-    )
-    parser.add_argument("--images", required=True, metavar="DIR", help="held-out images: a folder or tars")
-    parser.add_argument("--limit", type=parse_count, help="only the first N images")
-    parser.add_argument(
-        "--iterations", type=parse_count, default=3, metavar="N", help="of drift: applications; default: 3"
-    )
-    parser.add_argument("--json", type=Path, metavar="F", help="also write the result there")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    for name, place in TASKS.items():
+        kind = _find(place)
+        sub = tasks.add_parser(name, help=kind.title, description=kind.__doc__)
+        _add_encoders(sub)
+        for field in dataclasses.fields(kind):
+            _add_setting(sub, field)
+        sub.add_argument("--json", type=Path, metavar="F", help="write the result there, every item included")
+        sub.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+        sub.add_argument(
+            "--dtype",
+            default="auto",
+            help="autocast type of backbone passes: auto (bfloat16 where native), float32, bfloat16, float16",
+        )
 
 
 def run(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
-    encoder = load_from_file(
-        arguments.checkpoint, featurizer=arguments.backbone, allow_functions=arguments.allow_functions
-    ).to(find_device(arguments.device))
-    images = ImageSet(arguments.images, limit=arguments.limit)
-    if arguments.task == "drift":
-        result = measure_drift(encoder, images, arguments.iterations)
-    else:
-        result = measure(encoder, images, own_downsampler(arguments.checkpoint, encoder))
-    for name, estimate in result.items():
-        print(f"{name:16} {estimate.value:7.4f}   [{estimate.low:.4f}, {estimate.high:.4f}]")
-    if arguments.json is not None:
-        write_json(arguments.json, arguments.task, arguments.checkpoint, encoder, images, result)
+    kind = _find(TASKS[arguments.task])
+    task = kind(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(kind)})
+    device = find_device(arguments.device)
+    dtype = autocast_dtype(arguments.dtype, device)
+    subjects = find_subjects(arguments, device, dtype)
+    path: Path | None = arguments.json
+    journal = None if path is None else path.with_name(f"{path.name}.rows")
+    found = evaluate(task, subjects, journal=journal)
+    for label, content in found.items():
+        print_result(label, content)
+    if path is not None:
+        whole = {
+            "task": task.name,
+            "command": _command(arguments.argv),
+            "settings": _named(task.settings()),
+            "machine": describe_machine(device),
+            "encoders": found,
+        }
+        write_file(path, (json.dumps(whole, indent=1) + "\n").encode())
 
 
-def measure(encoder: SharpEncoder, images: ImageSet, own: nn.Module | None = None) -> dict[str, Estimate]:
-    """Fidelity and zoom cosine of one encoder: fidelity_area, fidelity_own, cosine, zoom_cosine."""
-    fidelity = FidelityMeter(encoder, downsamplers={} if own is None else {"own": own})
-    zoom = ZoomMeter(encoder)
-    for _, image in _with_progress(images):
-        fidelity.add(image)
-        zoom.add(image)
-    found = fidelity.result()
-    cosine = found.pop("cosine")
-    named = {f"fidelity_{name}": value for name, value in found.items()}
-    return {**named, "cosine": cosine, "zoom_cosine": zoom.result()}
+def find_subjects(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> list[Subject]:
+    """The encoders that a command asks for, none of them loaded."""
+    subjects: dict[str, Subject] = {}
+    wanted = [(text, False) for text in arguments.checkpoint or []] + [(t, True) for t in arguments.upsampler or []]
+    if not wanted:
+        raise ConfigError("which encoders? Give --checkpoint FILE ... or --upsampler NAME-FACTORx ..., or both")
+    for text, free in wanted:
+        label, separator, name = text.partition("=")
+        if not separator:
+            label, name = (text if free or not Path(text).is_file() else Path(text).stem), text
+        if label in subjects:
+            raise ConfigError(f"two encoders are called {label!r}; name them: LABEL={name}")
+        subjects[label] = _subject(label, name, arguments, free, device, dtype)
+    return list(subjects.values())
 
 
-def measure_drift(encoder: SharpEncoder, images: ImageSet, iterations: int) -> dict[str, Estimate]:
-    """Drift of one encoder: cosine_k, norm_k, mean_k and std_k for k from 0 to ``iterations``."""
-    meter = DriftMeter(encoder, iterations=iterations)
-    for _, image in _with_progress(images):
-        meter.add(image)
-    return meter.result()
+def print_result(label: str, content: dict[str, Any]) -> None:
+    """The numbers of one encoder, a line each."""
+    print(f"{label}  ({len(content['items'])} measured, {len(content['skipped'])} skipped)")
+    for name, value in content["result"].items():
+        value = from_json(value)
+        if isinstance(value, Estimate):
+            print(f"  {name:22} {value.value:9.4f}   [{value.low:.4f}, {value.high:.4f}]")
+        elif isinstance(value, int | float):
+            print(f"  {name:22} {value:9.4f}")
 
 
 def own_downsampler(checkpoint: str, encoder: SharpEncoder) -> nn.Module | None:
@@ -120,28 +139,73 @@ def _own_downsampler(content: dict[str, Any], encoder: SharpEncoder) -> nn.Modul
     return downsampler.to(encoder.device).eval()
 
 
-def write_json(
-    path: Path, task: str, checkpoint: str, encoder: SharpEncoder, images: ImageSet, result: dict[str, Estimate]
-) -> None:
-    """Write the result with what it was measured on and with."""
-    content: dict[str, Any] = {
-        "task": task,
-        "checkpoint": Path(checkpoint).name,
-        "backbone": encoder.backbone.name,
-        "factor": encoder.factor,
-        "images": Path(images.folder).name,
-        "skipped": [list(entry) for entry in images.skipped],
-        "result": {name: estimate._asdict() for name, estimate in result.items()},
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {encoder.device.type}",
-    }
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+def _find(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
-def _with_progress(items: Iterable[T]) -> Iterable[T]:
-    """A progress bar where someone looks at it and tqdm, of the extra ``train``, is there."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    return tqdm(items, unit="image", file=sys.stderr, disable=None)
+def _add_encoders(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", nargs="+", metavar="[LABEL=]FILE", help="trained files")
+    parser.add_argument(
+        "--upsampler", nargs="+", metavar="[LABEL=]NAME-FACTORx", help="training-free upsamplers, such as bilinear-2x"
+    )
+    parser.add_argument("--backbone", help="name of the backbone; default: the checkpoint's own, else vits14-focus")
+    parser.add_argument(
+        "--allow-functions",
+        action="store_true",
+        help="let a checkpoint import functions that it names; runs their code",
+    )
+
+
+def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]") -> None:
+    """The flag of a task's setting."""
+    options = {k: v for k, v in field.metadata.items() if k != "help"}
+    text = field.metadata["help"]
+    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    if isinstance(field.default, bool):
+        options = {"action": argparse.BooleanOptionalAction}
+    elif "type" in options:
+        options["type"] = PARSERS.get(options["type"], options["type"])
+    if not options.get("required") and default is not None:
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        text += f"; default: {shown}"
+    parser.add_argument(
+        f"--{field.name.replace('_', '-')}", dest=field.name, default=field.default, help=text, **options
+    )
+
+
+def _subject(
+    label: str, name: str, arguments: argparse.Namespace, free: bool, device: torch.device, dtype: torch.dtype | None
+) -> Subject:
+    backbone = arguments.backbone or ("vits14-focus" if free else None)
+
+    def load() -> SharpEncoder:
+        encoder = load_from_file(name, featurizer=backbone, allow_functions=arguments.allow_functions).to(device)
+        encoder.backbone.autocast_dtype = dtype
+        return encoder.eval()
+
+    own: Callable[[SharpEncoder], nn.Module | None] = lambda encoder: own_downsampler(name, encoder)  # noqa: E731
+    return Subject(label, load, _digest(Path(name)), own)
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _command(given: Sequence[str]) -> str:
+    """The command as given, but with the names of files outside of the current folder for their paths."""
+    return shlex.join(["featsharp", *(_name(argument) for argument in given)])
+
+
+def _named(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: _name(value) if isinstance(value, str) else value for key, value in settings.items()}
+
+
+def _name(text: str) -> str:
+    label, separator, place = text.rpartition("=")
+    path = Path(place)
+    outside = path.is_absolute() or ".." in path.parts
+    return f"{label}{separator}{path.name}" if outside else text

@@ -17,7 +17,7 @@ COMMANDS = {
     "fit": "sharp features of one image by a network fitted to it (FeatUp's implicit upsampler)",
     "train": "train an upsampler (arguments as for python -m featsharp.train)",
     "pack": "an image folder to webdataset shards",
-    "eval": "measure a checkpoint: fidelity and zoom cosine",
+    "eval": "measure encoders by the tasks on which the field compares upsamplers",
     "panel": "compare feature maps of encoders as pictures",
     "bench": "speed and memory on this machine",
     "doctor": "which fast implementations can run here, and why not the others; what a backbone is like",
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sub.description, sub.formatter_class = module.__doc__, argparse.RawDescriptionHelpFormatter
             module.add_arguments(sub)
     parsed = parser.parse_args(arguments)
+    parsed.argv = arguments
     try:
         return int(importlib.import_module(f"featsharp.cli.{parsed.command}").run(parsed) or 0)
     except FeatSharpError as error:

@@ -13,6 +13,10 @@ The spread of a map is the root of its variance over cells, summed over channels
 norm 1 and mean 0; a spread somewhat above 1 is what added detail looks like. k = 0 is x itself.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
@@ -20,7 +24,9 @@ from torch import Tensor
 
 from featsharp.data.views import canvas_margin, cut_canvas
 from featsharp.errors import ConfigError
+from featsharp.evaluation.image_task import ImageTask
 from featsharp.evaluation.samples import Estimate, bootstrap
+from featsharp.evaluation.task import Row, Subject, Summary, setting
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import GuidedUpsampler
@@ -58,9 +64,13 @@ class DriftMeter:
         # Per image: the quantities of every number of applications.
         self._rows: list[list[float]] = []
 
-    @torch.inference_mode()
     def add(self, image: Image) -> None:
-        """Measure one RGB picture: its largest crop in the shape of the backbone's native size."""
+        """Measure one RGB picture."""
+        self._rows.append(self.measure(image))
+
+    @torch.inference_mode()
+    def measure(self, image: Image) -> list[float]:
+        """The quantities of one RGB picture: of its largest crop in the shape of the backbone's native size."""
         encoder = self.encoder
         native = encoder.backbone.input_size
         size = native[0] * int(self.upsampler.factor), native[1] * int(self.upsampler.factor)
@@ -72,18 +82,42 @@ class DriftMeter:
         for _ in range(self.iterations):
             features = self.upsampler.upsample(features, guide)
             row += drift(first, features)
-        self._rows.append(row)
+        return row
 
     def result(self) -> dict[str, Estimate]:
-        """Means over images: "cosine_0", "norm_0", "mean_0", "std_0", "cosine_1", ..."""
-        if not self._rows:
-            raise ConfigError("no image was measured; add at least one")
-        found = {}
-        for column in range(len(self._rows[0])):
-            applied, quantity = divmod(column, len(QUANTITIES))
-            rows = [(row[column],) for row in self._rows]
-            found[f"{QUANTITIES[quantity]}_{applied}"] = bootstrap(rows, lambda r: float(r.mean()))
-        return found
+        """See :func:`pool_drift`."""
+        return pool_drift(self._rows)
+
+
+def pool_drift(rows: Sequence[Sequence[float]]) -> dict[str, Estimate]:
+    """Means over images: "cosine_0", "norm_0", "mean_0", "std_0", "cosine_1", ..."""
+    if not rows:
+        raise ConfigError("no image was measured; add at least one")
+    found = {}
+    for column in range(len(rows[0])):
+        applied, quantity = divmod(column, len(QUANTITIES))
+        values = [(row[column],) for row in rows]
+        found[f"{QUANTITIES[quantity]}_{applied}"] = bootstrap(values, lambda r: float(r.mean()))
+    return found
+
+
+@dataclass
+class DriftTask(ImageTask):
+    """Drift under repeated application."""
+
+    name: ClassVar[str] = "drift"
+    title: ClassVar[str] = "how far do features get when the upsampler is applied to its own result?"
+
+    iterations: int = setting(3, "applications", type="count", metavar="N")
+
+    def begin(self, encoder: SharpEncoder, subject: Subject) -> DriftMeter:
+        return DriftMeter(encoder, iterations=self.iterations)
+
+    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, state: Any) -> Row:
+        return {"quantities": state.measure(image)}
+
+    def summarize(self, rows: Sequence[Row], state: Any) -> Summary:
+        return dict(pool_drift([row["quantities"] for row in rows]))
 
 
 def drift(low_res: Tensor, high_res: Tensor) -> tuple[float, float, float, float]:

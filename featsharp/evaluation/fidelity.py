@@ -10,7 +10,9 @@ space.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +22,9 @@ from torch import Tensor, nn
 
 from featsharp.data.views import ViewConfig, Views, base_view, cut_canvas, render_views, sample_homography
 from featsharp.errors import ConfigError
+from featsharp.evaluation.image_task import ImageTask
 from featsharp.evaluation.samples import Estimate, bootstrap, encode_raw, predict_raw
+from featsharp.evaluation.task import Row, Subject, Summary, setting
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
 from featsharp.ops.warp import inside, warp
@@ -60,15 +64,24 @@ class FidelityMeter:
         self.encoder, self.views, self.seed = encoder, views, seed
         self.size = size or default_eval_size(encoder)
         self.downsamplers = {"area": None, **(downsamplers or {})}
-        # Per image: squared errors by downsampler, number of values, sum and sum of squares of targets, cosines.
-        self._rows: list[dict[str, float]] = []
-        self._target_sum: list[Tensor] = []
+        self._rows: list[Row] = []
 
-    @torch.inference_mode()
     def add(self, image: Image) -> None:
         """Measure one RGB picture."""
+        self._rows.append(self.measure(image, len(self._rows)))
+
+    def result(self) -> dict[str, Estimate]:
+        """See :func:`pool_fidelity`."""
+        return pool_fidelity(self._rows)
+
+    @torch.inference_mode()
+    def measure(self, image: Image, number: int) -> Row:
+        """What one RGB picture adds: its own scores, and the sums that pooling needs.
+
+        ``number`` decides its views.
+        """
         encoder, device = self.encoder, self.encoder.device
-        rng = np.random.default_rng((self.seed, len(self._rows)))
+        rng = np.random.default_rng((self.seed, number))
         canvas, mask = cut_canvas(image, self.size)
         homographies = np.stack([sample_homography(self.size, self.views, rng) for _ in range(self.views.num_views)])
         views = Views(canvas[None], mask[None], torch.from_numpy(homographies).float()[None])
@@ -83,34 +96,20 @@ class FidelityMeter:
         large = (gain * grid[0], gain * grid[1])
         warped = warp(high_res.expand(len(to_base), -1, -1, -1), to_base, large)
         valid = _erode((resize(masks, grid) > 0.99).float() * inside(to_base, grid))
-        row = {"count": valid.sum().item() * targets.shape[1], "square": (valid * targets.square()).sum().item()}
+        row: Row = {
+            "_count": valid.sum().item() * targets.shape[1],
+            "_square": (valid * targets.square()).sum().item(),
+            "_sum": (valid * targets).sum((0, 2, 3)).tolist(),
+            "_tokens": valid.sum().item(),
+        }
         for name, downsampler in self.downsamplers.items():
             prediction = self._pool(warped, grid, downsampler)
-            row[f"error/{name}"] = (valid * (prediction - targets).square()).sum().item()
+            row[f"_error_{name}"] = (valid * (prediction - targets).square()).sum().item()
             if name == "area":
                 cosine = F.cosine_similarity(prediction, targets, dim=1)[:, None]
-                row["cosine"], row["tokens"] = (valid * cosine).sum().item(), valid.sum().item()
-        self._rows.append(row)
-        self._target_sum.append((valid * targets).sum((0, 2, 3)).double().cpu())
-
-    def result(self) -> dict[str, Estimate]:
-        """Fidelity by downsampler ("area", ...) and "cosine", the mean cosine similarity under area pooling."""
-        if not self._rows:
-            raise ConfigError("no image was measured; add at least one")
-        channels = len(self._target_sum[0])
-        mean_square = (torch.stack(self._target_sum).sum(0) / (self._total("count") / channels)).square().sum().item()
-        # One variance for all resamples: it is a property of the space, not of the encoder.
-        variance = self._total("square") / self._total("count") - mean_square / channels
-        out = {}
-        for name in self.downsamplers:
-            rows = [(row["count"], row[f"error/{name}"]) for row in self._rows]
-            out[name] = bootstrap(rows, lambda r: float(variance * r[:, 0].sum() / max(r[:, 1].sum(), 1e-12)))
-        rows = [(row["cosine"], row["tokens"]) for row in self._rows]
-        out["cosine"] = bootstrap(rows, lambda r: float(r[:, 0].sum() / r[:, 1].sum()))
-        return out
-
-    def _total(self, key: str) -> float:
-        return sum(row[key] for row in self._rows)
+                row["_cosine"] = (valid * cosine).sum().item()
+        row.update({name: estimate.value for name, estimate in pool_fidelity([row], resamples=0).items()})
+        return row
 
     def _pool(self, warped: Tensor, grid: tuple[int, int], downsampler: nn.Module | None) -> Tensor:
         if downsampler is None:
@@ -119,6 +118,53 @@ class FidelityMeter:
         if not normalizer.invertible:
             return downsampler(warped)
         return normalizer.denormalize(downsampler(normalizer(warped)))
+
+
+def pool_fidelity(rows: Sequence[Row], *, resamples: int = 1000) -> dict[str, Estimate]:
+    """Fidelity by downsampler ("area", ...) and "cosine", the mean cosine similarity under area pooling.
+
+    Args:
+        rows: Of :meth:`FidelityMeter.measure`, at least one.
+        resamples: For the intervals; 0: none.
+    """
+    if not rows:
+        raise ConfigError("no image was measured; add at least one")
+    sums = np.sum([row["_sum"] for row in rows], axis=0)
+    count = sum(row["_count"] for row in rows)
+    mean_square = np.square(sums / (count / len(sums))).sum()
+    # One variance for all resamples: it is a property of the space, not of the encoder.
+    variance = sum(row["_square"] for row in rows) / count - mean_square / len(sums)
+    found = {}
+    for name in [key.removeprefix("_error_") for key in rows[0] if key.startswith("_error_")]:
+        errors = [(row["_count"], row[f"_error_{name}"]) for row in rows]
+        found[name] = bootstrap(
+            errors, lambda r: float(variance * r[:, 0].sum() / max(r[:, 1].sum(), 1e-12)), resamples=resamples
+        )
+    cosines = [(row["_cosine"], row["_tokens"]) for row in rows]
+    found["cosine"] = bootstrap(cosines, lambda r: float(r[:, 0].sum() / r[:, 1].sum()), resamples=resamples)
+    return found
+
+
+@dataclass
+class FidelityTask(ImageTask):
+    """Multi-view fidelity with area pooling and with the run's own downsampler, where there is one."""
+
+    name: ClassVar[str] = "fidelity"
+    title: ClassVar[str] = "does the sharp map agree with what the backbone says about other views?"
+
+    views: int = setting(EVAL_VIEWS.num_views, "views per image", type="count", metavar="N")
+
+    def begin(self, encoder: SharpEncoder, subject: Subject) -> FidelityMeter:
+        own = subject.load_downsampler(encoder)
+        views = replace(EVAL_VIEWS, num_views=self.views)
+        return FidelityMeter(encoder, downsamplers={} if own is None else {"own": own}, views=views, seed=self.seed)
+
+    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, state: Any) -> Row:
+        return state.measure(image, number)
+
+    def summarize(self, rows: Sequence[Row], state: Any) -> Summary:
+        found = pool_fidelity(rows)
+        return {name if name == "cosine" else f"fidelity_{name}": value for name, value in found.items()}
 
 
 def _erode(mask: Tensor) -> Tensor:

@@ -95,8 +95,11 @@ def bootstrap(
     Args:
         per_image: One row of numbers per image.
         statistic: Maps rows [images, numbers] to a number.
+        resamples: 0 for no interval (NaN).
     """
     rows = np.asarray(per_image, dtype=np.float64)
+    if resamples == 0:
+        return Estimate(float(statistic(rows)), float("nan"), float("nan"))
     rng = np.random.default_rng(0)
     draws = [statistic(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(resamples)]
     low, high = np.percentile(draws, [2.5, 97.5])

@@ -4,13 +4,19 @@ For random half-size crops of an image: the cosine similarity, in the backbone's
 inside the crop and the backbone's features of the crop at its native size.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 
 from featsharp.data.views import canvas_margin, cut_canvas
+from featsharp.evaluation.image_task import ImageTask
 from featsharp.evaluation.samples import Estimate, bootstrap, encode_raw, predict_raw
+from featsharp.evaluation.task import Row, Subject, Summary, setting
 from featsharp.model import SharpEncoder
 
 
@@ -27,9 +33,13 @@ class ZoomMeter:
         self.encoder, self.crops, self.seed = encoder, crops, seed
         self._rows: list[tuple[float]] = []
 
-    @torch.inference_mode()
     def add(self, image: Image) -> None:
         """Measure one RGB picture."""
+        self._rows.append((self.measure(image, len(self._rows)),))
+
+    @torch.inference_mode()
+    def measure(self, image: Image, number: int) -> float:
+        """The zoom cosine of one RGB picture; ``number`` decides its crops."""
         encoder, backbone = self.encoder, self.encoder.backbone
         native, patch = backbone.input_size, backbone.patch_size
         size = (2 * native[0], 2 * native[1])
@@ -44,15 +54,34 @@ class ZoomMeter:
             features = F.adaptive_avg_pool2d(features, cells)
         elif features.shape[-2] < cells[0]:
             features = F.interpolate(features, cells, mode="nearest")
-        rng = np.random.default_rng((self.seed, len(self._rows)))
+        rng = np.random.default_rng((self.seed, number))
         starts = [(int(rng.integers(grid[0] + 1)), int(rng.integers(grid[1] + 1))) for _ in range(self.crops)]
         crops = torch.cat(
             [whitened[..., y * patch : y * patch + native[0], x * patch : x * patch + native[1]] for y, x in starts]
         )
         targets = encode_raw(encoder, crops)
         predictions = torch.cat([features[..., y : y + grid[0], x : x + grid[1]] for y, x in starts])
-        self._rows.append((F.cosine_similarity(predictions, targets, dim=1).mean().item(),))
+        return F.cosine_similarity(predictions, targets, dim=1).mean().item()
 
     def result(self) -> Estimate:
         """Mean over images."""
         return bootstrap(self._rows, lambda rows: float(rows[:, 0].mean()))
+
+
+@dataclass
+class ZoomTask(ImageTask):
+    """Zoom cosine."""
+
+    name: ClassVar[str] = "zoom"
+    title: ClassVar[str] = "are the sharp features what the backbone says when it looks closer?"
+
+    crops: int = setting(4, "crops per image", type="count", metavar="N")
+
+    def begin(self, encoder: SharpEncoder, subject: Subject) -> ZoomMeter:
+        return ZoomMeter(encoder, crops=self.crops, seed=self.seed)
+
+    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, state: Any) -> Row:
+        return {"zoom_cosine": state.measure(image, number)}
+
+    def summarize(self, rows: Sequence[Row], state: Any) -> Summary:
+        return {"zoom_cosine": bootstrap([(row["zoom_cosine"],) for row in rows], lambda r: float(r.mean()))}

@@ -47,7 +47,7 @@ def remember_features(backbone: Backbone, folder: Path) -> None:
 def _digest(image: Tensor) -> str:
     """A name for the content of [3, H, W]."""
     digest = hashlib.blake2b(f"{tuple(image.shape)}{image.dtype}".encode(), digest_size=16)
-    digest.update(image.detach().cpu().contiguous().view(torch.uint8).numpy())
+    digest.update(image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

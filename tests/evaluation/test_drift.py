@@ -105,14 +105,14 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "photos").mkdir()
     picture().save(tmp_path / "photos" / "a.png")
     save_checkpoint(create_encoder("toy-cnn", "lift", 2), tmp_path / "lift.pth")
-    command = ["eval", "drift", "--checkpoint", tmp_path / "lift.pth", "--images", tmp_path / "photos"]
+    command = ["eval", "drift", "--checkpoint", tmp_path / "lift.pth", "--data", tmp_path / "photos"]
     assert main([*map(str, command), "--iterations", "2", "--json", str(tmp_path / "r.json")]) == 0
     table = capsys.readouterr().out.splitlines()
     names = [f"{quantity}_{k}" for k in range(3) for quantity in ("cosine", "norm", "mean", "std")]
-    assert [line.split()[0] for line in table] == names
+    assert [line.split()[0] for line in table[1:]] == names
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["task"] == "drift"
-    assert list(content["result"]) == names
+    assert list(content["encoders"]["lift"]["result"]) == names
     with pytest.raises(SystemExit):
         main([*map(str, command), "--iterations", "0"])
     assert "'0' is no count; give a whole number of at least 1" in capsys.readouterr().err
