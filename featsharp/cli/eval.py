@@ -30,7 +30,7 @@ from featsharp.cli.results import parse_count, parse_size
 from featsharp.data.files import write_file
 from featsharp.errors import ConfigError
 from featsharp.evaluation.samples import Estimate
-from featsharp.evaluation.task import Subject, evaluate, from_json
+from featsharp.evaluation.task import Subject, Task, evaluate, from_json
 from featsharp.model import SharpEncoder
 from featsharp.ops.device import find_device
 from featsharp.ops.memory import keep_freed_memory
@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, place in TASKS.items():
         kind = _find(place)
         sub = tasks.add_parser(name, help=kind.title, description=kind.__doc__)
-        _add_encoders(sub)
+        if issubclass(kind, Task):
+            _add_encoders(sub)
         for field in dataclasses.fields(kind):
             _add_setting(sub, field)
         sub.add_argument("--json", type=Path, metavar="F", help="write the result there, every item included")
@@ -70,21 +71,24 @@ def run(arguments: argparse.Namespace) -> None:
     task = kind(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(kind)})
     device = find_device(arguments.device)
     dtype = autocast_dtype(arguments.dtype, device)
-    subjects = find_subjects(arguments, device, dtype)
     path: Path | None = arguments.json
-    journal = None if path is None else path.with_name(f"{path.name}.rows")
-    found = evaluate(task, subjects, journal=journal)
-    for label, content in found.items():
-        print_result(label, content)
+    content = {
+        "task": task.name,
+        "command": _command(arguments.argv),
+        "settings": _named(settings_of(task)),
+        "machine": describe_machine(device),
+    }
+    if isinstance(task, Task):
+        subjects = find_subjects(arguments, device, dtype)
+        journal = None if path is None else path.with_name(f"{path.name}.rows")
+        content["encoders"] = evaluate(task, subjects, journal=journal)
+        for label, found in content["encoders"].items():
+            print_result(label, found)
+    else:
+        content["result"] = task.run(device, dtype, progress=True)
+        print(*task.table(content["result"]), sep="\n")
     if path is not None:
-        whole = {
-            "task": task.name,
-            "command": _command(arguments.argv),
-            "settings": _named(task.settings()),
-            "machine": describe_machine(device),
-            "encoders": found,
-        }
-        write_file(path, (json.dumps(whole, indent=1) + "\n").encode())
+        write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def find_subjects(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> list[Subject]:

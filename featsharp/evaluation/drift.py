@@ -26,9 +26,10 @@ from featsharp.data.views import canvas_margin, cut_canvas
 from featsharp.errors import ConfigError
 from featsharp.evaluation.image_task import ImageTask
 from featsharp.evaluation.samples import Estimate, bootstrap
-from featsharp.evaluation.task import Row, Subject, Summary, setting
+from featsharp.evaluation.task import Row, Subject, Summary
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
+from featsharp.settings import setting
 from featsharp.upsamplers.base import GuidedUpsampler
 
 # Largest map that is made: 4 GiB in float32.

@@ -24,10 +24,11 @@ from featsharp.data.views import ViewConfig, Views, base_view, cut_canvas, rende
 from featsharp.errors import ConfigError
 from featsharp.evaluation.image_task import ImageTask
 from featsharp.evaluation.samples import Estimate, bootstrap, encode_raw, predict_raw
-from featsharp.evaluation.task import Row, Subject, Summary, setting
+from featsharp.evaluation.task import Row, Subject, Summary
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
 from featsharp.ops.warp import inside, warp
+from featsharp.settings import setting
 
 # Views zoom in by up to 1.6 and rotate by up to 8 degrees.
 EVAL_VIEWS = ViewConfig(

@@ -10,8 +10,9 @@ from PIL.Image import Image
 from featsharp.data.images import decode_image
 from featsharp.data.sources import open_source
 from featsharp.errors import DataError
-from featsharp.evaluation.task import Item, Row, Task, setting
+from featsharp.evaluation.task import Item, Row, Task
 from featsharp.model import SharpEncoder
+from featsharp.settings import setting
 
 
 @dataclass

@@ -8,12 +8,11 @@ Resuming: every measured row is appended to a journal at once. A row is found ag
 of the encoder and the item's name, so that the same command goes on after whatever stopped it.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,6 +22,7 @@ from torch import nn
 from featsharp.errors import DataError, FeatSharpError, InputError
 from featsharp.evaluation.samples import Estimate
 from featsharp.model import SharpEncoder
+from featsharp.settings import settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,6 @@ class Subject:
     load: Callable[[], SharpEncoder]
     tag: str = ""
     load_downsampler: Callable[[SharpEncoder], nn.Module | None] = lambda encoder: None
-
-
-def setting(default: Any, help: str, **argparse: Any) -> Any:
-    """A field of a task: its default, its line in the help, and what argparse is told beyond (type, nargs, metavar)."""
-    return field(default=default, metadata={"help": help, **argparse})
 
 
 class Task:
@@ -101,10 +96,6 @@ class Task:
     def summarize(self, rows: Sequence[Row], state: Any) -> Summary:
         """Pool the rows of one encoder."""
         raise NotImplementedError
-
-    def settings(self) -> dict[str, Any]:
-        """All settings as JSON values."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
 class Journal:
@@ -247,14 +238,8 @@ def _measure(task: Task, encoder: SharpEncoder, item: Item, number: int, state: 
 
 def _key(task: Task, encoder: SharpEncoder, subject: Subject) -> str:
     """Tells rows of other settings, encoders and weights apart."""
-    parts = [task.name, task.settings(), describe_encoder(encoder), subject.tag, encoder.backbone.weights_hash()]
+    parts = [task.name, settings_of(task), describe_encoder(encoder), subject.tag, encoder.backbone.weights_hash()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _with_progress(items: Sequence[Item], label: str, wanted: bool) -> Iterator[Item]:

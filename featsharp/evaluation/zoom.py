@@ -16,8 +16,9 @@ from PIL.Image import Image
 from featsharp.data.views import canvas_margin, cut_canvas
 from featsharp.evaluation.image_task import ImageTask
 from featsharp.evaluation.samples import Estimate, bootstrap, encode_raw, predict_raw
-from featsharp.evaluation.task import Row, Subject, Summary, setting
+from featsharp.evaluation.task import Row, Subject, Summary
 from featsharp.model import SharpEncoder
+from featsharp.settings import setting
 
 
 class ZoomMeter:
