@@ -34,6 +34,7 @@ from featsharp.evaluation.task import Subject, Task, evaluate, from_json
 from featsharp.model import SharpEncoder
 from featsharp.ops.device import find_device
 from featsharp.ops.memory import keep_freed_memory
+from featsharp.settings import settings_of
 from featsharp.train import autocast_dtype
 
 # Task -> where it is defined. Imported when used, so that help is instant.
