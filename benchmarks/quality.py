@@ -29,9 +29,10 @@ from featsharp.evaluation.fidelity import FidelityMeter
 from featsharp.evaluation.samples import Estimate, ImageSet, bootstrap
 from featsharp.evaluation.zoom import ZoomMeter
 from featsharp.model import SharpEncoder
+from featsharp.ops.device import autocast_dtype
 from featsharp.ops.memory import keep_freed_memory
 from featsharp.ops.resize import size_of
-from featsharp.train import autocast_dtype, train
+from featsharp.train import train
 from featsharp.upsamplers import create_upsampler
 
 FACTOR = 2

@@ -22,8 +22,9 @@ from featsharp.data.images import decode_image
 from featsharp.evaluation.fidelity import FidelityMeter
 from featsharp.evaluation.zoom import ZoomMeter
 from featsharp.model import SharpEncoder
+from featsharp.ops.device import autocast_dtype
 from featsharp.ops.memory import keep_freed_memory
-from featsharp.train import autocast_dtype, train
+from featsharp.train import train
 from featsharp.visualization.compare import compare_encoders
 from featsharp.visualization.panels import save_figure
 

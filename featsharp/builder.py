@@ -1,5 +1,6 @@
 """From names and files to sharp encoders, and back to files."""
 
+import json
 import re
 from collections.abc import Mapping
 from os import PathLike
@@ -11,7 +12,8 @@ import torch
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
 from featsharp.backbones.common import runs_code
-from featsharp.checkpoint import read_checkpoint, restoring, write_checkpoint
+from featsharp.checkpoint import ENCODER_FILE, WEIGHTS_SUFFIX, read_checkpoint, restoring, write_checkpoint
+from featsharp.data.files import write_file
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.spectral import folded_state
@@ -20,6 +22,7 @@ from featsharp.normalizers import create_normalizer
 from featsharp.upsamplers import UPSAMPLERS, create_upsampler
 from featsharp.upsamplers.base import Upsampler
 from featsharp.upsamplers.registration import plain_options
+from featsharp.weights import find_weights, list_weights
 
 # "tile-4x" where a path is expected builds that upsampler untrained; "module:function-2x" one from a function.
 PSEUDO_PATH = re.compile(r"(?P<name>[\w.:-]*\w)-(?P<factor>-?\d+(\.\d+)?)x")
@@ -99,7 +102,8 @@ def load_from_file(
     Args:
         path: A checkpoint file, or an upsampler that needs no training with its factor: ``"tile-2x"``,
             ``"bilinear-1.5x"``, or a function of your own ``"package.module:function-2x"`` (see
-            :func:`featsharp.upsamplers.from_function`), which is imported.
+            :func:`featsharp.upsamplers.from_function`), which is imported. Weights that come with the package go by
+            their name, ``"vits14-focus/featsharp-2x"``; ``featsharp.weights.list_weights()`` has them all.
         featurizer: The backbone. Needed for pseudo-paths and for checkpoints of a backbone that has no name to be built
             from; otherwise the checkpoint's own is built. One that the checkpoint was not trained for is refused.
         max_memory: Limit of the memory that encoding takes, in bytes or as "2GiB"; see ``SharpEncoder.max_memory``.
@@ -122,6 +126,7 @@ def load_from_file(
                 "(--backbone on the command line)"
             )
         return _untrained_encoder(featurizer, pseudo["name"], float(pseudo["factor"]), max_memory)
+    path = _find_file(path)
     content = read_checkpoint(path)
     with restoring(path):
         saved = content["encoder"]
@@ -145,6 +150,19 @@ def load_from_file(
         )
         load_model_state(encoder, content["model"], path)
     return encoder.eval().requires_grad_(False)
+
+
+def _find_file(path: str | PathLike[str]) -> str | PathLike[str]:
+    """The path itself, or that of shipped weights of this name."""
+    if Path(path).exists():
+        return path
+    shipped = find_weights(str(path))
+    if shipped is None and not Path(path).suffix:
+        known = ", ".join(list_weights())
+        raise CheckpointError(
+            f"checkpoint {path} does not exist, and no shipped weights are called so (there are: {known})"
+        )
+    return shipped or path
 
 
 def _untrained_encoder(
@@ -188,6 +206,46 @@ def save_checkpoint(
         config: The configuration it was trained with, plain values.
         training: Optimiser and other states for a resumed run.
     """
+    content = {
+        "encoder": _describe(encoder),
+        "model": model_state(encoder),
+        "config": None if config is None else dict(config),
+        "training": None if training is None else dict(training),
+    }
+    write_checkpoint(path, content)
+
+
+def save_weights(encoder: SharpEncoder, path: str | PathLike[str]) -> None:
+    """Write a small file for inference: no training state, and the upsampler in half precision.
+
+    :func:`load_from_file` reads it like a checkpoint, in float32. Normalizer and bias buffer stay in float32: their
+    error would go straight into the features.
+
+    Args:
+        encoder: As for :func:`save_checkpoint`.
+        path: Ends in ".safetensors"; an existing file is replaced atomically.
+
+    Raises:
+        CheckpointError: For another suffix, or weights beyond the range of half precision.
+    """
+    from safetensors.torch import save
+
+    path = Path(path)
+    if path.suffix != WEIGHTS_SUFFIX:
+        raise CheckpointError(f"weights go to a file that ends in {WEIGHTS_SUFFIX}; got {path.name}")
+    header = {"format": ENCODER_FILE.format, "version": str(ENCODER_FILE.version)}
+    header["encoder"] = json.dumps(_describe(encoder))
+    state = model_state(encoder)
+    for name, tensor in state.items():
+        if name.startswith("upsampler.") and tensor.is_floating_point():
+            state[name] = tensor.half()
+            if not state[name].isfinite().all():
+                raise CheckpointError(f"{name} has values that half precision cannot hold; keep the checkpoint")
+    write_file(path, save(state, header))
+
+
+def _describe(encoder: SharpEncoder) -> dict[str, Any]:
+    """How to rebuild an encoder, as JSON values; CheckpointError where a file cannot say that."""
     if encoder.recipe.get("upsampler") is None:
         raise CheckpointError(
             "this encoder was built from an upsampler object, which no file can name; register its class with "
@@ -199,15 +257,7 @@ def save_checkpoint(
             f"option {objects[0]} of this encoder is a Python object, which no file can hold; build it with plain "
             "values, a function by its name 'module:function'"
         )
-    write_checkpoint(
-        path,
-        {
-            "encoder": {"backbone": encoder.backbone.describe(), "recipe": encoder.recipe},
-            "model": model_state(encoder),
-            "config": None if config is None else dict(config),
-            "training": None if training is None else dict(training),
-        },
-    )
+    return {"backbone": encoder.backbone.describe(), "recipe": encoder.recipe}
 
 
 def _is_plain(value: object) -> bool:

@@ -4,9 +4,13 @@ A file is one dictionary that begins with ``format`` and ``version``; a :class:`
 of a sharp encoder, the default, has ``encoder`` (how to rebuild the sharp encoder, and which backbone
 it belongs to); ``model`` (its tensors, without the backbone's); ``config`` (the composed training configuration, or
 None); ``training`` (everything a resumed run needs, or None).
+
+An encoder that is only to be used also fits into a safetensors file (``builder.save_weights``): the tensors of
+``model``, the large ones in half precision, and ``encoder`` as JSON in the header. Both kinds are read here.
 """
 
 import contextlib
+import json
 import os
 import pickle
 import zipfile
@@ -19,6 +23,7 @@ import torch
 from featsharp.errors import CheckpointError, FeatSharpError
 
 VERSION = 1
+WEIGHTS_SUFFIX = ".safetensors"
 
 
 class FileKind(NamedTuple):
@@ -70,6 +75,10 @@ def read_checkpoint(path: str | os.PathLike[str], kind: FileKind = ENCODER_FILE)
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist{_beside(path)}")
+    if path.suffix == WEIGHTS_SUFFIX and kind is ENCODER_FILE:
+        content = _read_weights(path)
+        _check_kind(path, content, kind)
+        return content
     try:
         _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -82,6 +91,29 @@ def read_checkpoint(path: str | os.PathLike[str], kind: FileKind = ENCODER_FILE)
         raise CheckpointError(
             f"checkpoint {path} cannot be read ({_first_line(error)}); is it truncated or damaged?"
         ) from error
+    _check_kind(path, content, kind)
+    return content
+
+
+def _read_weights(path: Path) -> dict[str, Any]:
+    """A safetensors file as the dictionary of a checkpoint, in float32."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); is it truncated or damaged?") from error
+    with restoring(path):
+        content = {"format": header.get("format"), "version": int(header.get("version", 0)), "config": None}
+        encoder = json.loads(header["encoder"]) if "encoder" in header else None
+    model = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}
+    return {**content, "training": None, "model": model, "encoder": encoder}
+
+
+def _check_kind(path: Path, content: object, kind: FileKind) -> None:
+    """Raise CheckpointError unless a file holds what its kind has, in a version that this package reads."""
     if not isinstance(content, dict) or content.get("format") != kind.format:
         raise CheckpointError(f"{path} is not {kind.noun}; `{kind.writer}` writes them")
     version = content.get("version")
@@ -90,7 +122,6 @@ def read_checkpoint(path: str | os.PathLike[str], kind: FileKind = ENCODER_FILE)
     lacking = [key for key in kind.keys if key not in content]
     if not isinstance(version, int) or lacking:
         raise CheckpointError(f"checkpoint {path} is not complete: it lacks {', '.join(lacking) or 'a version number'}")
-    return content
 
 
 @contextlib.contextmanager

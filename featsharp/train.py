@@ -29,6 +29,7 @@ from featsharp.data.views import ViewConfig, base_view
 from featsharp.errors import CheckpointError, ConfigError, DataError, FeatSharpError
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics, StatisticsKey, fit_with_cache
+from featsharp.ops.device import autocast_dtype
 from featsharp.ops.memory import keep_freed_memory
 from featsharp.training.distributed import World, copy_from_main, gather_objects, start_world, stop_world
 from featsharp.training.feature_cache import remember_features
@@ -201,21 +202,6 @@ def data_fingerprint(mixture: ImageMixture, samples: int) -> str:
             digests[place] = hashlib.sha256(content).digest()
         whole.update(digests[place])
     return whole.hexdigest()[:16]
-
-
-def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type of matrix products; "auto" is bfloat16 where the hardware multiplies it natively."""
-    names = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name in names:
-        return names[name]
-    if name != "auto":
-        raise ConfigError(f"unknown dtype {name!r}; use auto, {', '.join(names)}")
-    fast = (
-        torch.cuda.is_bf16_supported(including_emulation=False)
-        if device.type == "cuda"
-        else torch.cpu._is_avx512_bf16_supported()
-    )
-    return torch.bfloat16 if fast else None
 
 
 def _check_folder(folder: Path, config: RunConfig) -> None:

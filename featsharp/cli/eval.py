@@ -26,16 +26,15 @@ from torch import nn
 from featsharp.benchmark.measure import describe_machine
 from featsharp.builder import load_from_file
 from featsharp.checkpoint import read_checkpoint, restoring
-from featsharp.cli.results import parse_count, parse_size
+from featsharp.cli.results import add_backbone, parse_count, parse_size
 from featsharp.data.files import write_file
 from featsharp.errors import ConfigError
 from featsharp.evaluation.samples import Estimate
 from featsharp.evaluation.task import Subject, Task, evaluate, from_json
 from featsharp.model import SharpEncoder
-from featsharp.ops.device import find_device
+from featsharp.ops.device import autocast_dtype, find_device
 from featsharp.ops.memory import keep_freed_memory
 from featsharp.settings import settings_of
-from featsharp.train import autocast_dtype
 
 # Task -> where it is defined. Imported when used, so that help is instant.
 TASKS = {
@@ -154,12 +153,7 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--upsampler", nargs="+", metavar="[LABEL=]NAME-FACTORx", help="training-free upsamplers, such as bilinear-2x"
     )
-    parser.add_argument("--backbone", help="name of the backbone; default: the checkpoint's own, else vits14-focus")
-    parser.add_argument(
-        "--allow-functions",
-        action="store_true",
-        help="let a checkpoint import functions that it names; runs their code",
-    )
+    add_backbone(parser, "default: the checkpoint's own, else vits14-focus")
 
 
 def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]") -> None:

@@ -3,6 +3,7 @@
 featsharp ls                         everything
 featsharp ls backbones               with whether the weights are on this machine; --markdown for the table of the docs
 featsharp ls upsamplers              with what each one needs, keeps and costs; --markdown for the table of the docs
+featsharp ls weights                 trained weights that come with the package
 featsharp ls models                  values of +model= for training; likewise: configs, objectives
 
 Column of backbones: "weights", whether they are found here without a network ("?": only building it can tell).
@@ -17,7 +18,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-KINDS = ("backbones", "upsamplers", "normalizers", "models", "configs", "objectives")
+KINDS = ("backbones", "upsamplers", "weights", "normalizers", "models", "configs", "objectives")
 BACKBONE_COLUMNS = ("name", "what it is", "stands for", "why these options")
 COLUMNS = ("name", "needs", "trained", "keeps space", "factors", "parameters", "cost", "what it does", "source")
 
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
             _print_table(kind, COLUMNS, list(upsampler_rows()), markdown=arguments.markdown)
             continue
         rows = list(_rows(kind))
-        width = max(len(name) for name, _ in rows)
+        width = max((len(name) for name, _ in rows), default=0)
         print(f"{kind}:")
         for name, description in rows:
             print(f"  {name:{width}}  {description}")
@@ -112,6 +113,11 @@ def _rows(kind: str) -> Iterable[tuple[str, str]]:
         from featsharp.normalizers import NORMALIZERS
 
         yield from ((entry.name, entry.description) for entry in NORMALIZERS.entries())
+    elif kind == "weights":
+        from featsharp.weights import DEFAULT, list_weights
+
+        for name in list_weights():
+            yield name, "comes with the package" + (", the default of featsharp upsample" if name == DEFAULT else "")
     else:
         from featsharp.configs.compose import options_of
 

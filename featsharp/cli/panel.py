@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from featsharp.builder import create_encoder, load_from_file
+from featsharp.cli.results import add_backbone
 from featsharp.data.images import decode_image
 from featsharp.errors import ConfigError
 from featsharp.ops.memory import keep_freed_memory
@@ -22,12 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", choices=["pca"])
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--checkpoint", action="append", required=True, help="may be given several times")
-    parser.add_argument("--backbone", help="name of the backbone; default: the checkpoint's own")
-    parser.add_argument(
-        "--allow-functions",
-        action="store_true",
-        help="let the checkpoint import functions that it names; runs their code",
-    )
+    add_backbone(parser)
     parser.add_argument("--real", action="store_true", help="add the backbone run on the enlarged image")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="PNG")
 

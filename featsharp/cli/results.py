@@ -18,6 +18,16 @@ from featsharp.visualization.pca import FeaturePCA
 PICTURE_SIDE = 448
 
 
+def add_backbone(parser: argparse.ArgumentParser, text: str = "default: the checkpoint's own") -> None:
+    """The flags --backbone and --allow-functions of everything that loads encoders."""
+    parser.add_argument("--backbone", help=f"name of the backbone; {text}")
+    parser.add_argument(
+        "--allow-functions",
+        action="store_true",
+        help="let the checkpoint import functions that it names; runs their code",
+    )
+
+
 def metadata_of(image: Image.Image) -> dict[str, str]:
     """The texts in a file of features."""
     return {"image_size": f"{image.height}x{image.width}", "layout": "CHW"}

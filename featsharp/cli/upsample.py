@@ -1,5 +1,6 @@
 """Sharp features of images.
 
+    featsharp upsample photo.jpg                        with the weights that come with the package
     featsharp upsample photo.jpg --checkpoint last.pth -o features
     featsharp upsample photos --checkpoint tile-2x --backbone vits14-focus -o features
 
@@ -15,25 +16,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from featsharp.builder import load_from_file
-from featsharp.cli.results import check_finite, metadata_of, parse_size, save_comparison, save_features
+from featsharp.cli.results import add_backbone, check_finite, metadata_of, parse_size, save_comparison, save_features
 from featsharp.data.images import decode_image, is_image_name
 from featsharp.data.mapped import MappedFeatures
 from featsharp.errors import ConfigError, DataError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.ops.device import find_device
 from featsharp.ops.memory import keep_freed_memory
+from featsharp.weights import DEFAULT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--checkpoint", required=True, help="a trained file; or NAME-FACTORx with --backbone")
-    parser.add_argument("--backbone", help="name of the backbone; default: the checkpoint's own")
     parser.add_argument(
-        "--allow-functions",
-        action="store_true",
-        help="let the checkpoint import functions that it names; runs their code",
+        "--checkpoint",
+        default=DEFAULT,
+        help=f"a trained file; shipped weights; or NAME-FACTORx with --backbone; default: {DEFAULT}",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    add_backbone(parser)
+    parser.add_argument("-o", "--output", type=Path, default=Path("features"), metavar="DIR", help="default: features")
     parser.add_argument("--size", type=parse_size, metavar="HxW", help="scale the image to this many pixels first")
     parser.add_argument(
         "--output-size", type=parse_size, metavar="HxW", help="cells of the sharp map; default: by the factor"

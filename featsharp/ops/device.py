@@ -1,4 +1,4 @@
-"""Devices by name."""
+"""Devices and autocast types by name."""
 
 import torch
 
@@ -26,3 +26,18 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used here ({reason}); use auto or cpu") from error
     return device
+
+
+def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type of matrix products; "auto" is bfloat16 where the hardware multiplies it natively."""
+    names = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name in names:
+        return names[name]
+    if name != "auto":
+        raise ConfigError(f"unknown dtype {name!r}; use auto, {', '.join(names)}")
+    fast = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda"
+        else torch.cpu._is_avx512_bf16_supported()
+    )
+    return torch.bfloat16 if fast else None

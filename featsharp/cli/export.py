@@ -1,0 +1,27 @@
+"""A checkpoint as one small file for use: no training state, the upsampler in half precision.
+
+    featsharp export last.pth -o sharp.safetensors
+    featsharp upsample photo.jpg --checkpoint sharp.safetensors
+
+It loads like the checkpoint. The weights of the backbone are in neither; their hash is.
+"""
+
+import argparse
+from pathlib import Path
+
+from featsharp.builder import load_from_file, save_weights
+from featsharp.cli.results import add_backbone
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="F.safetensors")
+    add_backbone(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    encoder = load_from_file(
+        arguments.checkpoint, featurizer=arguments.backbone, allow_functions=arguments.allow_functions
+    )
+    save_weights(encoder, arguments.output)
+    print(f"{arguments.output}: {arguments.output.stat().st_size / 2**20:.1f} MiB")

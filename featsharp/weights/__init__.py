@@ -1,0 +1,17 @@
+"""Trained weights that come with the package: BACKBONE/UPSAMPLER-FACTORx.safetensors, each with its model card (.md)."""
+
+from pathlib import Path
+
+HOME = Path(__file__).parent
+# What `featsharp upsample` takes unless told otherwise.
+DEFAULT = "vits14-focus/featsharp-2x"
+
+
+def list_weights() -> list[str]:
+    """Names that ``load_from_file`` takes in place of a path."""
+    return sorted(path.relative_to(HOME).with_suffix("").as_posix() for path in HOME.glob("*/*.safetensors"))
+
+
+def find_weights(name: str) -> Path | None:
+    """The file of shipped weights; None where no weights have that name."""
+    return HOME / f"{name}.safetensors" if name in list_weights() else None
