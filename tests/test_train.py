@@ -393,3 +393,19 @@ def test_two_processes_equal_one_with_twice_the_batch(photos, tmp_path):
         )
     assert (one - two).abs().max() < 1e-3
     assert (one - half).abs().max() > 1e-2
+
+
+def test_a_run_on_remembered_features_equals_the_run_that_computed_them(photos, tmp_path):
+    """``feature_cache``: the second epoch and the second run read what the first epoch wrote."""
+    cache = tmp_path / "features"
+    options = [*SMALL, "+upsampler=featsharp-2x", f"train_data_dir={photos}", "num_training_steps=4"]
+    options += ["feature_cache.samples=4", f"feature_cache.folder={cache}"]
+    assert main([*options, "output_base=first"]) == 0
+    files = sorted(cache.rglob("*.safetensors"))
+    # Of each sample the low-resolution pass, tiles and views; of the validation image 4 views.
+    assert len(files) == 4 * (1 + 4 + 5) + (1 + 4 + 4)
+    changed = {path: path.stat().st_mtime_ns for path in files}
+    assert main([*options, "output_base=second"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in sorted(cache.rglob("*.safetensors"))} == changed
+    weights = [read_checkpoint(next(Path(name).rglob("last.pth")))["model"] for name in ("first", "second")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

@@ -99,3 +99,13 @@ def test_data_without_a_usable_image_is_one_clear_error(tmp_path, num_workers):
     with pytest.raises(DataError, match="in a row cannot be used") as caught:
         list(load_views(dataset_of(tmp_path), StepSampler(0, 1, 1), num_workers))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_repeated_samples_come_once_per_epoch_in_an_order_of_each_epoch():
+    batches = list(StepSampler(0, 9, batch_size=4, distinct=12, seed=3))
+    epochs = [[n for numbers in batches[i : i + 3] for n in numbers] for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert list(StepSampler(5, 9, batch_size=4, distinct=12, seed=3)) == batches[5:]
+    ranks = [list(StepSampler(0, 9, batch_size=2, rank=rank, world=2, distinct=12, seed=3)) for rank in range(2)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == batches

@@ -1,0 +1,96 @@
+"""Features are computed once per image, kept in half precision, and never taken for another's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from featsharp.backbones import create_backbone
+from featsharp.backbones.base import Backbone, BackboneOutput
+from featsharp.training.feature_cache import remember_features
+
+
+class Counting(Backbone):
+    """Mean colours of patches of 8 pixels, times ``scale``; counts the images that it sees."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__("counting", patch_size=8, embed_dim=3, input_size=(32, 32), summary_dim=3)
+        self.seen = 0
+        self.weight = nn.Parameter(torch.tensor(scale))
+        self.freeze()
+
+    def extract(self, images: Tensor) -> BackboneOutput:
+        self.seen += len(images)
+        features = nn.functional.avg_pool2d(images, 8) * self.weight
+        return BackboneOutput(features, features.mean((2, 3)))
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_an_image_is_encoded_once_wherever_it_stands_in_a_batch(tmp_path):
+    images = torch.randn(4, 3, 32, 24)
+    backbone = Counting()
+    expected = backbone(images)
+    backbone.seen = 0
+    remember_features(backbone, tmp_path)
+    first = backbone(images[:3])
+    second = backbone(images.flip(0))
+    assert backbone.seen == 4
+    assert len(files(tmp_path)) == 4
+    assert torch.equal(second.features[1:].flip(0), first.features)
+    assert torch.equal(second.features.flip(0), expected.features.half().float())
+    assert torch.equal(second.summary.flip(0), expected.summary.half().float())
+
+
+def test_other_weights_sizes_and_types_are_not_mixed_up(tmp_path):
+    images = torch.randn(1, 3, 32, 32)
+    for scale in (1.0, 2.0):
+        backbone = Counting(scale)
+        remember_features(backbone, tmp_path)
+        backbone(images)
+        backbone(images.reshape(1, 3, 64, 16))  # the same bytes
+        assert backbone.seen == 2
+    backbone = Counting()
+    backbone.autocast_dtype = torch.bfloat16
+    remember_features(backbone, tmp_path)
+    backbone(images)
+    assert backbone.seen == 1
+
+
+def test_features_beyond_half_precision_are_kept_whole(tmp_path):
+    backbone = Counting(1e6)
+    images = torch.rand(1, 3, 32, 32) + 1
+    expected = backbone(images).features
+    remember_features(backbone, tmp_path)
+    backbone(images)
+    assert torch.equal(backbone(images).features, expected)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x08\0\0\0\0\0\0\0{}", b"junk"])
+def test_a_damaged_file_is_written_again(tmp_path, damage):
+    backbone = Counting()
+    remember_features(backbone, tmp_path)
+    images = torch.randn(1, 3, 32, 32)
+    expected = backbone(images).features
+    (path,) = files(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(damage)
+    assert torch.equal(backbone(images).features, expected)
+    assert backbone.seen == 2
+    assert path.read_bytes() == whole
+
+
+def test_half_precision_autocast_gives_the_type_of_the_images(tmp_path):
+    backbone = create_backbone("toy-vit", autocast_dtype=torch.bfloat16)
+    images = torch.randn(2, 3, 64, 64)
+    expected = backbone(images)
+    remember_features(backbone, tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [backbone(images) for _ in range(2)]
+    for out in found:
+        assert out.features.dtype == torch.float32
+        torch.testing.assert_close(out.features, expected.features, rtol=1e-3, atol=1e-3)
+    assert torch.equal(found[0].features, found[1].features)
