@@ -9,9 +9,7 @@ from torch import Tensor
 
 from featsharp.backbones.base import Backbone
 from featsharp.benchmark.measure import measure_memory, time_interleaved
-from featsharp.builder import create_encoder
-from featsharp.model import SharpEncoder
-from featsharp.normalizers import FeatureStatistics
+from featsharp.benchmark.workloads import backbone_passes, build_encoder
 
 UPSAMPLERS = ("identity", "bilinear", "tile", "featup", "jafar", "featsharp")
 
@@ -39,7 +37,7 @@ def benchmark_encode(
     groups = []
     for factor in factors:
         encoders = {
-            name: _build(backbone, name, factor, normalizer).to(device)
+            name: build_encoder(backbone, name, factor, normalizer).to(device)
             for name in upsamplers
             if name != "identity" or factor == 1
         }
@@ -48,7 +46,7 @@ def benchmark_encode(
             passes: dict[str, list[Tensor]] = {}
             for name, encoder in encoders.items():
                 images = torch.randn(1, 3, *encoder.input_size, device=device)
-                passes[name] = _passes(encoder, images)
+                passes[name] = backbone_passes(encoder.backbone, _call(None, encoder, images))
                 cases[name] = _call(dtype, encoder, images)
                 cases[f"{name}, backbone"] = _call(dtype, encoder.backbone, *passes[name])
             counts = {name: sum(map(len, batches)) for name, batches in passes.items()}
@@ -67,16 +65,6 @@ def benchmark_encode(
             }
 
 
-def _passes(encoder: SharpEncoder, images: Tensor) -> list[Tensor]:
-    """The batches that go through the backbone for ``images``."""
-    batches: list[Tensor] = []
-    hook = encoder.backbone.register_forward_pre_hook(lambda module, arguments: batches.append(arguments[0]))
-    with torch.no_grad():
-        encoder(images)
-    hook.remove()
-    return batches
-
-
 def _call(dtype: torch.dtype | None, module: torch.nn.Module, *batches: Tensor) -> Callable[[], object]:
     """One batch after the other, without gradients, under autocast to ``dtype`` or none."""
 
@@ -86,14 +74,3 @@ def _call(dtype: torch.dtype | None, module: torch.nn.Module, *batches: Tensor) 
                 module(batch)
 
     return call
-
-
-def _build(backbone: str | Backbone, upsampler: str, factor: float, normalizer: str) -> SharpEncoder:
-    options = {"function": upsampler} if ":" in upsampler else {}
-    name = "custom" if options else upsampler
-    encoder = create_encoder(backbone, name, factor, upsampler_options=options, normalizer=normalizer)
-    if encoder.normalizer.needs_fit:
-        statistics = FeatureStatistics(encoder.embed_dim)
-        statistics.update(torch.randn(2 * encoder.embed_dim, encoder.embed_dim))
-        encoder.normalizer.fit(statistics)
-    return encoder

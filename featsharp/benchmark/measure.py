@@ -8,15 +8,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from featsharp.errors import FeatSharpError
 from featsharp.ops.memory import return_freed_memory, trim_memory
 from featsharp.ops.peak import PeakMeter
+from featsharp.progress import with_progress
 
 # Time that the runs of one case should not exceed, in seconds; two runs are the least.
 CASE_SECONDS = 6.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Timing:
 
 
 def time_interleaved(
-    cases: Mapping[str, Callable[[], object]], device: torch.device, *, repeat: int = 15
+    cases: Mapping[str, Callable[[], object]], device: torch.device, *, repeat: int = 15, progress: bool = False
 ) -> dict[str, Timing]:
     """Time cases in turn, so that what disturbs the machine disturbs them all.
 
@@ -38,17 +43,37 @@ def time_interleaved(
         cases: Functions by name; each is run twice before, uncounted.
         device: Where they compute: a GPU is waited for.
         repeat: Most runs of a case; slow ones get fewer, at least two.
+        progress: Whether to show a bar on stderr.
     """
     runs: dict[str, int] = {}
     for name, function in cases.items():
         function()  # what is compiled or loaded once
         runs[name] = max(2, min(repeat, int(1000 * CASE_SECONDS / _milliseconds(function, device))))
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(max(runs.values(), default=0)):
+    for turn in with_progress(range(max(runs.values(), default=0)), "timing", progress):
         for name, function in cases.items():
             if turn < runs[name]:
                 times[name].append(_milliseconds(function, device))
     return {name: summarize(values) for name, values in times.items()}
+
+
+def find_failure(function: Callable[[], object]) -> str | None:
+    """Why a call cannot be measured: its FeatSharpError, or "out of memory"; None where it works."""
+    try:
+        function()
+    except FeatSharpError as error:
+        return str(error)
+    except RuntimeError as error:
+        # Of a CPU it has no class of its own.
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            return "out of memory"
+        raise
+    return None
+
+
+def noise(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Seeded numbers in place of whitened images: what they show changes no time."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def summarize(milliseconds: Sequence[float]) -> Timing:

@@ -13,10 +13,7 @@ Prints how well the map, and a bilinear one of the same size, explain views that
 """
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from featsharp.backbones import create_backbone
 from featsharp.cli.results import parse_count, parse_size, save_comparison, save_features
@@ -27,6 +24,7 @@ from featsharp.implicit.reconstruction import Reconstruction, reconstruction
 from featsharp.ops.device import find_device
 from featsharp.ops.memory import keep_freed_memory
 from featsharp.ops.resize import resize
+from featsharp.progress import with_progress
 
 HELD_OUT_VIEWS = 8
 
@@ -69,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         config,
         size=arguments.size,
         resume=file if file.exists() else None,
-        progress=_progress,
+        progress=with_progress,
     )
     fitter.run(arguments.steps, file)
     low_res, high_res = fitter.low_res(), fitter.fitted.features(arguments.query)
@@ -98,12 +96,3 @@ def _protect_files(source: Path, file: Path, results: list[Path]) -> None:
             raise ConfigError(f"the result {result} would overwrite the input; choose another folder with -o")
         if result.exists() and not file.exists():
             raise ConfigError(f"{result} is there already, and not from a fit; choose another folder with -o")
-
-
-def _progress(items: Sequence[Any], doing: str) -> Any:
-    """A bar where someone looks at it and tqdm, of the extra ``train``, is there."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    return tqdm(items, desc=doing, file=sys.stderr, disable=None)

@@ -24,6 +24,7 @@ from featsharp.data.views import ViewConfig, Views, base_view, cut_canvas, rende
 from featsharp.errors import ConfigError
 from featsharp.evaluation.image_task import ImageTask
 from featsharp.evaluation.samples import Estimate, bootstrap, encode_raw, predict_raw
+from featsharp.evaluation.sizes import shown_size
 from featsharp.evaluation.task import Row, Subject, Summary
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
@@ -38,8 +39,7 @@ EVAL_VIEWS = ViewConfig(
 
 def default_eval_size(encoder: SharpEncoder) -> tuple[int, int]:
     """(h, w) of the evaluation images: the native size times the factor, rounded up, or twice the native size."""
-    times = max(2, math.ceil(encoder.factor))
-    return encoder.backbone.input_size[0] * times, encoder.backbone.input_size[1] * times
+    return shown_size(encoder, encoder.backbone.input_size)
 
 
 class FidelityMeter:

@@ -88,7 +88,10 @@ def predict_raw(encoder: SharpEncoder, images: Tensor, low_res_size: tuple[int, 
 
 
 def bootstrap(
-    per_image: Sequence[Sequence[float]], statistic: Callable[[np.ndarray], float], *, resamples: int = 1000
+    per_image: Sequence[Sequence[float]] | np.ndarray,
+    statistic: Callable[[np.ndarray], float],
+    *,
+    resamples: int = 1000,
 ) -> Estimate:
     """A statistic of all images with its 95 % percentile interval under resampling of images (seed fixed).
 

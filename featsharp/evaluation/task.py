@@ -11,7 +11,7 @@ of the encoder and the item's name, so that the same command goes on after whate
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -22,6 +22,7 @@ from torch import nn
 from featsharp.errors import DataError, FeatSharpError, InputError
 from featsharp.evaluation.samples import Estimate
 from featsharp.model import SharpEncoder
+from featsharp.progress import with_progress
 from featsharp.settings import settings_of
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ def evaluate(
         key = _key(task, encoder, subject)
         rows: dict[str, Row] = {}
         skipped: list[tuple[str, str]] = []
-        for number, item in enumerate(_with_progress(items, f"{task.name} {subject.label}", progress)):
+        for number, item in enumerate(with_progress(items, f"{task.name} {subject.label}", progress)):
             content = book.get(key, item.name)
             if content is None:
                 content = _measure(task, encoder, item, number, state)
@@ -240,15 +241,3 @@ def _key(task: Task, encoder: SharpEncoder, subject: Subject) -> str:
     """Tells rows of other settings, encoders and weights apart."""
     parts = [task.name, settings_of(task), describe_encoder(encoder), subject.tag, encoder.backbone.weights_hash()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _with_progress(items: Sequence[Item], label: str, wanted: bool) -> Iterator[Item]:
-    if wanted:
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            pass
-        else:
-            yield from tqdm(items, desc=label, unit="item", leave=False)
-            return
-    yield from items

@@ -1,4 +1,4 @@
-"""Trained weights that come with the package: BACKBONE/UPSAMPLER-FACTORx.safetensors, each with its model card (.md)."""
+"""Trained weights that come with the package: BACKBONE/UPSAMPLER-FACTORx.safetensors, each with a model card."""
 
 from pathlib import Path
 

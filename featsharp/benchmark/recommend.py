@@ -1,0 +1,230 @@
+"""Which upsampler: all that there are, measured on the user's backbone, picture size, memory and machine.
+
+Every figure is measured when asked for; none is remembered. Quality is measured by whoever calls, on the user's images,
+with a function that is handed in; without it the candidates are ranked by time.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from featsharp.backbones import create_backbone
+from featsharp.backbones.base import Backbone
+from featsharp.benchmark.measure import find_failure, measure_memory, noise, time_interleaved
+from featsharp.benchmark.table import align
+from featsharp.benchmark.workloads import build_encoder
+from featsharp.builder import load_from_file
+from featsharp.errors import ConfigError, FeatSharpError
+from featsharp.model import SharpEncoder
+from featsharp.ops.peak import format_memory, parse_memory
+from featsharp.progress import with_progress
+from featsharp.settings import setting
+from featsharp.upsamplers import UPSAMPLERS
+from featsharp.upsamplers.base import UpsampleFeatures, scale_length
+
+READY, CHECKPOINT, NEEDS_TRAINING = "ready", "checkpoint", "needs training"
+
+# An encoder to its scores by name, each higher for a better one; the first decides.
+Quality = Callable[[SharpEncoder], dict[str, float]]
+
+
+@dataclass
+class RecommendTask:
+    """Rank the upsamplers for a backbone, a size of picture and an amount of memory, by what is measured here and now.
+
+    All candidates are shown the same picture and make a map of the same size: their low-resolution pass sees the
+    picture at 1/factor of its size (a backbone of one size: at that size). Those that take more memory than there is
+    work in parts where they can. Upsamplers that need training are measured untrained, and shown without a rank.
+    """
+
+    name: ClassVar[str] = "recommend"
+    title: ClassVar[str] = "which upsampler for this backbone, size and memory, as measured here"
+
+    backbone: str = setting("vits14-focus", "name of the backbone")
+    factor: float = setting(2.0, "gain", type=float, metavar="F")
+    size: tuple[int, int] | None = setting(
+        None, "size of the picture in pixels; default: factor x the backbone's native size", type="size", metavar="HxW"
+    )
+    memory: str | None = setting(None, "most that one picture may take, such as 2GiB; default: no limit", metavar="M")
+    checkpoints: Sequence[str] | None = setting(None, "trained files to compare", nargs="+", metavar="FILE")
+    images: Path | None = setting(None, "images to measure quality on: a folder or tars", type=Path, metavar="DIR")
+    limit: int = setting(8, "only the first N images", type="count", metavar="N")
+    repeat: int = setting(10, "most runs of a candidate; slow ones get fewer, at least 2", type="count", metavar="N")
+
+    def run(
+        self, device: torch.device, dtype: torch.dtype | None, progress: bool, quality: Quality | None = None
+    ) -> dict[str, Any]:
+        """Measure and rank.
+
+        Args:
+            device: Where.
+            dtype: Autocast type of backbone passes; None: float32.
+            progress: Whether to show bars on stderr.
+            quality: Measures an encoder on ``images``; required with them. Encoders that it refuses with a
+                FeatSharpError come after those that have a score.
+
+        Returns:
+            "ranked", best first: name, "kind" (:data:`READY` and others), "rank" (None for those that need training,
+            which come last), "quality" (scores by name, or None), "time" (milliseconds of one picture), "peak_bytes"
+            beside weights and input, "in_parts" (whether it worked within the limit in parts only), "note". "out",
+            name and reason of those that do not fit. And what they were measured on.
+
+        Raises:
+            ConfigError: For an amount of memory that is none, or images without ``quality``.
+        """
+        if self.images is not None and quality is None:
+            raise ConfigError("images are there to measure quality on, so they need the function that does; hand it in")
+        limit = None if self.memory is None else parse_memory(self.memory)
+        backbone = create_backbone(self.backbone).to(device)
+        backbone.autocast_dtype = dtype
+        size, low_res_size = self._sizes(backbone)
+        images = noise((1, 3, *size), device)
+        out: list[dict[str, Any]] = []
+        calls: dict[str, Callable[[], UpsampleFeatures]] = {}
+        rows: dict[str, dict[str, Any]] = {}
+        encoders: dict[str, SharpEncoder] = {}
+        for name, kind, build in with_progress(list(self._candidates(backbone)), "memory", progress):
+            try:
+                encoder = build().to(device)
+                if encoder.factor != self.factor:
+                    raise ConfigError(f"has factor {encoder.factor:g}, not {self.factor:g}")
+                call = torch.no_grad()(partial(encoder, images, low_res_size=low_res_size))
+                rows[name] = {"name": name, "kind": kind, **_fit(encoder, call, limit, device)}
+            except FeatSharpError as error:
+                out.append({"name": name, "kind": kind, "reason": str(error)})
+            else:
+                encoders[name], calls[name] = encoder, call
+        timings = time_interleaved(calls, device, repeat=self.repeat, progress=progress)
+        for name in with_progress(list(rows), "quality", progress and quality is not None):
+            scores, note = None, ""
+            if quality is not None and rows[name]["kind"] != NEEDS_TRAINING:
+                try:
+                    scores = quality(encoders[name])
+                except FeatSharpError as error:
+                    note = f"no quality: {error}"
+            rows[name] |= {"quality": scores, "time": asdict(timings[name]), "note": note}
+        return {
+            "backbone": self.backbone,
+            "factor": self.factor,
+            "size": list(size),
+            "low_res_size": list(low_res_size),
+            "memory": limit,
+            "autocast": None if dtype is None else str(dtype).removeprefix("torch."),
+            "images": None if self.images is None else self.images.name,
+            "ranked": rank(list(rows.values())),
+            "out": out,
+        }
+
+    def table(self, result: dict[str, Any]) -> list[str]:
+        """The ranking as lines of text."""
+        ranked = result["ranked"]
+        scores = list(dict.fromkeys(name for row in ranked for name in row["quality"] or ()))
+        height, width = result["size"]
+        low = result["low_res_size"]
+        limit = "no limit on memory" if result["memory"] is None else f"at most {format_memory(result['memory'])}"
+        notes = [f"{row['name']}: {row['note']}" for row in ranked if row["note"]]
+        return [
+            f"{result['backbone']}, {result['factor']:g}x, picture {height}x{width}, low-resolution pass "
+            f"{low[0]}x{low[1]}, {result['autocast'] or 'float32'}, {limit}",
+            f"ranked by {f'{scores[0]}, then time' if scores else 'time; images would add quality'}",
+            *align(
+                ("upsampler", "rank", *scores, "ms", "quartiles", "memory", ""), [_cells(row, scores) for row in ranked]
+            ),
+            *notes,
+            *(f"out: {entry['name']}: {entry['reason']}" for entry in result["out"]),
+        ]
+
+    def _sizes(self, backbone: Backbone) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(h, w) in pixels of the picture and of the low-resolution pass."""
+        if self.size is None:
+            grid, patch = backbone.grid_size(backbone.input_size), backbone.patch_size
+            size = patch * scale_length(grid[0], self.factor), patch * scale_length(grid[1], self.factor)
+            return size, backbone.input_size
+        return self.size, backbone.fit_size(self.size[0] / self.factor, self.size[1] / self.factor)
+
+    def _candidates(self, backbone: Backbone) -> Iterator[tuple[str, str, Callable[[], SharpEncoder]]]:
+        """Name, kind and what builds it, of all upsamplers and checkpoints."""
+        for entry in UPSAMPLERS.entries():
+            kind = NEEDS_TRAINING if getattr(entry.factory, "trainable", False) else READY
+            yield entry.name, kind, partial(build_encoder, backbone, entry.name, self.factor)
+        for checkpoint in self.checkpoints or ():
+            # Many are called last.pth.
+            name = "/".join(Path(checkpoint).parts[-2:])
+            yield name, CHECKPOINT, partial(load_from_file, checkpoint, featurizer=backbone)
+
+
+def rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows in order, with "rank": by the first score, where there is one, then by time; those that need training last.
+
+    Args:
+        rows: With "kind", "quality" and "time", as :meth:`RecommendTask.run` describes them.
+    """
+
+    def key(row: dict[str, Any]) -> tuple[bool, bool, float, float]:
+        score = next(iter((row["quality"] or {}).values()), math.nan)
+        known = math.isfinite(score)
+        return row["kind"] == NEEDS_TRAINING, not known, -score if known else 0.0, row["time"]["median"]
+
+    ordered = sorted(rows, key=key)
+    return [
+        {**row, "rank": None if row["kind"] == NEEDS_TRAINING else place} for place, row in enumerate(ordered, start=1)
+    ]
+
+
+def _fit(
+    encoder: SharpEncoder, call: Callable[[], UpsampleFeatures], limit: int | None, device: torch.device
+) -> dict[str, Any]:
+    """Peak memory of one picture; over the limit, the encoder is made to work in parts.
+
+    Raises:
+        FeatSharpError: Where it does not run, or not within the limit.
+    """
+    _run(call)
+    peak = measure_memory(call, device)
+    if limit is None or peak <= limit:
+        return {"peak_bytes": peak, "in_parts": False}
+    taken = f"takes {format_memory(peak)} of {format_memory(limit)}"
+    if not encoder.upsampler.by_parts:
+        raise ConfigError(f"{taken} and cannot work in parts")
+    # Its own limit is for what it takes beside the result.
+    left = limit - _result_bytes(call())
+    if left < 1:
+        raise ConfigError(f"{taken}; the result alone is as large")
+    encoder.max_memory = left
+    _run(call)
+    peak = measure_memory(call, device)
+    if peak > limit:
+        raise ConfigError(f"{taken}, in parts still {format_memory(peak)}")
+    return {"peak_bytes": peak, "in_parts": True}
+
+
+def _run(call: Callable[[], object]) -> None:
+    """Once; what went wrong, running out of memory too, is a ConfigError."""
+    failure = find_failure(call)
+    if failure is not None:
+        raise ConfigError(failure)
+
+
+def _result_bytes(features: UpsampleFeatures) -> int:
+    return sum(x.nbytes for x in features if isinstance(x, Tensor))
+
+
+def _cells(row: dict[str, Any], scores: list[str]) -> tuple[str, ...]:
+    """A row as text."""
+    quality, time = row["quality"] or {}, row["time"]
+    remarks = [row["kind"]] * (row["kind"] != READY) + ["in parts"] * row["in_parts"]
+    return (
+        row["name"],
+        "-" if row["rank"] is None else str(row["rank"]),
+        *(f"{quality[name]:.4f}" if name in quality else "-" for name in scores),
+        f"{time['median']:.1f}",
+        f"{time['low']:.1f} - {time['high']:.1f}",
+        format_memory(row["peak_bytes"]),
+        ", ".join(remarks),
+    )

@@ -1,0 +1,195 @@
+"""Time per image and per token against the upsampling factor (FeatSharp, arXiv 2502.16025, figure 14), and memory.
+
+Beside the measured time stands the linear one: as if a token took what it takes at the native size. The picture of the
+paper argues that a larger image leaves that line, because attention grows with the square of the tokens, and that
+tiles stay on it. Here it is drawn for whatever backbone and machine are at hand.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from featsharp.backbones import create_backbone
+from featsharp.benchmark.cost import counting
+from featsharp.benchmark.measure import Timing, find_failure, measure_memory, noise, time_interleaved
+from featsharp.benchmark.table import align, describe_skipped
+from featsharp.benchmark.workloads import DIRECT, Workload, backbone_passes, list_workloads, skip
+from featsharp.errors import ConfigError
+from featsharp.ops.peak import format_memory
+from featsharp.progress import with_progress
+from featsharp.settings import setting
+
+
+@dataclass
+class ThroughputTask:
+    """Time per image and per token, actual and linear, and peak memory against the upsampling factor.
+
+    "direct" is the backbone on a larger image, "passes" the backbone on the image and its tiles, and each upsampler is
+    measured from image to sharp features, untrained. Times are medians of interleaved runs. Run it while the machine
+    does nothing else.
+    """
+
+    name: ClassVar[str] = "throughput"
+    title: ClassVar[str] = "time per image and per token by factor: larger images, tiles, upsamplers"
+
+    backbone: str = setting("vits14-focus", "name of the backbone")
+    upsamplers: tuple[str, ...] = setting(
+        ("featsharp", "tile", "bilinear"), "names, or module:function", nargs="+", metavar="NAME"
+    )
+    factors: tuple[float, ...] = setting((1, 1.5, 2, 3, 4), "gains", type=float, nargs="+", metavar="F")
+    batch_size: int = setting(1, "images at a time", type="count", metavar="N")
+    repeat: int = setting(20, "most runs of a case; slow ones get fewer, at least 2", type="count", metavar="N")
+
+    def run(self, device: torch.device, dtype: torch.dtype | None, progress: bool) -> dict[str, Any]:
+        """Measure.
+
+        Args:
+            device: Where.
+            dtype: Autocast type of backbone passes; None: float32.
+            progress: Whether to show bars on stderr.
+
+        Returns:
+            "rows", one per curve and factor: "cells" of the result and "passes" through the backbone per image;
+            "time", milliseconds of a batch with quartiles and runs; "ms_per_image", "us_per_token" (microseconds per
+            cell), "linear_ms_per_image"; "backbone_ms_per_image", of its own passes alone; "peak_bytes" of a batch
+            beside weights and input. "skipped", what could not be measured and why. And what the figures depend on.
+
+        Raises:
+            ConfigError: When not even the backbone at its native size can be measured.
+        """
+        backbone = create_backbone(self.backbone)
+        backbone.autocast_dtype = dtype
+        # The linear curve starts from factor 1.
+        workloads, skipped = list_workloads(
+            backbone, self.upsamplers, (1, *self.factors), device, batch_size=self.batch_size
+        )
+        cases = _Cases(device)
+        measured: list[tuple[Workload, _Names]] = []
+        for workload in with_progress(workloads, "first runs", progress):
+            names = cases.add(workload)
+            if not isinstance(names, str):
+                measured.append((workload, names))
+            elif (workload.curve, workload.factor) == (DIRECT, 1):
+                raise ConfigError(f"backbone {self.backbone!r} cannot be measured at its native size: {names}")
+            else:
+                skipped.append(skip(workload.curve, workload.factor, names))
+        timings = time_interleaved(cases.calls, device, repeat=self.repeat, progress=progress)
+        # Afterwards, because measuring changes how the allocator works.
+        peaks = {
+            case: measure_memory(cases.calls[case], device)
+            for case in with_progress(sorted({names.call for _, names in measured}), "memory", progress)
+        }
+        rows = [
+            self._row(workload, timings[names.call], timings[names.backbone], names.passes, peaks[names.call])
+            for workload, names in measured
+        ]
+        base = rows[0]["us_per_token"]
+        for row in rows:
+            row["linear_ms_per_image"] = base * row["cells"] / 1000
+        return {
+            "backbone": self.backbone,
+            "native_size": list(backbone.input_size),
+            "batch_size": self.batch_size,
+            "autocast": None if dtype is None else str(dtype).removeprefix("torch."),
+            "attention": find_attention(workloads[0], device),
+            "rows": rows,
+            "skipped": skipped,
+        }
+
+    def table(self, result: dict[str, Any]) -> list[str]:
+        """The rows as lines of text."""
+        height, width = result["native_size"]
+        attention = ", ".join(result["attention"]) or "none that PyTorch names"
+        columns = ("curve", "cells", "passes", "ms/image", "quartiles", "runs", "us/token", "linear ms")
+        return [
+            f"{result['backbone']}, native size {height}x{width}, batch {result['batch_size']}, "
+            f"{result['autocast'] or 'float32'}, attention: {attention}",
+            "linear: as many tokens, each at the time of factor 1; share: of the time that is its own backbone passes",
+            *align((*columns, "of linear", "share", "memory"), [_cells(row) for row in result["rows"]]),
+            *describe_skipped(result["skipped"]),
+        ]
+
+    def _row(self, workload: Workload, time: Timing, alone: Timing, passes: int, peak: int) -> dict[str, Any]:
+        per_image = time.median / self.batch_size
+        return {
+            "curve": workload.curve,
+            "factor": workload.factor,
+            "cells": workload.cells,
+            "passes": passes // self.batch_size,
+            "time": asdict(time),
+            "ms_per_image": per_image,
+            "us_per_token": 1000 * per_image / workload.cells,
+            "backbone_ms_per_image": alone.median / self.batch_size,
+            "peak_bytes": peak,
+        }
+
+
+def find_attention(workload: Workload, device: torch.device) -> list[str]:
+    """PyTorch's attention operators that a workload runs, by name; empty for a backbone with its own, or none."""
+    images = noise(workload.input_shape, device)
+    with counting() as counter:
+        workload.module(images)
+    names = (str(operator).rpartition(".")[2] for operator in counter.flops.get_flop_counts()["Global"])
+    return sorted(name.strip("_") for name in names if "attention" in name)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Names of the calls that are timed for one workload."""
+
+    call: str
+    backbone: str  # its backbone passes alone
+    passes: int  # images that go through the backbone
+
+
+class _Cases:
+    """The calls to be timed, by name; the same work of the backbone is there once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.calls: dict[str, Callable[[], object]] = {}
+
+    def add(self, workload: Workload) -> _Names | str:
+        """Run a workload once and add its cases, or say why it does not run."""
+        images = noise(workload.input_shape, self.device)
+        batches: list[Tensor] = []
+        call = torch.no_grad()(partial(workload.module, images))
+        failure = find_failure(lambda: batches.extend(backbone_passes(workload.backbone, call)))
+        if failure is not None:
+            return failure
+        shapes = [tuple(batch.shape) for batch in batches]
+        alone = f"backbone {shapes}"
+        if workload.module is workload.backbone:
+            self.calls.setdefault(alone, call)
+            return _Names(alone, alone, len(images))
+        self.calls.setdefault(alone, torch.no_grad()(partial(_run_all, workload.backbone, batches)))
+        whole = f"{workload.curve} {workload.factor}"
+        self.calls[whole] = call
+        return _Names(whole, alone, sum(map(len, batches)))
+
+
+def _run_all(module: nn.Module, batches: Sequence[Tensor]) -> None:
+    for batch in batches:
+        module(batch)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row as text."""
+    time = row["time"]
+    return (
+        f"{row['curve']} {row['factor']:g}x",
+        str(row["cells"]),
+        str(row["passes"]),
+        f"{row['ms_per_image']:.1f}",
+        f"{time['low']:.1f} - {time['high']:.1f}",
+        str(time["runs"]),
+        f"{row['us_per_token']:.1f}",
+        f"{row['linear_ms_per_image']:.1f}",
+        f"{row['ms_per_image'] / row['linear_ms_per_image']:.2f}x",
+        f"{row['backbone_ms_per_image'] / row['ms_per_image']:.0%}",
+        format_memory(row["peak_bytes"]),
+    )

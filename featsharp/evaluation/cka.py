@@ -1,0 +1,195 @@
+"""Linear CKA across scales: does an encoder say the same about an image whatever its size?
+
+The heat maps of LiFT (arXiv 2403.14625): for two sizes a and b of an image, the encoder's features x and y [n, C] are
+brought to a common grid (that of the smaller size, antialiased), matched by position and centred, and compared by
+
+    CKA = ||y^T x||_F^2 / (||x^T x||_F ||y^T y||_F)        (Kornblith et al., arXiv 1905.00414)
+
+which is 1 for features that differ by a rotation and a scale. It is computed per image and averaged over images;
+whether the paper pools images is not known. With fewer tokens n than channels C this estimate lies near 1 even for
+unrelated features, so the one without that bias (Song et al., JMLR 13, 2012; around 0 for unrelated features) is given
+beside it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL.Image import Image
+from torch import Tensor
+
+from featsharp.data.views import canvas_margin, cut_canvas
+from featsharp.errors import ConfigError, InputError
+from featsharp.evaluation.image_task import ImageTask
+from featsharp.evaluation.samples import Estimate, bootstrap, predict_raw
+from featsharp.evaluation.sizes import shown_size
+from featsharp.evaluation.task import Row, Subject, Summary
+from featsharp.model import SharpEncoder
+from featsharp.ops.resize import resize
+from featsharp.settings import setting
+
+# Those of LiFT.
+SIZES = (56, 112, 224, 448)
+# The estimate without bias divides by n - 3.
+MIN_TOKENS = 4
+
+
+def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> float:
+    """Linear CKA of two sets of features for the same n things.
+
+    Args:
+        x, y: [n, C] and [n, D], n at least 4; centred here.
+        debiased: Whether to take the estimate whose expectation does not depend on n.
+
+    Returns:
+        In [0, 1]; debiased: at most 1, and around 0 for features that have nothing to do with each other.
+
+    Raises:
+        InputError: For other shapes, and features that are the same for all things.
+    """
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) < MIN_TOKENS:
+        raise InputError(
+            f"CKA takes [n, C] and [n, D] with n at least {MIN_TOKENS}; got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    x, y = (z.double() - z.double().mean(0) for z in (x, y))
+    similarity = _debiased_hsic if debiased else _hsic
+    both, own_x, own_y = similarity(x, y), similarity(x, x), similarity(y, y)
+    if not (own_x > 0 and own_y > 0 and math.isfinite(both)):
+        raise InputError("CKA is not defined for features that are constant, NaN or infinite")
+    return both / math.sqrt(own_x * own_y)
+
+
+def cka_of_maps(x: Tensor, y: Tensor, *, debiased: bool = False) -> float:
+    """:func:`linear_cka` of two maps [1, C, h, w] of the same picture, on the coarser grid, matched by position."""
+    grid = min(x.shape[-2], y.shape[-2]), min(x.shape[-1], y.shape[-1])
+    tokens = (resize(z.float(), grid)[0].flatten(1).T for z in (x, y))
+    return linear_cka(*tokens, debiased=debiased)
+
+
+@dataclass
+class CkaTask(ImageTask):
+    """Linear CKA between all pairs of sizes: a matrix, and per size the mean over the other sizes."""
+
+    name: ClassVar[str] = "cka"
+    title: ClassVar[str] = "does the encoder say the same about an image whatever its size?"
+
+    sizes: Sequence[int] = setting(
+        SIZES, "sides of the low-resolution passes, rounded to whole patches", type="count", nargs="+", metavar="N"
+    )
+
+    def begin(self, encoder: SharpEncoder, subject: Subject) -> list[int]:
+        return fitting_sizes(encoder, self.sizes)
+
+    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, state: list[int]) -> Row:
+        maps = maps_by_size(encoder, image, state)
+        pairs = list(combinations(maps, 2))
+        return {
+            "cka": [cka_of_maps(x, y) for x, y in pairs],
+            "cka_debiased": [cka_of_maps(x, y, debiased=True) for x, y in pairs],
+        }
+
+    def summarize(self, rows: Sequence[Row], state: list[int]) -> Summary:
+        plain = pool_cka([row["cka"] for row in rows], state)
+        debiased = pool_cka([row["cka_debiased"] for row in rows], state)
+        by_size = {f"cka_{size}": estimate for size, estimate in plain["scale_summary"].items()}
+        return {"sizes": state, **plain, **by_size, **{f"{name}_debiased": value for name, value in debiased.items()}}
+
+
+def fitting_sizes(encoder: SharpEncoder, sizes: Sequence[int]) -> list[int]:
+    """Sides in pixels, rounded to what the backbone takes, in ascending order.
+
+    Raises:
+        ConfigError: For a backbone of one size, fewer than two different sizes, or one with too few tokens.
+    """
+    backbone = encoder.backbone
+    if not backbone.flexible:
+        raise ConfigError(f"backbone {backbone.name!r} takes one size only, so there are no scales to compare")
+    found = sorted(
+        {backbone.fit_size(max(size, backbone.patch_size), max(size, backbone.patch_size))[0] for size in sizes}
+    )
+    if len(found) < 2:
+        raise ConfigError(
+            f"two different sizes are needed; {list(sizes)} become {found} for patches of {backbone.patch_size}"
+        )
+    if math.prod(backbone.grid_size((found[0], found[0]))) < MIN_TOKENS:
+        raise ConfigError(
+            f"{found[0]} pixels are fewer than {MIN_TOKENS} tokens of {backbone.patch_size} pixels; take sizes from "
+            f"{2 * backbone.patch_size}"
+        )
+    return found
+
+
+def maps_by_size(encoder: SharpEncoder, image: Image, sizes: Sequence[int]) -> list[Tensor]:
+    """The features [1, C, h, w] of one RGB picture, its largest square, for low-resolution passes of these sides.
+
+    An encoder that sharpens is shown the picture larger by its factor, at least by 2, as in the other tasks.
+    """
+    shown = {size: shown_size(encoder, (size, size)) for size in sizes}
+    largest = shown[max(sizes)]
+    (top, left), (canvas, _) = canvas_margin(largest), cut_canvas(image, largest)
+    square = canvas[None, :, top : top + largest[0], left : left + largest[1]].to(encoder.device)
+    whitened = encoder.input_conditioner(square)
+    return [predict_raw(encoder, resize(whitened, shown[size]), (size, size)) for size in sizes]
+
+
+def pool_cka(rows: Sequence[Sequence[float]], sizes: Sequence[int]) -> dict[str, Any]:
+    """Means over images.
+
+    Args:
+        rows: Per image one number for each pair of sizes, in the order of ``itertools.combinations``.
+        sizes: Of which the pairs are.
+
+    Returns:
+        "cka" over all pairs of different sizes; "matrix" and "intervals" with one row and one column per size;
+        "scale_summary", by size the mean over its pairs with the other sizes: how far the encoder says the same at that
+        size as at others.
+    """
+    pairs = list(combinations(range(len(sizes)), 2))
+    matrix = np.eye(len(sizes)).tolist()
+    intervals = np.ones((len(sizes), len(sizes), 2)).tolist()
+    for column, (a, b) in enumerate(pairs):
+        estimate = _mean_of(rows, [column])
+        matrix[a][b] = matrix[b][a] = estimate.value
+        intervals[a][b] = intervals[b][a] = [estimate.low, estimate.high]
+    summary = {
+        size: _mean_of(rows, [column for column, pair in enumerate(pairs) if number in pair])
+        for number, size in enumerate(sizes)
+    }
+    return {
+        "cka": _mean_of(rows, range(len(pairs))),
+        "matrix": matrix,
+        "intervals": intervals,
+        "scale_summary": summary,
+    }
+
+
+def _mean_of(rows: Sequence[Sequence[float]], columns: Sequence[int]) -> Estimate:
+    return bootstrap([[row[column] for column in columns] for row in rows], lambda r: float(r.mean()))
+
+
+def _hsic(x: Tensor, y: Tensor) -> float:
+    """||y^T x||_F^2 for centred [n, C] and [n, D], the cheaper way round."""
+    if len(x) < min(x.shape[1], y.shape[1]):
+        return float((_gram(x) * _gram(y)).sum())
+    return float((y.T @ x).square().sum())
+
+
+def _debiased_hsic(x: Tensor, y: Tensor) -> float:
+    """Song et al., equation 5, for centred [n, C] and [n, D], without the factor 1 / (n (n - 3)) that cancels in CKA.
+
+    With K = x x^T and L = y y^T without their diagonals. Both have n^2 entries, of which only the sums are needed:
+    tr(K L), the sum of K L, and those of K and of L. Rows of the full products sum to 0, for x and y are centred.
+    """
+    n = len(x)
+    own_x, own_y = x.square().sum(1), y.square().sum(1)  # the diagonals
+    trace = _hsic(x, y) - float(own_x @ own_y)
+    # K 1 = -own_x, so 1^T K L 1 = own_x . own_y and 1^T K 1 = -sum(own_x).
+    sums = float(own_x.sum() * own_y.sum())
+    return trace + sums / ((n - 1) * (n - 2)) - 2 / (n - 2) * float(own_x @ own_y)
+
+
+def _gram(x: Tensor) -> Tensor:
+    return x @ x.T

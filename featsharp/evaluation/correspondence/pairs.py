@@ -1,0 +1,89 @@
+"""Pairs of images with the keypoints that both show.
+
+Convention:
+    Points are (x, y) in pixels of the image file with the centre of its first pixel at (0.5, 0.5), so that an image of
+    (h, w) covers [0, w] x [0, h].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from featsharp.errors import DataError
+
+# How far outside of its image a keypoint may lie, in pixels: annotators click on borders, and count from 0 or 1.
+TOLERANCE = 1.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images and the keypoints that both show.
+
+    Attributes:
+        source, target: The image files.
+        source_points, target_points: [K, 2] float64, K at least 1; row i of one belongs to row i of the other.
+        target_box: Larger side of the object's box in the target, in pixels; None where the data set has no boxes.
+        category: Of the object.
+    """
+
+    source: Path
+    target: Path
+    source_points: np.ndarray
+    target_points: np.ndarray
+    target_box: float | None
+    category: str
+
+
+class Entry(NamedTuple):
+    """A pair that has not been read yet."""
+
+    name: str  # unique within the data set
+    category: str
+    read: Callable[[], Pair]  # raises DataError for a bad pair
+
+
+def make_pair(
+    place: str | Path,
+    images: tuple[Path, Path],
+    points: tuple[np.ndarray, np.ndarray],
+    category: str,
+    target_box: float | None = None,
+) -> Pair:
+    """A pair of the keypoints that are visible (finite) in both images.
+
+    Args:
+        place: What errors name: the file or row that the pair was read from.
+        images: Source and target.
+        points: [K, 2] each.
+        category, target_box: As in :class:`Pair`.
+
+    Raises:
+        DataError: When the keypoints do not belong to each other, or none is visible in both.
+    """
+    source, target = (np.asarray(given, dtype=np.float64) for given in points)
+    if source.size == target.size == 0:
+        raise DataError(f"{place}: no keypoint is annotated")
+    for given in (source, target):
+        if given.ndim != 2 or given.shape[1] != 2:
+            raise DataError(f"{place}: keypoints are lists of (x, y); got numbers of shape {given.shape}")
+    if len(source) != len(target):
+        raise DataError(f"{place}: {len(source)} keypoints in the source, {len(target)} in the target")
+    common = np.isfinite(source).all(1) & np.isfinite(target).all(1)
+    if not common.any():
+        raise DataError(f"{place}: no keypoint is visible in both images")
+    if target_box is not None and not 0 < target_box < np.inf:
+        raise DataError(f"{place}: the box of the target has a larger side of {target_box} pixels")
+    return Pair(*images, source[common], target[common], target_box, category)
+
+
+def check_points(points: np.ndarray, size: tuple[int, int], path: Path) -> None:
+    """Refuse points [K, 2] that lie outside of an image of ``size`` (h, w) by more than :data:`TOLERANCE`."""
+    outside = (points < -TOLERANCE).any(1) | (points > np.array([size[1], size[0]]) + TOLERANCE).any(1)
+    if outside.any():
+        x, y = points[outside][0]
+        raise DataError(
+            f"{path}: keypoint ({x:.1f}, {y:.1f}) lies outside of the image of {size[1]} x {size[0]} pixels"
+        )

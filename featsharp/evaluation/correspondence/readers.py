@@ -1,0 +1,259 @@
+"""Where data sets of semantic correspondence keep their pairs.
+
+    spair       SPair-71k (arXiv 1908.10543)
+                    PairAnnotation/{trn,val,test}/NUMBER-SOURCE-TARGET:CATEGORY.json   src_kps, trg_kps, trg_bndbox ...
+                    JPEGImages/CATEGORY/NAME.jpg
+                    Layout/large/{trn,val,test}.txt     names of the pairs; without it all of PairAnnotation are taken
+    pf-pascal   PF-PASCAL (Proposal Flow, arXiv 1703.07144)
+                    test_pairs_pf_pascal.csv or test_pairs.csv      source_image, target_image, class (1..20), and
+                                                                    XA, YA, XB, YB: numbers separated by semicolons
+                    Annotations/CATEGORY/NAME.mat       kps [K, 2], NaN where hidden, for lists without XA ... YB; bbox
+                    JPEGImages/NAME.jpg
+    pf-willow   PF-WILLOW (Proposal Flow, CVPR 2016)
+                    GROUP/NAME.png, GROUP/NAME.mat      pts_coord [2, K]
+                    test_pairs.csv or test_pairs_pf.csv     two images, then all x and all y of the first, then of the
+                                                            second; without it all ordered pairs within each group
+
+An image that a list names is looked for by its name (pf-pascal) or its group and name (pf-willow), whatever folders the
+list puts before it. SPair-71k counts pixels from 0, the MATLAB annotations of the other two from 1.
+"""
+
+import csv
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featsharp.data.images import IMAGE_EXTENSIONS
+from featsharp.errors import DataError
+from featsharp.evaluation.correspondence.pairs import Entry, Pair, make_pair
+from featsharp.evaluation.mat import read_mat
+
+SPLITS = ("trn", "val", "test")
+
+VOC_CATEGORIES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
+    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+# By what PF-PASCAL's lists call them: numbers, or the names themselves.
+CATEGORIES = {str(number): name for number, name in enumerate(VOC_CATEGORIES, 1)} | {
+    name: name for name in VOC_CATEGORIES
+}
+
+
+def list_pairs(root: Path, layout: str = "auto", *, split: str = "test", pair_list: Path | None = None) -> list[Entry]:
+    """All pairs of a data set.
+
+    Args:
+        root: Its folder.
+        layout: A key of :data:`LAYOUTS`, or "auto" to tell by the folders.
+        split: One of :data:`SPLITS`.
+        pair_list: The CSV file of pairs; None: looked for in ``root``.
+
+    Raises:
+        DataError: When the folder does not have the layout, or the split is empty.
+    """
+    if layout == "auto":
+        layout = find_layout(root)
+    elif not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    entries = list(LAYOUTS[layout](root, split, pair_list))
+    if not entries:
+        raise DataError(f"{root}: the split {split!r} of layout {layout} has no pairs")
+    return entries
+
+
+def find_layout(root: Path) -> str:
+    """Which layout a folder has."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    if (root / "PairAnnotation").is_dir():
+        return "spair"
+    if (root / "JPEGImages").is_dir():
+        return "pf-pascal"
+    if any(_groups(root)):
+        return "pf-willow"
+    raise DataError(
+        f"{root} has none of the known layouts: PairAnnotation/ and JPEGImages/CATEGORY/ (spair), JPEGImages/ and a "
+        "list of pairs (pf-pascal), folders of images with .mat files beside them (pf-willow)"
+    )
+
+
+def _list_spair(root: Path, split: str, pair_list: Path | None) -> Iterator[Entry]:
+    folder = root / "PairAnnotation" / split
+    names = pair_list or root / "Layout" / "large" / f"{split}.txt"
+    if names.is_file():
+        found = [line.strip() for line in names.read_text(errors="replace").splitlines() if line.strip()]
+    elif pair_list is not None:
+        raise DataError(f"{pair_list}: no such file")
+    elif folder.is_dir():
+        found = sorted(path.stem for path in folder.glob("*.json"))
+    else:
+        raise DataError(f"{root}: layout spair has its pairs in PairAnnotation/{split}, which is missing")
+    for name in found:
+        yield Entry(name, name.partition(":")[2], functools.partial(_read_spair, root, folder / f"{name}.json"))
+
+
+def _read_spair(root: Path, path: Path) -> Pair:
+    try:
+        content = json.loads(path.read_bytes())
+        category = str(content["category"])
+        folder = root / "JPEGImages" / category
+        images = folder / content["src_imname"], folder / content["trg_imname"]
+        points = _numbers(content["src_kps"], path) + 0.5, _numbers(content["trg_kps"], path) + 0.5
+        box = _larger_side(content["trg_bndbox"], path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is no annotation of SPair-71k: {type(error).__name__} {error}") from None
+    return make_pair(path, images, points, category, box)
+
+
+def _list_pascal(root: Path, split: str, pair_list: Path | None) -> Iterator[Entry]:
+    path = pair_list or _find_list(root, (f"{split}_pairs_pf_pascal.csv", f"{split}_pairs.csv"))
+    if path is None:
+        raise DataError(
+            f"{root}: layout pf-pascal needs a list of pairs, {split}_pairs_pf_pascal.csv or {split}_pairs.csv; put it "
+            "there, or name it with --pair-list"
+        )
+    for number, header, fields in _table(path):
+        place, row = f"{path} line {number}", dict(zip(header, fields, strict=True))
+        try:
+            source, target, category = row["source_image"], row["target_image"], CATEGORIES[row["class"]]
+        except KeyError:
+            raise DataError(f"{place}: expected the columns source_image, target_image and class (1..20)") from None
+        name = f"{number}-{Path(source).stem}-{Path(target).stem}:{category}"
+        yield Entry(name, category, functools.partial(_read_pascal, root, place, row, (source, target), category))
+
+
+def _read_pascal(root: Path, place: str, row: dict[str, str], names: tuple[str, str], category: str) -> Pair:
+    folder = root / "JPEGImages"
+    images = folder / Path(names[0]).name, folder / Path(names[1]).name
+    annotations = [root / "Annotations" / category / f"{image.stem}.mat" for image in images]
+    if row.get("flip", "0") not in ("", "0"):
+        raise DataError(f"{place}: mirrored pairs are for training and not read here")
+    if all(key in row for key in ("xa", "ya", "xb", "yb")):
+        lists = [_numbers(row[key].strip(";").split(";"), place) for key in ("xa", "ya", "xb", "yb")]
+        source, target = _stack(lists[:2], place), _stack(lists[2:], place)
+    else:
+        source, target = (_numbers(_variable(path, "kps"), path) for path in annotations)
+    box = None
+    if annotations[1].is_file() and "bbox" in (content := read_mat(annotations[1])):
+        box = _larger_side(content["bbox"], annotations[1])
+    return make_pair(place, images, (source - 0.5, target - 0.5), category, box)
+
+
+def _list_willow(root: Path, split: str, pair_list: Path | None) -> Iterator[Entry]:
+    path = pair_list or _find_list(root, (f"{split}_pairs.csv", f"{split}_pairs_pf.csv"))
+    if path is not None:
+        for number, _, (source, target, *numbers) in _table(path):
+            group = Path(source).parent.name
+            name = f"{number}-{Path(source).stem}-{Path(target).stem}:{group}"
+            images = _in_group(root, source), _in_group(root, target)
+            read = functools.partial(_read_willow_row, f"{path} line {number}", images, numbers, group)
+            yield Entry(name, group, read)
+        return
+    for folder in _groups(root):
+        label = folder.relative_to(root).as_posix()
+        stems = sorted({path.stem for path in folder.iterdir() if path.suffix == ".mat" or _is_image(path)})
+        for source, target in permutations(stems, 2):
+            read = functools.partial(_read_willow, folder, (source, target), label)
+            yield Entry(f"{source}-{target}:{label}", label, read)
+
+
+def _read_willow_row(place: str, images: tuple[Path, Path], numbers: Sequence[str], group: str) -> Pair:
+    values = _numbers(numbers, place)
+    if len(values) == 0 or len(values) % 4:
+        raise DataError(f"{place}: {len(values)} numbers are not x and y of as many keypoints in two images")
+    source, target = values.reshape(2, 2, -1)
+    return make_pair(place, images, (source.T - 0.5, target.T - 0.5), group)
+
+
+def _read_willow(folder: Path, stems: tuple[str, str], group: str) -> Pair:
+    images, points = [], []
+    for stem in stems:
+        image = next((path for path in sorted(folder.glob("*")) if path.stem == stem and _is_image(path)), None)
+        if image is None:
+            raise DataError(f"{folder / stem}.mat: its image is missing")
+        path = folder / f"{stem}.mat"
+        images.append(image)
+        points.append(_numbers(_variable(path, "pts_coord"), path).T - 0.5)
+    return make_pair(folder / f"{stems[0]}.mat", (images[0], images[1]), (points[0], points[1]), group)
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """Folders below ``root`` that hold images and .mat files of their names."""
+    for folder in sorted({path.parent for path in root.rglob("*.mat")} - {root}):
+        images = {path.stem for path in folder.iterdir() if _is_image(path)}
+        if images & {path.stem for path in folder.glob("*.mat")}:
+            yield folder
+
+
+def _in_group(root: Path, name: str) -> Path:
+    return root / Path(name).parent.name / Path(name).name
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_EXTENSIONS
+
+
+def _find_list(root: Path, names: Sequence[str]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_file()), None)
+
+
+def _table(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
+    """The rows of a CSV file: (line, header in lower case, fields), at least two columns."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    header = [name.strip().lower() for name in lines[0]] if lines else []
+    for number, fields in enumerate(lines[1:], start=2):
+        if not fields:
+            continue
+        if len(fields) != len(header) or len(header) < 2:
+            raise DataError(f"{path} line {number}: {len(fields)} fields under a header of {len(header)}")
+        yield number, header, [field.strip() for field in fields]
+
+
+def _stack(axes: Sequence[np.ndarray], place: str) -> np.ndarray:
+    """x and y as [K, 2]."""
+    if len(axes[0]) != len(axes[1]):
+        raise DataError(f"{place}: {len(axes[0])} keypoints have an x and {len(axes[1])} a y")
+    return np.stack(list(axes), axis=1)
+
+
+def _larger_side(box: Any, place: str | Path) -> float:
+    """Of a box (left, top, right, bottom)."""
+    corners = _numbers(box, place).ravel()
+    if len(corners) != 4:
+        raise DataError(f"{place}: a box has four numbers; got {len(corners)}")
+    return float((corners[2:] - corners[:2]).max())
+
+
+def _variable(path: Path, name: str) -> Any:
+    content = read_mat(path)
+    if name not in content:
+        raise DataError(f"{path} has no variable {name!r}; it holds {', '.join(content) or 'nothing'}")
+    return content[name]
+
+
+def _numbers(values: Any, place: str | Path) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise DataError(f"{place}: {str(values)[:60]} are not numbers") from None
+
+
+LAYOUTS: dict[str, Callable[[Path, str, Path | None], Iterator[Entry]]] = {
+    "spair": _list_spair,
+    "pf-pascal": _list_pascal,
+    "pf-willow": _list_willow,
+}

@@ -1,0 +1,81 @@
+"""Real run: how near do sharp features come to those of the backbone itself at the high resolution?
+
+A backbone that takes any size can be run on the large image, at the full price; an upsampler is to give the same for
+less. With x the sharp features [h, w] of an image of (f h p, f w p) pixels, p the patch, and y the backbone's own:
+
+    cosine     mean over cells of the cosine between x and y
+    error      mean squared error relative to the variance of y over the cells of its image, pooled as a ratio of sums;
+               the mean of every image would score 1
+    cka        linear CKA of the cells of an image (see ``cka``), blind to rotation and scale of the space
+
+The real run is no ground truth: backbones that were trained at one size say other things at another (position
+embeddings, objects that became too large), and what a closer look says is the subject of ``zoom`` and ``fidelity``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image
+from torch import Tensor
+
+from featsharp.data.views import canvas_margin, cut_canvas
+from featsharp.errors import ConfigError
+from featsharp.evaluation.cka import linear_cka
+from featsharp.evaluation.image_task import ImageTask
+from featsharp.evaluation.samples import bootstrap, encode_raw, predict_raw
+from featsharp.evaluation.task import Row, Subject, Summary
+from featsharp.model import SharpEncoder
+
+
+@dataclass
+class ReferenceTask(ImageTask):
+    """Cosine, squared error and linear CKA against a real run of the backbone at the high resolution."""
+
+    name: ClassVar[str] = "reference"
+    title: ClassVar[str] = "how near are the sharp features to a real run of the backbone on the large image?"
+
+    def begin(self, encoder: SharpEncoder, subject: Subject) -> None:
+        if not encoder.backbone.flexible:
+            raise ConfigError(
+                f"backbone {encoder.backbone.name!r} takes {encoder.backbone.input_size} only, so there is no real run "
+                "at a high resolution to compare with; the tasks fidelity and zoom need none"
+            )
+
+    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, state: Any) -> Row:
+        size = reference_size(encoder)
+        (top, left), (canvas, _) = canvas_margin(size), cut_canvas(image, size)
+        view = canvas[None, :, top : top + size[0], left : left + size[1]].to(encoder.device)
+        whitened = encoder.input_conditioner(view)
+        return compare(predict_raw(encoder, whitened, encoder.backbone.input_size)[0], encode_raw(encoder, whitened)[0])
+
+    def summarize(self, rows: Sequence[Row], state: Any) -> Summary:
+        numbers = [(row["cosine"], row["cka"], row["_square"], row["_variance"]) for row in rows]
+        return {
+            "cosine": bootstrap(numbers, lambda r: float(r[:, 0].mean())),
+            "error": bootstrap(numbers, lambda r: float(r[:, 2].sum() / r[:, 3].sum())),
+            "cka": bootstrap(numbers, lambda r: float(r[:, 1].mean())),
+        }
+
+
+def reference_size(encoder: SharpEncoder) -> tuple[int, int]:
+    """(h, w) in pixels at which the backbone itself has as many tokens as the sharp map of its native size."""
+    backbone = encoder.backbone
+    grid = backbone.grid_size(backbone.input_size)
+    high = encoder.upsampler.high_res_grid(torch.empty(1, 1, *grid, device="meta"))
+    return high[0] * backbone.patch_size, high[1] * backbone.patch_size
+
+
+def compare(sharp: Tensor, real: Tensor) -> Row:
+    """The row of one image, for two maps [C, h, w] float32: "cosine", "error", "cka", and sums that pooling needs."""
+    square = (sharp - real).square().sum().item()
+    variance = (real - real.mean((1, 2), keepdim=True)).square().sum().item()
+    return {
+        "cosine": F.cosine_similarity(sharp, real, dim=0).mean().item(),
+        "error": square / max(variance, 1e-12),
+        "cka": linear_cka(sharp.flatten(1).T, real.flatten(1).T),
+        "_square": square,
+        "_variance": variance,
+    }
