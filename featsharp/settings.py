@@ -13,9 +13,14 @@ def setting(default: Any, help: str, **argparse: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **argparse})
 
 
+def setting_fields(task: Any) -> "list[dataclasses.Field[Any]]":
+    """The fields of a task, or of its class, that were made by :func:`setting`."""
+    return [field for field in dataclasses.fields(task) if "help" in field.metadata]
+
+
 def settings_of(task: Any) -> dict[str, Any]:
     """All settings of a task as JSON values."""
-    return {field.name: _plain(getattr(task, field.name)) for field in dataclasses.fields(task)}
+    return {field.name: _plain(getattr(task, field.name)) for field in setting_fields(task)}
 
 
 def _plain(value: Any) -> Any:

@@ -29,18 +29,29 @@ from featsharp.checkpoint import read_checkpoint, restoring
 from featsharp.cli.results import add_backbone, parse_count, parse_size
 from featsharp.data.files import write_file
 from featsharp.errors import ConfigError
+from featsharp.evaluation.fidelity import FidelityTask
 from featsharp.evaluation.samples import Estimate
 from featsharp.evaluation.task import Subject, Task, evaluate, from_json
+from featsharp.evaluation.zoom import ZoomTask
 from featsharp.model import SharpEncoder
 from featsharp.ops.device import autocast_dtype, find_device
 from featsharp.ops.memory import keep_freed_memory
-from featsharp.settings import settings_of
+from featsharp.settings import setting_fields, settings_of
 
 # Task -> where it is defined. Imported when used, so that help is instant.
 TASKS = {
     "fidelity": "featsharp.evaluation.fidelity:FidelityTask",
     "zoom": "featsharp.evaluation.zoom:ZoomTask",
     "drift": "featsharp.evaluation.drift:DriftTask",
+    "correspondence": "featsharp.evaluation.correspondence.task:CorrespondenceTask",
+    "cka": "featsharp.evaluation.cka:CkaTask",
+    "reference": "featsharp.evaluation.reference:ReferenceTask",
+    "boundaries": "featsharp.evaluation.boundaries:BoundaryTask",
+    "small-objects": "featsharp.evaluation.objects:SmallObjectTask",
+    "segmentation": "featsharp.evaluation.segmentation.task:SegmentationTask",
+    "throughput": "featsharp.benchmark.throughput:ThroughputTask",
+    "flops": "featsharp.benchmark.flops:FlopsTask",
+    "recommend": "featsharp.benchmark.recommend:RecommendTask",
 }
 
 # What a task's setting calls the kinds of numbers that argparse has no name for.
@@ -54,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub = tasks.add_parser(name, help=kind.title, description=kind.__doc__)
         if issubclass(kind, Task):
             _add_encoders(sub)
-        for field in dataclasses.fields(kind):
+        for field in setting_fields(kind):
             _add_setting(sub, field)
         sub.add_argument("--json", type=Path, metavar="F", help="write the result there, every item included")
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -68,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
     kind = _find(TASKS[arguments.task])
-    task = kind(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(kind)})
+    task = kind(**{f.name: getattr(arguments, f.name) for f in setting_fields(kind)})
     device = find_device(arguments.device)
     dtype = autocast_dtype(arguments.dtype, device)
     path: Path | None = arguments.json
@@ -85,7 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
         for label, found in content["encoders"].items():
             print_result(label, found)
     else:
-        content["result"] = task.run(device, dtype, progress=True)
+        extra = {"quality": image_quality(task.images, task.limit)} if getattr(task, "images", None) else {}
+        content["result"] = task.run(device, dtype, progress=True, **extra)
         print(*task.table(content["result"]), sep="\n")
     if path is not None:
         write_file(path, (json.dumps(content, indent=1) + "\n").encode())
@@ -105,6 +117,19 @@ def find_subjects(arguments: argparse.Namespace, device: torch.device, dtype: to
             raise ConfigError(f"two encoders are called {label!r}; name them: LABEL={name}")
         subjects[label] = _subject(label, name, arguments, free, device, dtype)
     return list(subjects.values())
+
+
+def image_quality(images: Path, limit: int) -> Callable[[SharpEncoder], dict[str, float]]:
+    """What recommends an encoder: its zoom cosine and fidelity on the first images of a folder."""
+
+    def measure(encoder: SharpEncoder) -> dict[str, float]:
+        subject = Subject("encoder", lambda: encoder)
+        zoom = evaluate(ZoomTask(data=images, limit=limit), [subject], progress=False)["encoder"]["result"]
+        fidelity = evaluate(FidelityTask(data=images, limit=limit), [subject], progress=False)["encoder"]["result"]
+        found = {"zoom_cosine": zoom["zoom_cosine"], "fidelity": fidelity["fidelity_area"]}
+        return {name: estimate["value"] for name, estimate in found.items()}
+
+    return measure
 
 
 def print_result(label: str, content: dict[str, Any]) -> None:

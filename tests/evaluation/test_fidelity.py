@@ -71,8 +71,8 @@ def test_the_best_constant_scores_one():
     upsampler.value = torch.zeros(4)
     first = measure(create_encoder(backbone, upsampler))
     # The mean over all valid targets, as the meter collects them.
-    tokens = sum(row["count"] for row in first._rows) / 4
-    mean = (torch.stack(first._target_sum).sum(0) / tokens).float()
+    tokens = sum(row["_count"] for row in first._rows) / 4
+    mean = torch.tensor([row["_sum"] for row in first._rows]).sum(0) / tokens
     upsampler.value = mean
     assert measure(create_encoder(backbone, upsampler)).result()["area"].value == pytest.approx(1, abs=1e-4)
     upsampler.value = mean + 0.5
@@ -113,8 +113,8 @@ def test_masks_lose_one_ring_of_tokens():
     )
     meter = measure(create_encoder(PatchColour(), "bilinear", 2), views=still)
     # 4 x 6 tokens without the outermost ring: 2 x 4, of 4 channels.
-    assert all(row["count"] == 2 * 4 * 4 for row in meter._rows)
-    assert all(row["tokens"] == 2 * 4 for row in meter._rows)
+    assert all(row["_count"] == 2 * 4 * 4 for row in meter._rows)
+    assert all(row["_tokens"] == 2 * 4 for row in meter._rows)
 
 
 def test_bias_is_taken_off_and_the_normalizer_does_not_matter():
