@@ -1,0 +1,114 @@
+"""Reading of the JSON files that ``featsharp eval TASK --json`` writes."""
+
+import json
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from featsharp.errors import ConfigError, DataError
+
+# What each task's file is made with.
+MAKERS = {
+    "segmentation": "featsharp eval segmentation --data FOLDER --upsampler bilinear-2x tile-2x --json FILE",
+    "boundaries": "featsharp eval boundaries --data FOLDER --upsampler bilinear-2x tile-2x --json FILE",
+    "cka": "featsharp eval cka --data FOLDER --upsampler bilinear-2x --json FILE",
+    "throughput": "featsharp eval throughput --upsamplers featsharp tile --json FILE",
+    "flops": "featsharp eval flops --upsamplers featsharp tile --json FILE",
+}
+
+
+class Number(NamedTuple):
+    """A number of a result with its 95 % interval; without one all three are the same."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Entry(NamedTuple):
+    """What a file says about one encoder."""
+
+    label: str
+    upsampler: str
+    factor: float
+    backbone: str
+    result: Mapping[str, Any]
+
+
+def read_result(path: Path, *tasks: str) -> dict[str, Any]:
+    """The content of a result file.
+
+    Args:
+        path: JSON of ``featsharp eval TASK --json``.
+        tasks: Which it may be of; none: any.
+
+    Raises:
+        DataError: For a file that is missing, no JSON, no result, or of another task; it says how to make one.
+    """
+    make = " or ".join(MAKERS[task] for task in tasks) or "featsharp eval TASK ... --json FILE"
+    wanted = f"the result of {' or '.join(tasks)}" if tasks else "a result"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}; make it with: {make}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON; this figure needs {wanted}, made with: {make}") from error
+    task = content.get("task") if isinstance(content, dict) else None
+    if not isinstance(task, str):
+        raise DataError(f"{path} holds no result of featsharp eval; this figure needs {wanted}, made with: {make}")
+    if tasks and task not in tasks:
+        raise DataError(f"{path} is the result of {task}; this figure needs {wanted}, made with: {make}")
+    return {**content, "file": str(path)}
+
+
+def entries(content: Mapping[str, Any]) -> Iterator[Entry]:
+    """All encoders of a result.
+
+    Raises:
+        DataError: When the file has none, or one without what every result has.
+    """
+    encoders = content.get("encoders")
+    if not isinstance(encoders, dict) or not encoders:
+        raise DataError(f"{content['file']} names no encoder; measure at least one: --checkpoint or --upsampler")
+    for label, found in encoders.items():
+        try:
+            yield Entry(label, found["upsampler"], float(found["factor"]), found["backbone"], dict(found["result"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{content['file']}: encoder {label!r} is incomplete ({error!r}); measure it anew"
+            ) from error
+
+
+def line_names(found: Sequence[tuple[Hashable, Entry]]) -> list[str]:
+    """What the line of each encoder is called: its upsampler, so that several factors make one line.
+
+    Where a group (a panel of the figure) has several encoders of an upsampler at one factor, of other backbones or
+    checkpoints, all encoders of that upsampler go by their labels.
+    """
+    times = Counter((group, entry.upsampler, entry.factor) for group, entry in found)
+    shared = {upsampler for (_, upsampler, _), count in times.items() if count > 1}
+    return [entry.label if entry.upsampler in shared else entry.upsampler for _, entry in found]
+
+
+def number(entry: Entry, name: str, file: object) -> Number:
+    """A number of an encoder's result by its name; "a/b" is b inside of a.
+
+    Raises:
+        ConfigError: When there is none of that name; it lists those that there are.
+    """
+    numbers = dict(_numbers(entry.result))
+    if name not in numbers:
+        raise ConfigError(f"{file}: {entry.label!r} has no {name!r}. Available: {', '.join(numbers) or 'none'}")
+    return numbers[name]
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Number]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            if set(value) == set(Number._fields):
+                yield prefix + name, Number(**{key: float(number) for key, number in value.items()})
+            else:
+                yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + name, Number(*3 * (float(value),))

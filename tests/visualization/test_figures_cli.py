@@ -1,0 +1,148 @@
+"""`featsharp figure`: a file for every kind of figure, one line for every mistake."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featsharp.backbones import create_backbone
+from featsharp.builder import create_encoder, save_checkpoint
+from featsharp.cli.main import main
+from featsharp.evaluation.position_bias import position_bias
+from featsharp.normalizers import FeatureStatistics
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 72, 3), np.uint8)).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    encoder = create_encoder("toy-vit", "featup", 2, normalizer="phi-s", bias_buffer=True)
+    statistics = FeatureStatistics(encoder.embed_dim)
+    statistics.update(encoder.backbone(torch.randn(8, 3, 64, 64)).features)
+    encoder.normalizer.fit(statistics)
+    encoder.bias_buffer.buffer.data.normal_(std=0.1)
+    save_checkpoint(encoder, tmp_path / "last.pth")
+    return str(tmp_path / "last.pth")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that commands write, in order."""
+    figures = []
+    from featsharp.cli import figure as module
+
+    write = module.save
+    monkeypatch.setattr(module, "save", lambda figure, path: (figures.append(figure), write(figure, path)))
+    return figures
+
+
+def figure(*arguments):
+    return main(["figure", *map(str, arguments)])
+
+
+def test_pca_draws_all_encoders_in_order(photo, checkpoint, tmp_path, drawn):
+    out = tmp_path / "pca.png"
+    arguments = ["--upsampler", "bilinear-2x", "tile-2x", "--checkpoint", f"JBU={checkpoint}", "--real"]
+    assert figure("pca", photo, photo, *arguments, "-o", out) == 0
+    titles = [axes.get_title() for axes in drawn[0].axes[:6]]
+    assert titles == ["image", "low resolution", "real 2x", "bilinear 2x", "tile 2x", "JBU"]
+    assert len(drawn[0].axes) == 12
+    with Image.open(out) as picture:
+        # Six pictures of two inches at 200 dots, two rows of 2 : 3 and a line of captions.
+        assert picture.width == pytest.approx(2400, rel=0.02)
+        assert picture.height == pytest.approx(2 * 267 + 60, rel=0.05)
+
+
+def test_pca_has_a_row_for_each_backbone(photo, tmp_path, drawn):
+    backbones = ["--backbone", "toy-vit", "toy-vit-fixed", "toy-cnn"]
+    assert figure("pca", photo, "--upsampler", "tile-2x", *backbones, "--real", "-o", tmp_path / "p.svg") == 0
+    assert [axes.get_ylabel() for axes in drawn[0].axes[::4]] == backbones[1:]
+
+
+def test_checkpoints_share_their_backbone_with_the_training_free(photo, checkpoint, tmp_path, drawn):
+    assert figure("similarity", photo, "--upsampler", "bilinear-2x", "--checkpoint", checkpoint, "--at", "0.25,0.75",
+                  "-o", tmp_path / "s.png") == 0  # fmt: skip
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert titles == ["image", "low resolution", "real 2x", "bilinear 2x", "featup 2x"]
+    ((x, y),) = drawn[0].axes[0].lines[0].get_xydata()
+    assert (x + 0.5) / 72 == pytest.approx(0.75)
+    assert (y + 0.5) / 48 == pytest.approx(0.25)
+
+
+def test_bias_shows_learned_and_measured_patterns(checkpoint, tmp_path, drawn):
+    arguments = ["--checkpoint", checkpoint, "--backbone", "toy-cnn", "--images", 4]
+    assert figure("bias", *arguments, "-o", tmp_path / "b.png") == 0
+    learned, *measured = drawn[0].axes[0], *(axes for axes in drawn[0].axes[1:] if axes.get_title())
+    strengths = {name: position_bias(create_backbone(name), num_images=4) for name in ("toy-vit", "toy-cnn")}
+    assert learned.get_title() == "toy-vit, last"
+    strength, bias = learned.get_xlabel().split("\n")
+    # A buffer of 0.1 beside features of spread 1.
+    assert float(strength.removeprefix("strength ")) == pytest.approx(0.1, abs=0.005)
+    assert bias == f"position bias {strengths['toy-vit']:.3f}"
+    order = sorted(strengths, key=lambda name: -strengths[name])
+    assert [axes.get_title() for axes in measured] == order
+    assert [axes.get_xlabel() for axes in measured] == [f"position bias {strengths[name]:.3f}" for name in order]
+
+
+@pytest.mark.parametrize("kind", ["miou", "pr", "cka", "cost"])
+def test_results_of_another_task_are_refused(tmp_path, kind, capsys):
+    path = tmp_path / "zoom.json"
+    path.write_text(json.dumps({"task": "zoom", "encoders": {}}))
+    more = ["--accuracy", path, "--metric", "x"] if kind == "cost" else []
+    assert figure(kind, path, *more, "-o", tmp_path / "x.png") == 1
+    task = {"miou": "segmentation", "pr": "boundaries", "cka": "cka", "cost": "flops"}[kind]
+    message = capsys.readouterr().err
+    assert message.startswith("featsharp figure: ")
+    assert f"zoom.json is the result of zoom; this figure needs the result of {task}" in message
+    assert f"featsharp eval {task}" in message
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ("--checkpoint a.pth -o x.jpg", ".png, .pdf or .svg"),
+        ("--backbone toy-vit -o x.png", "nothing to draw for backbone toy-vit"),
+        ("--backbone toy-vit --upsampler tile-2x tile-2x -o x.png", "two encoders are called 'tile 2x'"),
+        ("--backbone toy-vit --upsampler featsharp-2x -o x.png", "featsharp has to be trained"),
+        ("--backbone toy-vit --checkpoint none.pth -o x.png", "none.pth"),
+    ],
+)
+def test_mistakes_cost_one_line(photo, arguments, problem, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert figure("pca", photo, *arguments.split()) == 1
+    message = capsys.readouterr().err
+    assert problem in message
+    assert len(message.splitlines()) == 1
+
+
+def test_similarity_is_about_one_backbone(photo, tmp_path, capsys):
+    arguments = ["--backbone", "toy-vit", "toy-cnn", "--upsampler", "tile-2x"]
+    assert figure("similarity", photo, *arguments, "-o", tmp_path / "x.png") == 1
+    assert "one backbone; got toy-vit, toy-cnn" in capsys.readouterr().err
+
+
+def test_points_are_two_numbers(photo, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        figure("similarity", photo, "--at", "middle", "-o", tmp_path / "x.png")
+    assert "write Y,X from 0 to 1" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_command_to_install_it_is_shown(photo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert figure("pca", photo, "--backbone", "toy-vit", "--upsampler", "tile-2x", "-o", tmp_path / "x.png") == 1
+    assert 'pip install "featsharp[viz]"' in capsys.readouterr().err
+
+
+def test_pyplot_stays_unused(photo, tmp_path):
+    before = "matplotlib.pyplot" in sys.modules
+    assert figure("pca", photo, "--backbone", "toy-vit", "--upsampler", "tile-2x", "-o", tmp_path / "x.png") == 0
+    assert ("matplotlib.pyplot" in sys.modules) == before

@@ -1,0 +1,301 @@
+"""Figures of results: what is drawn is what the files say, and other files are refused with the command that helps."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from featsharp.errors import ConfigError, DataError
+from featsharp.visualization.figures.cka import draw_cka, read_cka
+from featsharp.visualization.figures.cost import draw_cost, read_cost
+from featsharp.visualization.figures.miou import draw_miou, read_miou
+from featsharp.visualization.figures.pr import draw_pr, read_pr
+from featsharp.visualization.figures.results import entries, number, read_result
+from featsharp.visualization.figures.throughput import draw_throughput, read_throughput
+from featsharp.visualization.style import COLOURS, check_output, error_bars, label_points, line_style, new_figure, save
+
+
+def result_file(folder, name, task, **content):
+    path = folder / name
+    path.write_text(json.dumps({"task": task, **content}))
+    return path
+
+
+def encoder(upsampler, factor, result, backbone="toy-vit"):
+    return {"upsampler": upsampler, "factor": factor, "backbone": backbone, "result": result}
+
+
+def segmentation(value, size=64):
+    interval = {"value": value, "low": value - 0.02, "high": value + 0.03}
+    return {"miou": interval, "pixel_accuracy": 0.9, "iou": {"sky": 0.5, "sea": None}, "low_res_size": [size, size]}
+
+
+# files
+
+
+def test_missing_and_foreign_files_say_what_is_needed_and_how_it_is_made(tmp_path):
+    with pytest.raises(DataError, match=r"none\.json: No such file.*featsharp eval segmentation --data"):
+        read_result(tmp_path / "none.json", "segmentation")
+    (tmp_path / "text.json").write_text("hello")
+    with pytest.raises(DataError, match=r"text\.json is no JSON.*result of cka.*featsharp eval cka"):
+        read_result(tmp_path / "text.json", "cka")
+    for content in ("[]", "{}", '{"task": 3}'):
+        (tmp_path / "other.json").write_text(content)
+        with pytest.raises(DataError, match=r"other\.json holds no result.*featsharp eval boundaries"):
+            read_result(tmp_path / "other.json", "boundaries")
+    fidelity = result_file(tmp_path, "fidelity.json", "fidelity")
+    with pytest.raises(
+        DataError, match=r"fidelity\.json is the result of fidelity.*of flops or throughput.*eval flops"
+    ):
+        read_result(fidelity, "flops", "throughput")
+    assert read_result(fidelity)["task"] == "fidelity"
+
+
+def test_incomplete_encoders_are_refused(tmp_path):
+    for encoders, problem in (({}, "names no encoder"), ({"sharp": {"factor": 2}}, "'sharp' is incomplete")):
+        content = read_result(result_file(tmp_path, "x.json", "zoom", encoders=encoders))
+        with pytest.raises(DataError, match=f"x.json.*{problem}"):
+            list(entries(content))
+
+
+def test_numbers_are_found_at_any_depth_and_listed_when_missing(tmp_path):
+    encoders = {"a": encoder("tile", 2, segmentation(0.5))}
+    (entry,) = entries(read_result(result_file(tmp_path, "x.json", "segmentation", encoders=encoders)))
+    assert number(entry, "miou", "x.json") == pytest.approx((0.5, 0.48, 0.53))
+    assert number(entry, "iou/sky", "x.json") == (0.5, 0.5, 0.5)
+    with pytest.raises(ConfigError, match=r"'a' has no 'pck'\. Available: miou, pixel_accuracy, iou/sky"):
+        number(entry, "pck", "x.json")
+
+
+# mIoU
+
+
+def miou_file(folder, name="seg.json", size=64, labels=("tile-1x", "tile-2x", "last"), upsamplers=None):
+    values = [0.25, 0.5, 0.625]
+    upsamplers = upsamplers or ("tile", "tile", "featsharp")
+    found = {
+        label: encoder(upsampler, factor, segmentation(value, size))
+        for label, upsampler, factor, value in zip(labels, upsamplers, (1, 2, 2), values, strict=True)
+    }
+    return read_result(result_file(folder, name, "segmentation", encoders=found), "segmentation")
+
+
+def test_miou_lines_hold_the_numbers_of_the_files(tmp_path):
+    contents = [miou_file(tmp_path, "b.json", 96), miou_file(tmp_path, "a.json", 64)]
+    figure = draw_miou(read_miou(contents))
+    assert [axes.get_title() for axes in figure.axes] == ["input 64 x 64", "input 96 x 96"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["tile", "featsharp"]
+    for axes in figure.axes:
+        tile, sharp = axes.containers
+        assert np.allclose(tile.lines[0].get_xydata(), [(1, 25), (2, 50)])
+        assert np.allclose(sharp.lines[0].get_xydata(), [(2, 62.5)])
+        (bar,) = sharp.lines[2][0].get_segments()
+        assert np.allclose(bar, [(2, 60.5), (2, 65.5)])
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["1x", "2x"]
+
+
+def test_encoders_of_one_upsampler_and_factor_go_by_their_labels(tmp_path):
+    upsamplers, labels = ("bilinear", "featsharp", "featsharp"), ("low", "mine", "theirs")
+    content = miou_file(tmp_path, upsamplers=upsamplers, labels=labels)
+    lines = [(point.line, point.factor) for point in read_miou([content])]
+    assert lines == [("bilinear", 1), ("mine", 2), ("theirs", 2)]
+    with pytest.raises(DataError, match="two results for 'low' at 1x and 64x64"):
+        read_miou([content, content])
+
+
+def test_miou_without_its_size_is_refused(tmp_path):
+    encoders = {"a": encoder("tile", 2, {"miou": 0.5})}
+    content = read_result(result_file(tmp_path, "old.json", "segmentation", encoders=encoders))
+    with pytest.raises(DataError, match=r"old\.json: 'a' does not say its low_res_size"):
+        read_miou([content])
+
+
+# CKA
+
+
+def test_cka_cells_hold_the_values_and_read_well(tmp_path):
+    matrix = [[1.0, 0.2], [0.2, 1.0]]
+    encoders = {f"e{i}": encoder("tile", 2, {"sizes": [56, 112], "matrix": matrix}) for i in range(5)}
+    found = read_cka([read_result(result_file(tmp_path, "cka.json", "cka", encoders=encoders), "cka")])
+    figure = draw_cka(found)
+    panels = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in panels] == [f"e{i}" for i in range(5)]
+    for axes in panels:
+        assert np.array_equal(axes.images[0].get_array(), matrix)
+        assert axes.images[0].get_clim() == (0, 1)
+        texts = {text.get_position(): text.get_text() for text in axes.texts}
+        assert texts == {(0, 0): "1.00", (1, 0): "0.20", (0, 1): "0.20", (1, 1): "1.00"}
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["56", "112"]
+        for text in axes.texts:
+            column, row = text.get_position()
+            paper = np.array(axes.images[0].cmap(matrix[row][column])[:3])
+            assert abs(luminance(to_rgb(text.get_color())) - luminance(paper)) > 0.3
+
+
+def luminance(colour):
+    return float(np.dot(colour, (0.2126, 0.7152, 0.0722)))
+
+
+@pytest.mark.parametrize("result", [{"cka": 0.5}, {"sizes": [56, 112, 224], "matrix": [[1.0]]}])
+def test_cka_without_its_matrix_is_refused(tmp_path, result):
+    content = read_result(result_file(tmp_path, "cka.json", "cka", encoders={"a": encoder("tile", 2, result)}))
+    with pytest.raises(DataError, match=r"cka\.json: 'a' has"):
+        read_cka([content])
+
+
+# throughput and cost
+
+
+def throughput_rows():
+    return [
+        {
+            "curve": curve,
+            "factor": factor,
+            "cells": 64 * factor**2,
+            "time": {"median": 2 * ms, "low": 2 * ms - 1, "high": 2 * ms + 2, "runs": 5},
+            "ms_per_image": ms,
+            "us_per_token": 1000 * ms / (64 * factor**2),
+            "linear_ms_per_image": 8.0 * factor**2,
+            "peak_bytes": 2**20 * ms,
+            "total": 10**9 * ms,
+        }
+        for curve, factor, ms in (("direct", 1, 8), ("direct", 2, 40), ("tile", 1, 9), ("tile", 2, 36))
+    ]
+
+
+def throughput_file(folder, task="throughput"):
+    result = {"backbone": "toy-vit", "batch_size": 2, "autocast": None, "rows": throughput_rows()}
+    return read_result(result_file(folder, f"{task}.json", task, machine={"device": "cpu"}, result=result), task)
+
+
+def test_throughput_draws_the_three_quantities_of_the_file(tmp_path):
+    figure = draw_throughput(*read_throughput(throughput_file(tmp_path)))
+    per_token, per_image, memory = figure.axes
+    assert np.allclose(per_token.lines[0].get_xydata(), [(1, 8000 / 64), (2, 40000 / 256)])
+    assert np.allclose(per_token.lines[1].get_xydata(), [(1, 9000 / 64), (2, 36000 / 256)])
+    assert np.allclose(per_image.containers[0].lines[0].get_xydata(), [(1, 8), (2, 40)])
+    # Of a batch of two: quartiles of 2 ms - 1 and 2 ms + 2.
+    assert np.allclose(per_image.containers[1].lines[2][0].get_segments()[1], [(2, 35.5), (2, 37)])
+    (linear,) = (line for line in per_image.lines if line.get_label() == "linear")
+    assert np.allclose(linear.get_xydata(), [(1, 8), (2, 32)])
+    assert np.allclose(memory.lines[1].get_xydata(), [(1, 9), (2, 36)])
+    assert figure.get_suptitle() == "toy-vit, cpu, float32, batch 2"
+
+
+@pytest.mark.parametrize("change", [{"rows": []}, {"rows": [{"curve": "direct"}]}, {"rows": None}])
+def test_throughput_files_that_lack_times_are_refused(tmp_path, change):
+    content = throughput_file(tmp_path)
+    content["result"] |= change
+    with pytest.raises(DataError, match=r"throughput\.json .*measure anew: featsharp eval throughput"):
+        read_throughput(content)
+
+
+@pytest.mark.parametrize(("task", "costs"), [("flops", [9, 36]), ("throughput", [9, 36])])
+def test_cost_joins_files_by_backbone_upsampler_and_factor(tmp_path, task, costs):
+    encoders = {
+        "two": encoder("tile", 2, {"pck@0.1": {"value": 0.6, "low": 0.5, "high": 0.65}}),
+        "one": encoder("tile", 1, {"pck@0.1": {"value": 0.4, "low": 0.3, "high": 0.5}}),
+    }
+    quality = read_result(result_file(tmp_path, "spair.json", "correspondence", encoders=encoders))
+    trades, title = read_cost([throughput_file(tmp_path, task)], [quality], "pck@0.1")
+    assert {"flops": "GFLOP", "throughput": "milliseconds"}[task] in title
+    figure = draw_cost(trades, title, "pck@0.1")
+    (axes,) = figure.axes
+    assert np.allclose(axes.containers[0].lines[0].get_xydata(), list(zip(costs, [0.4, 0.6], strict=True)))
+    assert [(note.xy, note.get_text()) for note in axes.texts] == [((36.0, 0.6), "2x"), ((9.0, 0.4), "1x")]
+    assert axes.get_ylabel() == "pck@0.1"
+
+
+def test_unknown_costs_say_how_to_measure_them(tmp_path):
+    encoders = {"mine": encoder("featsharp", 4, {"x": 1.0})}
+    quality = read_result(result_file(tmp_path, "q.json", "zoom", encoders=encoders))
+    with pytest.raises(DataError, match=r"'mine' of .*q\.json.*--backbone toy-vit --upsamplers featsharp --factors 4"):
+        read_cost([throughput_file(tmp_path, "flops")], [quality], "x")
+    both = [throughput_file(tmp_path, "flops"), throughput_file(tmp_path)]
+    with pytest.raises(ConfigError, match="flops and throughput cannot share"):
+        read_cost(both, [quality], "x")
+
+
+# precision and recall
+
+
+def pr_result(ods, curve):
+    numbers = {"ods_f": {"value": ods, "low": ods, "high": ods}, "ods_precision": 0.7, "ods_recall": 0.6}
+    return {**numbers, "curve": [{"threshold": t, "precision": p, "recall": r} for t, p, r in curve]}
+
+
+def test_pr_curves_are_those_of_the_file_best_first(tmp_path):
+    encoders = {
+        "weak": encoder("bilinear", 2, pr_result(0.3, [(0.1, 0.2, 0.9), (0.5, 0.6, 0.2)])),
+        "good": encoder("tile", 2, pr_result(0.65, [(0.1, 0.5, 0.8), (0.3, 0.7, 0.6), (0.9, 0.0, 0.0)])),
+    }
+    contents = [read_result(result_file(tmp_path, "b.json", "boundaries", encoders=encoders), "boundaries")]
+    figure = draw_pr(read_pr(contents))
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert np.allclose(lines["good, F 0.650"].get_xydata(), [(0.8, 0.5), (0.6, 0.7)])  # nothing found is no point
+    assert np.allclose(lines["weak, F 0.300"].get_xydata(), [(0.9, 0.2), (0.2, 0.6)])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["good, F 0.650", "weak, F 0.300"]
+    marked = [line for line in axes.lines if len(line.get_xdata()) == 1]
+    assert np.allclose([line.get_xydata()[0] for line in marked], [(0.6, 0.7), (0.6, 0.7)])
+    # Grey lines: F = 2 p r / (p + r) is the same all along.
+    for f, line in zip((0.2, 0.4, 0.6, 0.8), axes.lines, strict=False):
+        recall, precision = line.get_xydata().T
+        assert np.allclose(2 * precision * recall / (precision + recall), f)
+
+
+def test_pr_without_its_curve_is_refused(tmp_path):
+    content = read_result(
+        result_file(tmp_path, "b.json", "boundaries", encoders={"a": encoder("tile", 2, {"ods_f": 1})})
+    )
+    with pytest.raises(DataError, match=r"b\.json: 'a' has no curve"):
+        read_pr([content])
+
+
+# style
+
+
+@pytest.mark.parametrize(("suffix", "head"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_files_are_what_their_suffix_says_and_the_same_every_time(tmp_path, suffix, head):
+    for name in ("a", "b"):
+        figure = new_figure(2, 1)
+        figure.subplots().plot([0, 1], [0, 1])
+        save(figure, tmp_path / f"{name}.{suffix}")
+    first = (tmp_path / f"a.{suffix}").read_bytes()
+    assert first.startswith(head)
+    assert first == (tmp_path / f"b.{suffix}").read_bytes()
+    if suffix == "png":
+        with Image.open(tmp_path / "a.png") as picture:
+            assert picture.width == pytest.approx(400, abs=20)
+            assert picture.height == pytest.approx(200, abs=20)
+
+
+def test_other_suffixes_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"\.png, \.pdf or \.svg.*'x\.jpg'"):
+        check_output(tmp_path / "x.jpg")
+
+
+def test_lines_differ_by_colour_and_marker_then_by_dashes():
+    styles = [line_style(n) for n in range(4 * len(COLOURS))]
+    assert len({(style["color"], style["marker"], style["linestyle"]) for style in styles}) == len(styles)
+
+
+def test_labels_of_crowded_points_do_not_overlap():
+    figure = new_figure(4, 3)
+    axes = figure.subplots()
+    points = [(0.5, 0.5), (0.52, 0.5), (0.5, 0.53)]
+    axes.plot(*zip(*points, strict=True), "o")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    label_points(axes, points, ["first", "second", "third"])
+    boxes = [note.get_window_extent() for note in axes.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+    for point in points:
+        x, y = axes.transData.transform(point)
+        assert not any(box.contains(x, y) for box in boxes)
+
+
+def test_error_bars_are_never_negative():
+    assert error_bars([(0.5, 0.6, 0.4), (0.5, 0.25, 1.0)], 100) == [[0, 25], [0, 50]]
+    assert error_bars([(0.5, float("nan"), float("nan"))]) == [[0], [0]]  # an estimate without interval
