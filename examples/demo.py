@@ -25,8 +25,8 @@ from featsharp.model import SharpEncoder
 from featsharp.ops.device import autocast_dtype
 from featsharp.ops.memory import keep_freed_memory
 from featsharp.train import train
-from featsharp.visualization.compare import compare_encoders
-from featsharp.visualization.panels import save_figure
+from featsharp.visualization.figures.pca import draw_pca, pca_row
+from featsharp.visualization.style import save
 
 SCIKIT_IMAGE = [
     "astronaut.png", "brick.png", "camera.png", "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
@@ -69,7 +69,7 @@ def main() -> None:
     columns = {
         name: encoders[key] for name, key in {"bilinear": "bilinear", "tile": "tile", "FeatSharp": "featsharp"}.items()
     }
-    save_figure([compare_encoders(decode_image(path), columns) for path in held_out], output / "features.png")
+    save(draw_pca([pca_row(decode_image(path), columns) for path in held_out]), output / "features.png")
 
     metrics: dict[str, dict[str, float]] = {"zoom_cosine": {}, "fidelity": {}, "seconds": {}}
     for name, encoder in encoders.items():

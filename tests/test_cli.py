@@ -120,7 +120,7 @@ def test_one_bad_image_does_not_end_the_work_on_others(photos, tmp_path, capsys)
     assert line == f"featsharp upsample: {photos / 'aa.png'}: the file is empty (0 bytes)"
 
 
-# ls, pack, eval, panel
+# ls, pack, eval
 
 
 def nearest(image, features, size):
@@ -223,13 +223,6 @@ def test_eval_measures_several_encoders_and_writes_json(photos, checkpoint, tmp_
 def test_encoders_of_one_name_are_refused(photos, checkpoint, capsys):
     assert run("eval", "zoom", "--checkpoint", checkpoint, checkpoint, "--data", photos) == 1
     assert "LABEL=" in capsys.readouterr().err
-
-
-def test_panel_writes_a_picture(photos, checkpoint, tmp_path):
-    """G1."""
-    assert run("panel", "pca", photos / "a.png", "--checkpoint", checkpoint, "--real", "-o", tmp_path / "p.png") == 0
-    with Image.open(tmp_path / "p.png") as picture:
-        assert picture.width > 3 * picture.height
 
 
 # Bad input: one line on stderr, a status that is not zero, no traceback
@@ -426,7 +419,7 @@ def test_pictures_of_several_maps(tmp_path):
     with safe_open(tmp_path / "out" / "photo.safetensors", framework="pt") as file:
         assert file.get_tensor("high_res").shape[0] == 2 * file.get_tensor("low_res").shape[0]
     assert (tmp_path / "out" / "photo.png").exists()
-    assert run("panel", "pca", photo, *chosen, "-o", tmp_path / "panel.png") == 0
+    assert run("figure", "pca", photo, *chosen, "-o", tmp_path / "figure.png") == 0
 
 
 def test_checkpoints_that_name_functions_need_a_word(tmp_path, capsys):

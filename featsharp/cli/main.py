@@ -19,7 +19,6 @@ COMMANDS = {
     "export": "a checkpoint as one small safetensors file for use",
     "pack": "an image folder to webdataset shards",
     "eval": "measure encoders by the tasks on which the field compares upsamplers",
-    "panel": "compare feature maps of encoders as pictures",
     "figure": "pictures for papers and docs: PCA panels, biases, similarity, curves",
     "bench": "speed and memory on this machine",
     "doctor": "which fast implementations can run here, and why not the others; what a backbone is like",

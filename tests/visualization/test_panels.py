@@ -7,7 +7,7 @@ from PIL import Image
 
 from featsharp.data.images import image_to_tensor
 from featsharp.errors import FeatSharpError
-from featsharp.visualization.panels import panel, save_figure, save_picture
+from featsharp.visualization.panels import panel, save_picture
 
 
 def test_panel_joins_pictures_with_visible_cells():
@@ -31,12 +31,3 @@ def test_unwritable_place_is_one_line_and_costs_nothing(tmp_path):
         save_picture(torch.zeros(3, 2, 2), tmp_path / "file" / "x.png")
     assert len(str(caught.value).splitlines()) == 1
     assert (tmp_path / "file").read_bytes() == b"precious"
-
-
-def test_figure_has_a_cell_for_each_picture(tmp_path):
-    rows = [{"image": torch.rand(3, 20, 30), "sharp": torch.rand(3, 4, 6)} for _ in range(2)]
-    save_figure(rows, tmp_path / "figure.png", cell=1.0)
-    with Image.open(tmp_path / "figure.png") as figure:
-        assert figure.format == "PNG"
-        # Two rows of pictures of 2 : 3, and a line of captions.
-        assert figure.size == (2 * 160, pytest.approx((2 * 2 / 3 + 0.3) * 160, abs=1))
