@@ -49,6 +49,7 @@ TASKS = {
     "boundaries": "featsharp.evaluation.boundaries:BoundaryTask",
     "small-objects": "featsharp.evaluation.objects:SmallObjectTask",
     "segmentation": "featsharp.evaluation.segmentation.task:SegmentationTask",
+    "delta-m": "featsharp.evaluation.delta_m:DeltaMTask",
     "throughput": "featsharp.benchmark.throughput:ThroughputTask",
     "flops": "featsharp.benchmark.flops:FlopsTask",
     "recommend": "featsharp.benchmark.recommend:RecommendTask",

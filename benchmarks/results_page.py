@@ -1,0 +1,111 @@
+"""Fill the tables of docs/results.md from the files of `featsharp eval --json`.
+
+    python benchmarks/results_page.py            rewrite the tables
+    python benchmarks/results_page.py --check    fail where the page is not what the files say
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is one of TABLES. The files lie in
+benchmarks/results/eval: TASK@WHAT.json, those of one task in one table. Below each table stand its commands.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
+RESULTS = ROOT / "benchmarks" / "results" / "eval"
+
+
+class Table(NamedTuple):
+    """Which numbers of which task, and how they are written."""
+
+    task: str
+    columns: dict[str, str]  # metric in the file -> heading
+    scale: float = 1.0  # 100 for percent
+    digits: int = 3
+
+
+PCK = {"pck@0.1": "PCK@0.1", "pck@0.05": "PCK@0.05", "pck@0.01": "PCK@0.01"}
+TABLES = {
+    "fidelity": Table("fidelity", {"fidelity_area": "fidelity, area pooling", "cosine": "cosine"}),
+    "zoom": Table("zoom", {"zoom_cosine": "zoom cosine"}),
+    "segmentation": Table("segmentation", {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}, 100, 1),
+    "no-retraining": Table("segmentation-low-res", {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}, 100, 1),
+    "correspondence": Table("correspondence", PCK, 100, 1),
+    "boundaries": Table("boundaries", {"ods_f": "best F (ODS)", "ois_f": "F, best per image (OIS)"}),
+    "reference": Table("reference", {"cosine": "cosine", "error": "error / variance", "cka": "linear CKA"}),
+    "cka": Table("cka", {"cka_56": "56", "cka_112": "112", "cka_224": "224", "cka": "all pairs"}),
+    "small-objects": Table("small-objects", {}, 100, 1),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    before = PAGE.read_text(encoding="utf-8")
+    after = fill(before, RESULTS)
+    if check:
+        if before != after:
+            print(
+                f"{PAGE.name} is not what the result files say; run python benchmarks/results_page.py", file=sys.stderr
+            )
+        return int(before != after)
+    PAGE.write_text(after, encoding="utf-8")
+    return 0
+
+
+def fill(page: str, results: Path) -> str:
+    """The page with every table written anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n{render(TABLES[match[1]], results)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+def render(table: Table, results: Path) -> str:
+    """The table and its commands as Markdown."""
+    files = [json.loads(path.read_text()) for path in sorted(results.glob(f"{table.task}@*.json"))]
+    if not files:
+        raise SystemExit(f"no file {table.task}@*.json in {results}")
+    columns = table.columns or {name: name for name in numbers(next(iter(files[0]["encoders"].values()))["result"])}
+    lines = [f"| encoder | {' | '.join(columns.values())} |", f"|{'---|' * (len(columns) + 1)}"]
+    for content in files:
+        for label, found in content["encoders"].items():
+            cells = [cell(found["result"].get(metric), table) for metric in columns]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    sources = []
+    for content in files:
+        counts = {len(found["items"]) for found in content["encoders"].values()}
+        skipped = sum(len(found["skipped"]) for found in content["encoders"].values())
+        sources.append(f"- `{content['command']}` ({'/'.join(map(str, sorted(counts)))} items, {skipped} skipped)")
+    machine = files[0]["machine"]
+    dtype = {str(found["backbone_autocast"]) for content in files for found in content["encoders"].values()}
+    passes = " and ".join(sorted("float32" if name == "None" else name for name in dtype))
+    versions = f"{machine['processor']}, {machine['device']}, torch {machine['torch']}, backbone passes in {passes}"
+    return "\n".join([*lines, "", *sources, f"- {versions}"])
+
+
+def numbers(result: dict[str, Any]) -> list[str]:
+    """Metrics that are estimates."""
+    return [
+        name for name, value in result.items() if isinstance(value, dict) and set(value) == {"value", "low", "high"}
+    ]
+
+
+def cell(value: Any, table: Table) -> str:
+    """A number with its interval, where it has one."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        low, high = (f"{table.scale * value[key]:.{table.digits}f}" for key in ("low", "high"))
+        return f"{table.scale * value['value']:.{table.digits}f} [{low}, {high}]"
+    return f"{table.scale * value:.{table.digits}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Pictures with the boundaries that people drew in them, in the layouts in which BSDS and its like are kept.
+
+ROOT/images/SPLIT/NAME.jpg      ROOT/groundTruth/SPLIT/NAME.mat       BSDS500 as published
+ROOT/SPLIT/images/NAME.jpg      ROOT/SPLIT/groundTruth/NAME.mat       split by split
+ROOT/images/NAME.jpg            ROOT/groundTruth/NAME.mat             one split alone
+... the same with boundaries/NAME.png, NAME_1.png, ... for groundTruth: masks of lines, one per annotator
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from featsharp.data.images import is_image_name
+from featsharp.errors import DataError
+from featsharp.evaluation.mat import read_mat
+
+__all__ = ["Picture", "find_pictures", "read_boundaries"]
+
+LAYOUT = (
+    "expected images/SPLIT/*.jpg with groundTruth/SPLIT/*.mat (BSDS500), SPLIT/images with SPLIT/groundTruth, or "
+    "images with groundTruth; or masks in boundaries/NAME*.png in place of groundTruth"
+)
+SEPARATORS = "_-."
+
+
+class Picture(NamedTuple):
+    """A picture and the files with its boundaries: one .mat, or a mask per annotator; none where they are missing."""
+
+    image: Path
+    truths: tuple[Path, ...]
+
+
+def find_pictures(root: Path, split: str | None) -> list[Picture]:
+    """The pictures of a data set, by name.
+
+    Raises:
+        DataError: When the folder has none of the layouts, or the split is missing or empty.
+    """
+    for images, truths in _folders(root, split):
+        if images.is_dir() and truths.is_dir():
+            break
+    else:
+        raise DataError(f"{root} holds no boundaries of split {split!r}; {LAYOUT}, and --split for the data set's own")
+    found = sorted(path for path in images.iterdir() if path.is_file() and is_image_name(path.name))
+    if not found:
+        inner = sorted(path.name for path in images.iterdir() if path.is_dir())
+        hint = f"; choose --split {' or '.join(inner)}" if inner else ""
+        raise DataError(f"{images} holds no image{hint}")
+    files = _truths_by_stem(truths, {path.stem for path in found})
+    return [Picture(path, tuple(sorted(files[path.stem]))) for path in found]
+
+
+def read_boundaries(picture: Picture, size: tuple[int, int]) -> list[np.ndarray]:
+    """The boundary map of each annotator, [H, W] bool.
+
+    Args:
+        picture: One of :func:`find_pictures`.
+        size: (H, W) of the picture.
+
+    Raises:
+        DataError: When there is none, a file cannot be read, a map has another size than the picture, or all are empty.
+    """
+    if not picture.truths:
+        raise DataError(f"{picture.image.name}: there is no file with its boundaries")
+    maps = []
+    for path in picture.truths:
+        for found in _read_mat(path) if path.suffix == ".mat" else [_read_mask(path)]:
+            if found.shape != size:
+                raise DataError(
+                    f"{path.name}: boundaries of {found.shape[0]}x{found.shape[1]} pixels for a picture of "
+                    f"{size[0]}x{size[1]}"
+                )
+            maps.append(found)
+    if not any(found.any() for found in maps):
+        raise DataError(f"{picture.truths[0].name}: nobody drew a boundary")
+    return maps
+
+
+def _folders(root: Path, split: str | None) -> list[tuple[Path, Path]]:
+    """Where images and boundaries may be."""
+    kinds = ("groundTruth", "boundaries")
+    if split is None:
+        return [(root / "images", root / kind) for kind in kinds]
+    published = [(root / "images" / split, root / kind / split) for kind in kinds]
+    return published + [(root / split / "images", root / split / kind) for kind in kinds]
+
+
+def _truths_by_stem(folder: Path, stems: set[str]) -> defaultdict[str, list[Path]]:
+    files = defaultdict(list)
+    for path in folder.iterdir():
+        if path.suffix == ".mat" and path.stem in stems:
+            files[path.stem].append(path)
+        elif path.suffix == ".png":
+            files[_owner(path.stem, stems)].append(path)
+    return files
+
+
+def _owner(name: str, stems: set[str]) -> str:
+    """The longest stem that a mask's name begins with, up to a separator; "" for none."""
+    ends = [len(name), *(i for i in reversed(range(len(name))) if name[i] in SEPARATORS)]
+    return next((name[:end] for end in ends if name[:end] in stems), "")
+
+
+def _read_mat(path: Path) -> list[np.ndarray]:
+    """BSDS500: a cell per annotator, each a struct with Segmentation and Boundaries."""
+    try:
+        truths: Any = read_mat(path)["groundTruth"]
+        annotators = truths if isinstance(truths, list) else [truths]
+        maps = [np.asarray(annotator["Boundaries"]) for annotator in annotators]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path.name}: no variable groundTruth with Boundaries, as BSDS500 has it") from error
+    if not maps or any(found.ndim != 2 for found in maps):
+        raise DataError(f"{path.name}: groundTruth holds no maps of boundaries")
+    return [found != 0 for found in maps]
+
+
+def _read_mask(path: Path) -> np.ndarray:
+    """Boundaries are what is not black."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("L")) != 0
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path.name}: cannot be decoded as a mask ({error})") from error

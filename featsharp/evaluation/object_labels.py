@@ -1,0 +1,156 @@
+"""Objects of pictures with class and outline: COCO's instances JSON, or YOLO's text files.
+
+Places are in pixels of the picture, (x, y) from its upper left corner; pixel (i, j) covers j to j + 1 and i to i + 1.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from featsharp.errors import DataError
+
+__all__ = ["Labels", "ObjectMask", "open_labels"]
+
+# What rounding in a YOLO file may add to 1.
+SLACK = 1e-3
+
+
+class ObjectMask(NamedTuple):
+    """One object."""
+
+    category: int
+    mask: np.ndarray  # [H, W] bool, pixels whose centre is inside
+    area: float  # pixels: as annotated, else of the mask
+
+
+class Labels(Protocol):
+    """The objects of a data set, by image name."""
+
+    def knows(self, name: str) -> bool:
+        """Whether there is an entry for an image."""
+
+    def read(self, name: str, size: tuple[int, int]) -> list[ObjectMask]:
+        """The objects of an image of ``size`` (H, W) that cover a pixel; DataError where they cannot be read."""
+
+
+def open_labels(path: Path) -> Labels:
+    """COCO for a .json file, YOLO for a folder of .txt files.
+
+    Raises:
+        DataError: For anything else, and for a JSON file that is not COCO's.
+    """
+    if path.is_dir() and any(path.glob("*.txt")):
+        return YoloLabels(path)
+    if path.is_file() and path.suffix == ".json":
+        return CocoLabels(path)
+    raise DataError(f"{path} holds no objects; expected COCO's instances_*.json, or a folder of YOLO's NAME.txt")
+
+
+class YoloLabels:
+    """A file per image, a line per object, fractions of width and height: ``class cx cy w h`` or ``class x y x y ...``.
+
+    Images without a file are not part of the data set.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def knows(self, name: str) -> bool:
+        return self._path(name).is_file()
+
+    def read(self, name: str, size: tuple[int, int]) -> list[ObjectMask]:
+        path = self._path(name)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path.name} cannot be read as text ({error})") from error
+        found = []
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                category, outline = _parse_line(line, f"{path.name}, line {number}")
+                mask = draw([outline * (size[1], size[0])], size)
+                found.append(ObjectMask(category, mask, float(mask.sum())))
+        return [one for one in found if one.area]
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{PurePosixPath(name).stem}.txt"
+
+
+class CocoLabels:
+    """``images`` and ``annotations`` of one JSON file; crowds are left out, masks other than polygons count by box."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            content = json.loads(path.read_bytes())
+            stems = {image["id"]: PurePosixPath(image["file_name"]).stem for image in content["images"]}
+            self._found: dict[str, list[Any]] = defaultdict(list)
+            for annotation in content["annotations"]:
+                if not annotation.get("iscrowd"):
+                    self._found[stems[annotation["image_id"]]].append(annotation)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path.name} is not a COCO file of instances ({type(error).__name__}: {error})") from error
+
+    def knows(self, name: str) -> bool:
+        return PurePosixPath(name).stem in self._found
+
+    def read(self, name: str, size: tuple[int, int]) -> list[ObjectMask]:
+        found = []
+        for annotation in self._found[PurePosixPath(name).stem]:
+            try:
+                mask = draw(_coco_outlines(annotation), size)
+                area = float(annotation.get("area", mask.sum()))
+                found.append(ObjectMask(int(annotation["category_id"]), mask, area))
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{self.path.name}, annotation {annotation.get('id')} of {name}: {type(error).__name__}: {error}"
+                ) from error
+        return [one for one in found if one.mask.any()]
+
+
+def draw(outlines: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """[H, W] bool: pixels whose centre is inside any of the polygons, each [n, 2] (x, y) in pixels, even-odd rule."""
+    mask = np.zeros(size, dtype=bool)
+    x, y = np.arange(size[1]) + 0.5, np.arange(size[0]) + 0.5
+    for outline in outlines:
+        inside = np.zeros(size, dtype=bool)
+        for (x0, y0), (x1, y1) in zip(outline, np.roll(outline, -1, axis=0), strict=True):
+            rows = (y0 <= y) != (y1 <= y)
+            if rows.any():
+                crossings = x0 + (y[rows] - y0) * ((x1 - x0) / (y1 - y0))
+                inside[rows] ^= x >= crossings[:, None]
+        mask |= inside
+    return mask
+
+
+def _parse_line(line: str, place: str) -> tuple[int, np.ndarray]:
+    """Class and outline [n, 2] in fractions."""
+    try:
+        first, *rest = line.split()
+        category, numbers = int(first), np.array(rest, dtype=float)
+    except ValueError as error:
+        raise DataError(f"{place}: expected a class and numbers, got {line[:40]!r}") from error
+    if category < 0 or len(numbers) not in (4, *range(6, len(numbers) + 1, 2)):
+        raise DataError(f"{place}: expected 'class cx cy w h' or 'class x y x y x y ...', got {line[:40]!r}")
+    if not ((numbers >= -SLACK) & (numbers <= 1 + SLACK)).all():
+        raise DataError(f"{place}: places must be fractions from 0 to 1, got {line[:40]!r}")
+    if len(numbers) > 4:
+        return category, numbers.reshape(-1, 2)
+    cx, cy, w, h = numbers
+    return category, _box(cx - w / 2, cy - h / 2, w, h)
+
+
+def _coco_outlines(annotation: dict[str, Any]) -> list[np.ndarray]:
+    polygons = annotation.get("segmentation")
+    if isinstance(polygons, list) and polygons:
+        return [np.array(polygon, dtype=float).reshape(-1, 2) for polygon in polygons]
+    return [_box(*map(float, annotation["bbox"]))]
+
+
+def _box(x: float, y: float, w: float, h: float) -> np.ndarray:
+    return np.array([(x, y), (x + w, y), (x + w, y + h), (x, y + h)])

@@ -1,0 +1,166 @@
+"""Small objects: can the class of an object be told from the features inside its outline?
+
+The features of each object are averaged over its pixels and classified by the nearest class mean (Mensink et al. 2013),
+the means taken over the objects of all other images. Nothing is trained, so the result depends on the features alone.
+Accuracy is by size with COCO's limits on the area in pixels of the original image. This is no detection: outlines are
+given, and only their content is named.
+"""
+
+import base64
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featsharp.data.images import decode_image
+from featsharp.data.sources import open_source
+from featsharp.errors import DataError
+from featsharp.evaluation.object_labels import open_labels
+from featsharp.evaluation.samples import bootstrap
+from featsharp.evaluation.task import Item, Row, Summary, Task
+from featsharp.evaluation.whole_picture import sharp_features
+from featsharp.model import SharpEncoder
+from featsharp.ops.resize import resize, size_of
+from featsharp.settings import setting
+
+__all__ = ["SIZES", "SmallObjectTask", "nearest_other_mean", "pool_masks"]
+
+# Areas in pixels from the first number up to the second, COCO's.
+SIZES = {
+    "small": (0.0, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, float("inf")),
+    "all": (0.0, float("inf")),
+}
+
+
+@dataclass
+class SmallObjectTask(Task):
+    """Accuracy of naming objects from the features inside their outline, by size."""
+
+    name: ClassVar[str] = "small-objects"
+    title: ClassVar[str] = "can objects be named from the features inside their outline, small ones too?"
+
+    data: Path = setting(Path("."), "images: a folder or tars", type=Path, metavar="DIR", required=True)
+    labels: Path = setting(
+        Path("."), "COCO's instances_*.json, or a folder of YOLO's .txt", type=Path, metavar="PATH", required=True
+    )
+    limit: int | None = setting(None, "only the first N images with objects", type="count", metavar="N")
+    low_res_size: tuple[int, int] | None = setting(
+        None, "size of the low-resolution pass; default: the backbone's native one", type="size", metavar="HxW"
+    )
+
+    def items(self) -> Iterator[Item]:
+        source, labels = open_source(self.data), open_labels(self.labels)
+        known = [index for index in range(len(source)) if labels.knows(source.name(index))]
+        if not known:
+            raise DataError(f"no image of {self.data} has objects in {self.labels}; images and labels go by one name")
+        for index in known[: self.limit]:
+            yield Item(source.name(index), (source, index, labels))
+
+    def measure(self, encoder: SharpEncoder, item: Item, number: int, state: Any) -> Row:
+        source, index, labels = item.data
+        image = decode_image(source.read(index), name=item.name)
+        objects = labels.read(item.name, (image.height, image.width))
+        if not objects:
+            raise DataError(f"{item.name}: there is no object in it")
+        features = sharp_features(encoder, image, self.low_res_size)[0]
+        masks = torch.from_numpy(np.stack([one.mask for one in objects])).to(features)
+        vectors = F.normalize(pool_masks(features, masks), dim=1)
+        return {
+            "objects": len(objects),
+            "_categories": [one.category for one in objects],
+            "_areas": [one.area for one in objects],
+            "_vectors": _pack(vectors),
+        }
+
+    def summarize(self, rows: Sequence[Row], state: Any) -> Summary:
+        image = np.repeat(np.arange(len(rows)), [row["objects"] for row in rows])
+        category = np.concatenate([row["_categories"] for row in rows])
+        area = np.concatenate([row["_areas"] for row in rows])
+        named = nearest_other_mean(np.concatenate([_unpack(row) for row in rows]), category, image)
+        possible = named != IMPOSSIBLE
+        if not possible.any():
+            raise DataError(f"no class of {self.labels} is in more than one image: there is nothing to learn from")
+        found: Summary = {}
+        for size, (low, high) in SIZES.items():
+            chosen = possible & (low <= area) & (area < high)
+            if chosen.any():
+                right = np.bincount(image, chosen & (named == category), len(rows))
+                total = np.bincount(image, chosen, len(rows))
+                found[f"accuracy_{size}"] = bootstrap(
+                    np.stack([right, total], 1), lambda r: float(r[:, 0].sum() / max(r[:, 1].sum(), 1))
+                )
+            found[f"objects_{size}"] = int(chosen.sum())
+        found["left_out"] = int((~possible).sum())
+        found["chance"] = 1 / len(np.unique(category))
+        return found
+
+
+# What nearest_other_mean says where no other image has the class.
+IMPOSSIBLE = -1
+
+
+def nearest_other_mean(vectors: np.ndarray, category: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Classify each vector by the nearest mean of a class, taken over the vectors of all other images.
+
+    Args:
+        vectors: [n, C], of length 1.
+        category: [n], not negative.
+        image: [n].
+
+    Returns:
+        [n], the class whose mean has the largest cosine; IMPOSSIBLE where no other image has the vector's own class.
+    """
+    classes, label = np.unique(category, return_inverse=True)
+    member = np.eye(len(classes))[label]  # [n, K]
+    sums, counts = member.T @ vectors, member.sum(0)
+    named = np.full(len(vectors), IMPOSSIBLE)
+    for one in np.unique(image):
+        own = image == one
+        others = counts - member[own].sum(0)
+        means = sums - member[own].T @ vectors[own]
+        means = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+        scores = np.where(others > 0, vectors[own] @ means.T, -np.inf)
+        named[own] = np.where(others[label[own]] > 0, classes[scores.argmax(1)], IMPOSSIBLE)
+    return named
+
+
+def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
+    """Mean of the features over the pixels of each mask, as if the map were bilinearly enlarged to the picture.
+
+    Args:
+        features: [C, h, w], covering the picture.
+        masks: [n, H, W] of the same type, 1 inside, none empty.
+
+    Returns:
+        [n, C].
+    """
+    # Enlarging is linear along each axis: its transpose spreads a mask over the cells, and no large map is made.
+    rows, columns = (
+        _enlarging(cells, pixels, features) for cells, pixels in zip(size_of(features), size_of(masks), strict=True)
+    )
+    weights = (rows.T @ masks @ columns).flatten(1)
+    return weights @ features.flatten(1).T / weights.sum(1, keepdim=True)
+
+
+def _enlarging(cells: int, pixels: int, like: Tensor) -> Tensor:
+    """[pixels, cells]: what each cell of a line gives to each pixel when the line is enlarged."""
+    unit = torch.eye(cells, dtype=like.dtype, device=like.device)
+    return resize(unit[None, None], (pixels, cells))[0, 0]
+
+
+def _pack(vectors: Tensor) -> str:
+    """[n, C] as text: a journal of lists of numbers would be ten times as long."""
+    return base64.b64encode(vectors.half().cpu().numpy().tobytes()).decode()
+
+
+def _unpack(row: Row) -> np.ndarray:
+    """The inverse of :func:`_pack`: [n, C] float64."""
+    numbers = np.frombuffer(base64.b64decode(row["_vectors"]), dtype=np.float16)
+    return numbers.reshape(row["objects"], -1).astype(np.float64)
