@@ -322,6 +322,7 @@ def test_layouts_give_the_same(twin, tmp_path):
         for suffix, found in (("", outline), ("_second", half)):
             Image.fromarray(255 * found.astype(np.uint8)).save(masks / "boundaries" / f"{number}{suffix}.png")
     assert run(moved, "tile")["result"] == expected["result"]
+    assert run(moved, "tile", split=None)["result"] == expected["result"]  # the only one
     assert run(moved / "test", "tile", split=None)["result"] == expected["result"]
     assert run(masks, "tile", split=None)["result"] == expected["result"]
 
@@ -395,6 +396,10 @@ def test_folders_that_are_no_data_set(twin, tmp_path):
         find_pictures(twin, "val")
     with pytest.raises(DataError, match="choose --split test"):
         find_pictures(twin, None)
+    for split in ("train", "val"):
+        (tmp_path / "two" / split / "images").mkdir(parents=True)
+    with pytest.raises(DataError, match="choose --split train or val"):
+        find_pictures(tmp_path / "two", None)
     for path in (twin / "images" / "test").iterdir():
         path.unlink()
     with pytest.raises(DataError, match="holds no image"):

@@ -38,7 +38,7 @@ class BoundaryTask(Task):
     title: ClassVar[str] = "do the features change where people draw boundaries?"
 
     data: Path = setting(Path("."), "BSDS500 or its like", type=Path, metavar="DIR", required=True)
-    split: str | None = setting(None, "train, val or test, where the data set has them", metavar="NAME")
+    split: str | None = setting(None, "train, val or test, where the data set has several", metavar="NAME")
     limit: int | None = setting(None, "only the first N pictures", type="count", metavar="N")
     low_res_size: tuple[int, int] | None = setting(
         None, "size of the low-resolution pass; default: the backbone's native one", type="size", metavar="HxW"

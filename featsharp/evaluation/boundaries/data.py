@@ -34,11 +34,16 @@ class Picture(NamedTuple):
 
 
 def find_pictures(root: Path, split: str | None) -> list[Picture]:
-    """The pictures of a data set, by name.
+    """The pictures of a data set, by name; ``split`` None is the only one that there is.
 
     Raises:
-        DataError: When the folder has none of the layouts, or the split is missing or empty.
+        DataError: When the folder has none of the layouts, or the split is missing, empty or not the only one.
     """
+    if split is None and not (root / "images").is_dir():
+        splits = sorted(path.parent.name for path in root.glob("*/images"))
+        if len(splits) > 1:
+            raise DataError(f"{root} has several splits; choose --split {' or '.join(splits)}")
+        split = splits[0] if splits else None
     for images, truths in _folders(root, split):
         if images.is_dir() and truths.is_dir():
             break
