@@ -220,6 +220,31 @@ def test_eval_measures_several_encoders_and_writes_json(photos, checkpoint, tmp_
     assert str(tmp_path) not in path.read_text()
 
 
+def test_an_encoder_that_is_not_there_costs_only_itself(photos, tmp_path, capsys):
+    path = tmp_path / "r.json"
+    chosen = ["--upsampler", "bilinear-2x", "--checkpoint", "b=nothere.safetensors", "--backbone", "toy-vit"]
+    assert run("eval", "zoom", *chosen, "--data", photos, "--json", path) == 1
+    content = json.loads(path.read_text())["encoders"]
+    assert "does not exist" in content["b"]["failed"]
+    assert 0 < content["bilinear-2x"]["result"]["zoom_cosine"]["value"] < 1
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("r.json")) == ["r.json"]
+
+
+def test_a_path_may_hold_an_equals_sign(photos, checkpoint, tmp_path, capsys):
+    folder = tmp_path / "lr=1e-3"
+    folder.mkdir()
+    checkpoint.rename(folder / "best.pth")
+    assert run("eval", "zoom", "--checkpoint", folder / "best.pth", "--data", photos) == 0
+    assert capsys.readouterr().out.startswith("best ")
+    assert run("eval", "zoom", "--checkpoint", f"mine={folder / 'best.pth'}", "--data", photos) == 0
+    assert capsys.readouterr().out.startswith("mine ")
+
+
+def test_a_result_cannot_go_where_a_folder_is(photos, tmp_path, capsys):
+    assert run("eval", "zoom", *TILE, "--data", photos, "--json", tmp_path) == 1
+    assert "is a folder; name a file" in capsys.readouterr().err
+
+
 def test_encoders_of_one_name_are_refused(photos, checkpoint, capsys):
     assert run("eval", "zoom", "--checkpoint", checkpoint, checkpoint, "--data", photos) == 1
     assert "LABEL=" in capsys.readouterr().err

@@ -11,7 +11,6 @@ What cannot be measured (a damaged file, a label out of range) is skipped, repor
 
 import argparse
 import dataclasses
-import hashlib
 import importlib
 import json
 import math
@@ -31,7 +30,7 @@ from featsharp.data.files import write_file
 from featsharp.errors import ConfigError
 from featsharp.evaluation.fidelity import FidelityTask
 from featsharp.evaluation.samples import Estimate
-from featsharp.evaluation.task import Subject, Task, evaluate, from_json
+from featsharp.evaluation.task import Journal, Subject, Task, evaluate, from_json
 from featsharp.evaluation.zoom import ZoomTask
 from featsharp.model import SharpEncoder
 from featsharp.ops.device import autocast_dtype, find_device
@@ -77,13 +76,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
+    if arguments.json is not None and arguments.json.is_dir():
+        raise ConfigError(f"--json {arguments.json} is a folder; name a file")
     kind = _find(TASKS[arguments.task])
     task = kind(**{f.name: getattr(arguments, f.name) for f in setting_fields(kind)})
     device = find_device(arguments.device)
     dtype = autocast_dtype(arguments.dtype, device)
     path: Path | None = arguments.json
+    journal, failed = Journal(), False
     content = {
         "task": task.name,
         "command": _command(arguments.argv),
@@ -92,16 +94,17 @@ def run(arguments: argparse.Namespace) -> None:
     }
     if isinstance(task, Task):
         subjects = find_subjects(arguments, device, dtype)
-        journal = None if path is None else path.with_name(f"{path.name}.rows")
-        content["encoders"] = evaluate(task, subjects, journal=journal)
-        for label, found in content["encoders"].items():
-            print_result(label, found)
+        journal = Journal(None if path is None else path.with_name(f"{path.name}.rows"))
+        content["encoders"] = evaluate(task, subjects, journal=journal, report=print_result)
+        failed = any("failed" in found for found in content["encoders"].values())
     else:
         extra = {"quality": image_quality(task.images, task.limit)} if getattr(task, "images", None) else {}
         content["result"] = task.run(device, dtype, progress=True, **extra)
         print(*task.table(content["result"]), sep="\n")
     if path is not None:
         write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+        journal.remove()
+    return int(failed)
 
 
 def find_subjects(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> list[Subject]:
@@ -112,7 +115,7 @@ def find_subjects(arguments: argparse.Namespace, device: torch.device, dtype: to
         raise ConfigError("which encoders? Give --checkpoint FILE ... or --upsampler NAME-FACTORx ..., or both")
     for text, free in wanted:
         label, separator, name = text.partition("=")
-        if not separator:
+        if not separator or "/" in label or Path(text).is_file():  # an "=" of the path
             label, name = (text if free or not Path(text).is_file() else Path(text).stem), text
         if label in subjects:
             raise ConfigError(f"two encoders are called {label!r}; name them: LABEL={name}")
@@ -135,6 +138,9 @@ def image_quality(images: Path, limit: int) -> Callable[[SharpEncoder], dict[str
 
 def print_result(label: str, content: dict[str, Any]) -> None:
     """The numbers of one encoder, a line each."""
+    if "failed" in content:
+        print(f"{label}  failed: {content['failed']}")
+        return
     print(f"{label}  ({len(content['items'])} measured, {len(content['skipped'])} skipped)")
     for name, value in content["result"].items():
         value = from_json(value)
@@ -210,14 +216,7 @@ def _subject(
         return encoder.eval()
 
     own: Callable[[SharpEncoder], nn.Module | None] = lambda encoder: own_downsampler(name, encoder)  # noqa: E731
-    return Subject(label, load, _digest(Path(name)), own)
-
-
-def _digest(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Subject(label, load, load_downsampler=own)
 
 
 def _command(given: Sequence[str]) -> str:

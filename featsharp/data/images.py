@@ -31,12 +31,15 @@ BACKGROUND = (128, 128, 128)
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
-def decode_image(data: bytes | str | os.PathLike[str] | Image.Image, *, name: str | None = None) -> Image.Image:
+def decode_image(
+    data: bytes | str | os.PathLike[str] | Image.Image, *, name: str | None = None, upright: bool = True
+) -> Image.Image:
     """Decode one image to upright 8-bit RGB.
 
     Args:
         data: Encoded bytes, the path of a file, or a Pillow image of any mode (left unchanged).
         name: What errors call the image; the path when there is one, else "image".
+        upright: False leaves the EXIF orientation alone: labels and points belong to the pixels as they are stored.
 
     Returns:
         A new Pillow image of mode RGB.
@@ -57,7 +60,7 @@ def decode_image(data: bytes | str | os.PathLike[str] | Image.Image, *, name: st
             image = Image.open(io.BytesIO(encoded), formats=_known_formats())
         _check_size(image, name)
         image.load()
-        return _to_rgb(_upright(image), name)
+        return _to_rgb(_upright(image) if upright else image, name)
     except DataError:
         raise
     except FileNotFoundError as error:

@@ -132,7 +132,7 @@ def maps_by_size(encoder: SharpEncoder, image: Image, sizes: Sequence[int]) -> l
     (top, left), (canvas, _) = canvas_margin(largest), cut_canvas(image, largest)
     square = canvas[None, :, top : top + largest[0], left : left + largest[1]].to(encoder.device)
     whitened = encoder.input_conditioner(square)
-    return [predict_raw(encoder, resize(whitened, shown[size]), (size, size)) for size in sizes]
+    return [predict_raw(encoder, resize(whitened, shown[size]), (size, size), positional=False) for size in sizes]
 
 
 def pool_cka(rows: Sequence[Sequence[float]], sizes: Sequence[int]) -> dict[str, Any]:

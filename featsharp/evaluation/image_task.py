@@ -1,5 +1,6 @@
 """Tasks that need images and nothing else."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,10 @@ class ImageTask(Task):
             raise DataError("damaged shard")
         source, index = item.data
         return self.measure_image(encoder, decode_image(source.read(index), name=item.name), number, state)
+
+    def stamp(self, item: Item) -> str:
+        source, index = item.data or (None, 0)
+        return "" if source is None else hashlib.sha256(source.read(index)).hexdigest()[:16]
 
     def measure_image(self, encoder: SharpEncoder, image: Image, number: int, state: Any) -> Row:
         """Measure on one RGB picture."""

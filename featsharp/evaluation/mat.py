@@ -60,7 +60,7 @@ def read_mat(path: str | Path) -> dict[str, Any]:
         return _variables(_Elements(memoryview(content)[HEADER_BYTES:], order))
     except _UnreadError as error:
         raise DataError(f"{path} holds {error}, which is not read here; only numbers, texts, cells, structs") from None
-    except (ValueError, KeyError, struct.error, zlib.error, RecursionError) as error:
+    except (ValueError, LookupError, OverflowError, struct.error, zlib.error, RecursionError) as error:
         raise DataError(f"{path} is damaged: {str(error) or type(error).__name__}") from None
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from featsharp.errors import DataError
+from featsharp.evaluation.identity import file_key
 
 __all__ = ["Labels", "ObjectMask", "open_labels"]
 
@@ -34,6 +35,9 @@ class Labels(Protocol):
 
     def read(self, name: str, size: tuple[int, int]) -> list[ObjectMask]:
         """The objects of an image of ``size`` (H, W) that cover a pixel; DataError where they cannot be read."""
+
+    def stamp(self, name: str) -> object:
+        """JSON values that change when the file with the objects of an image does."""
 
 
 def open_labels(path: Path) -> Labels:
@@ -75,6 +79,9 @@ class YoloLabels:
                 found.append(ObjectMask(category, mask, float(mask.sum())))
         return [one for one in found if one.area]
 
+    def stamp(self, name: str) -> object:
+        return file_key(self.folder, self._path(name).name)
+
     def _path(self, name: str) -> Path:
         return self.folder / f"{PurePosixPath(name).stem}.txt"
 
@@ -111,6 +118,9 @@ class CocoLabels:
                     f"{self.path.name}, annotation {annotation.get('id')} of {name}: {type(error).__name__}: {error}"
                 ) from error
         return [one for one in found if one.mask.any()]
+
+    def stamp(self, name: str) -> object:
+        return file_key(self.path.parent, self.path.name)
 
 
 def draw(outlines: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:

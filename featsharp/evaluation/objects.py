@@ -7,6 +7,8 @@ given, and only their content is named.
 """
 
 import base64
+import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import Tensor
 from featsharp.data.images import decode_image
 from featsharp.data.sources import open_source
 from featsharp.errors import DataError
+from featsharp.evaluation.identity import digest
 from featsharp.evaluation.object_labels import open_labels
 from featsharp.evaluation.samples import bootstrap
 from featsharp.evaluation.task import Item, Row, Summary, Task
@@ -65,7 +68,7 @@ class SmallObjectTask(Task):
 
     def measure(self, encoder: SharpEncoder, item: Item, number: int, state: Any) -> Row:
         source, index, labels = item.data
-        image = decode_image(source.read(index), name=item.name)
+        image = decode_image(source.read(index), name=item.name, upright=False)
         objects = labels.read(item.name, (image.height, image.width))
         if not objects:
             raise DataError(f"{item.name}: there is no object in it")
@@ -78,6 +81,10 @@ class SmallObjectTask(Task):
             "_areas": [one.area for one in objects],
             "_vectors": _pack(vectors),
         }
+
+    def stamp(self, item: Item) -> str:
+        source, index, labels = item.data
+        return digest(hashlib.sha256(source.read(index)).hexdigest(), labels.stamp(item.name))
 
     def summarize(self, rows: Sequence[Row], state: Any) -> Summary:
         image = np.repeat(np.arange(len(rows)), [row["objects"] for row in rows])
@@ -94,7 +101,7 @@ class SmallObjectTask(Task):
                 right = np.bincount(image, chosen & (named == category), len(rows))
                 total = np.bincount(image, chosen, len(rows))
                 found[f"accuracy_{size}"] = bootstrap(
-                    np.stack([right, total], 1), lambda r: float(r[:, 0].sum() / max(r[:, 1].sum(), 1))
+                    np.stack([right, total], 1), lambda r: float(np.divide(*r.sum(0))) if r[:, 1].any() else math.nan
                 )
             found[f"objects_{size}"] = int(chosen.sum())
         found["left_out"] = int((~possible).sum())

@@ -62,13 +62,29 @@ def encode_raw(encoder: SharpEncoder, images: Tensor) -> Tensor:
     Where the normalizer has no inverse (LayerNorm), here and in :func:`predict_raw`: in normalised space.
     """
     features = encoder.backbone(images).features.float()
+    if not torch.isfinite(features).all():
+        raise InputError(
+            f"backbone {encoder.backbone.name!r} returned NaN or infinite features for {len(images)} image(s); is half "
+            "precision too narrow for it?"
+        )
     return features if encoder.normalizer.invertible else encoder.normalizer(features)
 
 
-def predict_raw(encoder: SharpEncoder, images: Tensor, low_res_size: tuple[int, int]) -> Tensor:
-    """High-resolution features in the backbone's own space, its positional pattern put back: [B, C, H, W], float32.
+def predict_raw(
+    encoder: SharpEncoder, images: Tensor, low_res_size: tuple[int, int], *, positional: bool = True
+) -> Tensor:
+    """High-resolution features of whitened images in the backbone's own space, [B, C, H, W], float32.
 
-    Taking the learned bias off again makes encoders with and without a bias buffer answer to the same target.
+    Args:
+        encoder: In eval mode.
+        images: [B, 3, h, w].
+        low_res_size: (h, w) in pixels of the low-resolution pass.
+        positional: Whether to put the positional pattern back that a bias buffer has learned to remove: encoders with
+            and without one then answer to the same target, the backbone's own features. False is what users get.
+
+    Raises:
+        ConfigError: For an upsampler that returns several maps.
+        InputError: For features that are NaN or infinite.
     """
     if encoder.upsampler.num_maps > 1:
         raise ConfigError(
@@ -76,7 +92,7 @@ def predict_raw(encoder: SharpEncoder, images: Tensor, low_res_size: tuple[int, 
             "compared with the backbone's one; measure it in a task with a head of its own"
         )
     high_res = encoder(images, low_res_size=low_res_size).high_res.float()
-    if encoder.bias_buffer is not None:
+    if encoder.bias_buffer is not None and positional:
         high_res = high_res - encoder.bias_buffer.at((high_res.shape[-2], high_res.shape[-1]))
     raw = encoder.normalizer.denormalize(high_res) if encoder.normalizer.invertible else high_res
     if not torch.isfinite(raw).all():
@@ -97,7 +113,7 @@ def bootstrap(
 
     Args:
         per_image: One row of numbers per image.
-        statistic: Maps rows [images, numbers] to a number.
+        statistic: Maps rows [images, numbers] to a number; NaN for a resample that has none is left out.
         resamples: 0 for no interval (NaN).
     """
     rows = np.asarray(per_image, dtype=np.float64)
@@ -105,5 +121,23 @@ def bootstrap(
         return Estimate(float(statistic(rows)), float("nan"), float("nan"))
     rng = np.random.default_rng(0)
     draws = [statistic(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(resamples)]
-    low, high = np.percentile(draws, [2.5, 97.5])
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
     return Estimate(float(statistic(rows)), float(low), float(high))
+
+
+def bootstrap_sums(
+    per_image: np.ndarray, statistic: Callable[[np.ndarray], float], *, resamples: int = 1000
+) -> Estimate:
+    """:func:`bootstrap` of a statistic that depends on the sum over images only: fast where rows are long.
+
+    Args:
+        per_image: [images, ...].
+        statistic: Maps a sum [...] to a number.
+        resamples: At least 1.
+    """
+    count = len(per_image)
+    rng = np.random.default_rng(0)
+    times = [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(resamples)]
+    sums = np.tensordot(np.array(times, dtype=np.float64), per_image, 1)
+    low, high = np.nanpercentile([statistic(total) for total in sums], [2.5, 97.5])
+    return Estimate(float(statistic(per_image.sum(0))), float(low), float(high))

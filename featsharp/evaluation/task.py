@@ -5,12 +5,13 @@ A task is one file: a dataclass whose fields are its settings (and the flags of 
 else is done here, the same for every task: progress, bad items, resuming, results.
 
 Resuming: every measured row is appended to a journal at once. A row is found again by the task's settings, the content
-of the encoder and the item's name, so that the same command goes on after whatever stopped it.
+of the encoder, and the item's name, place and files, so that the same command goes on after whatever stopped it.
 """
 
-import hashlib
 import json
 import logging
+import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from featsharp.data.files import write_file
 from featsharp.errors import DataError, FeatSharpError, InputError
+from featsharp.evaluation.identity import digest, encoder_key
 from featsharp.evaluation.samples import Estimate
 from featsharp.model import SharpEncoder
 from featsharp.progress import with_progress
-from featsharp.settings import settings_of
+from featsharp.settings import setting_fields, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ class Subject:
     Attributes:
         label: What results call it.
         load: Builds it, in eval mode, on its device.
-        tag: Changes when the encoder does: for a checkpoint the digest of its file.
+        tag: Tells encoders apart that are the same but for code of the user's: a version of it, for example.
         load_downsampler: For a checkpoint, the downsampler that it was trained with; None where there is none.
     """
 
@@ -63,10 +66,12 @@ class Task:
     Attributes:
         name: Of the task, on the command line and in results.
         title: One line about it.
+        scratch: A folder that lasts until the result is written, where a stopped evaluation should go on; else None.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    scratch: Path | None = None
 
     def items(self) -> Iterable[Item]:
         """What there is to measure on, in a fixed order.
@@ -98,106 +103,149 @@ class Task:
         """Pool the rows of one encoder."""
         raise NotImplementedError
 
+    def stamp(self, item: Item) -> str:
+        """Changes when the content of an item does, so that a resumed evaluation measures it again."""
+        return ""
+
+    def state_key(self, state: Any) -> str:
+        """Changes when what :meth:`begin` returned would measure something else, such as a head trained anew."""
+        return ""
+
 
 class Journal:
-    """Rows on disk, one JSON line each. Without a path nothing is kept.
+    """Rows on disk, one JSON line each, until the result is written. Without a path nothing is kept.
+
+    Two evaluations must not share one.
 
     Args:
-        path: Made when the first row comes; a last line that was cut off is dropped.
+        path: Made when the first row comes; lines that were cut off are dropped.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self._rows: dict[tuple[str, str], Any] = {}
+        self._rows: dict[tuple[str, str], Row] = {}
         if path is None or not path.exists():
             return
-        kept = []
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                key, name, content = json.loads(line)
-            except ValueError:
-                continue
-            if line.endswith(b"\n"):
-                self._rows[key, name] = content
-                kept.append(line)
-        path.write_bytes(b"".join(kept))
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and self._read(line)]
+        if len(kept) < len(lines):
+            write_file(path, b"".join(kept))
 
-    def get(self, key: str, name: str) -> Any:
-        """The row of an item, None where there is none."""
+    @property
+    def scratch(self) -> Path | None:
+        """A folder for what else a stopped evaluation should find again."""
+        return None if self.path is None else self.path.with_name(f"{self.path.name}.work")
+
+    def get(self, key: str, name: str) -> Row | None:
+        """The row of an item."""
         return self._rows.get((key, name))
 
-    def add(self, key: str, name: str, content: Any) -> None:
+    def add(self, key: str, name: str, row: Row) -> None:
         """Keep a row."""
-        self._rows[key, name] = content
         if self.path is None:
             return
+        self._rows[key, name] = row
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
-                file.write(json.dumps([key, name, content]).encode() + b"\n")
+                file.write(json.dumps([key, name, row]).encode() + b"\n")
         except OSError as error:
             raise FeatSharpError(
                 f"cannot write {self.path}: {error.strerror or error}; free some space or choose another --json"
             ) from error
 
     def remove(self) -> None:
-        """Delete the file: its content is in the result."""
+        """Delete it, once all of it is in a result."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+            shutil.rmtree(self.path.with_name(f"{self.path.name}.work"), ignore_errors=True)
+
+    def _read(self, line: bytes) -> bool:
+        try:
+            key, name, row = json.loads(line)
+        except ValueError:
+            return False
+        self._rows[key, name] = row
+        return True
 
 
 def evaluate(
-    task: Task, subjects: Sequence[Subject], *, journal: Path | None = None, progress: bool = True
+    task: Task,
+    subjects: Sequence[Subject],
+    *,
+    journal: Journal | None = None,
+    progress: bool = True,
+    report: Callable[[str, dict[str, Any]], None] = lambda label, found: None,
 ) -> dict[str, dict[str, Any]]:
     """Run a task on every subject.
 
     Args:
         task: With its settings.
-        subjects: Loaded one after the other.
-        journal: Where to keep rows until the end, for resuming; None: nowhere.
+        subjects: Loaded one after the other. One that cannot be measured does not cost the others.
+        journal: Where rows are kept, for resuming; the caller removes it when the result is safe. None: nowhere.
         progress: Whether to show a bar on stderr, where the package tqdm is installed.
+        report: Called with the label and what is returned of each subject as soon as it is measured.
 
     Returns:
         By label: "result" (the task's summary), "items" (rows by name), "skipped" (name and reason), and what the
-        encoder is.
+        encoder is; or "failed" with the reason.
 
     Raises:
-        DataError: When nothing could be measured, with the first reason.
+        FeatSharpError: When no subject could be measured: the reason of the first.
     """
     items = list(task.items())
     if not items:
         raise DataError(f"task {task.name!r} found nothing to measure on in its data; look at its settings")
-    book = Journal(journal)
-    found = {}
+    book = journal or Journal()
+    task.scratch = book.scratch
+    found: dict[str, dict[str, Any]] = {}
+    errors = []
     for subject in subjects:
-        encoder = subject.load()
-        state = task.begin(encoder, subject)
-        key = _key(task, encoder, subject)
-        rows: dict[str, Row] = {}
-        skipped: list[tuple[str, str]] = []
-        for number, item in enumerate(with_progress(items, f"{task.name} {subject.label}", progress)):
-            content = book.get(key, item.name)
-            if content is None:
-                content = _measure(task, encoder, item, number, state)
-                book.add(key, item.name, content)
-            if "row" in content:
-                rows[item.name] = content["row"]
-            else:
-                skipped.append((item.name, content["skipped"]))
-        if not rows:
-            raise DataError(
-                f"{subject.label}: none of {len(items)} items could be measured; the first, {skipped[0][0]}: "
-                f"{skipped[0][1]}"
-            )
-        found[subject.label] = {
-            **describe_encoder(encoder),
-            "result": to_json(task.summarize(list(rows.values()), state)),
-            "items": {name: {k: v for k, v in row.items() if not k.startswith("_")} for name, row in rows.items()},
-            "skipped": [list(entry) for entry in skipped],
-        }
-        del encoder, state
-    book.remove()
+        try:
+            found[subject.label] = _evaluate(task, items, subject, book, progress)
+        except FeatSharpError as error:
+            errors.append(error)
+            found[subject.label] = {"failed": str(error)}
+        if len(errors) < len(subjects):
+            report(subject.label, found[subject.label])
+    if len(errors) == len(subjects):
+        raise errors[0]
+    if len({tuple(content["items"]) for content in found.values() if "items" in content}) > 1:
+        logger.warning("the encoders were measured on different items, since each skipped others; compare with care")
     return found
+
+
+def _evaluate(task: Task, items: Sequence[Item], subject: Subject, book: Journal, progress: bool) -> dict[str, Any]:
+    """One subject."""
+    encoder = subject.load()
+    state = task.begin(encoder, subject)
+    key = digest(task.name, _resolved(task), subject.label, subject.tag, encoder_key(encoder), task.state_key(state))
+    rows: dict[str, Row] = {}
+    skipped: list[tuple[str, str]] = []
+    for number, item in enumerate(with_progress(items, f"{task.name} {subject.label}", progress)):
+        name = f"{number}|{item.name}|{task.stamp(item)}"
+        row = book.get(key, name)
+        if row is None:
+            try:
+                row = _measure(task, encoder, item, number, state)
+            except (DataError, InputError) as error:
+                # Not kept: the next run may find the file mended.
+                skipped.append((item.name, str(error).removeprefix(f"{item.name}: ")))
+                logger.warning("%s skipped: %s", *skipped[-1])
+                continue
+            book.add(key, name, row)
+        rows[item.name] = row
+    if not rows:
+        raise DataError(
+            f"{subject.label}: none of {len(items)} items could be measured; the first, {skipped[0][0]}: "
+            f"{skipped[0][1]}"
+        )
+    return {
+        **describe_encoder(encoder),
+        "result": to_json(task.summarize(list(rows.values()), state)),
+        "items": {name: {k: v for k, v in row.items() if not k.startswith("_")} for name, row in rows.items()},
+        "skipped": [list(entry) for entry in skipped],
+    }
 
 
 def describe_encoder(encoder: SharpEncoder) -> dict[str, Any]:
@@ -227,17 +275,23 @@ def from_json(value: Any) -> Any:
     return Estimate(**value) if isinstance(value, dict) and set(value) == set(Estimate._fields) else value
 
 
-def _measure(task: Task, encoder: SharpEncoder, item: Item, number: int, state: Any) -> dict[str, Any]:
-    try:
-        with torch.inference_mode():
-            return {"row": task.measure(encoder, item, number, state)}
-    except (DataError, InputError) as error:
-        reason = str(error).removeprefix(f"{item.name}: ")
-        logger.warning("%s skipped: %s", item.name, reason)
-        return {"skipped": reason}
+def _measure(task: Task, encoder: SharpEncoder, item: Item, number: int, state: Any) -> Row:
+    with torch.inference_mode():
+        row = task.measure(encoder, item, number, state)
+    if not _is_finite(row):
+        raise InputError("what was measured is NaN or infinite; are the features?")
+    return row
 
 
-def _key(task: Task, encoder: SharpEncoder, subject: Subject) -> str:
-    """Tells rows of other settings, encoders and weights apart."""
-    parts = [task.name, settings_of(task), describe_encoder(encoder), subject.tag, encoder.backbone.weights_hash()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _resolved(task: Task) -> dict[str, Any]:
+    """All settings, paths independent of the current folder."""
+    paths = {f.name: getattr(task, f.name) for f in setting_fields(task)}
+    return settings_of(task) | {name: str(path.resolve()) for name, path in paths.items() if isinstance(path, Path)}

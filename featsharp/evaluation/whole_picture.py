@@ -26,4 +26,4 @@ def sharp_features(encoder: SharpEncoder, image: Image, low_res_size: tuple[int,
     """
     low_res = find_low_res_size(encoder, low_res_size)
     pixels = resize(image_to_tensor(image)[None].to(encoder.device), shown_size(encoder, low_res))
-    return predict_raw(encoder, encoder.input_conditioner(pixels), low_res)
+    return predict_raw(encoder, encoder.input_conditioner(pixels), low_res, positional=False)

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
+from torch import Tensor
 
 from featsharp.data.views import canvas_margin, cut_canvas
 from featsharp.evaluation.image_task import ImageTask
 from featsharp.evaluation.samples import Estimate, bootstrap, encode_raw, predict_raw
 from featsharp.evaluation.task import Row, Subject, Summary
 from featsharp.model import SharpEncoder
+from featsharp.ops.resize import resize, size_of
 from featsharp.settings import setting
 
 
@@ -49,12 +51,7 @@ class ZoomMeter:
         whitened = encoder.input_conditioner(canvas[None, :, my : my + size[0], mx : mx + size[1]].to(encoder.device))
         grid = backbone.grid_size(native)
         features = predict_raw(encoder, whitened, native)
-        # One cell per token of the doubled image: finer maps are averaged, coarser ones repeated.
-        cells = (2 * grid[0], 2 * grid[1])
-        if features.shape[-2] > cells[0]:
-            features = F.adaptive_avg_pool2d(features, cells)
-        elif features.shape[-2] < cells[0]:
-            features = F.interpolate(features, cells, mode="nearest")
+        features = _to_cells(features, (2 * grid[0], 2 * grid[1]))  # one per token of the doubled image
         rng = np.random.default_rng((self.seed, number))
         starts = [(int(rng.integers(grid[0] + 1)), int(rng.integers(grid[1] + 1))) for _ in range(self.crops)]
         crops = torch.cat(
@@ -67,6 +64,16 @@ class ZoomMeter:
     def result(self) -> Estimate:
         """Mean over images."""
         return bootstrap(self._rows, lambda rows: float(rows[:, 0].mean()))
+
+
+def _to_cells(features: Tensor, cells: tuple[int, int]) -> Tensor:
+    """A map on another grid: averaged or repeated where the cells of one grid are whole ones of the other."""
+    size = size_of(features)
+    if all(n % m == 0 for n, m in zip(size, cells, strict=True)):
+        return F.adaptive_avg_pool2d(features, cells)
+    if all(m % n == 0 for n, m in zip(size, cells, strict=True)):
+        return F.interpolate(features, cells, mode="nearest")
+    return resize(features, cells)
 
 
 @dataclass

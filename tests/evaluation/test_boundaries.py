@@ -252,7 +252,7 @@ def test_known_edges_are_found_by_features_that_see_them(twin):
     assert result["ods_f"]["value"] > 0.95
     assert result["ods_f"]["low"] <= result["ods_f"]["value"] <= result["ods_f"]["high"] <= 1
     assert result["ois_f"]["value"] >= result["ods_f"]["value"]
-    assert found["items"]["0"]["annotators"] == 2
+    assert found["items"]["0.png"]["annotators"] == 2
     assert len(result["curve"]) == 60
     assert ods(twin, Constant(4, 2), None) == 0
     noise = ods(twin, Noise(4, 2), None)
@@ -339,7 +339,7 @@ def test_masks_belong_to_the_longest_name(tmp_path):
 
 
 def test_limit(twin):
-    assert list(run(twin, "tile", limit=2)["items"]) == ["0", "1"]
+    assert list(run(twin, "tile", limit=2)["items"]) == ["0.png", "1.png"]
 
 
 # Bad data
@@ -371,13 +371,13 @@ def test_bad_truths_are_named_and_skipped(twin, kind):
     with pytest.raises(DataError, match=said):
         read_boundaries(find_pictures(twin, "test")[0], SIZE)
     found = run(twin, "tile")
-    assert [name for name, _ in found["skipped"]] == ["0"]
-    assert list(found["items"]) == ["1", "2", "3"]
+    assert [name for name, _ in found["skipped"]] == ["0.png"]
+    assert list(found["items"]) == ["1.png", "2.png", "3.png"]
 
 
 def test_damaged_pictures_and_masks_are_named(twin, tmp_path):
     (twin / "images" / "test" / "1.png").write_bytes(b"no image")
-    assert run(twin, "tile")["skipped"][0][0] == "1"
+    assert run(twin, "tile")["skipped"][0][0] == "1.png"
     mask = tmp_path / "bad.png"
     mask.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"bad\.png: cannot be decoded as a mask"):

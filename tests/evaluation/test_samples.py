@@ -10,7 +10,7 @@ from PIL import Image
 from featsharp.builder import create_encoder
 from featsharp.data.pack import pack_images
 from featsharp.errors import DataError, InputError
-from featsharp.evaluation.samples import ImageSet, bootstrap, encode_raw, predict_raw
+from featsharp.evaluation.samples import ImageSet, bootstrap, bootstrap_sums, encode_raw, predict_raw
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
 
@@ -113,3 +113,22 @@ def test_bootstrap_of_one_image_is_a_point_and_repeats_itself():
     assert bootstrap(rows, lambda r: float(r.sum())) == (5.0, 5.0, 5.0)
     many = np.random.default_rng(1).normal(size=(9, 2)).tolist()
     assert bootstrap(many, lambda r: float(r.sum())) == bootstrap(many, lambda r: float(r.sum()))
+
+
+def test_sums_are_resampled_as_rows_are():
+    rows = np.random.default_rng(0).random((12, 5))
+    slow = bootstrap(rows, lambda r: float(r[:, 0].sum() / r[:, 1].sum()))
+    fast = bootstrap_sums(rows, lambda total: float(total[0] / total[1]))
+    assert fast == pytest.approx(slow, rel=1e-12)
+
+
+def test_resamples_without_a_value_are_left_out_of_the_interval():
+    rows = np.array([[1.0, 1.0]] + [[0.0, 0.0]] * 9)
+    found = bootstrap(rows, lambda r: float(r[:, 0].sum() / r[:, 1].sum()) if r[:, 1].any() else float("nan"))
+    assert found == (1.0, 1.0, 1.0)
+
+
+def test_features_of_the_backbone_that_are_not_finite_are_no_target():
+    encoder = create_encoder("toy-vit", "bilinear", 2)
+    with pytest.raises(InputError, match="'toy-vit' returned NaN or infinite features"):
+        encode_raw(encoder, torch.full((1, 3, 64, 64), float("nan")))

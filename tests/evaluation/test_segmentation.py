@@ -24,7 +24,7 @@ from featsharp.evaluation.segmentation.probe import Schedule, fit_probe, load_pr
 from featsharp.evaluation.segmentation.readers import Pair
 from featsharp.evaluation.segmentation.scores import confusion, image_row, pool_rows
 from featsharp.evaluation.segmentation.task import SegmentationTask, predict
-from featsharp.evaluation.task import Subject, evaluate
+from featsharp.evaluation.task import Journal, Subject, evaluate
 from featsharp.model import SharpEncoder
 
 CAMVID = Path(__file__).resolve().parents[3] / "shared" / "data" / "camvid"
@@ -380,10 +380,10 @@ def test_a_stopped_evaluation_goes_on(blocks, tmp_path, monkeypatch):
 
     monkeypatch.setattr(SegmentationTask, "measure", stop_at_the_last)
     with pytest.raises(KeyboardInterrupt):
-        measure(task, Subject("x", lambda: encoder), journal=tmp_path / "rows")
+        measure(task, Subject("x", lambda: encoder), journal=Journal(tmp_path / "rows"))
     monkeypatch.setattr(SegmentationTask, "measure", original)
     encoder.backbone.images = 0
-    assert measure(task, Subject("x", lambda: encoder), journal=tmp_path / "rows") == whole
+    assert measure(task, Subject("x", lambda: encoder), journal=Journal(tmp_path / "rows")) == whole
     assert encoder.backbone.images == 1
 
 

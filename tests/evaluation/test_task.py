@@ -54,6 +54,13 @@ def subject(label: str = "a", factor: float = 2, tag: str = "") -> Subject:
     return Subject(label, lambda: create_encoder("toy-vit", "bilinear", factor), tag)
 
 
+def write_photos(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for n in range(3):
+        coarse = rng.integers(0, 256, (6 + n, 8, 3), np.uint8)
+        Image.fromarray(coarse).resize((150, 110), Image.Resampling.BICUBIC).save(folder / f"{n}.png")
+
+
 def test_rows_are_pooled_and_bad_items_counted():
     found = evaluate(Squares((1, -2, 3)), [subject("a"), subject("b", 3)], progress=False)
     assert list(found) == ["a", "b"]
@@ -75,11 +82,13 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
     journal = tmp_path / "new" / "r.json.rows"
     numbers = (1, -2, 3, 4)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Squares(numbers, stop_at=4), [subject()], journal=journal, progress=False)
+        evaluate(Squares(numbers, stop_at=4), [subject()], journal=Journal(journal), progress=False)
     task = Squares(numbers)
-    found = evaluate(task, [subject()], journal=journal, progress=False)
+    found = evaluate(task, [subject()], journal=Journal(journal), progress=False)
     assert task.measured == [4]
     assert found == evaluate(Squares(numbers), [subject()], progress=False)
+    assert journal.exists()  # until the result is written
+    Journal(journal).remove()
     assert not journal.exists()
 
 
@@ -94,22 +103,22 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
 def test_rows_of_other_settings_and_encoders_are_not_taken(tmp_path, task, who):
     journal = tmp_path / "rows"
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Squares((1, 2), stop_at=2), [subject()], journal=journal, progress=False)
-    evaluate(task, [who], journal=journal, progress=False)
+        evaluate(Squares((1, 2), stop_at=2), [subject()], journal=Journal(journal), progress=False)
+    evaluate(task, [who], journal=Journal(journal), progress=False)
     assert task.measured == [1, 2]
 
 
-@pytest.mark.parametrize("tail", [b'["k", "n9", {"ro', b"\xff\xfe junk", b'["k", "n9", {"row": {}}]'])
+@pytest.mark.parametrize("tail", [b'["k", "n9", {"ro', b"\xff\xfe junk", b'["k", "n9", {}]'])
 def test_a_line_that_was_cut_off_is_dropped(tmp_path, tail):
     path = tmp_path / "rows"
-    Journal(path).add("k", "n1", {"row": {"x": 1.5}})
+    Journal(path).add("k", "n1", {"x": 1.5})
     whole = path.read_bytes()
     path.write_bytes(whole + tail)
     book = Journal(path)
-    assert book.get("k", "n1") == {"row": {"x": 1.5}}
+    assert book.get("k", "n1") == {"x": 1.5}
     assert book.get("k", "n9") is None
-    book.add("k", "n2", {"skipped": "bad"})
-    assert Journal(path).get("k", "n2") == {"skipped": "bad"}
+    book.add("k", "n2", {"x": None})
+    assert Journal(path).get("k", "n2") == {"x": None}
 
 
 def test_a_journal_that_cannot_be_written_says_where(tmp_path):
@@ -128,10 +137,7 @@ def test_estimates_survive_json():
 
 def test_pooled_fidelity_is_a_ratio_of_sums_over_images(tmp_path):
     """E20: against the definition, from what the images gave."""
-    rng = np.random.default_rng(0)
-    for n in range(3):
-        coarse = rng.integers(0, 256, (6 + n, 8, 3), np.uint8)
-        Image.fromarray(coarse).resize((150, 110), Image.Resampling.BICUBIC).save(tmp_path / f"{n}.png")
+    write_photos(tmp_path)
     (tmp_path / "bad.png").write_bytes(b"junk")
     task = FidelityTask(data=Path(tmp_path), views=2)
     encoder = create_encoder("toy-vit", "tile", 2)
@@ -149,3 +155,87 @@ def test_pooled_fidelity_is_a_ratio_of_sums_over_images(tmp_path):
     variance = sum(row["_square"] for row in rows) / count - np.mean(mean**2)
     expected = variance * count / sum(row["_error_area"] for row in rows)
     assert found["result"]["fidelity_area"]["value"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_encoders_that_differ_in_weights_alone_are_measured_apart(tmp_path):
+    write_photos(tmp_path)
+    encoders = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        encoder = create_encoder("toy-vit", "featsharp", 2)
+        for parameter in encoder.upsampler.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        encoders.append(encoder.eval())
+    journal = Journal(tmp_path / "rows")
+    task = FidelityTask(data=tmp_path, views=2, limit=1)
+
+    def score(encoder: SharpEncoder) -> float:
+        return evaluate(task, [Subject("x", lambda: encoder)], journal=journal, progress=False)["x"]["result"][
+            "cosine"
+        ]["value"]
+
+    assert score(encoders[0]) != score(encoders[1])
+    assert score(encoders[0]) == score(encoders[0])
+
+
+def test_changed_files_are_measured_again(tmp_path):
+    write_photos(tmp_path)
+    journal = Journal(tmp_path / "rows")
+    task, who = FidelityTask(data=tmp_path, views=2), Subject("x", lambda: create_encoder("toy-vit", "tile", 2))
+    first = evaluate(task, [who], journal=journal, progress=False)["x"]["items"]
+    (tmp_path / "0.png").write_bytes((tmp_path / "1.png").read_bytes())
+    second = evaluate(task, [who], journal=Journal(tmp_path / "rows"), progress=False)["x"]["items"]
+    assert first["0.png"] != second["0.png"]
+    assert [first[name] == second[name] for name in ("1.png", "2.png")] == [True, True]
+
+
+def test_a_mended_item_is_measured_when_the_evaluation_goes_on(tmp_path):
+    journal = tmp_path / "rows"
+    evaluate(Squares((1, -2)), [subject()], journal=Journal(journal), progress=False)
+    mended = Squares((1, -2))
+    mended.items = lambda: iter([Item("n1", 1), Item("n-2", 2)])  # type: ignore[method-assign]
+    found = evaluate(mended, [subject()], journal=Journal(journal), progress=False)["a"]
+    assert mended.measured == [2]
+    assert found["skipped"] == []
+
+
+def test_numbers_that_are_not_finite_are_skipped_and_named(caplog):
+    task = Squares((1, 2))
+    measure = task.measure
+
+    def spoiled(encoder: SharpEncoder, item: Item, number: int, state: Any) -> Row:
+        row = measure(encoder, item, number, state)
+        return {**row, "_sums": [[float("nan")]]} if item.data == 2 else row
+
+    task.measure = spoiled  # type: ignore[method-assign]
+    found = evaluate(task, [subject()], progress=False)["a"]
+    assert [name for name, _ in found["skipped"]] == ["n2"]
+    assert "n2 skipped: what was measured is NaN" in caplog.text
+
+
+def test_an_encoder_that_cannot_be_loaded_does_not_cost_the_others():
+    def broken() -> SharpEncoder:
+        raise FeatSharpError("no such file")
+
+    seen = []
+    found = evaluate(
+        Squares(),
+        [subject("a"), Subject("b", broken), subject("c", 3)],
+        progress=False,
+        report=lambda label, content: seen.append(label),
+    )
+    assert found["b"] == {"failed": "no such file"}
+    assert seen == ["a", "b", "c"]
+    with pytest.raises(FeatSharpError, match="no such file"):
+        evaluate(Squares(), [Subject("b", broken)], progress=False)
+
+
+def test_encoders_measured_on_different_items_are_pointed_out(caplog):
+    class Picky(Squares):
+        def measure(self, encoder: SharpEncoder, item: Item, number: int, state: Any) -> Row:
+            if encoder.factor == 3 and item.data == 2:
+                raise DataError("is even")
+            return super().measure(encoder, item, number, state)
+
+    evaluate(Picky(), [subject("a"), subject("b", 3)], progress=False)
+    assert "measured on different items" in caplog.text

@@ -18,6 +18,7 @@ from featsharp.data.images import decode_image
 from featsharp.evaluation.boundaries.data import Picture, find_pictures, read_boundaries
 from featsharp.evaluation.boundaries.edges import thin_edges
 from featsharp.evaluation.boundaries.matching import Matcher, best_row, f_measure, precision_recall
+from featsharp.evaluation.identity import digest, file_key
 from featsharp.evaluation.samples import bootstrap
 from featsharp.evaluation.task import Item, Row, Summary, Task
 from featsharp.evaluation.whole_picture import sharp_features
@@ -50,17 +51,21 @@ class BoundaryTask(Task):
 
     def items(self) -> Iterator[Item]:
         for picture in find_pictures(self.data, self.split)[: self.limit]:
-            yield Item(picture.image.stem, picture)
+            yield Item(picture.image.name, picture)
 
     def measure(self, encoder: SharpEncoder, item: Item, number: int, state: Any) -> Row:
         picture: Picture = item.data
-        image = decode_image(picture.image, name=picture.image.name)
+        image = decode_image(picture.image, name=picture.image.name, upright=False)
         size = (image.height, image.width)
         humans = read_boundaries(picture, size)
         edges = thin_edges(sharp_features(encoder, image, self.low_res_size)[0], size)
         matcher = Matcher(size, self.tolerance * math.hypot(*size))
         counts = matcher.count(edges.cpu().numpy(), self._thresholds(), humans)
         return {"f": float(f_measure(best_row(counts))), "annotators": len(humans), "_counts": counts.tolist()}
+
+    def stamp(self, item: Item) -> str:
+        picture: Picture = item.data
+        return digest(*(file_key(path.parent, path.name) for path in (picture.image, *picture.truths)))
 
     def summarize(self, rows: Sequence[Row], state: Any) -> Summary:
         counts = np.array([row["_counts"] for row in rows])  # [pictures, thresholds, 4]

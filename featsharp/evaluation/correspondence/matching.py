@@ -152,7 +152,7 @@ class EncodedImages:
         if path in self._kept:
             self._kept.move_to_end(path)
             return self._kept[path]
-        image = decode_image(path, name=str(path))
+        image = decode_image(path, name=str(path), upright=False)
         placement = place((image.height, image.width), self.canvas_size, self.fit)
         canvas = draw(image, placement, self.whiten)
         found = prepare(self.encode(canvas.to(self.device)), placement)

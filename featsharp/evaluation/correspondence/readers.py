@@ -123,11 +123,16 @@ def _list_pascal(root: Path, split: str, pair_list: Path | None) -> Iterator[Ent
             "there, or name it with --pair-list"
         )
     for number, header, fields in _table(path):
+        if isinstance(fields, DataError):
+            yield _refused(number, fields)
+            continue
         place, row = f"{path} line {number}", dict(zip(header, fields, strict=True))
         try:
             source, target, category = row["source_image"], row["target_image"], CATEGORIES[row["class"]]
         except KeyError:
-            raise DataError(f"{place}: expected the columns source_image, target_image and class (1..20)") from None
+            wrong = DataError(f"{place}: expected the columns source_image, target_image and class (1..20)")
+            yield _refused(number, wrong)
+            continue
         name = f"{number}-{Path(source).stem}-{Path(target).stem}:{category}"
         yield Entry(name, category, functools.partial(_read_pascal, root, place, row, (source, target), category))
 
@@ -152,7 +157,11 @@ def _read_pascal(root: Path, place: str, row: dict[str, str], names: tuple[str, 
 def _list_willow(root: Path, split: str, pair_list: Path | None) -> Iterator[Entry]:
     path = pair_list or _find_list(root, (f"{split}_pairs.csv", f"{split}_pairs_pf.csv"))
     if path is not None:
-        for number, _, (source, target, *numbers) in _table(path):
+        for number, _, fields in _table(path):
+            if isinstance(fields, DataError):
+                yield _refused(number, fields)
+                continue
+            source, target, *numbers = fields
             group = Path(source).parent.name
             name = f"{number}-{Path(source).stem}-{Path(target).stem}:{group}"
             images = _in_group(root, source), _in_group(root, target)
@@ -207,8 +216,17 @@ def _find_list(root: Path, names: Sequence[str]) -> Path | None:
     return next((root / name for name in names if (root / name).is_file()), None)
 
 
-def _table(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
-    """The rows of a CSV file: (line, header in lower case, fields), at least two columns."""
+def _refused(number: int, error: DataError) -> Entry:
+    """A row that is no pair: reading it says why."""
+
+    def read() -> Pair:
+        raise error
+
+    return Entry(f"line {number}", "", read)
+
+
+def _table(path: Path) -> Iterator[tuple[int, list[str], list[str] | DataError]]:
+    """The rows of a CSV file: (line, header in lower case, fields, or what is wrong with them), two columns or more."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
@@ -219,8 +237,10 @@ def _table(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
         if not fields:
             continue
         if len(fields) != len(header) or len(header) < 2:
-            raise DataError(f"{path} line {number}: {len(fields)} fields under a header of {len(header)}")
-        yield number, header, [field.strip() for field in fields]
+            wrong = DataError(f"{path} line {number}: {len(fields)} fields under a header of {len(header)}")
+            yield number, header, wrong
+        else:
+            yield number, header, [field.strip() for field in fields]
 
 
 def _stack(axes: Sequence[np.ndarray], place: str) -> np.ndarray:

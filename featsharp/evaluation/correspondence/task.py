@@ -27,6 +27,7 @@ from featsharp.errors import ConfigError, DataError
 from featsharp.evaluation.correspondence.matching import FITS, EncodedImages, match
 from featsharp.evaluation.correspondence.pairs import Entry, Pair, check_points
 from featsharp.evaluation.correspondence.readers import LAYOUTS, SPLITS, find_layout, list_pairs
+from featsharp.evaluation.identity import digest, file_key
 from featsharp.evaluation.samples import Estimate, bootstrap, predict_raw
 from featsharp.evaluation.sizes import find_low_res_size, shown_size
 from featsharp.evaluation.task import Item, Row, Subject, Summary, Task
@@ -88,7 +89,7 @@ class CorrespondenceTask(Task):
     def begin(self, encoder: SharpEncoder, subject: Subject) -> State:
         low_res = find_low_res_size(encoder, self.low_res_size)
         images = EncodedImages(
-            lambda canvas: predict_raw(encoder, canvas, low_res),
+            lambda canvas: predict_raw(encoder, canvas, low_res, positional=False),
             encoder.input_conditioner,
             shown_size(encoder, low_res),
             self.fit,
@@ -109,6 +110,14 @@ class CorrespondenceTask(Task):
             "keypoints": len(errors),
             "hits": [int((errors < alpha * size).sum()) for alpha in self.alphas],
         }
+
+    def stamp(self, item: Item) -> str:
+        try:
+            pair: Pair = item.data.read()
+        except DataError:
+            return ""
+        files = [file_key(path.parent, path.name) for path in (pair.source, pair.target)]
+        return digest(files, pair.source_points.tolist(), pair.target_points.tolist(), pair.target_box)
 
     def summarize(self, rows: Sequence[Row], state: State) -> Summary:
         found: Summary = {"pairs": len(rows), "keypoints": sum(row["keypoints"] for row in rows)}

@@ -3,8 +3,6 @@
 Every picture is scaled to one size, whatever its shape: without cropping, a map then covers the whole of it.
 """
 
-import hashlib
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from featsharp.builder import model_state
 from featsharp.data.files import write_file
 from featsharp.data.images import decode_image, image_to_tensor
 from featsharp.errors import FeatSharpError, InputError
+from featsharp.evaluation.identity import digest, encoder_key, file_key
 from featsharp.evaluation.segmentation.readers import Pair
 from featsharp.model import SharpEncoder
 from featsharp.ops.peak import format_memory
@@ -103,7 +101,7 @@ class FeatureCache:
         path = self.folder / f"{digest(self.key, file_key(pair.root, pair.image))}.safetensors"
         found = _load(path)
         if found is None:
-            image = decode_image(pair.root / pair.image, name=pair.image)
+            image = decode_image(pair.root / pair.image, name=pair.image, upright=False)
             features = self.reader.read(image, self.part)[0].cpu()
             half = features.half()
             found = Features(half if half.isfinite().all() else features, (image.height, image.width))
@@ -132,37 +130,6 @@ class FeatureCache:
             "room (--cache-limit, --cache-dir) or fewer images (--train-limit)",
             reason,
         )
-
-
-def encoder_key(encoder: SharpEncoder) -> str:
-    """Changes when the features of an encoder do: a digest of its backbone, recipe and own weights.
-
-    Code is not part of it: not that of a function that an upsampler was made from, nor weights behind a function that
-    a backbone was made from.
-    """
-    known = hashlib.sha256()
-    backbone = encoder.backbone
-    kinds = [type(backbone).__qualname__, repr(encoder.upsampler), repr(encoder.normalizer)]
-    about = [backbone.describe(), backbone.autocast_dtype, encoder.recipe, kinds]
-    known.update(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, value in sorted(model_state(encoder).items()):
-        known.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        known.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return known.hexdigest()
-
-
-def file_key(root: Path, name: str) -> tuple[str, int, int]:
-    """What tells a file and its later versions apart without reading it; a missing one has length and time 0."""
-    try:
-        status = (root / name).stat()
-    except OSError:
-        return name, 0, 0
-    return name, status.st_size, status.st_mtime_ns
-
-
-def digest(*parts: object) -> str:
-    """A short name for some JSON values."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def _load(path: Path) -> Features | None:

@@ -47,6 +47,9 @@ class FolderOptions(NamedTuple):
     ignore_index: int = 255
 
 
+# Formats that keep numbers as they are.
+_LABEL_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+
 # What labels mean, training pairs, validation pairs.
 Found = tuple[LabelCode, list[Pair], list[Pair]]
 
@@ -225,7 +228,14 @@ def pair_by_stem(root: Path, images: str, labels: str, endings: tuple[str, str] 
         An image without a label is paired with a file that does not exist.
     """
     image_folder, label_folder = root / images, root / labels
-    of_stem = {_stem(path.relative_to(label_folder), endings[1]): path for path in label_folder.rglob("*.*")}
+    of_stem: dict[str, Path] = {}
+    for path in sorted(label_folder.rglob("*.*")):
+        stem = _stem(path.relative_to(label_folder), endings[1])
+        if stem is None or path.suffix.lower() not in _LABEL_SUFFIXES:
+            continue
+        if stem in of_stem:
+            raise DataError(f"{label_folder}: {of_stem[stem].name} and {path.name} are labels of one image; keep one")
+        of_stem[stem] = path
     pairs = []
     for path in sorted(image_folder.rglob("*.*")):
         inside = path.relative_to(image_folder)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from featsharp.evaluation.samples import bootstrap
+from featsharp.evaluation.samples import bootstrap_sums
 from featsharp.evaluation.segmentation.labels import VOID
 from featsharp.evaluation.task import Row, Summary
 
@@ -56,16 +56,9 @@ def pool_rows(rows: Sequence[Row], classes: Sequence[str]) -> Summary:
     for number, row in enumerate(rows):
         for c, *numbers in row["_counts"]:
             counts[number, :, c] = numbers
-    flat = counts.reshape(len(rows), -1)
-
-    def pooled(sample: np.ndarray) -> np.ndarray:
-        return sample.sum(0).reshape(3, -1)
-
     by_class = iou(counts.sum(0))
     return {
-        "miou": bootstrap(flat.tolist(), lambda sample: float(np.nanmean(iou(pooled(sample))))),
-        "pixel_accuracy": bootstrap(
-            flat.tolist(), lambda sample: float(pooled(sample)[0].sum() / pooled(sample)[1].sum())
-        ),
+        "miou": bootstrap_sums(counts, lambda pooled: float(np.nanmean(iou(pooled)))),
+        "pixel_accuracy": bootstrap_sums(counts, lambda pooled: float(pooled[0].sum() / pooled[1].sum())),
         "iou": {name: None if np.isnan(value) else float(value) for name, value in zip(classes, by_class, strict=True)},
     }

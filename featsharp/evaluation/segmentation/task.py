@@ -14,6 +14,7 @@ With ``head="low-res"`` the head is trained on the encoder's own low-resolution 
 an upsampler fit heads that exist already?
 """
 
+import hashlib
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,8 +29,9 @@ import torch
 from torch import Tensor
 
 from featsharp.data.images import decode_image
-from featsharp.errors import ConfigError, DataError, InputError
-from featsharp.evaluation.segmentation.features import FeatureCache, FeatureReader, digest, file_key
+from featsharp.errors import ConfigError, DataError, FeatSharpError, InputError
+from featsharp.evaluation.identity import digest, file_key
+from featsharp.evaluation.segmentation.features import FeatureCache, FeatureReader
 from featsharp.evaluation.segmentation.labels import VOID, LabelCode
 from featsharp.evaluation.segmentation.probe import LinearProbe, Schedule, fit_probe, load_probe, save_probe
 from featsharp.evaluation.segmentation.readers import (
@@ -50,8 +52,8 @@ from featsharp.settings import setting
 
 logger = logging.getLogger(__name__)
 
-# Logits that are held at a time when they are scaled to a label: 256 MiB.
-_MAX_LOGITS = 2**26
+# Logits that are held at a time when they are scaled to a label: 256 MiB with what scaling takes.
+_MAX_LOGITS = 2**26 // 3
 
 
 class Trained(NamedTuple):
@@ -117,7 +119,8 @@ class SegmentationTask(Task):
         part = self._part(encoder)
         with self._folder() as folder:
             cache = FeatureCache(reader, part, folder / "features", parse_memory(self.cache_limit))
-            place = folder / "heads" / f"{self._head_key(cache.key, label_size)}.safetensors"
+            heads = (self.cache_dir or self.scratch or folder) / "heads"
+            place = heads / f"{self._head_key(cache.key, label_size)}.safetensors"
             found = load_probe(place, encoder.device)
             if found is not None:
                 probe, (images, skipped) = found
@@ -131,18 +134,28 @@ class SegmentationTask(Task):
                 self._schedule,
                 encoder.device,
             )
-            save_probe(probe, place, [len(pairs), skipped])
+            try:
+                save_probe(probe, place, [len(pairs), skipped])
+            except FeatSharpError as error:
+                logger.warning("the head is not kept, a stopped evaluation will train it again: %s", error)
         return Trained(reader, probe, label_size, len(pairs), skipped)
 
     def measure(self, encoder: SharpEncoder, item: Item, number: int, state: Trained) -> Row:
         pair: Pair = item.data
         truth = self.dataset.code.read(pair.root / pair.label, pair.label)
-        image = decode_image(pair.root / pair.image, name=pair.image)
+        image = decode_image(pair.root / pair.image, name=pair.image, upright=False)
         check_sizes(pair, (image.height, image.width), truth)
         if (truth == VOID).all():
             raise DataError(f"{pair.label}: all pixels are void")
         logits = state.probe(state.reader.read(image, "high_res"))
         return image_row(confusion(truth, predict(logits, truth.shape), len(self.dataset.code.classes)))
+
+    def stamp(self, item: Item) -> str:
+        pair: Pair = item.data
+        return digest(file_key(pair.root, pair.image), file_key(pair.root, pair.label))
+
+    def state_key(self, state: Trained) -> str:
+        return hashlib.sha256(state.probe.classify.weight.cpu().numpy().tobytes()).hexdigest()
 
     def summarize(self, rows: Sequence[Row], state: Trained) -> Summary:
         reader = state.reader
@@ -165,7 +178,8 @@ class SegmentationTask(Task):
     @cached_property
     def _train_pairs(self) -> list[Pair]:
         pairs = self.dataset.train
-        count = min(self.train_limit or len(pairs), len(pairs))
+        # No more than the head will see.
+        count = min(self.train_limit or len(pairs), len(pairs), self.steps * self.batch)
         return [pairs[number * len(pairs) // count] for number in range(count)]
 
     @property
@@ -204,10 +218,12 @@ class SegmentationTask(Task):
         self, cache: FeatureCache, label_size: tuple[int, int]
     ) -> tuple[list[Pair], Tensor, list[tuple[str, str]]]:
         """Training pairs that can be used, their labels [N, h, w], and (name, reason) of the others."""
-        pairs, labels, skipped = [], [], []
+        pairs: list[Pair] = []
+        skipped = []
+        labels = torch.empty(len(self._train_pairs), *label_size, dtype=torch.int16)
         for pair in self._train_pairs:
             try:
-                labels.append(_training_labels(cache, pair, self.dataset.code, label_size))
+                labels[len(pairs)] = _training_labels(cache, pair, self.dataset.code, label_size)
                 pairs.append(pair)
             except (DataError, InputError) as error:
                 reason = str(error).removeprefix(f"{pair.image}: ")
@@ -218,7 +234,7 @@ class SegmentationTask(Task):
                 f"{self.data}: none of {len(skipped)} training images can be used; the first, {skipped[0][0]}: "
                 f"{skipped[0][1]}"
             )
-        return pairs, torch.stack(labels), skipped
+        return pairs, labels[: len(pairs)], skipped
 
 
 def predict(logits: Tensor, size: Sequence[int]) -> np.ndarray:

@@ -1,0 +1,42 @@
+"""What tells encoders and files from others and from later versions of themselves."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from featsharp import __version__
+from featsharp.builder import model_state
+from featsharp.model import SharpEncoder
+
+
+def encoder_key(encoder: SharpEncoder) -> str:
+    """Changes when the features of an encoder do: a digest of its backbone, recipe, own weights and our version.
+
+    Code of the user's is not part of it: not that of a function that an upsampler was made from, nor weights behind a
+    function that a backbone was made from.
+    """
+    known = hashlib.sha256()
+    backbone = encoder.backbone
+    kinds = [type(backbone).__qualname__, repr(encoder.upsampler), repr(encoder.normalizer), __version__]
+    about = [backbone.describe(), backbone.autocast_dtype, encoder.recipe, kinds]
+    known.update(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, value in sorted(model_state(encoder).items()):
+        known.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        known.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return known.hexdigest()
+
+
+def file_key(root: Path, name: str) -> tuple[str, int, int]:
+    """What tells a file and its later versions apart without reading it; a missing one has length and time 0."""
+    try:
+        status = (root / name).stat()
+    except OSError:
+        return name, 0, 0
+    return name, status.st_size, status.st_mtime_ns
+
+
+def digest(*parts: object) -> str:
+    """A short name for some JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
