@@ -37,8 +37,6 @@ TABLES = {
     "correspondence": Table("correspondence", PCK, 100, 1),
     "boundaries": Table("boundaries", {"ods_f": "best F (ODS)", "ois_f": "F, best per image (OIS)"}),
     "reference": Table("reference", {"cosine": "cosine", "error": "error / variance", "cka": "linear CKA"}),
-    "cka": Table("cka", {"cka_56": "56", "cka_112": "112", "cka_224": "224", "cka": "all pairs"}),
-    "small-objects": Table("small-objects", {}, 100, 1),
 }
 
 
@@ -62,6 +60,8 @@ def fill(page: str, results: Path) -> str:
     """The page with every table written anew."""
 
     def table(match: re.Match[str]) -> str:
+        if match[1] not in TABLES:
+            raise SystemExit(f"there is no table {match[1]!r}; these are: {', '.join(TABLES)}")
         return f"<!-- table {match[1]} -->\n{render(TABLES[match[1]], results)}\n<!-- end -->"
 
     return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
@@ -72,7 +72,7 @@ def render(table: Table, results: Path) -> str:
     files = [json.loads(path.read_text()) for path in sorted(results.glob(f"{table.task}@*.json"))]
     if not files:
         raise SystemExit(f"no file {table.task}@*.json in {results}")
-    columns = table.columns or {name: name for name in numbers(next(iter(files[0]["encoders"].values()))["result"])}
+    columns = table.columns
     lines = [f"| encoder | {' | '.join(columns.values())} |", f"|{'---|' * (len(columns) + 1)}"]
     for content in files:
         for label, found in content["encoders"].items():
@@ -83,18 +83,14 @@ def render(table: Table, results: Path) -> str:
         counts = {len(found["items"]) for found in content["encoders"].values()}
         skipped = sum(len(found["skipped"]) for found in content["encoders"].values())
         sources.append(f"- `{content['command']}` ({'/'.join(map(str, sorted(counts)))} items, {skipped} skipped)")
-    machine = files[0]["machine"]
-    dtype = {str(found["backbone_autocast"]) for content in files for found in content["encoders"].values()}
-    passes = " and ".join(sorted("float32" if name == "None" else name for name in dtype))
-    versions = f"{machine['processor']}, {machine['device']}, torch {machine['torch']}, backbone passes in {passes}"
-    return "\n".join([*lines, "", *sources, f"- {versions}"])
+    return "\n".join([*lines, "", *sources, *(f"- {text}" for text in sorted({machine(content) for content in files}))])
 
 
-def numbers(result: dict[str, Any]) -> list[str]:
-    """Metrics that are estimates."""
-    return [
-        name for name, value in result.items() if isinstance(value, dict) and set(value) == {"value", "low", "high"}
-    ]
+def machine(content: dict[str, Any]) -> str:
+    """What a file was measured on and with."""
+    about = content["machine"]
+    passes = {str(found["backbone_autocast"] or "float32") for found in content["encoders"].values()}
+    return f"{about['processor']}, {about['device']}, torch {about['torch']}, backbone passes in {', '.join(sorted(passes))}"
 
 
 def cell(value: Any, table: Table) -> str:

@@ -154,11 +154,11 @@ def load_from_file(
 
 def _find_file(path: str | PathLike[str]) -> str | PathLike[str]:
     """The path itself, or that of shipped weights of this name."""
-    if Path(path).exists():
+    if Path(path).is_file():
         return path
     shipped = find_weights(str(path))
-    if shipped is None and not Path(path).suffix:
-        known = ", ".join(list_weights())
+    if shipped is None and Path(path).suffix not in (".pth", WEIGHTS_SUFFIX):
+        known = ", ".join(list_weights()) or "none"
         raise CheckpointError(
             f"checkpoint {path} does not exist, and no shipped weights are called so (there are: {known})"
         )
@@ -287,11 +287,17 @@ def load_model_state(encoder: SharpEncoder, state: Mapping[str, torch.Tensor], s
         for key in sorted(own.keys() & state.keys())
         if own[key].shape != state[key].shape
     ]
+    types = [
+        f"{key} {state[key].dtype} instead of {own[key].dtype}"
+        for key in sorted(own.keys() & state.keys())
+        if own[key].is_floating_point() != state[key].is_floating_point()
+    ]
     diverged = [key for key, value in sorted(state.items()) if not value.isfinite().all()]
     for problem, keys in (
         ("lacks", missing),
         ("has unknown", unexpected),
         ("has other shapes:", shapes),
+        ("has other types:", types),
         ("holds NaN or infinite values in", diverged),
     ):
         if keys:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint, save_weights
@@ -78,6 +79,18 @@ def test_other_safetensors_files_and_damaged_ones_are_refused(encoder, tmp_path)
         load_from_file(path)
     save_file({"x": torch.zeros(2)}, path, {"format": "featsharp", "version": "1", "encoder": json.dumps({})})
     with pytest.raises(CheckpointError, match="does not hold what a checkpoint holds"):
+        load_from_file(path)
+
+
+def test_tensors_of_another_kind_are_refused(encoder, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_weights(encoder, path)
+    state = load_file(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    key = next(name for name in state if name.startswith("upsampler."))
+    save_file({**state, key: state[key].to(torch.complex64)}, path, header)
+    with pytest.raises(CheckpointError, match=rf"has other types: {key} torch.complex64 instead of torch.float32"):
         load_from_file(path)
 
 

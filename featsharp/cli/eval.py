@@ -37,7 +37,7 @@ from featsharp.ops.device import autocast_dtype, find_device
 from featsharp.ops.memory import keep_freed_memory
 from featsharp.settings import setting_fields, settings_of
 
-# Task -> where it is defined. Imported when used, so that help is instant.
+# Task -> where it is defined.
 TASKS = {
     "fidelity": "featsharp.evaluation.fidelity:FidelityTask",
     "zoom": "featsharp.evaluation.zoom:ZoomTask",
@@ -98,7 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
         content["encoders"] = evaluate(task, subjects, journal=journal, report=print_result)
         failed = any("failed" in found for found in content["encoders"].values())
     else:
-        extra = {"quality": image_quality(task.images, task.limit)} if getattr(task, "images", None) else {}
+        extra = {}
+        if getattr(task, "needs_quality", False) and task.data is not None:
+            extra["quality"] = image_quality(task.data, task.limit)
         content["result"] = task.run(device, dtype, progress=True, **extra)
         print(*task.table(content["result"]), sep="\n")
     if path is not None:
