@@ -89,8 +89,9 @@ def render(table: Table, results: Path) -> str:
 def machine(content: dict[str, Any]) -> str:
     """What a file was measured on and with."""
     about = content["machine"]
-    passes = {str(found["backbone_autocast"] or "float32") for found in content["encoders"].values()}
-    return f"{about['processor']}, {about['device']}, torch {about['torch']}, backbone passes in {', '.join(sorted(passes))}"
+    types = sorted({str(found["backbone_autocast"] or "float32") for found in content["encoders"].values()})
+    passes = f"backbone passes in {', '.join(types)}"
+    return f"{about['processor']}, {about['device']}, torch {about['torch']}, {passes}"
 
 
 def cell(value: Any, table: Table) -> str:
