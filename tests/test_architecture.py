@@ -18,7 +18,7 @@ PACKAGE = ROOT / "featsharp"
 # so two units of one level never import each other. featsharp/__init__.py, the public face, stands above all.
 LEVELS = (
     ("errors",),
-    ("registry", "checkpoint", "progress", "settings", "weights"),
+    ("registry", "checkpoint", "progress", "settings", "table", "weights"),
     ("ops",),
     ("layers", "normalizers"),
     ("backbones", "upsamplers", "data"),

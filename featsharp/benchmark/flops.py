@@ -2,7 +2,9 @@
 
 Convention: a multiply-add is two operations. Counted are the products of matrices: linear layers, convolutions,
 attention, and our own local attention and local filter. Not counted are element-wise functions, norms, softmax and
-interpolation. Operators that may multiply and have no formula are named in the result, never missed silently.
+interpolation. The result names operators that ran and have no formula: those of PyTorch that multiply matrices or do
+as much work by their names, such as recurrent layers and Fourier transforms, and all of other libraries. What is no
+operator of PyTorch's dispatcher, such as NumPy or a bare kernel, is neither counted nor named.
 
 Nothing is computed where it can be helped: a copy of the encoder without values is shown an image without values.
 """
@@ -17,14 +19,21 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
-from featsharp.benchmark.cost import counting
-from featsharp.benchmark.measure import noise
-from featsharp.benchmark.table import align, describe_skipped
-from featsharp.benchmark.workloads import Workload, backbone_passes, list_workloads, skip
-from featsharp.errors import FeatSharpError
+from featsharp.benchmark.counting import counting
+from featsharp.benchmark.measure import find_failure, noise
+from featsharp.benchmark.workloads import (
+    CurvesTask,
+    Workload,
+    backbone_passes,
+    describe_skipped,
+    is_foreign,
+    list_workloads,
+    skip,
+)
+from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.model import SharpEncoder
 from featsharp.progress import with_progress
-from featsharp.settings import setting
+from featsharp.table import align
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +44,7 @@ CONVENTION = (
 
 
 @dataclass
-class FlopsTask:
+class FlopsTask(CurvesTask):
     """Floating-point operations per image of larger images, of tiles, and of whole encoders, by factor.
 
     A multiply-add is two operations. Counted are products of matrices, convolutions and attention; element-wise
@@ -44,12 +53,6 @@ class FlopsTask:
 
     name: ClassVar[str] = "flops"
     title: ClassVar[str] = "floating-point operations of backbone and upsampler by factor"
-
-    backbone: str = setting("vits14-focus", "name of the backbone")
-    upsamplers: tuple[str, ...] = setting(
-        ("featsharp", "tile", "bilinear"), "names, or module:function", nargs="+", metavar="NAME"
-    )
-    factors: tuple[float, ...] = setting((1, 1.5, 2, 3, 4), "gains", type=float, nargs="+", metavar="F")
 
     def run(self, device: torch.device, dtype: torch.dtype | None, progress: bool) -> dict[str, Any]:
         """Count.
@@ -61,12 +64,13 @@ class FlopsTask:
 
         Returns:
             "rows", one per curve and factor: "cells" of the result, "passes" through the backbone, operations of the
-            "backbone", the "upsampler" and in "total", their ratio to one pass at the native size, "relative", and the
-            operators "uncounted". "skipped", what could not be counted and why.
+            "backbone", the "upsampler" with its "normalizer" and in "total", their ratio to one pass at the native
+            size, "relative", the operators "uncounted", and the "options" of the upsampler. "skipped", what could not
+            be counted and why.
         """
         backbone = create_backbone(self.backbone)
         backbone.autocast_dtype = dtype
-        workloads, skipped = list_workloads(backbone, self.upsamplers, self.factors, device)
+        workloads, skipped = list_workloads(backbone, self.upsampler, self.factors, device)
         base = count_operations(backbone, (1, 3, *backbone.input_size), device).total
         rows = []
         for workload in with_progress(workloads, self.name, progress):
@@ -121,7 +125,7 @@ def count_operations(module: Backbone | SharpEncoder, shape: tuple[int, ...], de
         device: Where.
 
     Raises:
-        FeatSharpError: As the module raises them.
+        FeatSharpError: As the module raises them; ConfigError when memory runs out, or a function of the user's fails.
     """
     try:
         mode = FakeTensorMode()
@@ -133,8 +137,17 @@ def count_operations(module: Backbone | SharpEncoder, shape: tuple[int, ...], de
     except FeatSharpError:
         raise
     except Exception as error:  # of any kind: foreign code that looks at values, or cannot be copied
-        logger.info("counting on real tensors, since shapes alone do not do: %s", error)
-    return _count(module, noise(shape, device))
+        logger.warning(
+            "counting on real tensors, which takes time and memory, since shapes alone do not do: %s: %s",
+            type(error).__name__,
+            error,
+        )
+    found: list[Operations] = []
+    images = noise(shape, device)
+    failure = find_failure(lambda: found.append(_count(module, images)), foreign=is_foreign(module))
+    if failure is not None:
+        raise ConfigError(failure)
+    return found[0]
 
 
 def _count(module: Backbone | SharpEncoder, images: torch.Tensor) -> Operations:
@@ -161,6 +174,7 @@ def _row(workload: Workload, base: int, device: torch.device) -> dict[str, Any]:
         "total": whole.total,
         "relative": whole.total / base,
         "uncounted": whole.uncounted,
+        **workload.recipe,
     }
 
 

@@ -18,8 +18,10 @@ from featsharp.ops.memory import return_freed_memory, trim_memory
 from featsharp.ops.peak import PeakMeter
 from featsharp.progress import with_progress
 
-# Time that the runs of one case should not exceed, in seconds; two runs are the least.
+# Time that the runs of one case should not exceed, in seconds, beyond the least number of runs.
 CASE_SECONDS = 6.0
+# Quartiles further apart than this part of the median say that something else ran, too.
+NOISY = 0.2
 
 T = TypeVar("T")
 
@@ -35,20 +37,26 @@ class Timing:
 
 
 def time_interleaved(
-    cases: Mapping[str, Callable[[], object]], device: torch.device, *, repeat: int = 15, progress: bool = False
+    cases: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    repeat: int = 15,
+    least: int = 2,
+    progress: bool = False,
 ) -> dict[str, Timing]:
     """Time cases in turn, so that what disturbs the machine disturbs them all.
 
     Args:
         cases: Functions by name; each is run twice before, uncounted.
-        device: Where they compute: a GPU is waited for.
-        repeat: Most runs of a case; slow ones get fewer, at least two.
+        device: Where they compute: an accelerator is waited for.
+        repeat: Most runs of a case; slow ones get fewer.
+        least: Fewest runs of a case, two or more; it wins over ``repeat``.
         progress: Whether to show a bar on stderr.
     """
     runs: dict[str, int] = {}
     for name, function in cases.items():
         function()  # what is compiled or loaded once
-        runs[name] = max(2, min(repeat, int(1000 * CASE_SECONDS / _milliseconds(function, device))))
+        runs[name] = max(least, min(repeat, int(1000 * CASE_SECONDS / _milliseconds(function, device))))
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in with_progress(range(max(runs.values(), default=0)), "timing", progress):
         for name, function in cases.items():
@@ -57,16 +65,23 @@ def time_interleaved(
     return {name: summarize(values) for name, values in times.items()}
 
 
-def find_failure(function: Callable[[], object]) -> str | None:
-    """Why a call cannot be measured: its FeatSharpError, or "out of memory"; None where it works."""
+def find_failure(function: Callable[[], object], *, foreign: bool = False) -> str | None:
+    """Why a call cannot be measured: its FeatSharpError, or "out of memory"; None where it works.
+
+    Args:
+        function: The call.
+        foreign: Whether it runs code of the user's: whatever that raises is a reason, and no defect of ours.
+    """
     try:
         function()
     except FeatSharpError as error:
         return str(error)
-    except RuntimeError as error:
+    except Exception as error:
         # Of a CPU it has no class of its own.
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             return "out of memory"
+        if foreign:
+            return f"{type(error).__name__}: {error}"
         raise
     return None
 
@@ -82,11 +97,19 @@ def summarize(milliseconds: Sequence[float]) -> Timing:
     return Timing(median, low, high, len(milliseconds))
 
 
+def describe_noise(timings: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line that warns of cases whose quartiles are far apart, of timings as mappings; none where there are none."""
+    noisy = [name for name, time in timings.items() if time["high"] - time["low"] > NOISY * time["median"]]
+    if not noisy:
+        return []
+    return [f"noisy machine: the quartiles spread by more than {NOISY:.0%} of the median: {', '.join(noisy)}"]
+
+
 def measure_memory(function: Callable[[], object], device: torch.device) -> int:
     """Bytes that a call takes at its peak beside what is there already, its result included.
 
-    Of a GPU what PyTorch's allocator hands out; on Linux what the process occupies, everything counted; elsewhere the
-    tensors that are made.
+    Of a CUDA device what PyTorch's allocator hands out; otherwise on Linux what the process occupies, everything
+    counted; elsewhere the tensors that are made.
     """
     gc.collect()
     if device.type == "cuda":
@@ -117,7 +140,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "featsharp": __version__,
@@ -125,19 +148,29 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _milliseconds(function: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    _wait(device)
     start = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    _wait(device)
     return 1000 * (time.perf_counter() - start)
+
+
+def _wait(device: torch.device) -> None:
+    """Until an accelerator has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _status(field: str) -> int:
     """A line of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls an accelerator, as far as PyTorch tells; otherwise its type, such as "cpu" or "mps"."""
+    name = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(name(device)) if name else device.type
 
 
 def processor() -> str:

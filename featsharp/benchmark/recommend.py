@@ -1,11 +1,14 @@
 """Which upsampler: all that there are, measured on the user's backbone, picture size, memory and machine.
 
+Candidates are the registered upsamplers that have the factor, the weights that come with the package for this backbone
+and factor, and the user's checkpoints. Upsamplers made of a function of the user's are none: nobody knows the function.
+
 Every figure is measured when asked for; none is remembered. Quality is measured by whoever calls, on the user's images,
 with a function that is handed in; without it the candidates are ranked by time.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,19 +19,24 @@ from torch import Tensor
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
-from featsharp.benchmark.measure import find_failure, measure_memory, noise, time_interleaved
-from featsharp.benchmark.table import align
-from featsharp.benchmark.workloads import build_encoder
+from featsharp.benchmark.labels import label_files
+from featsharp.benchmark.measure import describe_noise, find_failure, measure_memory, noise, time_interleaved
+from featsharp.benchmark.workloads import build_encoder, needs_function, needs_training
 from featsharp.builder import load_from_file
+from featsharp.data import open_source
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.model import SharpEncoder
 from featsharp.ops.peak import format_memory, parse_memory
 from featsharp.progress import with_progress
 from featsharp.settings import setting
+from featsharp.table import align
 from featsharp.upsamplers import UPSAMPLERS
-from featsharp.upsamplers.base import UpsampleFeatures, scale_length
+from featsharp.upsamplers.base import UpsampleFeatures, check_factor, scale_length
+from featsharp.weights import list_weights
 
-READY, CHECKPOINT, NEEDS_TRAINING = "ready", "checkpoint", "needs training"
+READY, SHIPPED, CHECKPOINT, NEEDS_TRAINING = "ready", "shipped", "checkpoint", "needs training"
+# Of the reasons why nothing can be ranked.
+SHOWN_REASONS = 3
 
 # An encoder to its scores by name, each higher for a better one; the first decides.
 Quality = Callable[[SharpEncoder], dict[str, float]]
@@ -41,10 +49,12 @@ class RecommendTask:
     All candidates are shown the same picture and make a map of the same size: their low-resolution pass sees the
     picture at 1/factor of its size (a backbone of one size: at that size). Those that take more memory than there is
     work in parts where they can. Upsamplers that need training are measured untrained, and shown without a rank.
+    Quality is measured at the native size of the backbone, whatever the size of the picture.
     """
 
     name: ClassVar[str] = "recommend"
     title: ClassVar[str] = "which upsampler for this backbone, size and memory, as measured here"
+    needs_quality: ClassVar[bool] = True  # with ``data``, whoever calls hands in ``quality``
 
     backbone: str = setting("vits14-focus", "name of the backbone")
     factor: float = setting(2.0, "gain", type=float, metavar="F")
@@ -52,8 +62,8 @@ class RecommendTask:
         None, "size of the picture in pixels; default: factor x the backbone's native size", type="size", metavar="HxW"
     )
     memory: str | None = setting(None, "most that one picture may take, such as 2GiB; default: no limit", metavar="M")
-    checkpoints: Sequence[str] | None = setting(None, "trained files to compare", nargs="+", metavar="FILE")
-    images: Path | None = setting(None, "images to measure quality on: a folder or tars", type=Path, metavar="DIR")
+    checkpoint: Sequence[str] | None = setting(None, "trained files to compare", nargs="+", metavar="[LABEL=]FILE")
+    data: Path | None = setting(None, "images to measure quality on: a folder or tars", type=Path, metavar="DIR")
     limit: int = setting(8, "only the first N images", type="count", metavar="N")
     repeat: int = setting(10, "most runs of a candidate; slow ones get fewer, at least 2", type="count", metavar="N")
 
@@ -66,8 +76,8 @@ class RecommendTask:
             device: Where.
             dtype: Autocast type of backbone passes; None: float32.
             progress: Whether to show bars on stderr.
-            quality: Measures an encoder on ``images``; required with them. Encoders that it refuses with a
-                FeatSharpError come after those that have a score.
+            quality: Measures an encoder on ``data``; required with it. Encoders that it refuses with a FeatSharpError
+                come after those that have a score.
 
         Returns:
             "ranked", best first: name, "kind" (:data:`READY` and others), "rank" (None for those that need training,
@@ -76,20 +86,26 @@ class RecommendTask:
             name and reason of those that do not fit. And what they were measured on.
 
         Raises:
-            ConfigError: For an amount of memory that is none, or images without ``quality``.
+            ConfigError: For a factor below 1, an amount of memory that is none, two candidates of one name, images
+                without ``quality``; when no candidate can be ranked; and when ``quality`` refuses them all.
+            DataError: When there are no images in ``data``.
         """
-        if self.images is not None and quality is None:
-            raise ConfigError("images are there to measure quality on, so they need the function that does; hand it in")
+        check_factor(self.factor, "any", "a recommendation")
         limit = None if self.memory is None else parse_memory(self.memory)
+        if self.data is not None:
+            open_source(self.data)
+            if quality is None:
+                raise ConfigError("images are there to measure quality on; hand in the function that does: quality=")
         backbone = create_backbone(self.backbone).to(device)
         backbone.autocast_dtype = dtype
+        candidates = self._candidates(backbone)
         size, low_res_size = self._sizes(backbone)
         images = noise((1, 3, *size), device)
         out: list[dict[str, Any]] = []
         calls: dict[str, Callable[[], UpsampleFeatures]] = {}
         rows: dict[str, dict[str, Any]] = {}
         encoders: dict[str, SharpEncoder] = {}
-        for name, kind, build in with_progress(list(self._candidates(backbone)), "memory", progress):
+        for name, (kind, build) in with_progress(list(candidates.items()), "memory", progress):
             try:
                 encoder = build().to(device)
                 if encoder.factor != self.factor:
@@ -100,15 +116,14 @@ class RecommendTask:
                 out.append({"name": name, "kind": kind, "reason": str(error)})
             else:
                 encoders[name], calls[name] = encoder, call
+        if all(row["kind"] == NEEDS_TRAINING for row in rows.values()):
+            raise ConfigError(f"no candidate that needs no training can be ranked: {_reasons(out, 'reason')}")
         timings = time_interleaved(calls, device, repeat=self.repeat, progress=progress)
         for name in with_progress(list(rows), "quality", progress and quality is not None):
-            scores, note = None, ""
-            if quality is not None and rows[name]["kind"] != NEEDS_TRAINING:
-                try:
-                    scores = quality(encoders[name])
-                except FeatSharpError as error:
-                    note = f"no quality: {error}"
-            rows[name] |= {"quality": scores, "time": asdict(timings[name]), "note": note}
+            rows[name] |= {"time": asdict(timings[name]), **_measure_quality(rows[name], encoders[name], quality)}
+        if quality is not None and not any(map(_is_scored, rows.values())):
+            noted = [row for row in rows.values() if row["note"]]
+            raise ConfigError(f"no candidate got a score on {self.data or 'the images'}: {_reasons(noted, 'note')}")
         return {
             "backbone": self.backbone,
             "factor": self.factor,
@@ -116,7 +131,8 @@ class RecommendTask:
             "low_res_size": list(low_res_size),
             "memory": limit,
             "autocast": None if dtype is None else str(dtype).removeprefix("torch."),
-            "images": None if self.images is None else self.images.name,
+            "native_size": list(backbone.input_size),
+            "images": None if self.data is None else self.data.name,
             "ranked": rank(list(rows.values())),
             "out": out,
         }
@@ -127,15 +143,19 @@ class RecommendTask:
         scores = list(dict.fromkeys(name for row in ranked for name in row["quality"] or ()))
         height, width = result["size"]
         low = result["low_res_size"]
+        native = "x".join(map(str, result["native_size"]))
         limit = "no limit on memory" if result["memory"] is None else f"at most {format_memory(result['memory'])}"
         notes = [f"{row['name']}: {row['note']}" for row in ranked if row["note"]]
         return [
             f"{result['backbone']}, {result['factor']:g}x, picture {height}x{width}, low-resolution pass "
             f"{low[0]}x{low[1]}, {result['autocast'] or 'float32'}, {limit}",
-            f"ranked by {f'{scores[0]}, then time' if scores else 'time; images would add quality'}",
+            f"ranked by {scores[0]}, then time; quality is measured at the native size, {native}"
+            if scores
+            else "ranked by time; images (--data) would add quality",
             *align(
                 ("upsampler", "rank", *scores, "ms", "quartiles", "memory", ""), [_cells(row, scores) for row in ranked]
             ),
+            *describe_noise({row["name"]: row["time"] for row in ranked}),
             *notes,
             *(f"out: {entry['name']}: {entry['reason']}" for entry in result["out"]),
         ]
@@ -148,15 +168,26 @@ class RecommendTask:
             return size, backbone.input_size
         return self.size, backbone.fit_size(self.size[0] / self.factor, self.size[1] / self.factor)
 
-    def _candidates(self, backbone: Backbone) -> Iterator[tuple[str, str, Callable[[], SharpEncoder]]]:
-        """Name, kind and what builds it, of all upsamplers and checkpoints."""
+    def _candidates(self, backbone: Backbone) -> dict[str, tuple[str, Callable[[], SharpEncoder]]]:
+        """Kind and what builds it, by name, of all upsamplers, shipped weights and checkpoints."""
+        found: dict[str, tuple[str, Callable[[], SharpEncoder]]] = {}
         for entry in UPSAMPLERS.entries():
-            kind = NEEDS_TRAINING if getattr(entry.factory, "trainable", False) else READY
-            yield entry.name, kind, partial(build_encoder, backbone, entry.name, self.factor)
-        for checkpoint in self.checkpoints or ():
-            # Many are called last.pth.
-            name = "/".join(Path(checkpoint).parts[-2:])
-            yield name, CHECKPOINT, partial(load_from_file, checkpoint, featurizer=backbone)
+            only_one = getattr(entry.factory, "factors", "any") == "one"
+            if not needs_function(entry.name) and (self.factor == 1 or not only_one):
+                kind = NEEDS_TRAINING if needs_training(entry.name) else READY
+                found[entry.name] = kind, partial(build_encoder, backbone, entry.name, self.factor)
+        for name in shipped_weights(self.backbone, self.factor):
+            found[name] = SHIPPED, partial(load_from_file, name, featurizer=backbone)
+        for name, path in label_files(self.checkpoint or ()).items():
+            if name in found:
+                raise ConfigError(f"two candidates are called {name!r}; name the checkpoint: LABEL={path}")
+            found[name] = CHECKPOINT, partial(load_from_file, path, featurizer=backbone)
+        return found
+
+
+def shipped_weights(backbone: str, factor: float) -> list[str]:
+    """Names of the weights that come with the package for a backbone and a factor."""
+    return [name for name in list_weights() if name.startswith(f"{backbone}/") and name.endswith(f"-{factor:g}x")]
 
 
 def rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -167,9 +198,8 @@ def rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
 
     def key(row: dict[str, Any]) -> tuple[bool, bool, float, float]:
-        score = next(iter((row["quality"] or {}).values()), math.nan)
-        known = math.isfinite(score)
-        return row["kind"] == NEEDS_TRAINING, not known, -score if known else 0.0, row["time"]["median"]
+        known = _is_scored(row)
+        return row["kind"] == NEEDS_TRAINING, not known, -_score(row) if known else 0.0, row["time"]["median"]
 
     ordered = sorted(rows, key=key)
     return [
@@ -202,6 +232,34 @@ def _fit(
     if peak > limit:
         raise ConfigError(f"{taken}, in parts still {format_memory(peak)}")
     return {"peak_bytes": peak, "in_parts": True}
+
+
+def _measure_quality(row: dict[str, Any], encoder: SharpEncoder, quality: Quality | None) -> dict[str, Any]:
+    """The scores of a candidate, "quality", and why there are none, "note"."""
+    scores, note = None, ""
+    if quality is not None and row["kind"] != NEEDS_TRAINING:
+        try:
+            scores = quality(encoder)
+        except FeatSharpError as error:
+            note = f"no quality: {error}"
+        else:
+            note = "" if _is_scored({"quality": scores}) else f"no quality: got {scores}"
+    return {"quality": scores, "note": note}
+
+
+def _score(row: dict[str, Any]) -> float:
+    """The one that decides; NaN where there is none."""
+    return float(next(iter((row["quality"] or {}).values()), math.nan))
+
+
+def _is_scored(row: dict[str, Any]) -> bool:
+    return math.isfinite(_score(row))
+
+
+def _reasons(rows: Sequence[dict[str, Any]], key: str) -> str:
+    """The first ones."""
+    shown = "; ".join(f"{row['name']}: {row[key]}" for row in rows[:SHOWN_REASONS])
+    return shown + f"; and {len(rows) - SHOWN_REASONS} more" * (len(rows) > SHOWN_REASONS)
 
 
 def _run(call: Callable[[], object]) -> None:

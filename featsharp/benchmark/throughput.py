@@ -14,35 +14,49 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.backbones import create_backbone
-from featsharp.benchmark.cost import counting
-from featsharp.benchmark.measure import Timing, find_failure, measure_memory, noise, time_interleaved
-from featsharp.benchmark.table import align, describe_skipped
-from featsharp.benchmark.workloads import DIRECT, Workload, backbone_passes, list_workloads, skip
+from featsharp.benchmark.counting import counting
+from featsharp.benchmark.measure import (
+    Timing,
+    describe_noise,
+    find_failure,
+    measure_memory,
+    noise,
+    time_interleaved,
+)
+from featsharp.benchmark.workloads import (
+    DIRECT,
+    CurvesTask,
+    Workload,
+    backbone_passes,
+    describe_skipped,
+    is_foreign,
+    list_workloads,
+    skip,
+)
 from featsharp.errors import ConfigError
 from featsharp.ops.peak import format_memory
 from featsharp.progress import with_progress
 from featsharp.settings import setting
+from featsharp.table import align
+
+# Quartiles of fewer say nothing.
+LEAST_RUNS = 5
 
 
 @dataclass
-class ThroughputTask:
+class ThroughputTask(CurvesTask):
     """Time per image and per token, actual and linear, and peak memory against the upsampling factor.
 
     "direct" is the backbone on a larger image, "passes" the backbone on the image and its tiles, and each upsampler is
-    measured from image to sharp features, untrained. Times are medians of interleaved runs. Run it while the machine
-    does nothing else.
+    measured from image to sharp features, untrained. Times are medians of interleaved runs, at least 5 of each case.
+    Run it while the machine does nothing else.
     """
 
     name: ClassVar[str] = "throughput"
     title: ClassVar[str] = "time per image and per token by factor: larger images, tiles, upsamplers"
 
-    backbone: str = setting("vits14-focus", "name of the backbone")
-    upsamplers: tuple[str, ...] = setting(
-        ("featsharp", "tile", "bilinear"), "names, or module:function", nargs="+", metavar="NAME"
-    )
-    factors: tuple[float, ...] = setting((1, 1.5, 2, 3, 4), "gains", type=float, nargs="+", metavar="F")
     batch_size: int = setting(1, "images at a time", type="count", metavar="N")
-    repeat: int = setting(20, "most runs of a case; slow ones get fewer, at least 2", type="count", metavar="N")
+    repeat: int = setting(20, "most runs of a case; slow ones get fewer, at least 5", type="count", metavar="N")
 
     def run(self, device: torch.device, dtype: torch.dtype | None, progress: bool) -> dict[str, Any]:
         """Measure.
@@ -56,7 +70,8 @@ class ThroughputTask:
             "rows", one per curve and factor: "cells" of the result and "passes" through the backbone per image;
             "time", milliseconds of a batch with quartiles and runs; "ms_per_image", "us_per_token" (microseconds per
             cell), "linear_ms_per_image"; "backbone_ms_per_image", of its own passes alone; "peak_bytes" of a batch
-            beside weights and input. "skipped", what could not be measured and why. And what the figures depend on.
+            beside weights and input; "normalizer" and "options" of the upsampler. "skipped", what could not be
+            measured and why. And what the figures depend on.
 
         Raises:
             ConfigError: When not even the backbone at its native size can be measured.
@@ -65,7 +80,7 @@ class ThroughputTask:
         backbone.autocast_dtype = dtype
         # The linear curve starts from factor 1.
         workloads, skipped = list_workloads(
-            backbone, self.upsamplers, (1, *self.factors), device, batch_size=self.batch_size
+            backbone, self.upsampler, (1, *self.factors), device, batch_size=self.batch_size
         )
         cases = _Cases(device)
         measured: list[tuple[Workload, _Names]] = []
@@ -77,7 +92,7 @@ class ThroughputTask:
                 raise ConfigError(f"backbone {self.backbone!r} cannot be measured at its native size: {names}")
             else:
                 skipped.append(skip(workload.curve, workload.factor, names))
-        timings = time_interleaved(cases.calls, device, repeat=self.repeat, progress=progress)
+        timings = time_interleaved(cases.calls, device, repeat=self.repeat, least=LEAST_RUNS, progress=progress)
         # Afterwards, because measuring changes how the allocator works.
         peaks = {
             case: measure_memory(cases.calls[case], device)
@@ -108,8 +123,10 @@ class ThroughputTask:
         return [
             f"{result['backbone']}, native size {height}x{width}, batch {result['batch_size']}, "
             f"{result['autocast'] or 'float32'}, attention: {attention}",
-            "linear: as many tokens, each at the time of factor 1; share: of the time that is its own backbone passes",
+            "linear: as many tokens, each at the time of factor 1; share: of the time that is its own backbone passes, "
+            "~100% where those alone took longer",
             *align((*columns, "of linear", "share", "memory"), [_cells(row) for row in result["rows"]]),
+            *describe_noise({_name(row): row["time"] for row in result["rows"]}),
             *describe_skipped(result["skipped"]),
         ]
 
@@ -125,6 +142,7 @@ class ThroughputTask:
             "us_per_token": 1000 * per_image / workload.cells,
             "backbone_ms_per_image": alone.median / self.batch_size,
             "peak_bytes": peak,
+            **workload.recipe,
         }
 
 
@@ -158,7 +176,9 @@ class _Cases:
         images = noise(workload.input_shape, self.device)
         batches: list[Tensor] = []
         call = torch.no_grad()(partial(workload.module, images))
-        failure = find_failure(lambda: batches.extend(backbone_passes(workload.backbone, call)))
+        failure = find_failure(
+            lambda: batches.extend(backbone_passes(workload.backbone, call)), foreign=is_foreign(workload.module)
+        )
         if failure is not None:
             return failure
         shapes = [tuple(batch.shape) for batch in batches]
@@ -181,7 +201,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row as text."""
     time = row["time"]
     return (
-        f"{row['curve']} {row['factor']:g}x",
+        _name(row),
         str(row["cells"]),
         str(row["passes"]),
         f"{row['ms_per_image']:.1f}",
@@ -190,6 +210,16 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['us_per_token']:.1f}",
         f"{row['linear_ms_per_image']:.1f}",
         f"{row['ms_per_image'] / row['linear_ms_per_image']:.2f}x",
-        f"{row['backbone_ms_per_image'] / row['ms_per_image']:.0%}",
+        _share(row),
         format_memory(row["peak_bytes"]),
     )
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['curve']} {row['factor']:g}x"
+
+
+def _share(row: dict[str, Any]) -> str:
+    """Of the backbone; two medians that were not taken at once may give more than all."""
+    share = row["backbone_ms_per_image"] / row["ms_per_image"]
+    return f"{share:.0%}" if share <= 1 else "~100%"

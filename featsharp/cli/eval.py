@@ -35,7 +35,7 @@ from featsharp.evaluation.zoom import ZoomTask
 from featsharp.model import SharpEncoder
 from featsharp.ops.device import autocast_dtype, find_device
 from featsharp.ops.memory import keep_freed_memory
-from featsharp.settings import setting_fields, settings_of
+from featsharp.settings import setting_fields, settings_of, split_label
 
 # Task -> where it is defined.
 TASKS = {
@@ -116,9 +116,8 @@ def find_subjects(arguments: argparse.Namespace, device: torch.device, dtype: to
     if not wanted:
         raise ConfigError("which encoders? Give --checkpoint FILE ... or --upsampler NAME-FACTORx ..., or both")
     for text, free in wanted:
-        label, separator, name = text.partition("=")
-        if not separator or "/" in label or Path(text).is_file():  # an "=" of the path
-            label, name = (text if free or not Path(text).is_file() else Path(text).stem), text
+        label, name = split_label(text)
+        label = label or (name if free or not Path(name).is_file() else Path(name).stem)
         if label in subjects:
             raise ConfigError(f"two encoders are called {label!r}; name them: LABEL={name}")
         subjects[label] = _subject(label, name, arguments, free, device, dtype)

@@ -17,7 +17,7 @@ Of results, from JSON files of featsharp eval:
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,6 +33,7 @@ from featsharp.evaluation.position_bias import explained_by_position, random_ima
 from featsharp.model import InputConditioner, SharpEncoder
 from featsharp.ops.device import find_device
 from featsharp.ops.memory import keep_freed_memory
+from featsharp.settings import split_label
 from featsharp.visualization.figures.bias import Pattern, draw_bias, learned_pattern, mean_pattern
 from featsharp.visualization.figures.cka import draw_cka, read_cka
 from featsharp.visualization.figures.cost import draw_cost, read_cost
@@ -72,8 +73,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
     check_output(arguments.output)  # before any work
+    protect_inputs(arguments)
     save(FIGURES[arguments.figure].draw(arguments), arguments.output)
     print(arguments.output)
+
+
+def protect_inputs(arguments: argparse.Namespace) -> None:
+    """Refuse to write the figure over a file that it is made from.
+
+    Raises:
+        ConfigError: When the output is one of the images, results or checkpoints.
+    """
+    target = arguments.output.resolve()
+    for path in _inputs(arguments):
+        if path.resolve() == target:
+            raise ConfigError(f"the figure would overwrite its input {path}; choose another file with -o")
+
+
+def _inputs(arguments: argparse.Namespace) -> Iterator[Path]:
+    """Every file that a command reads."""
+    given = vars(arguments)
+    for name, value in given.items():
+        values = value if isinstance(value, list) else [value]
+        yield from (path for path in values if isinstance(path, Path) and name != "output")
+    for text in [*(given.get("checkpoint") or []), *(given.get("upsampler") or [])]:
+        yield Path(split_label(text)[1])
 
 
 def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:
@@ -88,7 +112,7 @@ def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:
     loaded: dict[str, Backbone] = {}
     trained: defaultdict[str, Encoders] = defaultdict(dict)
     for text in arguments.checkpoint or []:
-        label, path = _split(text)
+        label, path = split_label(text)
         encoder = load_from_file(path, featurizer=wanted, allow_functions=arguments.allow_functions)
         encoder.backbone = loaded.setdefault(encoder.backbone.name, encoder.backbone)
         _add(trained[encoder.backbone.name], label or _caption(encoder), encoder)
@@ -97,7 +121,7 @@ def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:
         backbone = loaded.get(name) or create_backbone(name)
         found[name] = {}
         for text in arguments.upsampler or []:
-            label, path = _split(text)
+            label, path = split_label(text)
             encoder = load_from_file(path, featurizer=backbone)
             _add(found[name], label or _caption(encoder), encoder)
         for label, encoder in trained.get(name, {}).items():
@@ -137,7 +161,7 @@ def _bias(arguments: argparse.Namespace) -> "Figure":
     learned: list[Pattern] = []
     measured: dict[str, Pattern] = {}
     for text in arguments.checkpoint or []:
-        label, path = _split(text)
+        label, path = split_label(text)
         encoder = load_from_file(path, allow_functions=arguments.allow_functions).to(device)
         name = encoder.backbone.name
         features = _random_features(encoder.backbone, arguments.images, device)
@@ -151,7 +175,8 @@ def _bias(arguments: argparse.Namespace) -> "Figure":
             measured[name] = _measured_pattern(name, features)
     if not measured:
         raise ConfigError("whose bias? Give --checkpoint FILE ... or --backbone NAME ..., or both")
-    return draw_bias({"learned bias buffers": learned, "mean features of random images": list(measured.values())})
+    average = f"mean features of {arguments.images} random images"
+    return draw_bias({"learned bias buffers": learned, average: list(measured.values())})
 
 
 def _random_features(backbone: Backbone, count: int, device: torch.device) -> torch.Tensor:
@@ -165,7 +190,8 @@ def _measured_pattern(name: str, features: torch.Tensor) -> Pattern:
 
 
 def _miou(arguments: argparse.Namespace) -> "Figure":
-    return draw_miou(read_miou([read_result(path, "segmentation") for path in arguments.results], arguments.metric))
+    results = [read_result(path, "segmentation") for path in arguments.results]
+    return draw_miou(read_miou(results, arguments.metric), arguments.metric)
 
 
 def _pr(arguments: argparse.Namespace) -> "Figure":
@@ -186,12 +212,6 @@ def _cost(arguments: argparse.Namespace) -> "Figure":
     return draw_cost(*read_cost(costs, quality, arguments.metric), arguments.metric)
 
 
-def _split(text: str) -> tuple[str, str]:
-    """``LABEL=FILE`` to both; the label is "" where there is none."""
-    label, separator, path = text.partition("=")
-    return (label, path) if separator else ("", text)
-
-
 def _caption(encoder: SharpEncoder) -> str:
     return f"{encoder.recipe['upsampler']} {encoder.factor:g}x"
 
@@ -202,7 +222,7 @@ def _add(encoders: Encoders, label: str, encoder: SharpEncoder) -> None:
     encoders[label] = encoder
 
 
-def _add_encoders(parser: argparse.ArgumentParser, real: bool) -> None:
+def _add_encoders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--upsampler", nargs="+", metavar="[LABEL=]NAME-FACTORx", help="training-free upsamplers, such as bilinear-2x"
     )
@@ -213,7 +233,7 @@ def _add_encoders(parser: argparse.ArgumentParser, real: bool) -> None:
     parser.add_argument(
         "--real",
         action=argparse.BooleanOptionalAction,
-        default=real,
+        default=True,
         help="add the backbone run on the enlarged image, where it takes other sizes than its own",
     )
     _add_common(parser)
@@ -230,7 +250,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _add_pca(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    _add_encoders(parser, real=False)
+    _add_encoders(parser)
 
 
 def _add_similarity(parser: argparse.ArgumentParser) -> None:
@@ -239,7 +259,7 @@ def _add_similarity(parser: argparse.ArgumentParser) -> None:
         "--at", type=_parse_point, default=CENTRE, metavar="Y,X", help="the point, from 0 to 1; default: the centre"
     )
     parser.add_argument("--colours", choices=("viridis", "gray"), default="viridis")
-    _add_encoders(parser, real=True)
+    _add_encoders(parser)
 
 
 def _add_bias(parser: argparse.ArgumentParser) -> None:

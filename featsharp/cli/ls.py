@@ -18,6 +18,8 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
+from featsharp.table import align
+
 KINDS = ("backbones", "upsamplers", "weights", "normalizers", "models", "configs", "objectives")
 BACKBONE_COLUMNS = ("name", "what it is", "stands for", "why these options")
 COLUMNS = ("name", "needs", "trained", "keeps space", "factors", "parameters", "cost", "what it does", "source")
@@ -102,10 +104,9 @@ def _print_table(kind: str, columns: tuple[str, ...], rows: list[tuple[str, ...]
         for row in (columns, ("---",) * len(columns), *rows):
             print(f"| {' | '.join(row)} |")
         return
-    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
     print(f"{kind}:")
-    for row in (columns, *rows):
-        print(("  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))).rstrip())
+    for line in align(columns, rows, numbers=False):
+        print(f"  {line}")
 
 
 def _rows(kind: str) -> Iterable[tuple[str, str]]:

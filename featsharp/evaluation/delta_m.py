@@ -16,6 +16,7 @@ import torch
 
 from featsharp.errors import ConfigError, DataError, unknown_name
 from featsharp.settings import setting
+from featsharp.table import align
 
 __all__ = ["Benchmark", "DeltaMTask", "Scores", "delta_m", "group_changes", "read_scores", "relative_change"]
 
@@ -126,15 +127,12 @@ class DeltaMTask:
 
     def table(self, result: dict[str, Any]) -> list[str]:
         """A line per candidate, under a header."""
-        width = max(len("candidate"), *map(len, result))
         groups = list(next(iter(result.values()))["changes"])
-        columns = [max(8, len(group)) for group in groups]
-        header = [f"{group:>{n}}" for group, n in zip(groups, columns, strict=True)]
-        lines = ["  ".join([f"{'candidate':{width}}", f"{'Delta_m %':>9}", *header])]
-        for name, row in result.items():
-            changes = [f"{row['changes'][group]:+{n}.2f}" for group, n in zip(groups, columns, strict=True)]
-            lines.append("  ".join([f"{name:{width}}", f"{row['delta_m']:+9.2f}", *changes]))
-        return lines
+        rows = [
+            (name, f"{row['delta_m']:+.2f}", *(f"{row['changes'][group]:+.2f}" for group in groups))
+            for name, row in result.items()
+        ]
+        return align(("candidate", "Delta_m %", *groups), rows)
 
 
 # What both formats are brought to: benchmark -> its group and direction, candidate -> benchmark -> score.

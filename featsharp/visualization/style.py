@@ -5,6 +5,7 @@ when the first figure is made.
 """
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,10 @@ from featsharp.data.files import write_file
 from featsharp.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; their yellow is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -23,6 +26,12 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT, GRID = "#222222", "#767676", "#DDDDDD"
 # Points: axis names and titles, numbers and captions, what may be small.
 TITLE, TEXT, SMALL = 10, 9, 8
+# Where a label may stand: (right, up, distance). Corners first, since lines and bars run through the sides.
+LABEL_PLACES = [
+    (right, up, distance)
+    for distance in (1, 2.5)
+    for right, up in ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (0, 1), (0, -1), (-1, 0))
+]
 
 # What a figure can be written as; pictures of dots at twice matplotlib's 100 per inch.
 FORMATS = ("png", "pdf", "svg")
@@ -76,15 +85,18 @@ def factor_axis(axes: "Axes", factors: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def octave_axis(axes: "Axes", values: Sequence[float]) -> None:
-    """A logarithmic x axis with plain numbers: 16, 32, 64, with some between them where all values are close."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
+def amount_axis(axes: "Axes", values: Sequence[float]) -> None:
+    """An x axis with plain numbers, 1, 2, 5, 10, 20: logarithmic, but linear where all values are close."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    wide = max(values) > 8 * min(values)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0,) if wide else (1.0, 1.25, 1.5, 1.75)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    axes.minorticks_off()
+    low, high = min(values), max(values)
+    if 0 < 8 * low <= high:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1e4 * low else (1.0,)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10g}"))
 
 
 def error_bars(intervals: Sequence[tuple[float, float, float]], scale: float = 1.0) -> list[list[float]]:
@@ -96,16 +108,41 @@ def error_bars(intervals: Sequence[tuple[float, float, float]], scale: float = 1
     ]
 
 
-def legend_below(figure: "Figure", axes: "Axes", *, columns: int = 4) -> None:
-    """One legend for a whole figure: the lines of ``axes``, under everything, in at most ``columns`` columns."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), fontsize=SMALL, frameon=False
-    )
+def line_handle(label: str, **style: Any) -> "Line2D":
+    """An entry of a legend: a line with its marker."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, **style)
+
+
+def legend_below(figure: "Figure", handles: Sequence["Artist"], *, columns: int = 4) -> None:
+    """One legend for a whole figure, under everything, in as many columns as fit its width, at most ``columns``.
+
+    The figure grows by the height of the legend, so that the panels keep theirs.
+    """
+    labels = [wrap(str(handle.get_label()), figure.get_figwidth() - 0.5, SMALL) for handle in handles]
+    for count in range(min(columns, len(labels)), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=count, fontsize=SMALL, frameon=False)
+        box = legend.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+        if box.width <= figure.bbox.width or count == 1:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
+
+
+def wrap(text: str, width: float, size: float) -> str:
+    """Text broken into lines of at most about ``width`` inches, for letters of ``size`` points."""
+    # A letter of matplotlib's font is 0.6 of its size wide on average.
+    return textwrap.fill(text, max(1, int(width * 72 / (0.6 * size))))
+
+
+def line_height(size: float) -> float:
+    """Inches from line to line of text of ``size`` points."""
+    return 1.25 * size / 72
 
 
 def label_points(axes: "Axes", points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
-    """Write a label beside each point, where it covers neither a point nor another label.
+    """Write a label beside each point, where it covers no point, no other label and, if possible, no line.
 
     Call it when the limits of the axes are final. A label without a free place goes to the upper right.
     """
@@ -115,25 +152,43 @@ def label_points(axes: "Axes", points: Sequence[tuple[float, float]], labels: Se
     figure: Any = axes.figure
     figure.draw_without_rendering()  # so that positions in pixels are final
     renderer = figure.canvas.get_renderer()
+    lines = _drawn_paths(axes)
     reach = 5 * figure.dpi / 72  # half the side of a marker with some air
     marks = [axes.transData.transform(point) for point in points]
     taken = [Bbox.from_bounds(x - reach, y - reach, 2 * reach, 2 * reach) for x, y in marks]
-    # Corners first: lines and bars run through the sides.
-    places = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (0, 1), (0, -1), (-1, 0))
     for number, (point, label) in enumerate(zip(points, labels, strict=True)):
         others = taken[:number] + taken[number + 1 :]
         note = axes.annotate(label, point, (0, 0), textcoords="offset points", fontsize=SMALL, color=INK)
         note.set_path_effects([withStroke(linewidth=2, foreground="white")])  # readable where it crosses a line
-        for right, up in (*places, places[0]):
-            horizontal, vertical = ("center", "left", "right")[right], ("center", "bottom", "top")[up]
-            # Points from the mark; corners are farther away than sides.
-            offset = (right * (4 if up else 6), up * (3 if right else 6))
-            note.set(position=offset, ha=horizontal, va=vertical)
+        free: list[tuple[int, int, tuple[int, int, float]]] = []
+        for place in LABEL_PLACES:
+            _put(note, *place)
             box = note.get_window_extent(renderer)
             inside = axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and axes.bbox.y0 <= box.y0
             if inside and not any(box.overlaps(other) for other in others):
-                break
+                crossed = sum(path.intersects_bbox(box.padded(2), filled=False) for path in lines)
+                free.append((crossed, len(free), place))
+        _put(note, *(min(free)[2] if free else LABEL_PLACES[0]))
         taken.append(note.get_window_extent(renderer))
+
+
+def _put(note: Any, right: int, up: int, distance: float) -> None:
+    """Move a label to a side or corner of its point, ``distance`` times as far as the nearest place."""
+    horizontal, vertical = ("center", "left", "right")[right], ("center", "bottom", "top")[up]
+    # Points from the mark; corners are farther away than sides.
+    offset = (distance * right * (4 if up else 6), distance * up * (3 if right else 6))
+    note.set(position=offset, ha=horizontal, va=vertical)
+
+
+def _drawn_paths(axes: "Axes") -> list[Any]:
+    """Lines and error bars as paths in pixels."""
+    lines: list[Any] = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
+    bars: list[Any] = [
+        collection.get_transform().transform_path(path)
+        for collection in axes.collections
+        for path in collection.get_paths()
+    ]
+    return [path for path in (*lines, *bars) if len(path.vertices) > 1]
 
 
 def check_output(path: Path) -> Path:

@@ -1,14 +1,19 @@
 """Floating-point operations against formulas."""
 
+import json
+import logging
+
 import pytest
 import torch
 from torch import nn
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.from_callable import from_callable
-from featsharp.benchmark.cost import counting
+from featsharp.benchmark.counting import counting, may_multiply
 from featsharp.benchmark.flops import FlopsTask, count_operations
+from featsharp.benchmark.workloads import build_encoder
 from featsharp.builder import create_encoder
+from featsharp.errors import ConfigError
 from featsharp.layers.local_block import LocalBlock
 from featsharp.ops.backends import use_backend
 from featsharp.ops.local_attention import local_attention
@@ -79,10 +84,78 @@ def test_the_featsharp_block():
     assert count(block, torch.randn(1, 6, 9, wide)) == attention + mlp
 
 
-def test_an_operator_without_a_formula_is_named():
+SQUARE = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+SQUARE = SQUARE @ SQUARE.T + torch.eye(5)
+BYTES = torch.ones(32, 32, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("mv", lambda: torch.mv(SQUARE, SQUARE[0])),
+        ("dot", lambda: torch.dot(SQUARE[0], SQUARE[0])),
+        ("addr", lambda: torch.addr(SQUARE, SQUARE[0], SQUARE[0])),
+        ("addbmm", lambda: torch.addbmm(SQUARE, SQUARE[None], SQUARE[None])),
+        ("_trilinear", lambda: nn.Bilinear(5, 5, 2)(SQUARE, SQUARE)),
+        ("_int_mm", lambda: torch._int_mm(BYTES, BYTES)),
+        ("_weight_int8pack_mm", lambda: torch._weight_int8pack_mm(BYTES.bfloat16(), BYTES, BYTES[0].bfloat16())),
+        ("conv_tbc", lambda: torch.conv_tbc(torch.ones(6, 2, 3), torch.ones(3, 3, 4), torch.ones(4))),
+        ("mkldnn_rnn_layer", lambda: nn.LSTM(5, 4).eval()(SQUARE[None])),
+        ("_cdist_forward", lambda: torch.cdist(SQUARE, SQUARE)),
+        ("_cdist_forward", lambda: torch.cdist(SQUARE, SQUARE, p=1)),
+        ("_euclidean_dist", lambda: torch.cdist(SQUARE.repeat(6, 1), SQUARE)),
+        ("_pdist_forward", lambda: torch.pdist(SQUARE)),
+        ("_fft_c2c", lambda: torch.fft.fft2(SQUARE)),
+        ("_fft_r2c", lambda: torch.fft.rfft(SQUARE)),
+        ("_fft_c2r", lambda: torch.fft.irfft(SQUARE.cfloat())),
+        ("linalg_cholesky_ex", lambda: torch.linalg.cholesky(SQUARE)),
+        ("cholesky_inverse", lambda: torch.cholesky_inverse(SQUARE)),
+        ("linalg_matrix_exp", lambda: torch.matrix_exp(SQUARE)),
+        ("linalg_inv_ex", lambda: torch.linalg.inv(SQUARE)),
+        ("linalg_qr", lambda: torch.linalg.qr(SQUARE)),
+        ("_linalg_solve_ex", lambda: torch.linalg.solve(SQUARE, SQUARE)),
+        ("_linalg_eigh", lambda: torch.linalg.eigh(SQUARE)),
+        ("_linalg_svd", lambda: torch.linalg.svd(SQUARE)),
+        ("_linalg_det", lambda: torch.linalg.det(SQUARE)),
+        ("linalg_lstsq", lambda: torch.linalg.lstsq(SQUARE, SQUARE)),
+        ("_sparse_addmm", lambda: torch.sparse.mm(SQUARE.to_sparse(), SQUARE)),
+        ("_sparse_sparse_matmul", lambda: torch.sparse.mm(SQUARE.to_sparse(), SQUARE.to_sparse())),
+    ],
+)
+def test_an_operator_without_a_formula_is_named(name, function):
     with counting() as counter:
-        torch.mv(torch.randn(3, 4), torch.randn(4))
-    assert counter.uncounted == {"aten::mv"}
+        function()
+    assert counter.uncounted == {f"aten::{name}"}
+
+
+@pytest.mark.parametrize("name", ["_scaled_mm_v2", "_weight_int4pack_mm_for_cpu", "_cudnn_rnn", "hspmm", "_lstm_mps"])
+def test_so_are_those_of_other_hardware(name):
+    assert hasattr(torch.ops.aten, name)
+    assert may_multiply("aten", name)
+
+
+def test_an_operator_of_another_library_is_named_whatever_it_is_called():
+    with torch.library._scoped_library("featsharp_test", "DEF") as library:
+        library.define("mystery(Tensor x) -> Tensor")
+        library.impl("mystery", lambda x: x + 1, "CPU")
+        with counting() as counter:
+            torch.ops.featsharp_test.mystery(SQUARE)
+    assert counter.uncounted == {"featsharp_test::mystery"}
+
+
+def test_what_multiplies_no_matrices_is_not_named():
+    """Names that look like products, among others."""
+    maps = SQUARE.expand(1, 3, 5, 5)
+    with counting() as counter:
+        nn.functional.normalize(maps)
+        nn.functional.cosine_similarity(maps, maps)
+        nn.functional.interpolate(maps, scale_factor=2, mode="bilinear")
+        nn.functional.interpolate(maps[0], scale_factor=2, mode="linear")
+        nn.functional.grid_sample(maps, maps[:, 0, :, :2, None].expand(1, 5, 2, 2), align_corners=False)
+        nn.functional.layer_norm(maps, (5,)).lgamma().cummax(-1)
+        torch.linalg.cross(SQUARE[:, :3], SQUARE[:, 2:])
+    assert not counter.uncounted
+    assert counter.flops.get_total_flops() == 0
 
 
 @pytest.mark.parametrize("upsampler", ["featsharp", "stride", "s2", "jafar"])
@@ -98,7 +171,7 @@ def test_shapes_alone_give_the_count_of_a_real_run(upsampler):
         assert torch.equal(encoder(images).high_res, before)
 
 
-def test_a_backbone_that_looks_at_values_is_run():
+def test_a_backbone_that_looks_at_values_is_run(caplog):
     vit = create_backbone("toy-vit")
     seen = []
 
@@ -110,6 +183,35 @@ def test_a_backbone_that_looks_at_values_is_run():
     seen.clear()
     assert count_operations(backbone, (1, 3, 64, 64), CPU).total == toy_vit_operations(64)
     assert len(seen) == 1  # once for real
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "counting on real tensors" in record.message
+
+
+def no_memory(image, features, size):
+    float(features.sum())  # shapes alone do not do
+    return torch.empty(2**50)
+
+
+def test_a_function_of_the_users_that_fails_is_skipped_with_its_reason():
+    names = ("json:dumps", f"{__name__}:no_memory")
+    task = FlopsTask("toy-vit", names, (2,))
+    result = task.run(CPU, None, progress=False)
+    assert [row["curve"] for row in result["rows"]] == ["direct", "passes"]
+    reasons = {entry["curve"]: entry["reason"] for entry in result["skipped"]}
+    assert reasons["json:dumps"].startswith("TypeError: dumps() takes 1 positional argument")
+    assert reasons[names[1]] == "out of memory"
+    assert any(line.startswith("not measured: json:dumps 2x: TypeError") for line in task.table(result))
+
+
+def test_a_defect_of_ours_is_no_reason(monkeypatch):
+    def broken(*arguments):
+        raise TypeError("a defect")
+
+    encoder = create_encoder("toy-vit", "bilinear", 2)
+    monkeypatch.setattr(type(encoder.upsampler), "upsample_to", broken)
+    with pytest.raises(TypeError, match="a defect"):
+        count_operations(encoder, (1, 3, 64, 64), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +247,36 @@ def test_the_upsampler_is_what_is_not_the_backbone(result):
     assert row["upsampler"] > 0
     assert row["total"] == row["backbone"] + row["upsampler"]
     assert row_of(result, "bilinear", 2)["upsampler"] == 0
+
+
+def test_no_upsampler_of_ours_needs_values(caplog):
+    for name in ("featsharp", "featup", "tile"):
+        count_operations(build_encoder(create_backbone("toy-vit"), name, 2), (1, 3, 128, 128), CPU)
+    assert caplog.records == []
+
+
+def test_what_is_trained_pays_for_its_normalizer(result):
+    """PHI-S rotates the features of every pass: one product of C x C per token."""
+    row = row_of(result, "featsharp", 2)
+    bare = build_encoder(create_backbone("toy-vit"), "featsharp", 2, "none")
+    alone = count_operations(bare, (1, 3, 128, 128), CPU).total
+    assert row["total"] - alone == 5 * 64 * 2 * WIDTH**2
+    assert row["normalizer"] == "phi-s"
+    assert {curve: row_of(result, curve, 2)["normalizer"] for curve in ("tile", "direct")} == {
+        "tile": "none",
+        "direct": None,
+    }
+
+
+def test_rows_name_the_options_that_were_measured(result):
+    assert row_of(result, "featsharp", 2)["options"].items() >= {"window": 7}.items()
+    assert row_of(result, "direct", 2)["options"] is None
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_refused_upsamplers():
+    with pytest.raises(ConfigError, match="did you mean 'tile'"):
+        FlopsTask("toy-vit", ("tlie",)).run(CPU, None, progress=False)
 
 
 def test_the_table_states_the_convention_and_what_is_missing(result):

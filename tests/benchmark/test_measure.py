@@ -6,7 +6,14 @@ import time
 import pytest
 import torch
 
-from featsharp.benchmark.measure import describe_machine, measure_memory, summarize, time_interleaved
+from featsharp.benchmark.measure import (
+    describe_machine,
+    describe_noise,
+    device_name,
+    measure_memory,
+    summarize,
+    time_interleaved,
+)
 
 CPU = torch.device("cpu")
 
@@ -32,6 +39,52 @@ def test_cases_take_turns_and_slow_ones_run_less(monkeypatch):
     assert 1 <= timings["fast"].median < 50 < 100 <= timings["slow"].median < 500
 
 
+@pytest.mark.parametrize("repeat", [1, 20])
+def test_the_least_number_of_runs_wins_over_time_and_repeat(monkeypatch, repeat):
+    monkeypatch.setattr("featsharp.benchmark.measure.CASE_SECONDS", 0.01)
+    timings = time_interleaved({"slow": lambda: time.sleep(0.02)}, CPU, repeat=repeat, least=5)
+    assert timings["slow"].runs == 5
+
+
+def test_an_accelerator_of_any_kind_is_waited_for_before_and_after(monkeypatch):
+    """The order of calls, since no such device is here; tests marked gpu have one."""
+    events = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", events.append)
+    mps = torch.device("mps")
+    time_interleaved({"case": lambda: events.append("run")}, mps, repeat=2)
+    assert events == ["run", *3 * [mps, "run", mps]]
+    events.clear()
+    time_interleaved({"case": lambda: events.append("run")}, CPU, repeat=2)
+    assert events == 4 * ["run"]
+
+
+@pytest.mark.gpu
+def test_times_on_a_gpu_are_those_of_its_work():
+    """A product of 4096 x 4096 is 137 GFLOP: no device does ten of them in the time that starting them takes."""
+    cuda = torch.device("cuda")
+    x = torch.randn(4096, 4096, device=cuda, dtype=torch.float64)
+
+    def call():
+        for _ in range(10):
+            x @ x
+
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()
+    start.record()
+    call()
+    stop.record()
+    torch.cuda.synchronize()
+    assert time_interleaved({"case": call}, cuda, repeat=3)["case"].median > 0.8 * start.elapsed_time(stop)
+    assert describe_machine(cuda)["device"] == torch.cuda.get_device_name(cuda)
+
+
+def test_quartiles_far_apart_are_pointed_out():
+    calm, wild = {"low": 9.5, "median": 10.0, "high": 11.5}, {"low": 9.0, "median": 10.0, "high": 11.5}
+    assert describe_noise({"calm": calm}) == []
+    (line,) = describe_noise({"calm": calm, "wild": wild})
+    assert line == "noisy machine: the quartiles spread by more than 20% of the median: wild"
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the process's own peak is read from /proc")
 def test_memory_is_that_of_the_peak():
     def call():
@@ -49,3 +102,4 @@ def test_machine():
     assert machine["device"] == "cpu"
     assert machine["threads"] == torch.get_num_threads()
     assert machine["processor"]
+    assert device_name(torch.device("mps")) == "mps"  # PyTorch has no name for it

@@ -5,10 +5,12 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
-from featsharp.benchmark.recommend import RecommendTask, rank
-from featsharp.builder import create_encoder, save_checkpoint
-from featsharp.errors import ConfigError, InputError
+from featsharp.benchmark.labels import label_files
+from featsharp.benchmark.recommend import RecommendTask, rank, shipped_weights
+from featsharp.builder import create_encoder, save_checkpoint, save_weights
+from featsharp.errors import ConfigError, DataError, InputError
 from featsharp.ops.boxes import whole
 from featsharp.ops.resize import resize
 from featsharp.upsamplers import UPSAMPLERS, register_upsampler
@@ -57,12 +59,18 @@ class Patient(Hungry):
 
 @pytest.fixture
 def planted(monkeypatch):
-    """Four planted upsamplers beside four real ones, of which identity has no factor 2 and custom no function."""
-    real = ("bilinear", "tile", "identity", "custom")
+    """Four planted upsamplers beside five real ones; two are no candidates: identity at 2x, custom without function."""
+    real = ("bilinear", "tile", "sapa", "identity", "custom")
     monkeypatch.setattr("featsharp.benchmark.measure.CASE_SECONDS", 0.5)
     monkeypatch.setattr(UPSAMPLERS, "_entries", {name: UPSAMPLERS[name] for name in real})
     for kind in (Sleeper, Learner, Hungry, Patient):
         register_upsampler(kind.__name__.lower(), "planted")(kind)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "photo.png")
+    return tmp_path
 
 
 def names(result, part="ranked"):
@@ -87,20 +95,39 @@ def quality(encoder):
 def test_by_time_where_no_quality_is_known(planted):
     task = RecommendTask("toy-vit", repeat=3)
     result = task.run(CPU, None, progress=False)
-    assert set(names(result)) == {"bilinear", "tile", "sleeper", "hungry", "patient", "learner"}
-    times = [row["time"]["median"] for row in result["ranked"][:-1]]
+    assert set(names(result)) == {"bilinear", "tile", "sleeper", "hungry", "patient", "learner", "sapa"}
+    times = [row["time"]["median"] for row in result["ranked"][:-2]]
     assert times == sorted(times)
     assert row_of(result, "sleeper")["time"]["median"] >= 60 > row_of(result, "bilinear")["time"]["median"]
-    assert [row["rank"] for row in result["ranked"]] == [1, 2, 3, 4, 5, None]
+    assert [row["rank"] for row in result["ranked"]] == [1, 2, 3, 4, 5, None, None]
     assert result["size"] == [128, 128]
     assert result["low_res_size"] == [64, 64]
     assert "ranked by time" in task.table(result)[1]
-    # Who is out is told why.
-    assert set(names(result, "out")) == {"identity", "custom"}
-    assert "factor 1; got 2" in reason(result, "identity")
-    assert "function" in reason(result, "custom")
-    assert any(line.startswith("out: identity: Identity has factor 1") for line in task.table(result))
+    assert result["out"] == []
     json.dumps(result)
+
+
+def test_who_is_out_is_told_why_and_who_is_no_candidate_is_not_there(planted):
+    task = RecommendTask("toy-vit", factor=1.5, repeat=2)
+    result = task.run(CPU, None, progress=False)
+    assert names(result, "out") == ["sapa"]
+    assert "factors that are whole; got 1.5" in reason(result, "sapa")
+    assert any(line.startswith("out: sapa: SAPA takes factors") for line in task.table(result))
+    assert not any("identity" in line or "custom" in line for line in task.table(result))
+    assert "identity" in names(RecommendTask("toy-vit", factor=1, repeat=2).run(CPU, None, progress=False))
+
+
+def test_upsamplers_to_be_trained_pay_for_their_normalizer(planted):
+    normalizers = {}
+
+    class Watch(Learner):
+        def forward(self, image, encode, *sizes):
+            normalizers["watch"] = encode.__self__.normalizer.name
+            return super().forward(image, encode, *sizes)
+
+    register_upsampler("watch", "planted")(Watch)
+    RecommendTask("toy-vit", repeat=2).run(CPU, None, progress=False)
+    assert normalizers == {"watch": "phi-s"}
 
 
 def test_by_quality_where_it_is_known(planted):
@@ -113,11 +140,12 @@ def test_by_quality_where_it_is_known(planted):
 
     result = task.run(CPU, None, progress=False, quality=note)
     assert names(result)[0] == "sleeper"
-    assert names(result)[-2:] == ["tile", "learner"]
+    assert names(result)[-3] == "tile"
+    assert set(names(result)[-2:]) == {"learner", "sapa"}
     assert "Learner" not in measured  # untrained, its quality would say nothing
     assert row_of(result, "tile")["note"] == "no quality: cannot be compared"
     lines = task.table(result)
-    assert lines[1] == "ranked by zoom_cosine, then time"
+    assert lines[1] == "ranked by zoom_cosine, then time; quality is measured at the native size, 64x64"
     assert [line.split()[:4] for line in lines[3:4]] == [["sleeper", "1", "0.9000", "1.2500"]]
     assert any(line.startswith("learner") and line.endswith("needs training") for line in lines)
     assert "tile: no quality: cannot be compared" in lines
@@ -156,22 +184,98 @@ def test_checkpoints_take_part(planted, tmp_path):
         save_checkpoint(create_encoder("toy-vit", "learner", factor), tmp_path / f"{factor}x.pth")
     save_checkpoint(create_encoder("toy-cnn", "learner", 2), tmp_path / "cnn.pth")
     files = [str(tmp_path / name) for name in ("2x.pth", "4x.pth", "cnn.pth", "none.pth")]
-    result = RecommendTask("toy-vit", checkpoints=files, repeat=2).run(CPU, None, False, quality=quality)
-    folder = tmp_path.name
-    trained = row_of(result, f"{folder}/2x.pth")
+    files[2] = f"other={files[2]}"
+    result = RecommendTask("toy-vit", checkpoint=files, repeat=2).run(CPU, None, False, quality=quality)
+    trained = row_of(result, "2x.pth")
     assert trained["kind"] == "checkpoint"
     assert trained["quality"] == {"zoom_cosine": 0.5, "fidelity": 1.25}
     assert isinstance(trained["rank"], int)
-    assert reason(result, f"{folder}/4x.pth") == "has factor 4, not 2"
-    assert "was trained for backbone 'toy-cnn'" in reason(result, f"{folder}/cnn.pth")
-    assert "does not exist" in reason(result, f"{folder}/none.pth")
+    assert reason(result, "4x.pth") == "has factor 4, not 2"
+    assert "was trained for backbone 'toy-cnn'" in reason(result, "other")
+    assert "does not exist" in reason(result, "none.pth")
+
+
+def test_two_checkpoints_of_one_name_both_take_part(planted, tmp_path):
+    files = [tmp_path / run / "checkpoints" / "last.pth" for run in ("one", "two")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        save_checkpoint(create_encoder("toy-vit", "learner", 2), file)
+    result = RecommendTask("toy-vit", checkpoint=list(map(str, files)), repeat=2).run(CPU, None, False)
+    assert {row["name"] for row in result["ranked"] if row["kind"] == "checkpoint"} == {
+        "one/checkpoints/last.pth",
+        "two/checkpoints/last.pth",
+    }
+
+
+def test_labels_are_the_shortest_ends_of_paths(tmp_path):
+    assert label_files(["a/x.pth", "b/x.pth", "a/y.pth"]) == {
+        "a/x.pth": "a/x.pth",
+        "b/x.pth": "b/x.pth",
+        "y.pth": "a/y.pth",
+    }
+    # One path is the end of another.
+    assert list(label_files(["x.pth", "a/x.pth", "/b/a/x.pth"])) == ["x.pth", "a/x.pth", "b/a/x.pth"]
+    # What has a label needs no room.
+    assert label_files(["mine=a/x.pth", "b/x.pth"]) == {"mine": "a/x.pth", "x.pth": "b/x.pth"}
+    assert label_files(["runs/lr=1e-3/x.pth"]) == {"x.pth": "runs/lr=1e-3/x.pth"}
+    assert label_files([]) == {}
+    for same in (["a/x.pth", "a/x.pth"], ["x=a.pth", "x=b.pth"], ["x.pth=a.pth", "b/x.pth"]):
+        with pytest.raises(ConfigError, match=r"two files are called .*LABEL="):
+            label_files(same)
+    with pytest.raises(ConfigError, match="two candidates are called 'bilinear'; name the checkpoint: LABEL=a"):
+        RecommendTask("toy-vit", checkpoint=["bilinear=a"]).run(CPU, None, progress=False)
+
+
+def test_weights_that_come_with_the_package_take_part(planted, tmp_path, monkeypatch):
+    monkeypatch.setattr("featsharp.weights.HOME", tmp_path)
+    for folder, backbone, factor in (("toy-vit", "toy-vit", 2), ("toy-vit", "toy-vit", 4), ("toy-cnn", "toy-cnn", 2)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        file = tmp_path / folder / f"learner-{factor}x.safetensors"
+        save_weights(create_encoder(backbone, "learner", factor), file)
+    task = RecommendTask("toy-vit", repeat=2)
+    result = task.run(CPU, None, progress=False, quality=quality)
+    shipped = row_of(result, "toy-vit/learner-2x")
+    assert (shipped["kind"], shipped["quality"]["zoom_cosine"]) == ("shipped", 0.5)
+    assert isinstance(shipped["rank"], int)
+    assert {name for part in ("ranked", "out") for name in names(result, part) if "/" in name} == {"toy-vit/learner-2x"}
+    assert any(line.startswith("toy-vit/learner-2x") and line.endswith("shipped") for line in task.table(result))
+    assert shipped_weights("toy-vit", 4.0) == ["toy-vit/learner-4x"]
+    assert shipped_weights("toy-vit", 1.5) == []
 
 
 def test_mistakes_show_at_once(planted, tmp_path):
     with pytest.raises(ConfigError, match="cannot read 'much' as an amount of memory"):
         RecommendTask("toy-vit", memory="much").run(CPU, None, progress=False)
-    with pytest.raises(ConfigError, match="need the function"):
-        RecommendTask("toy-vit", images=tmp_path).run(CPU, None, progress=False)
+    with pytest.raises(DataError, match="no such file or folder"):
+        RecommendTask("toy-vit", data=tmp_path / "absent").run(CPU, None, False, quality=quality)
+    with pytest.raises(DataError, match="image"):
+        RecommendTask("toy-vit", data=tmp_path).run(CPU, None, False, quality=quality)
+    for factor in (0.5, float("nan")):
+        with pytest.raises(ConfigError, match="factor must be a number of at least 1"):
+            RecommendTask("toy-vit", factor=factor).run(CPU, None, progress=False)
+
+
+def test_images_need_the_function_that_measures(photos):
+    with pytest.raises(ConfigError, match="hand in the function"):
+        RecommendTask("toy-vit", data=photos).run(CPU, None, progress=False)
+    assert RecommendTask.needs_quality
+
+
+def test_where_nothing_can_be_ranked_the_first_reasons_are_given(planted):
+    with pytest.raises(ConfigError, match=r"can be ranked: bilinear: takes .*; hungry: takes .*; and 4 more"):
+        RecommendTask("toy-vit", memory="1KiB").run(CPU, None, progress=False)
+
+
+@pytest.mark.parametrize("why", ["refused", "undefined"])
+def test_where_no_candidate_gets_a_score_the_first_reasons_are_given(planted, photos, why):
+    def measure(encoder):
+        if why == "refused":
+            raise InputError("too dark")
+        return {"zoom_cosine": float("nan")}
+
+    said = {"refused": "no quality: too dark", "undefined": "got {'zoom_cosine': nan}"}[why]
+    with pytest.raises(ConfigError, match=rf"no candidate got a score on .*: bilinear: .*{said}.*; and 2 more"):
+        RecommendTask("toy-vit", data=photos, repeat=2).run(CPU, None, False, quality=measure)
 
 
 def test_rank():
@@ -197,7 +301,8 @@ def test_rank():
 def test_the_registered_upsamplers_are_all_there():
     """Untouched registry, real methods, a small picture."""
     result = RecommendTask("toy-vit", size=(32, 32), repeat=2).run(CPU, None, progress=False)
-    assert set(names(result)) | set(names(result, "out")) == set(UPSAMPLERS.names())
+    no_candidates = {"custom", "super-resolution", "identity", "s2-pooled"}
+    assert set(names(result)) | set(names(result, "out")) == set(UPSAMPLERS.names()) - no_candidates
     kinds = {row["name"]: row["kind"] for row in result["ranked"]}
     assert kinds["bilinear"] == "ready"
     assert kinds["featsharp"] == "needs training"

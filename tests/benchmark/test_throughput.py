@@ -1,5 +1,6 @@
 """Time against the upsampling factor: the curves of figure 14 of FeatSharp."""
 
+import copy
 import json
 import time
 
@@ -29,7 +30,7 @@ SLOW = f"{__name__}:slow"
 
 @pytest.fixture(scope="module")
 def found():
-    task = ThroughputTask("toy-vit", ("tile", "bilinear", "sapa", SLOW), (1.5, 2), batch_size=2, repeat=4)
+    task = ThroughputTask("toy-vit", ("tile", "bilinear", "sapa", SLOW), (1.5, 2), batch_size=2, repeat=6)
     return task, task.run(CPU, None, progress=False)
 
 
@@ -78,7 +79,7 @@ def test_times_are_per_image_and_token_with_quartiles(found):
     for row in result["rows"]:
         timing = row["time"]
         assert 0 < timing["low"] <= timing["median"] <= timing["high"]
-        assert 2 <= timing["runs"] <= 4
+        assert 5 <= timing["runs"] <= 6
         assert row["ms_per_image"] == timing["median"] / 2  # a batch of two
         assert row["us_per_token"] == pytest.approx(1000 * timing["median"] / 2 / row["cells"])
         assert row["peak_bytes"] >= 0
@@ -118,6 +119,49 @@ def test_the_table_says_what_the_figures_depend_on(found):
     assert result["attention"] == ["scaled_dot_product_flash_attention_for_cpu"]
 
 
+def test_slow_cases_run_five_times(monkeypatch):
+    monkeypatch.setattr("featsharp.benchmark.measure.CASE_SECONDS", 0.001)
+    result = ThroughputTask("toy-vit", ("tile",), (2,), repeat=20).run(CPU, None, progress=False)
+    assert {row["time"]["runs"] for row in result["rows"]} == {5}
+
+
+def test_a_share_is_never_more_than_all(found):
+    """The medians of passes and whole are of different runs."""
+    task, result = found
+    planted = copy.deepcopy(result)
+    for row, share in zip(planted["rows"], (0.4, 1.0, 1.03), strict=False):
+        row["backbone_ms_per_image"] = share * row["ms_per_image"]
+    lines = task.table(planted)
+    assert [line.split()[-2] for line in lines[3:6]] == ["40%", "100%", "~100%"]
+    assert "~100% where those alone took longer" in lines[1]
+
+
+def test_a_noisy_machine_is_pointed_out(found):
+    task, result = found
+    planted = copy.deepcopy(result)
+    for row in planted["rows"]:
+        row["time"] |= {"low": 10.0, "median": 10.0, "high": 10.5}
+    assert not any("noisy" in line for line in task.table(planted))
+    planted["rows"][0]["time"]["high"] = 13.0
+    (line,) = (line for line in task.table(planted) if "noisy" in line)
+    assert line.endswith(": direct 1x")
+
+
+def test_a_function_of_the_users_that_fails_is_skipped_with_its_reason():
+    result = ThroughputTask("toy-vit", ("json:dumps",), (2,)).run(CPU, None, progress=False)
+    (skipped,) = (entry for entry in result["skipped"] if entry["factor"] == 2)
+    assert skipped["curve"] == "json:dumps"
+    assert skipped["reason"].startswith("TypeError: dumps() takes 1 positional argument")
+
+
+def test_rows_name_normalizer_and_options(found):
+    _, result = found
+    assert {row["normalizer"] for row in result["rows"] if row["curve"] == "sapa"} == {"phi-s"}
+    assert rows_of(result, "tile")[2]["normalizer"] == "none"
+    assert rows_of(result, SLOW)[2]["options"] == {"function": SLOW}
+    assert rows_of(result, "passes")[2]["options"] is rows_of(result, "passes")[2]["normalizer"] is None
+
+
 def test_the_autocast_type_is_that_of_the_backbone():
     result = ThroughputTask("toy-vit", (), (1,), repeat=2).run(CPU, torch.bfloat16, progress=False)
     assert result["autocast"] == "bfloat16"
@@ -151,7 +195,7 @@ def test_points_that_do_not_fit_in_memory_are_listed_and_without_a_base_there_is
 
 
 def test_settings_are_plain():
-    assert json.loads(json.dumps(settings_of(ThroughputTask())))["upsamplers"] == ["featsharp", "tile", "bilinear"]
+    assert json.loads(json.dumps(settings_of(ThroughputTask())))["upsampler"] == ["featsharp", "tile", "bilinear"]
 
 
 def test_workloads_share_one_backbone_and_give_maps_of_the_size_they_say():
@@ -180,3 +224,8 @@ def test_failures_that_belong_to_the_measurement():
     assert find_failure(lambda: torch.empty(2**50)) == "out of memory"
     with pytest.raises(RuntimeError, match="a defect"):
         find_failure(raising(RuntimeError("a defect")))
+    with pytest.raises(TypeError, match="a defect"):
+        find_failure(raising(TypeError("a defect")))
+    assert find_failure(raising(TypeError("of the user's")), foreign=True) == "TypeError: of the user's"
+    with pytest.raises(KeyboardInterrupt):
+        find_failure(raising(KeyboardInterrupt()), foreign=True)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from featsharp.builder import create_encoder, save_checkpoint
 from featsharp.cli.main import main
 from featsharp.evaluation.position_bias import position_bias
 from featsharp.normalizers import FeatureStatistics
+from featsharp.settings import split_label
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def figure(*arguments):
 
 def test_pca_draws_all_encoders_in_order(photo, checkpoint, tmp_path, drawn):
     out = tmp_path / "pca.png"
-    arguments = ["--upsampler", "bilinear-2x", "tile-2x", "--checkpoint", f"JBU={checkpoint}", "--real"]
+    arguments = ["--upsampler", "bilinear-2x", "tile-2x", "--checkpoint", f"JBU={checkpoint}"]
     assert figure("pca", photo, photo, *arguments, "-o", out) == 0
     titles = [axes.get_title() for axes in drawn[0].axes[:6]]
     assert titles == ["image", "low resolution", "real 2x", "bilinear 2x", "tile 2x", "JBU"]
@@ -59,6 +61,40 @@ def test_pca_draws_all_encoders_in_order(photo, checkpoint, tmp_path, drawn):
         # Six pictures of two inches at 200 dots, two rows of 2 : 3 and a line of captions.
         assert picture.width == pytest.approx(2400, rel=0.02)
         assert picture.height == pytest.approx(2 * 267 + 60, rel=0.05)
+
+
+def test_the_real_column_can_be_left_out(photo, tmp_path, drawn):
+    for kind in ("pca", "similarity"):
+        arguments = ["--backbone", "toy-vit", "--upsampler", "tile-2x", "--no-real"]
+        assert figure(kind, photo, *arguments, "-o", tmp_path / "x.png") == 0
+        assert [axes.get_title() for axes in drawn[-1].axes] == ["image", "low resolution", "tile 2x"]
+
+
+def test_a_path_with_an_equals_sign_has_no_label(photo, checkpoint, tmp_path, drawn, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "lr=0.1"
+    folder.mkdir()
+    (folder / "last.pth").write_bytes(Path(checkpoint).read_bytes())
+    for given, title in (("lr=0.1/last.pth", "featup 2x"), ("mine=lr=0.1/last.pth", "mine")):
+        assert figure("pca", photo, "--no-real", "--checkpoint", given, "-o", "x.png") == 0
+        assert drawn[-1].axes[-1].get_title() == title
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("mine=last.pth", ("mine", "last.pth")),
+        ("last.pth", ("", "last.pth")),
+        ("a/lr=1.pth", ("", "a/lr=1.pth")),
+        ("lr=1.pth", ("", "lr=1.pth")),  # a file that is there
+        ("lr=2.pth", ("lr", "2.pth")),
+        ("x=a/lr=1.pth", ("x", "a/lr=1.pth")),
+    ],
+)
+def test_labels_are_told_from_paths(text, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1.pth").touch()
+    assert split_label(text) == expected
 
 
 def test_pca_has_a_row_for_each_backbone(photo, tmp_path, drawn):
@@ -89,7 +125,29 @@ def test_bias_shows_learned_and_measured_patterns(checkpoint, tmp_path, drawn):
     assert bias == f"position bias {strengths['toy-vit']:.3f}"
     order = sorted(strengths, key=lambda name: -strengths[name])
     assert [axes.get_title() for axes in measured] == order
+    assert drawn[0].texts[1].get_text().startswith("mean features of 4 random images, each in its")
     assert [axes.get_xlabel() for axes in measured] == [f"position bias {strengths[name]:.3f}" for name in order]
+
+
+def test_inputs_are_never_overwritten(photo, checkpoint, tmp_path, capsys):
+    kept = {}
+    for name, source in (("last.png", checkpoint), ("photo.png", photo)):
+        (tmp_path / name).write_bytes(Path(source).read_bytes())
+        kept[name] = (tmp_path / name).read_bytes()
+    (tmp_path / "result.png").write_text("{}")
+    (tmp_path / "link.png").symlink_to(photo)
+    free = ["--backbone", "toy-vit", "--upsampler", "tile-2x"]
+    commands = {
+        photo: ["pca", photo, *free],
+        tmp_path / "link.png": ["similarity", photo, *free],
+        tmp_path / "last.png": ["bias", "--checkpoint", f"mine={tmp_path / 'last.png'}"],
+        tmp_path / "result.png": ["cost", "a.json", "--accuracy", tmp_path / "result.png", "--metric", "x"],
+    }
+    for output, command in commands.items():
+        assert figure(*command, "-o", output) == 1
+        assert "would overwrite its input" in capsys.readouterr().err
+    assert (tmp_path / "result.png").read_text() == "{}"
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
 
 
 @pytest.mark.parametrize("kind", ["miou", "pr", "cka", "cost"])

@@ -110,6 +110,19 @@ def test_a_grid_without_rows_is_an_error():
         picture_grid([])
 
 
+def test_long_captions_stay_above_their_own_pictures():
+    captions = ["image", "FeatSharp, 450 steps, batch 1, CPU", "FeatSharp without bias buffer 2x", "tile"]
+    rows = [
+        Row({caption: torch.rand(3, 2, 3) for caption in captions}, 2 / 3, "a backbone with a long name, fixed")
+    ] * 2
+    figure, lines = picture_grid(rows)
+    figure.draw_without_rendering()
+    titles = [axes.title.get_window_extent() for axes in lines[0].values()]
+    assert not any(a.overlaps(b) for i, a in enumerate(titles) for b in titles[i + 1 :])
+    labels = [line["image"].yaxis.label.get_window_extent() for line in lines]
+    assert not labels[0].overlaps(labels[1])
+
+
 def test_rows_may_lack_a_column():
     _, (first, second) = picture_grid([Row({"a": torch.rand(3, 2, 2)}, 1.0), Row({"b": torch.rand(3, 2, 2)}, 1.0)])
     assert list(first) == list(second) == ["a", "b"]
@@ -256,6 +269,25 @@ def test_a_strong_pattern_is_seen_in_its_picture():
     assert np.abs(row - row[0]).max() < 1e-5
     assert np.abs(rest - rest[0]).max() < 1e-5
     assert np.abs(row[0] - rest[0]).max() > 0.5
+
+
+def test_texts_of_biases_stay_apart():
+    """Headings, wrapped labels and numbers neither overlap one another nor the pictures, nor leave large gaps."""
+    label = "another quite long label of a checkpoint"
+    patterns = [Pattern(f"{label} {n}", torch.randn(1, 4, 5, 5), {"strength": n, "position bias": 1}) for n in range(8)]
+    figure = draw_bias({"learned": patterns, "measured": patterns[:1]})
+    assert [text.get_text() for text in figure.texts] == [
+        "learned, each in its own colours",
+        "measured, each in its own colours",
+    ]
+    figure.draw_without_rendering()
+    texts = [*figure.texts, *(axes.title for axes in figure.axes), *(axes.xaxis.label for axes in figure.axes)]
+    boxes = [text.get_window_extent() for text in texts] + [axes.bbox for axes in figure.axes]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+    for text, axes in zip(figure.texts, (figure.axes[0], figure.axes[8]), strict=True):
+        gap = text.get_window_extent().y0 - axes.title.get_window_extent().y1
+        assert 0 < gap < 0.15 * figure.dpi
+    assert all(axes.bbox.width == pytest.approx(axes.bbox.height) for axes in figure.axes)
 
 
 def test_nothing_to_draw_is_an_error():

@@ -1,6 +1,7 @@
 """Figures of results: what is drawn is what the files say, and other files are refused with the command that helps."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,13 +9,25 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from featsharp.errors import ConfigError, DataError
-from featsharp.visualization.figures.cka import draw_cka, read_cka
+from featsharp.visualization.figures.cka import Matrix, draw_cka, read_cka
 from featsharp.visualization.figures.cost import draw_cost, read_cost
 from featsharp.visualization.figures.miou import draw_miou, read_miou
 from featsharp.visualization.figures.pr import draw_pr, read_pr
-from featsharp.visualization.figures.results import entries, number, read_result
+from featsharp.visualization.figures.results import axis_name, entries, number, read_result
 from featsharp.visualization.figures.throughput import draw_throughput, read_throughput
-from featsharp.visualization.style import COLOURS, check_output, error_bars, label_points, line_style, new_figure, save
+from featsharp.visualization.style import (
+    COLOURS,
+    amount_axis,
+    check_output,
+    error_bars,
+    label_points,
+    legend_below,
+    line_handle,
+    line_style,
+    new_figure,
+    save,
+    wrap,
+)
 
 
 def result_file(folder, name, task, **content):
@@ -96,6 +109,27 @@ def test_miou_lines_hold_the_numbers_of_the_files(tmp_path):
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1x", "2x"]
 
 
+def test_lines_without_a_point_at_factor_1_start_at_the_backbone_itself(tmp_path):
+    content = miou_file(tmp_path, upsamplers=("identity", "tile", "featsharp"))
+    content["encoders"]["tile-1x"] = encoder("tile", 1, segmentation(0.125))
+    content["encoders"]["other"] = encoder("bilinear", 2, segmentation(0.375), backbone="toy-cnn")
+    content["encoders"] = {"none": content["encoders"].pop("tile-1x")} | content["encoders"] | {
+        "identity": encoder("identity", 1, segmentation(0.25))
+    }  # fmt: skip
+    (axes,) = draw_miou(read_miou([content])).axes
+    colours = dict(zip(("tile", "featsharp", "bilinear", "identity"), COLOURS, strict=False))
+    starts = {line.get_color(): line.get_xydata().tolist() for line in axes.lines if line.get_marker() == ""}
+    # Not tile, which has a point of its own, nor bilinear, which is of another backbone.
+    assert starts == {colours["featsharp"]: [[1, 25], [2, 62.5]]}
+
+
+def test_miou_may_draw_another_number(tmp_path):
+    content = miou_file(tmp_path)
+    (axes,) = draw_miou(read_miou([content], "pixel_accuracy"), "pixel_accuracy").axes
+    assert axes.get_ylabel() == "pixel accuracy (%)"
+    assert axes.containers[0].lines[0].get_ydata() == pytest.approx([90, 90])
+
+
 def test_encoders_of_one_upsampler_and_factor_go_by_their_labels(tmp_path):
     upsamplers, labels = ("bilinear", "featsharp", "featsharp"), ("low", "mine", "theirs")
     content = miou_file(tmp_path, upsamplers=upsamplers, labels=labels)
@@ -134,6 +168,22 @@ def test_cka_cells_hold_the_values_and_read_well(tmp_path):
             assert abs(luminance(to_rgb(text.get_color())) - luminance(paper)) > 0.3
 
 
+@pytest.mark.parametrize("count", [1, 4, 5, 7, 9])
+def test_cka_panels_stand_in_even_lines_under_titles_of_their_width(count):
+    matrices = [Matrix(f"FeatSharp 2x, {n} steps of recipe A", ["56", "112"], np.eye(2)) for n in range(count)]
+    figure = draw_cka(matrices)
+    figure.draw_without_rendering()
+    panels = [axes for axes in figure.axes if axes.images]
+    lines = {}
+    for axes in panels:
+        lines.setdefault(round(axes.bbox.y0), []).append(axes)
+    assert sorted(map(len, lines.values())) == {1: [1], 4: [4], 5: [2, 3], 7: [3, 4], 9: [3, 3, 3]}[count]
+    centres = [(line[0].bbox.x0 + line[-1].bbox.x1) / 2 for line in lines.values()]
+    assert centres == pytest.approx([centres[0]] * len(lines), abs=2)
+    titles = [axes.title.get_window_extent() for axes in panels]
+    assert not any(a.overlaps(b) for i, a in enumerate(titles) for b in titles[i + 1 :])
+
+
 def luminance(colour):
     return float(np.dot(colour, (0.2126, 0.7152, 0.0722)))
 
@@ -157,6 +207,7 @@ def throughput_rows():
             "time": {"median": 2 * ms, "low": 2 * ms - 1, "high": 2 * ms + 2, "runs": 5},
             "ms_per_image": ms,
             "us_per_token": 1000 * ms / (64 * factor**2),
+            "backbone_ms_per_image": ms - {"direct": 0, "tile": 3 * factor - 4}[curve],
             "linear_ms_per_image": 8.0 * factor**2,
             "peak_bytes": 2**20 * ms,
             "total": 10**9 * ms,
@@ -166,8 +217,16 @@ def throughput_rows():
 
 
 def throughput_file(folder, task="throughput"):
-    result = {"backbone": "toy-vit", "batch_size": 2, "autocast": None, "rows": throughput_rows()}
-    return read_result(result_file(folder, f"{task}.json", task, machine={"device": "cpu"}, result=result), task)
+    result = {
+        "backbone": "toy-vit",
+        "native_size": [64, 64],
+        "batch_size": 2,
+        "autocast": None,
+        "attention": ["scaled_dot_product_flash_attention_for_cpu"],
+        "rows": throughput_rows(),
+    }
+    machine = {"device": "cpu", "processor": "Some CPU"}
+    return read_result(result_file(folder, f"{task}.json", task, machine=machine, result=result), task)
 
 
 def test_throughput_draws_the_three_quantities_of_the_file(tmp_path):
@@ -175,13 +234,44 @@ def test_throughput_draws_the_three_quantities_of_the_file(tmp_path):
     per_token, per_image, memory = figure.axes
     assert np.allclose(per_token.lines[0].get_xydata(), [(1, 8000 / 64), (2, 40000 / 256)])
     assert np.allclose(per_token.lines[1].get_xydata(), [(1, 9000 / 64), (2, 36000 / 256)])
-    assert np.allclose(per_image.containers[0].lines[0].get_xydata(), [(1, 8), (2, 40)])
+    assert np.allclose(per_image.lines[0].get_xydata(), [(1, 8), (2, 40)])
     # Of a batch of two: quartiles of 2 ms - 1 and 2 ms + 2.
     assert np.allclose(per_image.containers[1].lines[2][0].get_segments()[1], [(2, 35.5), (2, 37)])
-    (linear,) = (line for line in per_image.lines if line.get_label() == "linear")
-    assert np.allclose(linear.get_xydata(), [(1, 8), (2, 32)])
     assert np.allclose(memory.lines[1].get_xydata(), [(1, 9), (2, 36)])
-    assert figure.get_suptitle() == "toy-vit, cpu, float32, batch 2"
+    assert figure.get_suptitle() == "toy-vit, Some CPU, float32, batch 2, flash attention for cpu"
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert entries == ["direct", "tile", "upsampler alone", "linear"]
+
+
+def test_linear_times_are_a_parabola_and_a_level(tmp_path):
+    figure = draw_throughput(*read_throughput(throughput_file(tmp_path)))
+    per_token, per_image, _ = ([line for line in axes.lines if line.get_label() == "linear"] for axes in figure.axes)
+    factors, times = per_image[0].get_xydata().T
+    assert len(factors) > 50
+    assert (factors[0], factors[-1]) == pytest.approx((1, 2))
+    assert np.allclose(times, 8 * factors**2)
+    assert np.allclose(per_token[0].get_xydata(), [(1, 125), (2, 125)])
+
+
+def test_the_upsampler_alone_is_what_its_passes_leave(tmp_path):
+    figure = draw_throughput(*read_throughput(throughput_file(tmp_path)))
+    alone = {
+        line.get_label(): line.get_xydata().tolist() for line in figure.axes[1].lines if "alone" in line.get_label()
+    }
+    # 3 f - 4 ms: below 0 at factor 1, and the backbone leaves nothing of itself.
+    assert alone == {"direct alone": [], "tile alone": [[2, 2]]}
+
+
+def test_few_runs_are_hollow_and_have_no_quartiles(tmp_path):
+    content = throughput_file(tmp_path)
+    content["result"]["rows"][3]["time"]["runs"] = 4  # tile 2x
+    figure = draw_throughput(*read_throughput(content))
+    for axes in figure.axes[:2]:
+        hollow = [line.get_xdata().tolist() for line in axes.lines if line.get_markerfacecolor() == "white"]
+        assert hollow == [[2]]
+    bars = [[segment[0][0] for segment in c.lines[2][0].get_segments()] for c in figure.axes[1].containers]
+    assert bars == [[1, 2], [1]]
+    assert figure.legends[0].get_texts()[-1].get_text() == "fewer than 5 runs"
 
 
 @pytest.mark.parametrize("change", [{"rows": []}, {"rows": [{"curve": "direct"}]}, {"rows": None}])
@@ -203,15 +293,63 @@ def test_cost_joins_files_by_backbone_upsampler_and_factor(tmp_path, task, costs
     assert {"flops": "GFLOP", "throughput": "milliseconds"}[task] in title
     figure = draw_cost(trades, title, "pck@0.1")
     (axes,) = figure.axes
-    assert np.allclose(axes.containers[0].lines[0].get_xydata(), list(zip(costs, [0.4, 0.6], strict=True)))
-    assert [(note.xy, note.get_text()) for note in axes.texts] == [((36.0, 0.6), "2x"), ((9.0, 0.4), "1x")]
-    assert axes.get_ylabel() == "pck@0.1"
+    assert np.allclose(axes.containers[0].lines[0].get_xydata(), list(zip(costs, [40, 60], strict=True)))
+    assert [(note.xy, note.get_text()) for note in axes.texts] == [((36.0, 60.0), "2x"), ((9.0, 40.0), "1x")]
+    assert axes.get_ylabel() == "PCK@0.1 (%)"
+    assert "default options" in axes.get_title()
+
+
+def test_small_costs_are_in_millions(tmp_path):
+    content = throughput_file(tmp_path, "flops")
+    for row in content["result"]["rows"]:
+        row["total"] /= 1000
+    quality = read_result(result_file(tmp_path, "q.json", "zoom", encoders={"a": encoder("tile", 2, {"x": 0.5})}))
+    trades, title = read_cost([content], [quality], "x")
+    assert (trades[0].cost, title) == (36, "cost (MFLOP per image)")
+
+
+@pytest.mark.parametrize("place", ["result", "settings"])
+def test_costs_and_qualities_of_different_sizes_cannot_be_joined(tmp_path, place):
+    size = {"low_res_size": [128, 96]}
+    encoders = {"two": encoder("tile", 2, {"x": 1.0, **(size if place == "result" else {})})}
+    settings = size if place == "settings" else {"low_res_size": None}
+    quality = read_result(result_file(tmp_path, "q.json", "zoom", settings=settings, encoders=encoders))
+    with pytest.raises(
+        DataError, match=r"q\.json: 'two' was measured at 128x96 pixels.* of toy-vit, 64x64; evaluate at"
+    ):
+        read_cost([throughput_file(tmp_path)], [quality], "x")
+
+
+def test_of_two_encoders_with_one_label_and_factor_none_is_drawn(tmp_path):
+    encoders = {"two": encoder("tile", 2, {"x": 1.0, "low_res_size": [64, 64]})}
+    quality = read_result(result_file(tmp_path, "q.json", "zoom", encoders=encoders))
+    with pytest.raises(DataError, match=r"two results for 'two' at 2x; .*LABEL="):
+        read_cost([throughput_file(tmp_path)], [quality, quality], "x")
+    other = {**quality, "encoders": {"mine": encoders["two"]}}
+    trades, _ = read_cost([throughput_file(tmp_path)], [quality, other], "x")
+    assert [trade.line for trade in trades] == ["two", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "name", "scale"),
+    [
+        ("pck@0.05_pairs", "PCK@0.05 pairs (%)", 100),
+        ("miou", "mIoU (%)", 100),
+        ("iou/sky", "IoU, sky (%)", 100),
+        ("ods_f", "ODS F (%)", 100),
+        ("accuracy_small", "accuracy small (%)", 100),
+        ("zoom_cosine", "zoom cosine", 1),
+        ("delta_m", "delta m", 1),
+    ],
+)
+def test_axes_of_shares_are_in_percent(metric, name, scale):
+    assert axis_name(metric) == (name, scale)
 
 
 def test_unknown_costs_say_how_to_measure_them(tmp_path):
     encoders = {"mine": encoder("featsharp", 4, {"x": 1.0})}
     quality = read_result(result_file(tmp_path, "q.json", "zoom", encoders=encoders))
-    with pytest.raises(DataError, match=r"'mine' of .*q\.json.*--backbone toy-vit --upsamplers featsharp --factors 4"):
+    with pytest.raises(DataError, match=r"'mine' of .*q\.json.*--backbone toy-vit --upsampler featsharp --factors 4"):
         read_cost([throughput_file(tmp_path, "flops")], [quality], "x")
     both = [throughput_file(tmp_path, "flops"), throughput_file(tmp_path)]
     with pytest.raises(ConfigError, match="flops and throughput cannot share"):
@@ -235,8 +373,8 @@ def test_pr_curves_are_those_of_the_file_best_first(tmp_path):
     figure = draw_pr(read_pr(contents))
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.lines}
-    assert np.allclose(lines["good, F 0.650"].get_xydata(), [(0.8, 0.5), (0.6, 0.7)])  # nothing found is no point
-    assert np.allclose(lines["weak, F 0.300"].get_xydata(), [(0.9, 0.2), (0.2, 0.6)])
+    assert np.allclose(lines["good"].get_xydata(), [(0.8, 0.5), (0.6, 0.7)])  # nothing found is no point
+    assert np.allclose(lines["weak"].get_xydata(), [(0.9, 0.2), (0.2, 0.6)])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["good, F 0.650", "weak, F 0.300"]
     marked = [line for line in axes.lines if len(line.get_xdata()) == 1]
     assert np.allclose([line.get_xydata()[0] for line in marked], [(0.6, 0.7), (0.6, 0.7)])
@@ -244,6 +382,18 @@ def test_pr_curves_are_those_of_the_file_best_first(tmp_path):
     for f, line in zip((0.2, 0.4, 0.6, 0.8), axes.lines, strict=False):
         recall, precision = line.get_xydata().T
         assert np.allclose(2 * precision * recall / (precision + recall), f)
+
+
+def test_an_encoder_that_finds_nothing_stays_in_the_legend(tmp_path):
+    found = {"ods_f": 0.0, "ods_precision": 0.0, "ods_recall": 0.0, "curve": pr_result(0, [(0.1, 0, 0)])["curve"]}
+    encoders = {"good": encoder("tile", 2, pr_result(0.65, [(0.3, 0.7, 0.6)])), "zero": encoder("tile", 2, found)}
+    figure = draw_pr(read_pr([read_result(result_file(tmp_path, "b.json", "boundaries", encoders=encoders))]))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["good, F 0.650", "zero, F 0.000 (nothing found)"]
+    assert [line.get_marker() for line in legend.get_lines()] == ["o", "s"]
+    best = figure.axes[0].lines[-1]
+    assert best.get_xydata().tolist() == [[0, 0]]
+    assert not best.get_clip_on()  # all of a marker on the border is seen
 
 
 def test_pr_without_its_curve_is_refused(tmp_path):
@@ -294,6 +444,62 @@ def test_labels_of_crowded_points_do_not_overlap():
     for point in points:
         x, y = axes.transData.transform(point)
         assert not any(box.contains(x, y) for box in boxes)
+
+
+def test_labels_stand_off_lines_and_bars():
+    figure = new_figure(4, 3)
+    axes = figure.subplots()
+    points = [(0.2, 0.2), (0.5, 0.5), (0.8, 0.3)]
+    axes.errorbar(*zip(*points, strict=True), 0.15, marker="o")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    label_points(axes, points, ["1x", "2x", "3x"])
+    line = axes.transData.transform(np.concatenate([np.linspace(a, b, 500) for a, b in pairwise(points)]))
+    bars = axes.transData.transform([(x, y + t) for x, y in points for t in np.linspace(-0.15, 0.15, 500)])
+    for note in axes.texts:
+        box = note.get_window_extent()
+        assert not any(box.contains(*place) for place in (*line, *bars)), note.get_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ((0.004, 0.045), ["0.005", "0.01", "0.02"]),
+        ((3, 60), ["5", "10", "20", "50"]),
+        ((10, 13), ["10", "11", "12", "13"]),
+    ],
+)
+def test_amounts_have_plain_ticks(values, ticks):
+    figure = new_figure(4, 3)
+    axes = figure.subplots()
+    axes.plot(values, (0, 1))
+    amount_axis(axes, values)
+    figure.draw_without_rendering()
+    low, high = axes.get_xlim()
+    shown = [t.get_text() for t, at in zip(axes.get_xticklabels(), axes.get_xticks(), strict=True) if low <= at <= high]
+    assert [tick for tick in ticks if tick in shown] == ticks
+
+
+def test_legends_fit_the_figure_and_leave_panels_their_height():
+    heights = []
+    for labels in (["a", "b"], [f"FeatSharp with recipe number {n} and many more steps" for n in range(6)]):
+        figure = new_figure(3.3, 3)
+        axes = figure.subplots()
+        legend_below(figure, [line_handle(label, **line_style(n)) for n, label in enumerate(labels)])
+        figure.draw_without_rendering()
+        box = figure.legends[0].get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.x1
+        heights.append(axes.bbox.height)
+    assert heights[0] == pytest.approx(heights[1], rel=0.02)
+
+
+def test_wrapped_text_is_as_wide_as_asked():
+    text = "FeatSharp without a bias buffer, 450 steps on CPU, a_name_without_any_space_that_is_longer_than_a_line"
+    figure = new_figure(8, 3)
+    wrapped = wrap(text, 2.0, 10)
+    assert wrapped.replace("\n", "").replace(" ", "") == text.replace(" ", "")
+    assert figure.text(0, 0, wrapped, fontsize=10).get_window_extent().width <= 2.0 * figure.dpi
+    assert wrap("tile 2x", 2.0, 10) == "tile 2x"
 
 
 def test_error_bars_are_never_negative():

@@ -7,7 +7,7 @@ of many images, which is what is left of a backbone's features when contents ave
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,15 @@ from torch import Tensor
 from featsharp.errors import ConfigError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.visualization.pca import FeaturePCA
-from featsharp.visualization.style import FAINT, INK, SMALL, TITLE, new_figure
+from featsharp.visualization.style import FAINT, INK, SMALL, TITLE, line_height, new_figure, wrap
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PER_LINE = 6
+# Inches between pictures, and between them and their texts.
+GAP = 0.1
 
 
 @dataclass(frozen=True)
@@ -87,32 +90,76 @@ def draw_bias(groups: Mapping[str, Sequence[Pattern]], *, cell: float = 1.9) -> 
     groups = {heading: sorted(some, key=_strength, reverse=True) for heading, some in groups.items() if some}
     if not groups:
         raise InputError("there is no pattern to draw; give at least one checkpoint or backbone")
-    columns = min(PER_LINE, max(map(len, groups.values())))
-    lines = {heading: math.ceil(len(some) / columns) for heading, some in groups.items()}
-    numbers = max(len(pattern.strengths) for some in groups.values() for pattern in some)
-    line_height = cell + 0.3 + 0.16 * numbers
-    width = max(cell * columns, 3.2)
-    figure = new_figure(width, sum(0.3 + n * line_height for n in lines.values()))
-    blocks = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=list(lines.values()))[:, 0]
-    for block, (heading, patterns) in zip(blocks, groups.items(), strict=True):
-        block.suptitle(heading, fontsize=TITLE, color=INK, x=0.01, ha="left")
-        places = block.subplots(lines[heading], columns, squeeze=False).ravel()
-        for axes in places:
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-        for axes, pattern in zip(places, patterns, strict=False):
-            axes.imshow(_picture(pattern.features), interpolation="nearest")
-            axes.set_title(pattern.label, fontsize=SMALL, color=INK)
-            text = "\n".join(f"{name} {value:.3f}" for name, value in pattern.strengths.items())
-            axes.set_xlabel(text, fontsize=SMALL, color=FAINT)
+    most = max(map(len, groups.values()))
+    columns = math.ceil(most / math.ceil(most / PER_LINE))  # so that all lines are about as long
+    width = max((cell + GAP) * columns, 3.2)
+    lines = [
+        _Line(
+            wrap(f"{heading}, each in its own colours", width, TITLE) if first == 0 else "",
+            some[first:][:columns],
+            cell,
+        )
+        for heading, some in groups.items()
+        for first in range(0, len(some), columns)
+    ]
+    height = sum(line.height for line in lines)
+    figure = new_figure(width, height)
+    figure.set_layout_engine("none")  # it would leave gaps around squares; all is placed by hand
+    top = height
+    for line in lines:
+        if line.heading:
+            figure.text(0, top / height, line.heading, fontsize=TITLE, color=INK, va="top")
+        bottom = top - line.above - cell
+        for column, pattern in enumerate(line.patterns):
+            place = (column * (cell + GAP) / width, bottom / height, cell / width, cell / height)
+            _draw(figure.add_axes(place), pattern, cell)
+        top -= line.height
     return figure
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of pictures, under the heading of its group where it is the first."""
+
+    heading: str
+    patterns: Sequence[Pattern]
+    cell: float
+
+    @property
+    def above(self) -> float:
+        """Inches from the top of the line to its pictures."""
+        heading = _lines(self.heading) * line_height(TITLE) if self.heading else 0.0
+        return heading + max(_lines(_title(p, self.cell)) for p in self.patterns) * line_height(SMALL) + GAP
+
+    @property
+    def height(self) -> float:
+        """Inches of all of it."""
+        below = max(len(pattern.strengths) for pattern in self.patterns) * line_height(SMALL)
+        return self.above + self.cell + below + 2.5 * GAP
+
+
+def _draw(axes: "Axes", pattern: Pattern, cell: float) -> None:
+    axes.imshow(_picture(pattern.features), interpolation="nearest", aspect="auto")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.set_title(_title(pattern, cell), fontsize=SMALL, color=INK, pad=4)
+    text = "\n".join(f"{name} {value:.3f}" for name, value in pattern.strengths.items())
+    axes.set_xlabel(text, fontsize=SMALL, color=FAINT)
+
+
+def _title(pattern: Pattern, cell: float) -> str:
+    return wrap(pattern.label, cell, SMALL)
+
+
+def _lines(text: str) -> int:
+    return text.count("\n") + 1
 
 
 def _strength(pattern: Pattern) -> float:
     return next(iter(pattern.strengths.values()))
 
 
-def _picture(features: Tensor) -> object:
+def _picture(features: Tensor) -> Any:
     return FeaturePCA(features)(features)[0].permute(1, 2, 0).cpu().numpy()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from featsharp.errors import InputError
-from featsharp.visualization.style import FAINT, INK, SMALL, TITLE, new_figure
+from featsharp.visualization.style import FAINT, INK, SMALL, TITLE, line_height, new_figure, wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,17 +50,20 @@ def picture_grid(
     if not captions:
         raise InputError("a figure of pictures needs at least one row with one picture")
     heights = [cell * row.aspect for row in rows]
-    margin = 0.25 if any(row.label for row in rows) else 0.0
-    figure = new_figure(cell * len(captions) + margin, sum(heights) + 0.3)
+    titles = {caption: wrap(caption, cell, TITLE) for caption in captions}
+    labels = [wrap(row.label, height, SMALL) for row, height in zip(rows, heights, strict=True)]
+    margin = max((label.count("\n") + 1) * line_height(SMALL) if label else 0.0 for label in labels)
+    lines_of_titles = 1 + max(title.count("\n") for title in titles.values())
+    figure = new_figure(cell * len(captions) + 1.8 * margin, sum(heights) + lines_of_titles * line_height(TITLE) + 0.13)
     lines = figure.subplots(len(rows), len(captions), squeeze=False, height_ratios=heights)
     found = []
-    for row, line in zip(rows, lines, strict=True):
+    for row, line, label in zip(rows, lines, labels, strict=True):
         for caption, axes in zip(captions, line, strict=True):
             _fill(axes, row.pictures.get(caption, ""), row.aspect, colour_map)
-        line[0].set_ylabel(row.label, fontsize=SMALL, color=INK)
+        line[0].set_ylabel(label, fontsize=SMALL, color=INK)
         found.append(dict(zip(captions, line, strict=True)))
     for caption, axes in zip(captions, lines[0], strict=True):
-        axes.set_title(caption, fontsize=TITLE, color=INK)
+        axes.set_title(titles[caption], fontsize=TITLE, color=INK)
     return figure, found
 
 

@@ -5,8 +5,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from featsharp.errors import DataError
-from featsharp.visualization.figures.results import Entry, Number, entries, line_names, number
-from featsharp.visualization.style import error_bars, factor_axis, legend_below, line_style, new_figure, style_axes
+from featsharp.visualization.figures.results import Entry, Number, axis_name, entries, line_names, number
+from featsharp.visualization.style import (
+    error_bars,
+    factor_axis,
+    legend_below,
+    line_handle,
+    line_style,
+    new_figure,
+    style_axes,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,9 +31,11 @@ class Point(NamedTuple):
     """One encoder at one input size."""
 
     size: Size
-    line: str  # the upsampler
+    line: str  # the upsampler, or the encoder's label
     factor: float
     miou: Number
+    backbone: str = ""
+    identity: bool = False  # features as the backbone gives them, with no upsampler
 
 
 def read_miou(contents: Iterable[Mapping[str, Any]], metric: str = "miou") -> list[Point]:
@@ -43,7 +53,10 @@ def read_miou(contents: Iterable[Mapping[str, Any]], metric: str = "miou") -> li
                 raise DataError(f"{content['file']}: {entry.label!r} does not say its low_res_size") from error
             found.append((Size(height, width), entry, number(entry, metric, content["file"])))
     lines = line_names([(size, entry) for size, entry, _ in found])
-    points = [Point(size, line, entry.factor, value) for line, (size, entry, value) in zip(lines, found, strict=True)]
+    points = [
+        Point(size, line, entry.factor, value, entry.backbone, entry.upsampler == "identity")
+        for line, (size, entry, value) in zip(lines, found, strict=True)
+    ]
     twice = [key for key, count in Counter(point[:3] for point in points).items() if count > 1]
     if twice:
         size, line, factor = twice[0]
@@ -54,8 +67,13 @@ def read_miou(contents: Iterable[Mapping[str, Any]], metric: str = "miou") -> li
     return points
 
 
-def draw_miou(points: Sequence[Point]) -> "Figure":
-    """The figure: mIoU in percent with its 95 % interval."""
+def draw_miou(points: Sequence[Point], metric: str = "miou") -> "Figure":
+    """The figure: mIoU in percent, or another number, with its 95 % interval.
+
+    Where the features of the backbone itself were measured ("identity"), the lines of all upsamplers without a point of
+    their own at factor 1 start there.
+    """
+    name, scale = axis_name(metric)
     sizes = sorted({point.size for point in points})
     lines = list(dict.fromkeys(point.line for point in points))
     figure = new_figure(0.4 + 2.9 * len(sizes), 3.1)
@@ -63,10 +81,15 @@ def draw_miou(points: Sequence[Point]) -> "Figure":
     for axes, size in zip(places, sizes, strict=True):
         for index, line in enumerate(lines):
             some = sorted((p for p in points if p.size == size and p.line == line), key=lambda p: p.factor)
+            start = _start(points, some)
+            if start is not None:
+                ends = (start, some[0])
+                style = {**line_style(index), "marker": "", "zorder": 1}
+                axes.plot([p.factor for p in ends], [scale * p.miou.value for p in ends], **style)
             axes.errorbar(
                 [p.factor for p in some],
-                [100 * p.miou.value for p in some],
-                error_bars([p.miou for p in some], 100),
+                [scale * p.miou.value for p in some],
+                error_bars([p.miou for p in some], scale),
                 label=line,
                 elinewidth=0.8,
                 capsize=2,
@@ -75,9 +98,17 @@ def draw_miou(points: Sequence[Point]) -> "Figure":
         style_axes(
             axes,
             x="upsampling factor",
-            y="mIoU (%)" if axes is places[0] else "",
+            y=name if axes is places[0] else "",
             title=f"input {size.height} x {size.width}",
         )
         factor_axis(axes, [p.factor for p in points if p.size == size])
-    legend_below(figure, places[0])
+    legend_below(figure, [line_handle(line, **line_style(index)) for index, line in enumerate(lines)])
     return figure
+
+
+def _start(points: Sequence[Point], line: Sequence[Point]) -> Point | None:
+    """The point of the backbone's own features that a line starts from, if it has none at factor 1 itself."""
+    if not line or line[0].factor <= 1:
+        return None
+    found = [p for p in points if p.identity and (p.size, p.backbone) == (line[0].size, line[0].backbone)]
+    return found[0] if len(found) == 1 else None

@@ -7,7 +7,16 @@ import numpy as np
 
 from featsharp.errors import DataError
 from featsharp.visualization.figures.results import Number, entries, number
-from featsharp.visualization.style import FAINT, GRID, SMALL, legend_below, line_style, new_figure, style_axes
+from featsharp.visualization.style import (
+    FAINT,
+    GRID,
+    SMALL,
+    legend_below,
+    line_handle,
+    line_style,
+    new_figure,
+    style_axes,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,8 +52,8 @@ def read_pr(contents: Iterable[Mapping[str, Any]]) -> list[Curve]:
 
 
 def draw_pr(curves: Sequence[Curve]) -> "Figure":
-    """The figure; where nothing was found (precision and recall 0) there is no point."""
-    figure = new_figure(4.2, 4.2 + 0.16 * len(curves))
+    """The figure; thresholds at which nothing was found (precision and recall 0) are no points of a line."""
+    figure = new_figure(4.2, 4.2)
     axes = figure.subplots()
     for f in EQUAL_F:
         recall = np.linspace(f / (2 - f) + 1e-6, 1, 200)
@@ -53,14 +62,19 @@ def draw_pr(curves: Sequence[Curve]) -> "Figure":
             f"F {f:g}", (1, f / (2 - f)), xytext=(3, 0), textcoords="offset points", va="center", fontsize=SMALL,
             color=FAINT, annotation_clip=False,
         )  # fmt: skip
+    handles = []
     for index, curve in enumerate(curves):
         found = [(r, p) for p, r in zip(curve.precision, curve.recall, strict=True) if p + r > 0]
         style = line_style(index)
+        label = f"{curve.label}, F {curve.ods.value:.3f}" + ("" if found else " (nothing found)")
+        handles.append(line_handle(label, **style))
         marker = style.pop("marker")
-        axes.plot(*zip(*found, strict=True), label=f"{curve.label}, F {curve.ods.value:.3f}", **style)
-        axes.plot(*curve.best, marker, color=style["color"], markersize=7, markeredgecolor="white", zorder=3)
+        axes.plot([r for r, _ in found], [p for _, p in found], label=curve.label, clip_on=False, **style)
+        axes.plot(
+            *curve.best, marker, color=style["color"], markersize=7, markeredgecolor="white", zorder=3, clip_on=False
+        )
     style_axes(axes, x="recall", y="precision")
     axes.grid(False)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    legend_below(figure, axes, columns=1 if len(curves) < 4 else 2)
+    legend_below(figure, handles, columns=1 if len(curves) < 4 else 2)
     return figure

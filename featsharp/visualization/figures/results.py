@@ -1,6 +1,7 @@
 """Reading of the JSON files that ``featsharp eval TASK --json`` writes."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,14 @@ MAKERS = {
     "segmentation": "featsharp eval segmentation --data FOLDER --upsampler bilinear-2x tile-2x --json FILE",
     "boundaries": "featsharp eval boundaries --data FOLDER --upsampler bilinear-2x tile-2x --json FILE",
     "cka": "featsharp eval cka --data FOLDER --upsampler bilinear-2x --json FILE",
-    "throughput": "featsharp eval throughput --upsamplers featsharp tile --json FILE",
-    "flops": "featsharp eval flops --upsamplers featsharp tile --json FILE",
+    "throughput": "featsharp eval throughput --upsampler featsharp tile --json FILE",
+    "flops": "featsharp eval flops --upsampler featsharp tile --json FILE",
 }
+
+# Numbers between 0 and 1 that are drawn in percent, by how their names begin and end.
+SHARES = ("miou", "pck@", "pixel_accuracy", "accuracy_")
+SHARE_ENDINGS = ("_f", "_precision", "_recall")
+SPELLINGS = {"miou": "mIoU", "iou": "IoU", "ods": "ODS", "ois": "OIS", "f": "F", "cka": "CKA"}
 
 
 class Number(NamedTuple):
@@ -101,6 +107,15 @@ def number(entry: Entry, name: str, file: object) -> Number:
     if name not in numbers:
         raise ConfigError(f"{file}: {entry.label!r} has no {name!r}. Available: {', '.join(numbers) or 'none'}")
     return numbers[name]
+
+
+def axis_name(metric: str) -> tuple[str, float]:
+    """What an axis of a number is called, and what the number is multiplied by: shares are drawn in percent."""
+    *groups, name = metric.split("/")
+    share = name.startswith(SHARES) or name.endswith(SHARE_ENDINGS) or groups[-1:] == ["iou"]
+    text = ", ".join(" ".join(SPELLINGS.get(word, word) for word in part.split("_")) for part in (*groups, name))
+    text = re.sub(r"\bpck\b", "PCK", text)
+    return (f"{text} (%)", 100.0) if share else (text, 1.0)
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Number]]:
