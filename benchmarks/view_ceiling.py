@@ -1,0 +1,99 @@
+"""How much fidelity is there to gain? The mean of many views of a photograph, warped back, against an encoder.
+
+    python benchmarks/view_ceiling.py --data PHOTOS --limit 8 --checkpoint vits14-focus/featsharp-2x
+
+The mean knows the backbone's features of --views other views of the very photograph, so no upsampler of a few passes
+reaches it; what is beyond it is noise that differs from view to view. Prints fidelity with area pooling.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image
+from torch import Tensor
+
+from featsharp.builder import create_encoder, load_from_file
+from featsharp.data.views import Views, base_view, cut_canvas, render_views, sample_homography
+from featsharp.evaluation.fidelity import EVAL_VIEWS, default_eval_size
+from featsharp.evaluation.samples import ImageSet, encode_raw, predict_raw
+from featsharp.model import SharpEncoder
+from featsharp.ops.device import autocast_dtype
+from featsharp.ops.resize import resize
+from featsharp.ops.warp import inside, warp
+
+PORTION = 24  # views at a time
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=8)
+    parser.add_argument("--views", type=int, default=96)
+    parser.add_argument("--checkpoint", default="vits14-focus/featsharp-2x")
+    arguments = parser.parse_args()
+    encoder = load_from_file(arguments.checkpoint)
+    encoder.backbone.autocast_dtype = autocast_dtype("auto", torch.device("cpu"))
+    encoders = {"bilinear": create_encoder(encoder.backbone, "bilinear", 2), arguments.checkpoint: encoder}
+    errors: dict[str, float] = {}
+    targets, weights = [], []
+    for number, (_, image) in enumerate(ImageSet(arguments.data, limit=arguments.limit)):
+        views = draw(image, encoder, EVAL_VIEWS.num_views, seed=(0, number))
+        target, valid = encode(encoder, views)
+        targets.append(target)
+        weights.append(valid)
+        others = draw(image, encoder, arguments.views, seed=(1, number))
+        maps = {"mean of views": mean_of_views(encoder, others)}
+        base = encoder.input_conditioner(base_view(views)[0])
+        with torch.inference_mode():
+            maps |= {name: predict_raw(e, base, encoder.backbone.input_size) for name, e in encoders.items()}
+        for name, features in maps.items():
+            seen = warp(features.expand(len(target), -1, -1, -1), views.homographies[0], tuple(features.shape[-2:]))
+            pooled = F.adaptive_avg_pool2d(seen, tuple(target.shape[-2:]))
+            errors[name] = errors.get(name, 0.0) + (valid * (pooled - target).square()).sum().item()
+    target, valid = torch.cat(targets), torch.cat(weights)
+    mean = (valid * target).sum((0, 2, 3)) / valid.sum()
+    variance = (valid * (target - mean[:, None, None]).square()).sum().item()
+    for name, error in errors.items():
+        print(f"{name:32} {variance / error:.3f}")
+
+
+def draw(image: Image, encoder: SharpEncoder, count: int, seed: tuple[int, int]) -> Views:
+    """Views of a photograph, drawn as those of the fidelity task."""
+    size = default_eval_size(encoder)
+    canvas, mask = cut_canvas(image, size)
+    rng = np.random.default_rng(seed)
+    homographies = np.stack([sample_homography(size, EVAL_VIEWS, rng) for _ in range(count)])
+    return Views(canvas[None], mask[None], torch.from_numpy(homographies).float()[None])
+
+
+@torch.inference_mode()
+def encode(encoder: SharpEncoder, views: Views) -> tuple[Tensor, Tensor]:
+    """What the backbone says about every view, [n, C, h, w], and where that counts, [n, 1, h, w]."""
+    images, masks = render_views(views, encoder.backbone.input_size)
+    features = torch.cat([encode_raw(encoder, encoder.input_conditioner(part)) for part in images.split(PORTION)])
+    grid = (features.shape[-2], features.shape[-1])
+    shown = (resize(masks, grid) > 0.99).float() * inside(views.homographies[0], grid)
+    # The outermost tokens say least about what the view shows.
+    return features, -F.max_pool2d(F.pad(-shown, (1, 1, 1, 1)), 3, stride=1)
+
+
+def mean_of_views(encoder: SharpEncoder, views: Views) -> Tensor:
+    """[1, C, 4h, 4w]: the mean over views of their features, each warped back to the base image."""
+    features, valid = encode(encoder, views)
+    size = (4 * features.shape[-2], 4 * features.shape[-1])
+    total, count = torch.zeros(1), torch.zeros(1)
+    for part, shown, to_base in zip(
+        features.split(PORTION), valid.split(PORTION), views.homographies[0].split(PORTION), strict=True
+    ):
+        to_view = torch.linalg.inv(to_base)
+        weight = warp(shown, to_view, size, padding_mode="zeros") * inside(to_view, size)
+        total = total + (warp(part, to_view, size, padding_mode="border") * weight).sum(0)
+        count = count + weight.sum(0)
+    return (total / count.clamp(min=1e-3))[None]
+
+
+if __name__ == "__main__":
+    main()
