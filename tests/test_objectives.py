@@ -144,7 +144,7 @@ def test_runs_train_validate_and_load(photos, upsampler, objective, model):
     assert out.high_res.isfinite().all()
     own = own_downsampler("outputs/run/last.pth", encoder)
     assert (own is not None) == (objective == "multi-view")
-    assert featsharp(["eval", "fidelity", "--checkpoint", "outputs/run/last.pth", "--images", str(photos)]) == 0
+    assert featsharp(["eval", "fidelity", "--checkpoint", "outputs/run/last.pth", "--data", str(photos)]) == 0
 
 
 def test_a_run_by_reconstruction_resumes_bit_for_bit(photos, monkeypatch):
