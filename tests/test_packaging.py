@@ -46,7 +46,7 @@ def test_wheel_holds_all_modules_and_configs(wheel):
     expected = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "featsharp").rglob("*")
-        if path.suffix in {".py", ".yaml"} or path.name == "py.typed"
+        if path.suffix in {".py", ".yaml", ".safetensors", ".md"} or path.name == "py.typed"
     }
     packed = {name for name in wheel.namelist() if name.startswith("featsharp/")}
     assert expected <= packed
