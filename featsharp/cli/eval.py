@@ -37,7 +37,7 @@ from featsharp.ops.device import autocast_dtype, find_device
 from featsharp.ops.memory import keep_freed_memory
 from featsharp.settings import setting_fields, settings_of, split_label
 
-# Task -> where it is defined.
+# Task -> where it is defined. Only the chosen one is imported; the help of them all needs their titles.
 TASKS = {
     "fidelity": "featsharp.evaluation.fidelity:FidelityTask",
     "zoom": "featsharp.evaluation.zoom:ZoomTask",
@@ -60,7 +60,11 @@ PARSERS: dict[Any, Any] = {"count": parse_count, "size": parse_size}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    chosen = next((word for word in parser.get_default("argv") if word in TASKS), None)
     for name, place in TASKS.items():
+        if chosen not in (None, name):
+            tasks.add_parser(name)
+            continue
         kind = _find(place)
         sub = tasks.add_parser(name, help=kind.title, description=kind.__doc__)
         if issubclass(kind, Task):

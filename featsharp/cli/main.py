@@ -43,11 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, line in COMMANDS.items():
         sub = commands.add_parser(name, help=line, description=line)
         if name == chosen:
+            sub.set_defaults(argv=arguments)
             module = importlib.import_module(f"featsharp.cli.{name}")
             sub.description, sub.formatter_class = module.__doc__, argparse.RawDescriptionHelpFormatter
             module.add_arguments(sub)
     parsed = parser.parse_args(arguments)
-    parsed.argv = arguments
     try:
         return int(importlib.import_module(f"featsharp.cli.{parsed.command}").run(parsed) or 0)
     except FeatSharpError as error:

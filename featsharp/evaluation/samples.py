@@ -95,12 +95,17 @@ def predict_raw(
     if encoder.bias_buffer is not None and positional:
         high_res = high_res - encoder.bias_buffer.at((high_res.shape[-2], high_res.shape[-1]))
     raw = encoder.normalizer.denormalize(high_res) if encoder.normalizer.invertible else high_res
-    if not torch.isfinite(raw).all():
-        raise InputError(
-            f"the encoder returned NaN or infinite features for {len(images)} image(s); is the checkpoint damaged, or "
-            "half precision too narrow for this backbone?"
-        )
+    check_finite(raw)
     return raw
+
+
+def check_finite(features: Tensor) -> None:
+    """Raise InputError for features [B, ...] of an encoder that are NaN or infinite."""
+    if not torch.isfinite(features).all():
+        raise InputError(
+            f"the encoder returned NaN or infinite features for {len(features)} image(s); is the checkpoint damaged, "
+            "or half precision too narrow for this backbone?"
+        )
 
 
 def bootstrap(

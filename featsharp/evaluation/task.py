@@ -156,9 +156,9 @@ class Journal:
 
     def remove(self) -> None:
         """Delete it, once all of it is in a result."""
-        if self.path is not None:
+        if self.path is not None and self.scratch is not None:
             self.path.unlink(missing_ok=True)
-            shutil.rmtree(self.path.with_name(f"{self.path.name}.work"), ignore_errors=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _read(self, line: bytes) -> bool:
         try:
@@ -223,7 +223,8 @@ def _evaluate(task: Task, items: Sequence[Item], subject: Subject, book: Journal
     rows: dict[str, Row] = {}
     skipped: list[tuple[str, str]] = []
     for number, item in enumerate(with_progress(items, f"{task.name} {subject.label}", progress)):
-        name = f"{number}|{item.name}|{task.stamp(item)}"
+        # Stamps read files, which only a journal is worth.
+        name = item.name if book.path is None else f"{number}|{item.name}|{task.stamp(item)}"
         row = book.get(key, name)
         if row is None:
             try:

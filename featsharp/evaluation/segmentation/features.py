@@ -16,8 +16,9 @@ from torch import Tensor
 
 from featsharp.data.files import write_file
 from featsharp.data.images import decode_image, image_to_tensor
-from featsharp.errors import FeatSharpError, InputError
+from featsharp.errors import FeatSharpError
 from featsharp.evaluation.identity import digest, encoder_key, file_key
+from featsharp.evaluation.samples import check_finite
 from featsharp.evaluation.segmentation.readers import Pair
 from featsharp.model import SharpEncoder
 from featsharp.ops.peak import format_memory
@@ -58,11 +59,7 @@ class FeatureReader:
             denormalize=encoder.normalizer.invertible,
         )
         features: Tensor = getattr(maps, part).float()
-        if not features.isfinite().all():
-            raise InputError(
-                "the encoder returned NaN or infinite features; is the checkpoint damaged, or half precision too "
-                "narrow for this backbone?"
-            )
+        check_finite(features)
         return features
 
 
