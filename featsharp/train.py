@@ -33,6 +33,7 @@ from featsharp.ops.device import autocast_dtype
 from featsharp.ops.memory import keep_freed_memory
 from featsharp.training.distributed import World, copy_from_main, gather_objects, start_world, stop_world
 from featsharp.training.feature_cache import remember_features
+from featsharp.training.least_squares import fit_linear
 from featsharp.training.objectives import create_objective
 from featsharp.training.trainer import LAST, LoopConfig, Trainer
 from featsharp.training.writers import NullWriter, get_visualizer
@@ -105,10 +106,14 @@ def train(config: RunConfig) -> Trainer:
         fit_normalizer(encoder, config, world)
     if config.feature_cache.samples:
         remember_features(backbone, Path(os.path.expandvars(config.feature_cache.folder)).expanduser())
+    dataset = ViewDataset(mixture, objective.view_size(encoder), ViewConfig(**views), config.seed)
+    skipped = []
+    if config.linear_fit.samples and not resuming:
+        skipped = _fit_linear(encoder, dataset, config, world)
     trainer = Trainer(
         encoder,
         objective,
-        ViewDataset(mixture, objective.view_size(encoder), ViewConfig(**views), config.seed),
+        dataset,
         LoopConfig(
             num_steps=config.num_training_steps,
             batch_size=config.batch_size,
@@ -135,12 +140,25 @@ def train(config: RunConfig) -> Trainer:
     if resuming:
         trainer.resume(folder / LAST)
         logger.info("resuming %s at step %d", folder / LAST, trainer.step)
+    trainer.skipped.add(skipped)
     trainer.skipped.add([(problem, "damaged shard") for source in mixture.sources for problem in source.problems])
     try:
         trainer.run()
     finally:
         trainer.writer.close()
     return trainer
+
+
+def _fit_linear(encoder: SharpEncoder, dataset: ViewDataset, config: RunConfig, world: World) -> list[tuple[str, str]]:
+    """Fit FeatSharp's linear weight, each process on its share of the samples; returns what was skipped."""
+    from tqdm import tqdm
+
+    steps = -(-config.linear_fit.samples // (config.batch_size * world.size))
+    sampler = StepSampler(0, steps, config.batch_size, world.rank, world.size)
+    batches = load_views(dataset, sampler, config.num_workers)
+    disable = not (config.progress and world.is_main)
+    shown = tqdm(batches, total=steps, desc="linear fit", unit="batch", file=sys.stderr, disable=disable)
+    return fit_linear(encoder, shown, config.linear_fit.ridge, encoder.backbone.input_size, world)
 
 
 def fit_normalizer(encoder: SharpEncoder, config: RunConfig, world: World) -> None:

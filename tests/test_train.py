@@ -316,6 +316,23 @@ def test_the_seed_decides_the_run(photos):
     assert not torch.equal(a["upsampler.levels.0.keys.0.weight"], c["upsampler.levels.0.keys.0.weight"])
 
 
+def test_a_linear_fit_needs_no_step(photos, shards, caplog):
+    options = ["num_training_steps=0", "bias_buffer=false", "views.jitter_zoom=[0.9,1.5]"]
+    fitted, start = ["linear_fit.samples=6", "linear_fit.ridge=0.01"], ["linear_fit.samples=0"]
+    assert train(photos, *options, *fitted, upsampler="featsharp-linear-2x") == 0
+    assert train(photos, *options, *start, upsampler="featsharp-linear-2x", output="start") == 0
+    weights = [last_of(output)["model"]["upsampler.block.weight"] for output in ("outputs", "start")]
+    assert not torch.allclose(*weights, atol=1e-2)
+    # It pays off: the fidelity of the validation pictures is better than at the start.
+    assert last_of()["training"]["best_score"] > last_of("start")["training"]["best_score"]
+    # The same command again neither fits nor trains.
+    assert train(photos, *options, *fitted, upsampler="featsharp-linear-2x") == 0
+    assert torch.equal(last_of()["model"]["upsampler.block.weight"], weights[0])
+    # What was skipped in the fit is part of the run's account.
+    assert train(shards, *options, *fitted, upsampler="featsharp-linear-2x", output="shards") == 0
+    assert "1 images skipped" in caplog.text
+
+
 # What can go wrong
 
 
@@ -329,6 +346,8 @@ def test_the_seed_decides_the_run(photos):
         (["model.dtype=int8"], "unknown dtype"),
         (["device=gpu"], "device 'gpu'"),
         (["+upsampler.options.windw=5"], "'windw'"),
+        (["linear_fit.samples=2", "linear_fit.ridge=0"], "linear_fit.ridge must be above 0"),
+        (["linear_fit.samples=-1"], "linear_fit.samples"),
     ],
 )
 def test_mistakes_cost_one_line_and_no_training(photos, capsys, overrides, said):
@@ -372,6 +391,7 @@ def test_two_processes_equal_one_with_twice_the_batch(photos, tmp_path):
     # A rotation may come out otherwise from statistics that were summed in another order; its scale may not.
     common = ["normalizer=phi-s-onlyalpha", "model.dtype=float32", "upsampler.dtype=float32", "num_training_steps=3"]
     common += ["objective.downsampler=simple", "objective.uncertainty=false", "optim.learning_rate=1e-2"]
+    common += ["linear_fit.samples=4"]
     assert train(photos, *common, output=str(tmp_path / "one")) == 0
     assert train(photos, *common, "batch_size=1", output=str(tmp_path / "half")) == 0
     arguments = [*SMALL, "+upsampler=featsharp-2x", f"train_data_dir={photos}", f"output_base={tmp_path / 'two'}"]

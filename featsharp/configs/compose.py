@@ -19,7 +19,7 @@ FACTOR = re.compile(r"(?P<group>\+{0,2}upsampler)=(?P<name>[\w-]*\w)-(?P<factor>
 
 # The least that numbers may be, and the least low end of [low, high] ranges.
 AT_LEAST = {
-    "num_training_steps": 1,
+    "num_training_steps": 0,
     "batch_size": 1,
     "num_workers": 0,
     "log_frequency": 0,
@@ -28,6 +28,8 @@ AT_LEAST = {
     "seed": 0,
     "normalizer.num_samples": 1,
     "normalizer.batch_size": 1,
+    "linear_fit.samples": 0,
+    "linear_fit.ridge": 0.0,
     "views.num_views": 1,
     "objective.kernel_size": 1,
     "optim.warmup_steps": 0,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from featsharp.training.least_squares import LinearFitConfig
 from featsharp.training.objectives import ObjectiveConfig
 from featsharp.training.objectives.multi_view import MultiViewConfig
 from featsharp.training.optim import OptimConfig
@@ -95,5 +96,6 @@ class RunConfig:
     views: ViewsConfig = field(default_factory=ViewsConfig)
     objective: ObjectiveConfig = field(default_factory=MultiViewConfig)  # of the class that its name says
     optim: OptimConfig = field(default_factory=OptimConfig)
+    linear_fit: LinearFitConfig = field(default_factory=LinearFitConfig)
     feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
     viz: VizConfig = field(default_factory=VizConfig)

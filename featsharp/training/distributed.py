@@ -58,6 +58,13 @@ def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
+def add_over_processes(tensors: Iterable[Tensor], world: World) -> None:
+    """Replace every tensor by its sum over the processes."""
+    if world.size > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
 def copy_from_main(tensors: Iterable[Tensor], world: World) -> None:
     """Overwrite tensors with those of rank 0."""
     if world.size > 1:

@@ -8,6 +8,9 @@ FeatSharp (arXiv 2502.16025). Shapes: B images, C channels, f factor, (h, w) low
 The first map is the residual path: with silent block outputs the result is that map, bit for bit. That start learns
 slowly, because tiles only enter through gates that have to open first. Our default therefore puts a learned linear mix
 of all maps, mostly the first one, in the place of the first map; the paper's own path is behind ``start="published"``.
+
+Tiles disagree with the low-resolution map in their coarse structure (each lacks the context of the others, which shows
+as seams) and are better in their fine one. The input "details" is that fine part alone: every tile minus its own blur.
 """
 
 import math
@@ -29,17 +32,20 @@ from featsharp.upsamplers.interpolate import Bilinear
 from featsharp.upsamplers.jafar import JAFAR
 from featsharp.upsamplers.registration import register_upsampler
 from featsharp.upsamplers.resfu import ReSFU
-from featsharp.upsamplers.tile import check_tile_batch, encode_tiles, tile_map, write_tiles
+from featsharp.upsamplers.tile import Process, check_tile_batch, encode_tiles, tile_map, write_tiles
 
-# Maps computed from the low-resolution features and the image; "tiles" comes beside them.
+# Maps computed from the low-resolution features and the image; one of tiles, whole or their details, comes beside them.
 GUIDED_INPUTS = ("jbu", "jafar", "resfu", "bilinear", "rgb")
-INPUTS = (*GUIDED_INPUTS, "tiles")
+TILE_INPUTS = ("tiles", "details")
+INPUTS = (*GUIDED_INPUTS, *TILE_INPUTS)
 # Channels of the colour input.
 RGB_DIM = 16
 # Gates of the block at the start.
 LAYER_SCALE = {"published": 1e-6, "mix": 0.1}
 # Part of the tiles in the mixed residual path at the start; 0.3 had the best fidelity of the untrained mixes.
 TILE_SHARE = 0.3
+# How much of the details is added to the first map at the start.
+DETAIL_GAIN = 0.75
 
 Widths = Literal["lean", "published"]
 Start = Literal["mix", "published"]
@@ -52,9 +58,9 @@ class FeatSharp(Upsampler):
     Args:
         embed_dim: Channels C, a multiple of 8.
         factor: f; the backbone runs 1 + f^2 times per image (f rounded up).
-        inputs: Maps to fuse, from "jbu", "jafar", "resfu", "bilinear", "rgb" (16 channels) and "tiles"; the first is
-            the residual path and must have C channels. The paper has JBU and tiles, the default; the published
-            configurations have JAFAR and tiles.
+        inputs: Maps to fuse, from "jbu", "jafar", "resfu", "bilinear", "rgb" (16 channels) and one of "tiles" and
+            "details" (tiles without their coarse structure); the first is the residual path and must have C channels.
+            The paper has JBU and tiles, the default; the published configurations have JAFAR and tiles.
         window: Side of the attention window, odd.
         attention, ffn: Parts of the block; without both it is one linear layer (which the published code meant to have
             but cannot build).
@@ -62,9 +68,9 @@ class FeatSharp(Upsampler):
         position: "alibi" (a bias on scores, falling with the distance), "rope" or "xpos" (rotary embeddings, options of
             the published code that no published configuration uses) or "none".
         widths: "lean" (exact head dim, SwiGLU of 4 C) or "published" (padded head dim, SwiGLU of 8 C).
-        start: "mix" starts close to 0.7 of the bilinear map and 0.3 of the tiles, with a linear mix in the residual
-            path and open gates; "published" starts with a broad JBU blur (and ReSFU's own start), no mix, and gates at
-            1e-6 (none where attention or SwiGLU is missing).
+        start: "mix" starts close to 0.7 of the bilinear map and 0.3 of the tiles (the bilinear map and 0.75 of the
+            details), with a linear mix in the residual path and open gates; "published" starts with a broad JBU blur
+            (and ReSFU's own start), no mix, and gates at 1e-6 (none where attention or SwiGLU is missing).
         max_tile_batch: Most images given to the backbone at once; None: all of them.
 
     Raises:
@@ -106,8 +112,10 @@ class FeatSharp(Upsampler):
         self.window = window if attention else None
         self.max_tile_batch = check_tile_batch(max_tile_batch)
         self.branches = nn.ModuleDict(
-            {name: _branch(name, embed_dim, factor, start) for name in self.inputs if name != "tiles"}
+            {name: _branch(name, embed_dim, factor, start) for name in self.inputs if name not in TILE_INPUTS}
         )
+        self.tile_input = next((name for name in self.inputs if name in TILE_INPUTS), None)
+        self.process_tiles: Process | None = fine_part if self.tile_input == "details" else None
         # One vector per tile of the image: a tile may learn where it was cut out.
         tiles = math.ceil(factor)
         self.tile_position = nn.Parameter(torch.zeros(1, embed_dim, tiles, tiles)) if "tiles" in self.inputs else None
@@ -134,24 +142,36 @@ class FeatSharp(Upsampler):
                 nn.init.zeros_(self.block.bias)
                 self.block.weight.data.copy_(_start_mix(dims))
         self.by_parts = all(branch.by_parts for branch in self.branches.values())
-        self.halo = self.block.halo if "tiles" in self.inputs else None
+        self.halo = None if self.tile_input is None else self.block.halo
 
     @property
     def input_upsample_factor(self) -> float:
-        return self.factor if "tiles" in self.inputs else 1
+        return 1 if self.tile_input is None else self.factor
 
     def forward(
         self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
     ) -> UpsampleFeatures:
-        tiles = None
-        if "tiles" in self.inputs:
-            low_res, tiles, summary = encode_tiles(
-                self, image, encode, low_res_size, output_size, max_tile_batch=self.max_tile_batch
-            )
-        else:
-            low_res, summary = encode(resize(image, low_res_size))
+        low_res, tiles, summary = self._encode(image, encode, low_res_size, output_size)
         size = self.high_res_grid(low_res, output_size)
         return UpsampleFeatures(low_res, self.fuse(low_res, image, tiles, size), summary)
+
+    def linear_maps(self, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> Tensor:
+        """What :attr:`linear_weight` is applied to: all inputs, [B, D, H, W]."""
+        low_res, tiles, _ = self._encode(image, encode, low_res_size, None)
+        maps = self._maps(low_res, image, tiles, self.high_res_grid(low_res))
+        return torch.cat([maps[name] for name in self.inputs], 1)
+
+    @property
+    def linear_weight(self) -> Tensor:
+        """[C, D], the linear map from all inputs to the result, or to the residual path where there is a block.
+
+        Raises:
+            ConfigError: For the published start, which has no such map beside its block.
+        """
+        weight = self.block.weight if isinstance(self.block, LinearBlock) else self.mix
+        if weight is None:
+            raise ConfigError("FeatSharp with start='published' has no linear mix of its inputs; use start='mix'")
+        return weight
 
     def fuse(self, low_res: Tensor, image: Tensor, tiles: Tensor | None, size: tuple[int, int]) -> Tensor:
         """What comes after the backbone.
@@ -165,10 +185,7 @@ class FeatSharp(Upsampler):
         Returns:
             [B, C, H, W].
         """
-        maps = {name: branch.upsample_to(low_res, image, size) for name, branch in self._branches()}
-        if tiles is not None:
-            maps["tiles"] = tiles + self._tile_positions(whole(size), size).to(tiles.dtype)
-        return self.block(self._stack(maps)).permute(0, 3, 1, 2)
+        return self.block(self._stack(self._maps(low_res, image, tiles, size))).permute(0, 3, 1, 2)
 
     def write_tiles(
         self,
@@ -179,7 +196,7 @@ class FeatSharp(Upsampler):
         grid: tuple[int, int],
         max_tile_batch: int,
     ) -> None:
-        write_tiles(out, image, encode, low_res_size, grid, max_tile_batch=max_tile_batch)
+        write_tiles(out, image, encode, low_res_size, grid, max_tile_batch=max_tile_batch, process=self.process_tiles)
 
     def prepare(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> dict[str, Any]:
         return {name: branch.prepare(low_res, image, size) for name, branch in self._branches()}
@@ -189,9 +206,38 @@ class FeatSharp(Upsampler):
     ) -> Tensor:
         seen = box.grow(self.block.halo, size)
         maps = {name: branch.upsample_part(low_res, guide[name], None, seen, size) for name, branch in self._branches()}
-        if tiles is not None:
-            maps["tiles"] = tiles + self._tile_positions(seen, size).to(tiles.dtype)
+        self._add_tiles(maps, tiles, seen, size)
         return self.block.part(self._stack(maps), box.relative_to(seen)).permute(0, 3, 1, 2)
+
+    def _encode(
+        self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Low-resolution features, the tile map where it is an input, and the summary."""
+        if self.tile_input is None:
+            low_res, summary = encode(resize(image, low_res_size))
+            return low_res, None, summary
+        return encode_tiles(
+            self,
+            image,
+            encode,
+            low_res_size,
+            output_size,
+            max_tile_batch=self.max_tile_batch,
+            process=self.process_tiles,
+        )
+
+    def _maps(self, low_res: Tensor, image: Tensor, tiles: Tensor | None, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Every input, [B, c, *size] each."""
+        maps = {name: branch.upsample_to(low_res, image, size) for name, branch in self._branches()}
+        self._add_tiles(maps, tiles, whole(size), size)
+        return maps
+
+    def _add_tiles(self, maps: dict[str, Tensor], tiles: Tensor | None, box: Box, size: tuple[int, int]) -> None:
+        if tiles is not None:
+            assert self.tile_input is not None
+            if self.tile_position is not None:
+                tiles = tiles + self._tile_positions(box, size).to(tiles.dtype)
+            maps[self.tile_input] = tiles
 
     def _branches(self) -> Iterator[tuple[str, GuidedUpsampler]]:
         for name, branch in self.branches.items():
@@ -286,9 +332,15 @@ class ProgressiveFeatSharp(Upsampler):
             assert isinstance(level, FeatSharp)
             size = level.high_res_grid(features)
             tiles = None
-            if level.tile_position is not None:
+            if level.tile_input is not None:
                 tiles = tile_map(
-                    image, encode, low_res_size, size_of(low_res), size, max_tile_batch=self.max_tile_batch
+                    image,
+                    encode,
+                    low_res_size,
+                    size_of(low_res),
+                    size,
+                    max_tile_batch=self.max_tile_batch,
+                    process=level.process_tiles,
                 )
             features = level.fuse(features, image, tiles, size)
         return UpsampleFeatures(low_res, features, summary)
@@ -315,6 +367,12 @@ class ColourMap(GuidedUpsampler):
         return self.proj(box.cut(guide)).to(low_res.dtype)
 
 
+def fine_part(tiles: Tensor) -> Tensor:
+    """Every tile [N, C, h, w] minus its own blur: the means of 2 x 2 cells, enlarged again."""
+    half = -(-tiles.shape[-2] // 2), -(-tiles.shape[-1] // 2)
+    return tiles - resize(F.adaptive_avg_pool2d(tiles, half), size_of(tiles))
+
+
 def _check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
     if isinstance(inputs, str):
         raise ConfigError(f"the inputs of FeatSharp are a list; got {inputs!r}, use [{inputs}, tiles] or the like")
@@ -323,6 +381,8 @@ def _check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
             raise unknown_name("FeatSharp input", name, INPUTS)
     if not inputs or len(set(inputs)) != len(inputs):
         raise ConfigError(f"the inputs of FeatSharp must be one or more different maps; got {list(inputs)}")
+    if set(TILE_INPUTS) <= set(inputs):
+        raise ConfigError("the inputs of FeatSharp have tiles or their details, not both; leave one of them out")
     if inputs[0] == "rgb":
         raise ConfigError("the first input of FeatSharp is its residual path and needs features; put 'rgb' behind it")
     return tuple(inputs)
@@ -342,9 +402,11 @@ def _branch(name: str, embed_dim: int, factor: float, start: Start) -> GuidedUps
 
 
 def _start_mix(dims: Mapping[str, int]) -> Tensor:
-    """[C, D] for maps of so many channels: the first, TILE_SHARE of it replaced by the tiles where both are there."""
+    """[C, D] for maps of so many channels: the first, TILE_SHARE of it replaced by the tiles, or details added."""
     first = next(iter(dims))
     share = dict.fromkeys(dims, 0.0) | {first: 1.0}
     if "tiles" in share and first != "tiles":
         share |= {first: 1 - TILE_SHARE, "tiles": TILE_SHARE}
+    if "details" in share and first != "details":
+        share["details"] = DETAIL_GAIN
     return torch.cat([share[name] * torch.eye(dims[first], channels) for name, channels in dims.items()], 1)

@@ -7,6 +7,8 @@ A factor f that is whole gives f x f tiles side by side. For other factors and s
 are spread evenly over it, and their overlap absorbs the remainder.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from featsharp.ops.resize import resize, size_of
 from featsharp.ops.tiling import add_windows, blend_windows, join_tiles, split_tiles, window_starts
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler, check_whole
 from featsharp.upsamplers.registration import register_upsampler
+
+Process = Callable[[Tensor], Tensor]
 
 
 @register_upsampler("tile", "tiles of the image, encoded one by one and stitched")
@@ -82,28 +86,39 @@ def encode_tiles(
     *,
     overlap: int = 0,
     max_tile_batch: int | None = None,
+    process: Process | None = None,
 ) -> UpsampleFeatures:
     """Low-resolution features and the stitched tile map, with as few calls of ``encode`` as the batch limit allows.
 
-    The size of the map is what ``upsampler`` makes of the low-resolution grid.
+    The size of the map is what ``upsampler`` makes of the low-resolution grid. ``process`` is what happens to the
+    features of the tiles before they are stitched.
     """
     small = resize(image, low_res_size)
     factor = upsampler.factor
     if factor == 1 and output_size is None:
         low_res, summary = _encode_in_batches(small, encode, max_tile_batch)
-        return UpsampleFeatures(low_res, low_res, summary)  # the one tile is the whole image
+        # The one tile is the whole image.
+        return UpsampleFeatures(low_res, low_res if process is None else process(low_res), summary)
     if overlap == 0 and output_size is None and isinstance(factor, int):
         # All at once: the grid need not be known before.
         large = resize(image, (factor * low_res_size[0], factor * low_res_size[1]))
         tiles = split_tiles(large, (factor, factor))
         features, summary = _encode_in_batches(torch.cat([small, tiles]), encode, max_tile_batch)
         low_res, high_res = features.split([len(small), len(tiles)])
+        high_res = high_res if process is None else process(high_res)
         summary = None if summary is None else summary[: len(small)]
         return UpsampleFeatures(low_res, join_tiles(high_res, (factor, factor)), summary)
     low_res, summary = _encode_in_batches(small, encode, max_tile_batch)
     size = upsampler.high_res_grid(low_res, output_size)
     tiles = tile_map(
-        image, encode, low_res_size, size_of(low_res), size, overlap=overlap, max_tile_batch=max_tile_batch
+        image,
+        encode,
+        low_res_size,
+        size_of(low_res),
+        size,
+        overlap=overlap,
+        max_tile_batch=max_tile_batch,
+        process=process,
     )
     return UpsampleFeatures(low_res, tiles, summary)
 
@@ -117,6 +132,7 @@ def tile_map(
     *,
     overlap: int = 0,
     max_tile_batch: int | None = None,
+    process: Process | None = None,
 ) -> Tensor:
     """The features of the fewest tiles that cover a map of ``size``, blended where they overlap.
 
@@ -128,13 +144,14 @@ def tile_map(
         size: (H, W) of the map in tokens, at least ``grid``.
         overlap: Least number of tokens that neighbours share.
         max_tile_batch: Most images given to ``encode`` at once; None: all of them.
+        process: What happens to the features of the tiles before they are blended.
 
     Returns:
         [B, C, H, W].
     """
     windows, starts = _cut_windows(image, low_res_size, grid, size, overlap)
     tiles, _ = _encode_in_batches(torch.stack(windows, 1).flatten(0, 1), encode, max_tile_batch)
-    return blend_windows(tiles, starts, size)
+    return blend_windows(tiles if process is None else process(tiles), starts, size)
 
 
 def write_tiles(
@@ -146,12 +163,14 @@ def write_tiles(
     *,
     overlap: int = 0,
     max_tile_batch: int,
+    process: Process | None = None,
 ) -> None:
     """:func:`tile_map` of one image [1, 3, height, width], written to ``out`` [1, C, H, W]."""
     windows, starts = _cut_windows(image, low_res_size, grid, size_of(out), overlap)
     out.zero_()
     for first in range(0, len(windows), max_tile_batch):
         features, _ = encode(torch.cat(windows[first : first + max_tile_batch]))
+        features = features if process is None else process(features)
         add_windows(out, features[None].to(out.dtype), starts, first)
 
 

@@ -8,7 +8,7 @@ from featsharp.backbones import create_backbone
 from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError
 from featsharp.ops.resize import resize
-from featsharp.upsamplers.featsharp import FeatSharp, ProgressiveFeatSharp
+from featsharp.upsamplers.featsharp import FeatSharp, ProgressiveFeatSharp, fine_part
 from featsharp.upsamplers.tile import Tile, encode_tiles
 
 CHANNELS, SIZE = 32, (32, 48)
@@ -180,6 +180,7 @@ def test_the_gates_start_open_or_nearly_closed(start):
         (32, {"window": 6}, "must be odd"),
         (20, {}, "multiple of 8 channels; this backbone has 20, the nearest that works is 16"),
         (32, {"inputs": ("rgb", "tiles")}, "put 'rgb' behind it"),
+        (32, {"inputs": ("jbu", "tiles", "details")}, "tiles or their details, not both"),
         (32, {"inputs": "tiles"}, "the inputs of FeatSharp are a list; got 'tiles'"),
         (32, {"position": "sine"}, "unknown position 'sine'"),
         (32, {"max_tile_batch": 0}, "max_tile_batch must be a whole number of at least 1"),
@@ -261,3 +262,60 @@ def test_windows_that_see_more_than_the_map_are_refused_with_the_largest_that_he
     create_encoder(backbone, "featsharp", 2, upsampler_options={"window": 31})
     with pytest.raises(ConfigError, match=r"window of 33 is larger than the map: .*16x16, and a window of 31 sees all"):
         create_encoder(backbone, "featsharp", 2, upsampler_options={"window": 33})
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 3)])
+def test_the_fine_part_is_what_blurring_takes_away(size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    height, width = size
+    # Means of 2 x 2 cells by a loop; where a side is odd, cells overlap as in adaptive pooling.
+    small = torch.zeros(2, 3, -(-height // 2), -(-width // 2), dtype=torch.float64)
+    for i in range(small.shape[2]):
+        for j in range(small.shape[3]):
+            rows = slice(i * height // small.shape[2], -(-(i + 1) * height // small.shape[2]))
+            cols = slice(j * width // small.shape[3], -(-(j + 1) * width // small.shape[3]))
+            small[..., i, j] = x[..., rows, cols].mean((2, 3))
+    blur = F.interpolate(small, size, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(fine_part(x), x - blur)
+    torch.testing.assert_close(fine_part(x + 3), fine_part(x))
+
+
+@pytest.mark.parametrize("factor", [2, 1])
+def test_details_are_computed_tile_by_tile(backbone, image, factor):
+    """At a seam no tile looks at its neighbour: the details of the map are those of each tile alone."""
+    upsampler = FeatSharp(CHANNELS, factor, inputs=("bilinear", "details"), attention=False, ffn=False)
+    with torch.no_grad():
+        out = upsampler(image, backbone, SIZE)
+        tiles = encode_tiles(Tile(CHANNELS, factor), image, backbone, SIZE).high_res
+        expected = resize(out.low_res, (4 * factor, 6 * factor)).clone()
+        for i in range(factor):
+            for j in range(factor):
+                cell = (..., slice(4 * i, 4 * i + 4), slice(6 * j, 6 * j + 6))
+                expected[cell] += 0.75 * fine_part(tiles[cell])
+    torch.testing.assert_close(out.high_res, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_progressive_sharpens_with_details(backbone, image):
+    upsampler = ProgressiveFeatSharp(CHANNELS, 4, inputs=("bilinear", "details"), attention=False, ffn=False)
+    with torch.no_grad():
+        out = upsampler(image, backbone, SIZE)
+        level = upsampler.levels[0](image, backbone, SIZE).high_res
+    assert out.high_res.shape == (2, CHANNELS, 16, 24)
+    assert not torch.allclose(out.high_res, resize(level, (16, 24)), atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"inputs": ("jbu", "rgb", "details")}, {"attention": False, "ffn": False}])
+def test_the_linear_weight_applies_to_the_linear_maps(backbone, image, options):
+    upsampler = FeatSharp(CHANNELS, 2, **options)
+    with torch.no_grad():
+        if upsampler.mix is not None:
+            silence(upsampler)
+        torch.nn.init.normal_(upsampler.linear_weight)
+        maps = upsampler.linear_maps(image, backbone, SIZE)
+        expected = torch.einsum("cd,bdhw->bchw", upsampler.linear_weight, maps)
+        torch.testing.assert_close(upsampler(image, backbone, SIZE).high_res, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_published_start_has_no_linear_weight():
+    with pytest.raises(ConfigError, match="no linear mix of its inputs; use start='mix'"):
+        FeatSharp(CHANNELS, 2, start="published").linear_weight  # noqa: B018

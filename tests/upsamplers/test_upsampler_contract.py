@@ -34,6 +34,7 @@ VARIANTS = {
     "featsharp, no attention": ("featsharp", {"attention": False}),
     "featsharp, no SwiGLU": ("featsharp", {"ffn": False, "start": "published"}),
     "featsharp, linear": ("featsharp", {"attention": False, "ffn": False}),
+    "featsharp, details": ("featsharp", {"inputs": ["bilinear", "details"], "attention": False, "ffn": False}),
     "featsharp, RoPE": ("featsharp", {"position": "rope"}),
     "featsharp, xPos": ("featsharp", {"position": "xpos", "window": 5}),
     "featsharp-progressive, published": ("featsharp-progressive", {"start": "published"}),

@@ -109,8 +109,7 @@ class MultiViewObjective(Objective):
             return warp(x.repeat_interleave(count, 0), to_base, size, padding_mode=padding_mode)
 
         prediction = self.downsampler(to_views(high_res, large))
-        shown = to_views(resize(base_mask, large), small, "zeros") > 0.5
-        valid = shown.to(targets) * view_masks * inside(to_base, small)
+        valid = tokens_to_compare(base_mask, view_masks, to_base, large)
         error = DISTANCES[self.config.distance](prediction, targets).mean(1, keepdim=True)
         error = valid * to_views(self._border_weights(large).to(targets), small, "zeros") * error
         # A view that shows little of the base image must not weigh as much as a full one.
@@ -189,6 +188,21 @@ def encode_views(encoder: SharpEncoder, views: Views, low_res_size: tuple[int, i
     images, masks = render_views(views, low_res_size)
     features = encoder.encode(encoder.input_conditioner(images)).features
     return features, (resize(masks, size_of(features)) > TOKEN_COVERAGE).to(features.dtype)
+
+
+def tokens_to_compare(base_mask: Tensor, view_masks: Tensor, to_base: Tensor, large: tuple[int, int]) -> Tensor:
+    """1 where a token of a view shows image that the base image shows, too: [B*n, 1, h, w].
+
+    Args:
+        base_mask: [B, 1, H, W].
+        view_masks: [B*n, 1, h, w], of :func:`encode_views`.
+        to_base: [B*n, 3, 3].
+        large: (H, W) of the high-resolution map.
+    """
+    small = size_of(view_masks)
+    base = resize(base_mask, large).repeat_interleave(len(to_base) // len(base_mask), 0)
+    shown = warp(base, to_base, small, padding_mode="zeros") > 0.5
+    return shown.to(view_masks) * view_masks * inside(to_base, small)
 
 
 class UncertaintyNet(nn.Module):

@@ -1,0 +1,139 @@
+"""The linear part of FeatSharp in closed form, before (or instead of) training by steps.
+
+Area pooling and warping are linear and the same for every channel, so the multi-view objective with mean squared errors
+is a linear least-squares problem in the weight that mixes the inputs:
+
+    minimise  (sum over tokens |y - W x|^2) + ridge * tokens * s * |W - W0|^2
+
+with x [D] the inputs of a base image, warped and pooled under a token of a view, y [C] what the backbone says about
+that token, s the mean square of an input, and W0 the start. One pass over the samples solves it; the ridge towards a
+start that already works is what makes a few hundred photographs enough.
+"""
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featsharp.data.loader import ViewBatch
+from featsharp.data.views import Views, base_view
+from featsharp.errors import ConfigError, DataError
+from featsharp.model import SharpEncoder
+from featsharp.ops.resize import size_of
+from featsharp.ops.warp import warp
+from featsharp.training.distributed import World, add_over_processes
+from featsharp.training.objectives.multi_view import encode_views, tokens_to_compare
+from featsharp.upsamplers.featsharp import FeatSharp
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LinearFitConfig:
+    """The fit in closed form.
+
+    Attributes:
+        samples: Images (with their views) that are looked at once; 0: no fit.
+        ridge: How strongly the weight is held at its start, relative to the mean square of the inputs; above 0.
+    """
+
+    samples: int = 0
+    ridge: float = 0.1
+
+
+class LinearFit:
+    """Sums over samples that decide the weight: 8 D (D + C) bytes, however many samples there are.
+
+    Args:
+        upsampler: Its ``linear_weight`` is the start.
+        ridge: See :class:`LinearFitConfig`.
+
+    Raises:
+        ConfigError: For an upsampler without such a weight, or a ridge that is not above 0: inputs may depend on each
+            other.
+    """
+
+    def __init__(self, upsampler: FeatSharp, ridge: float) -> None:
+        if not ridge > 0:
+            raise ConfigError(f"linear_fit.ridge must be above 0; got {ridge:g}")
+        self.upsampler, self.ridge = upsampler, ridge
+        self.start = upsampler.linear_weight.detach().double().clone()
+        out_dim, in_dim = self.start.shape
+        self.inputs = self.start.new_zeros(in_dim, in_dim)  # sum of x x^T
+        self.targets = self.start.new_zeros(in_dim, out_dim)  # sum of x y^T
+        self.tokens = self.start.new_zeros(())
+
+    @torch.no_grad()
+    def add(self, encoder: SharpEncoder, views: Views, low_res_size: tuple[int, int]) -> None:
+        """Look at a batch of samples, on the encoder's device."""
+        base, base_mask = base_view(views)
+        targets, token_masks = encode_views(encoder, views, low_res_size)
+        maps = self.upsampler.linear_maps(encoder.input_conditioner(base), encoder.encode, low_res_size).float()
+        gain, small = math.ceil(self.upsampler.factor), size_of(targets)
+        large = gain * small[0], gain * small[1]  # whole cells under every token, whatever the factor
+        valid = tokens_to_compare(base_mask, token_masks, views.homographies.flatten(0, 1), large)
+        count = views.homographies.shape[1]
+        for n in range(count):  # one view at a time: all of them would hold n copies of the inputs
+            pooled = F.avg_pool2d(warp(maps, views.homographies[:, n], large), gain)
+            self.add_tokens(pooled, targets[n::count], valid[n::count])
+
+    def add_tokens(self, inputs: Tensor, targets: Tensor, valid: Tensor) -> None:
+        """Add pooled inputs [B, D, h, w], features [B, C, h, w] to be met, where ``valid`` [B, 1, h, w] is 1."""
+        chosen = valid[:, 0] > 0
+        x = inputs.permute(0, 2, 3, 1)[chosen]
+        y = targets.permute(0, 2, 3, 1)[chosen].to(x.dtype)
+        self.inputs += x.T @ x
+        self.targets += x.T @ y
+        self.tokens += len(x)
+
+    def solve(self) -> Tensor:
+        """The weight [C, D] in float64.
+
+        Raises:
+            DataError: When no view showed anything of its image.
+        """
+        if self.tokens == 0:
+            raise DataError("no view shows enough of its image to compare; lower views.shift and views.perspective")
+        start = self.start.T
+        strength = self.ridge * self.inputs.diagonal().mean()
+        matrix = self.inputs + strength * torch.eye(len(self.inputs), dtype=start.dtype, device=start.device)
+        weight = start + torch.linalg.solve(matrix, self.targets - self.inputs @ start)
+        return weight.T
+
+
+def fit_linear(
+    encoder: SharpEncoder,
+    batches: Iterable[ViewBatch],
+    ridge: float,
+    low_res_size: tuple[int, int],
+    world: World,
+) -> list[tuple[str, str]]:
+    """Fit the linear weight of the encoder's FeatSharp to batches of views, over all processes.
+
+    Returns:
+        What was skipped: names and reasons.
+
+    Raises:
+        ConfigError: When the upsampler is not FeatSharp, or has no linear weight.
+    """
+    upsampler = encoder.upsampler
+    if not isinstance(upsampler, FeatSharp):
+        raise ConfigError(
+            f"linear_fit is for FeatSharp, whose inputs are mixed linearly; {type(upsampler).__name__} has no such "
+            "weight, use linear_fit.samples=0"
+        )
+    fit = LinearFit(upsampler, ridge)
+    encoder.eval()
+    skipped = []
+    for views, problems in batches:
+        fit.add(encoder, Views(*(x.to(world.device) for x in views)), low_res_size)
+        skipped += problems
+    add_over_processes([fit.inputs, fit.targets, fit.tokens], world)
+    with torch.no_grad():
+        upsampler.linear_weight.copy_(fit.solve())
+    logger.info("linear weight fitted to %d tokens", int(fit.tokens))
+    return skipped
