@@ -257,6 +257,18 @@ def test_another_configuration_is_refused_and_named(photos, capsys):
     assert Path("outputs/toy-vit/64/last.pth").read_bytes() == before
 
 
+def test_a_forced_resumption_warns_and_goes_on(photos, caplog, capsys):
+    assert train(photos, upsampler="featup-2x") == 0
+    forced = ["seed=3", "num_training_steps=4", "force_resume=true"]
+    assert train(photos, *forced, upsampler="featup-2x") == 0
+    assert "seed 3 instead of 0" in caplog.text
+    assert last_of()["training"]["step"] == 4
+    capsys.readouterr()
+    assert train(photos, *forced, "num_training_steps=5", "bias_buffer=false", upsampler="featup-2x") == 1
+    assert "does not hold what a checkpoint holds" in capsys.readouterr().err
+    assert last_of()["training"]["step"] == 4
+
+
 def test_resuming_with_other_backbone_weights_is_refused(photos, capsys, monkeypatch):
     assert train(photos, upsampler="featup-2x") == 0
     before = Path("outputs/toy-vit/64/last.pth").read_bytes()

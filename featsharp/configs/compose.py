@@ -21,6 +21,8 @@ FACTOR = re.compile(r"(?P<group>\+{0,2}upsampler)=(?P<name>[\w-]*\w)-(?P<factor>
 AT_LEAST = {
     "num_training_steps": 0,
     "batch_size": 1,
+    "accumulation_steps": 1,
+    "distributed_timeout": 1.0,
     "num_workers": 0,
     "log_frequency": 0,
     "val_frequency": 0,

@@ -5,6 +5,7 @@ the samples ``(s * world + rank) * batch ...``, so a resumed run goes on where i
 what one would see with twice the batch.
 """
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -95,7 +96,7 @@ def load_views(dataset: ViewDataset, sampler: StepSampler, num_workers: int) -> 
         num_workers=num_workers,
         collate_fn=_as_is,
         # Workers are forked where the system forks: their threads would fight for the cores of the training process.
-        worker_init_fn=_single_thread,
+        worker_init_fn=_prepare_worker,
         prefetch_factor=2 if num_workers else None,
         # Without a generator of its own the loader would draw from the global one, and a resumed run once more.
         generator=torch.Generator().manual_seed(0),
@@ -149,5 +150,7 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _single_thread(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # Schedulers send it to all processes of a group; workers are needed until the training process has saved.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
