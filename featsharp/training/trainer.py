@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from featsharp.model import SharpEncoder
 from featsharp.training.distributed import World, average_gradients, copy_from_main
 from featsharp.training.objectives import Losses, Objective
 from featsharp.training.optim import OptimConfig, build_optimizer, build_schedule
+from featsharp.training.usage import StepClock, peak_memory
 from featsharp.training.writers import VizWriter
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class Trainer:
         self.step = 0
         self.best_score = float("-inf")
         self.skipped = SkipLog()
-        self.seconds_per_step = float("nan")
+        self.clock = StepClock()
 
     def run(self) -> None:
         """Train to the last step, then save and validate."""
@@ -143,19 +143,17 @@ class Trainer:
             file=sys.stderr,
             disable=not (self.progress and self.world.is_main),
         )
-        durations: list[float] = []
-        start = time.perf_counter()
         with bar:
-            for views, skipped in load_views(self.dataset, sampler, self.config.num_workers):
+            for views, skipped in self.clock.batches(load_views(self.dataset, sampler, self.config.num_workers)):
                 for name, reason in self.skipped.add(skipped):
                     logger.warning("skipped %s: %s", name, reason)
                 losses = self.train_step(Views(*(x.to(self.world.device) for x in views)))
-                durations.append(time.perf_counter() - start)
-                bar.set_postfix(loss=f"{losses.reconstruction.item():.4f}", refresh=False)
+                bar.set_postfix(loss=f"{losses.reconstruction.item():.4f}", refresh=False)  # waits for the device
+                self.clock.step_done()
                 bar.update()
-                self._report(losses, durations[-1])
-                start = time.perf_counter()
-        self.seconds_per_step = sorted(durations)[len(durations) // 2] if durations else float("nan")
+                self._report(losses)
+        if self.world.is_main and self.clock.works:
+            logger.info(self.clock.summary())
         if self.skipped.names:
             logger.warning(self.skipped.summary())
         self._save_and_validate()
@@ -221,20 +219,10 @@ class Trainer:
             self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_steps, self.step)
             self.skipped.names.update(state["skipped"])
 
-    def _report(self, losses: Losses, seconds: float) -> None:
+    def _report(self, losses: Losses) -> None:
         config, step = self.config, self.step
         if self.world.is_main and config.log_frequency and step % config.log_frequency == 0:
-            scalars = {
-                **self.objective.scalars(losses),
-                "optim/gradient_norm": self.gradient_norm.item(),
-                "optim/learning_rate": self.optimizer.param_groups[0]["lr"],
-                "speed/seconds_per_step": seconds,
-                "data/skipped": len(self.skipped.names),
-            }
-            norms = spectral_norms(self.encoder.upsampler)
-            if norms:
-                scalars["optim/spectral_norm_median"] = torch.cat(list(norms.values())).median().item()
-            for name, value in scalars.items():
+            for name, value in self._scalars(losses).items():
                 self.writer.scalar(name, value, step)
         if step == config.num_steps:
             return  # run() saves and validates at the end
@@ -242,6 +230,23 @@ class Trainer:
             self._save_and_validate()
         elif config.checkpoint_frequency and step % config.checkpoint_frequency == 0 and self.world.is_main:
             self.save()
+
+    def _scalars(self, losses: Losses) -> dict[str, float]:
+        """What the log says about the last step, and how fast the steps since the last log were."""
+        scalars = {
+            **self.objective.scalars(losses),
+            "optim/gradient_norm": self.gradient_norm.item(),
+            **{f"optim/learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups},
+            **self.clock.scalars(self.config.batch_size * self.world.size),
+            **peak_memory(self.world.device),
+            "data/skipped": len(self.skipped.names),
+        }
+        norms = spectral_norms(self.encoder.upsampler)
+        if norms:
+            values = torch.cat(list(norms.values()))
+            extremes = {"min": values.min(), "median": values.median(), "max": values.max()}
+            scalars |= {f"optim/spectral_norm_{name}": value.item() for name, value in extremes.items()}
+        return scalars
 
     def _save_and_validate(self) -> None:
         if not self.world.is_main:
