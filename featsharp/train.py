@@ -4,7 +4,7 @@
     torchrun --nproc-per-node=8 featsharp/train.py +model=siglip2 +upsampler=featsharp-4x train_data_dir=shards
 
 Configuration groups and every default are in ``featsharp/configs``; ``dry_run=true`` prints the plan and stops.
-Artifacts go to ``output_base/output_subdir``: ``last.pth``, ``best.pth``, ``config.yaml`` and TensorBoard event files.
+Artifacts go to ``output_base/output_subdir``: ``last.pth``, ``best.pth``, ``config.yaml`` and what ``viz.type`` writes.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from featsharp.training.feature_cache import remember_features
 from featsharp.training.least_squares import fit_linear
 from featsharp.training.objectives import create_objective
 from featsharp.training.trainer import LAST, LoopConfig, Trainer
-from featsharp.training.writers import NullWriter, get_visualizer
+from featsharp.training.writers import NullWriter, VizWriter, get_visualizer
 from featsharp.validation import ValidationSamples
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 # Keys that a resumed run may change: they change how long, where and how closely watched, not what a step does.
 FREE_TO_CHANGE = {
     "device", "dry_run", "log_frequency", "val_frequency", "checkpoint_frequency", "num_workers", "output_base",
-    "output_root", "progress", "resume", "val_data_dir", "viz.type", "viz.num_images", "num_training_steps",
-    "normalizer.cache", "feature_cache.folder",
+    "output_root", "progress", "resume", "val_data_dir", "num_training_steps", "normalizer.cache",
+    "feature_cache.folder", "viz.type", "viz.num_images", "viz.entity", "viz.project", "viz.mode",
 }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def train(config: RunConfig) -> Trainer:
     views = {key: tuple(value) if isinstance(value, list) else value for key, value in views.items()}
     if world.is_main:
         write_file(folder / "config.yaml", to_yaml(config).encode())
-    writer = get_visualizer(config.viz.type, folder) if world.is_main else NullWriter()
+    writer = _open_writer(config, folder) if world.is_main else NullWriter()
     resuming = config.resume and (folder / LAST).exists()
     if not resuming:
         fit_normalizer(encoder, config, world)
@@ -147,6 +147,14 @@ def train(config: RunConfig) -> Trainer:
     finally:
         trainer.writer.close()
     return trainer
+
+
+def _open_writer(config: RunConfig, folder: Path) -> VizWriter:
+    """What ``viz`` names, which has been told the configuration."""
+    viz = config.viz
+    writer = get_visualizer(viz.type, folder, entity=viz.entity, project=viz.project, mode=viz.mode)
+    writer.config(dataclasses.asdict(config))
+    return writer
 
 
 def _fit_linear(encoder: SharpEncoder, dataset: ViewDataset, config: RunConfig, world: World) -> list[tuple[str, str]]:
