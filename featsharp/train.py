@@ -4,7 +4,7 @@
     torchrun --nproc-per-node=8 featsharp/train.py +model=siglip2 +upsampler=featsharp-4x train_data_dir=shards
 
 Configuration groups and every default are in ``featsharp/configs``; ``dry_run=true`` prints the plan and stops.
-Artifacts go to ``output_base/output_subdir``: ``last.pth``, ``best.pth``, ``config.yaml`` and TensorBoard event files.
+Artifacts go to ``output_base/output_subdir``: ``last.pth``, ``best.pth``, ``config.yaml`` and what ``viz.type`` writes.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from featsharp.training.least_squares import fit_linear
 from featsharp.training.objectives import create_objective
 from featsharp.training.stopping import Terminated
 from featsharp.training.trainer import LAST, LoopConfig, Trainer
-from featsharp.training.writers import NullWriter, get_visualizer
+from featsharp.training.writers import NullWriter, VizWriter, get_visualizer
 from featsharp.validation import ValidationSamples
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ logger = logging.getLogger(__name__)
 FREE_TO_CHANGE = {
     "compile_backend", "compile_model", "device", "distributed_timeout", "dry_run", "force_resume", "log_frequency",
     "val_frequency", "checkpoint_frequency", "num_workers", "output_base", "output_root", "progress", "resume",
-    "val_data_dir", "viz.type", "viz.num_images", "num_training_steps", "normalizer.cache", "feature_cache.folder",
+    "val_data_dir", "num_training_steps", "normalizer.cache", "feature_cache.folder", "viz.type", "viz.num_images",
+    "viz.entity", "viz.project", "viz.mode",
 }  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def train(config: RunConfig) -> Trainer:
     if world.is_main:
         remove_leftovers(folder)
         write_file(folder / "config.yaml", to_yaml(config).encode())
-    writer = get_visualizer(config.viz.type, folder) if world.is_main else NullWriter()
+    writer = _open_writer(config, folder) if world.is_main else NullWriter()
     resuming = object_from_main(lambda: config.resume and (folder / LAST).exists(), world)
     if not resuming:
         fit_normalizer(encoder, config, world)
@@ -166,6 +167,14 @@ def train(config: RunConfig) -> Trainer:
     finally:
         trainer.writer.close()
     return trainer
+
+
+def _open_writer(config: RunConfig, folder: Path) -> VizWriter:
+    """What ``viz`` names, which has been told the configuration."""
+    viz = config.viz
+    writer = get_visualizer(viz.type, folder, entity=viz.entity, project=viz.project, mode=viz.mode)
+    writer.config(dataclasses.asdict(config))
+    return writer
 
 
 def _fit_linear(encoder: SharpEncoder, dataset: ViewDataset, config: RunConfig, world: World) -> list[tuple[str, str]]:

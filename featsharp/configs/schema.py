@@ -61,10 +61,15 @@ class FeatureCacheConfig:
 
 @dataclass
 class VizConfig:
-    """``type`` is tensorboard or none; ``num_images`` of ``val_data_dir`` are drawn and scored every time."""
+    """``type`` is tensorboard, wandb, none, ``package.module:Class`` (a writer of your own, which is imported), or a
+    list of these; ``entity``, ``project`` and ``mode`` are wandb's; ``num_images`` of ``val_data_dir`` are drawn and
+    scored every time."""
 
-    type: str = "tensorboard"
+    type: Any = "tensorboard"
     num_images: int = 4
+    entity: str | None = None
+    project: str = "featsharp"
+    mode: str | None = None
 
 
 @dataclass

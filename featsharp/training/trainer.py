@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +39,7 @@ from featsharp.training.optim import (
     optimizer_step,
 )
 from featsharp.training.stopping import Terminated, TermSignal
+from featsharp.training.usage import StepClock, peak_memory
 from featsharp.training.writers import VizWriter
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class Trainer:
         self.best_score = float("-inf")
         self.skipped = SkipLog()
         self.term = TermSignal()
-        self.seconds_per_step = float("nan")
+        self.clock = StepClock()
 
     def run(self) -> None:
         """Train to the last step, then save and validate.
@@ -179,11 +179,9 @@ class Trainer:
             file=sys.stderr,
             disable=not (self.progress and self.world.is_main),
         )
-        durations: list[float] = []
-        start = time.perf_counter()
         batches: list[Views] = []
         with bar, self.term:
-            for views, skipped in load_views(self.dataset, sampler, self.config.num_workers):
+            for views, skipped in self.clock.batches(load_views(self.dataset, sampler, self.config.num_workers)):
                 for name, reason in self.skipped.add(skipped):
                     logger.warning("skipped %s: %s", name, reason)
                 batches.append(Views(*(x.to(self.world.device) for x in views)))
@@ -191,14 +189,14 @@ class Trainer:
                     continue
                 losses = self.train_step(*batches)
                 batches.clear()
-                durations.append(time.perf_counter() - start)
-                bar.set_postfix(loss=f"{losses.reconstruction.item():.4f}", refresh=False)
+                bar.set_postfix(loss=f"{losses.reconstruction.item():.4f}", refresh=False)  # waits for the device
+                self.clock.step_done()
                 bar.update()
-                self._report(losses, durations[-1])
+                self._report(losses)
                 if self.step < self.config.num_steps and any_process(self.term.came, self.world):
                     self._save_and_stop()
-                start = time.perf_counter()
-        self.seconds_per_step = sorted(durations)[len(durations) // 2] if durations else float("nan")
+        if self.world.is_main and self.clock.works:
+            logger.info(self.clock.summary())
         if self.skipped.names:
             logger.warning(self.skipped.summary())
         self._save_and_validate()
@@ -306,20 +304,10 @@ class Trainer:
         """Whether this step is one of every ``frequency``; 0: never."""
         return bool(frequency and self.step and self.step % frequency == 0)
 
-    def _report(self, losses: Losses, seconds: float) -> None:
+    def _report(self, losses: Losses) -> None:
         config, step = self.config, self.step
         if self.world.is_main and config.log_frequency and step % config.log_frequency == 0:
-            scalars = {
-                **self.objective.scalars(losses),
-                "optim/gradient_norm": self.gradient_norm.item(),
-                "optim/learning_rate": self.optimizer.param_groups[0]["lr"],
-                "speed/seconds_per_step": seconds,
-                "data/skipped": len(self.skipped.names),
-            }
-            norms = spectral_norms(self.encoder.upsampler)
-            if norms:
-                scalars["optim/spectral_norm_median"] = torch.cat(list(norms.values())).median().item()
-            for name, value in scalars.items():
+            for name, value in self._scalars(losses).items():
                 self.writer.scalar(name, value, step)
         if step == config.num_steps:
             return  # run() saves and validates at the end
@@ -340,6 +328,24 @@ class Trainer:
         self._save_on_main()
         any_process(True, self.world)  # no process ends before the file is there: its launcher might end the others
         raise Terminated(f"stopped by SIGTERM after step {self.step}, which is saved")
+
+    def _scalars(self, losses: Losses) -> dict[str, float]:
+        """What the log says about the last step, and how fast the steps since the last log were."""
+        micro = self.config.accumulation_steps
+        scalars = {
+            **self.objective.scalars(losses),
+            "optim/gradient_norm": self.gradient_norm.item(),
+            **{f"optim/learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups},
+            **self.clock.scalars(self.config.batch_size * micro * self.world.size),
+            **peak_memory(self.world.device),
+            "data/skipped": len(self.skipped.names),
+        }
+        norms = spectral_norms(self.encoder.upsampler)
+        if norms:
+            values = torch.cat(list(norms.values()))
+            extremes = {"min": values.min(), "median": values.median(), "max": values.max()}
+            scalars |= {f"optim/spectral_norm_{name}": value.item() for name, value in extremes.items()}
+        return scalars
 
     def _save_and_validate(self) -> None:
         self._save_on_main()  # first, so that no failure of validation costs what was trained

@@ -11,6 +11,7 @@ from featsharp.data.views import Views
 from featsharp.errors import ConfigError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.registry import Registry
+from featsharp.training.downsamplers import Downsampler
 from featsharp.upsamplers import GuidedUpsampler
 
 
@@ -43,7 +44,7 @@ class Objective(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.downsampler: nn.Module | None = None
+        self.downsampler: Downsampler | None = None
         self.uncertainty: nn.Module | None = None
 
     def check(self, encoder: SharpEncoder) -> None:

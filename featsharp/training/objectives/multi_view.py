@@ -19,7 +19,7 @@ from featsharp.errors import unknown_name
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
 from featsharp.ops.warp import inside, warp
-from featsharp.training.downsamplers import create_downsampler
+from featsharp.training.downsamplers import Downsampler, create_downsampler
 from featsharp.training.objectives.base import (
     Losses,
     Objective,
@@ -75,7 +75,7 @@ class MultiViewObjective(Objective):
     """
 
     config_type = MultiViewConfig
-    downsampler: nn.Module
+    downsampler: Downsampler
     uncertainty: "UncertaintyNet | None"
 
     def __init__(self, embed_dim: int, factor: float, config: MultiViewConfig) -> None:
