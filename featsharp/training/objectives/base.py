@@ -67,7 +67,7 @@ class Objective(nn.Module):
         views: Views,
         low_res_size: tuple[int, int],
         autocast_dtype: torch.dtype | None = None,
-        scale: float = 1.0,
+        loss_scale: float = 1.0,
     ) -> Losses:
         """Add the gradients of one batch to the encoder and to the objective's own parameters.
 
@@ -77,7 +77,7 @@ class Objective(nn.Module):
             low_res_size: (h, w) in pixels of the backbone's native pass.
             autocast_dtype: Type of the upsampler's matrix products; None: that of its weights. Losses are computed in
                 float32 either way.
-            scale: What the gradients, but not the returned losses, are multiplied by.
+            loss_scale: What the gradients, but not the returned losses, are multiplied by.
 
         Returns:
             The losses, detached.

@@ -136,7 +136,7 @@ class MultiViewObjective(Objective):
         views: Views,
         low_res_size: tuple[int, int],
         autocast_dtype: torch.dtype | None = None,
-        scale: float = 1.0,
+        loss_scale: float = 1.0,
     ) -> Losses:
         """See :meth:`Objective.backward`.
 
@@ -162,7 +162,7 @@ class MultiViewObjective(Objective):
             check_finite(part.total)
             # The losses are means over views, so each part counts by its share of them.
             share = len(chosen) / count
-            (part.total * share * scale).backward()
+            (part.total * share * loss_scale).backward()
             parts.append(part)
             shares.append(share)
         if high_res.requires_grad:
