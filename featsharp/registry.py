@@ -1,10 +1,15 @@
-"""A named table of factories, so that adding a backbone, an upsampler or a task is one decorator."""
+"""A named table of factories, so that adding a backbone, an upsampler or a task is one decorator.
 
+And functions of the user's by name: :func:`load_function` is the only way in which a configuration imports code.
+"""
+
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Generic, TypeVar
 
-from featsharp.errors import unknown_name
+from featsharp.errors import ConfigError, unknown_name
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,3 +58,41 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All names, sorted."""
         return sorted(self._entries)
+
+
+def load_function(function: object, option: str) -> Callable[..., Any]:
+    """The function that an option gives or names.
+
+    Args:
+        function: A callable, or ``"module:function"``; what follows the colon may have dots.
+        option: Its name, for messages.
+
+    Raises:
+        ConfigError: When it is neither, or the module or what is sought in it is absent.
+    """
+    if callable(function) and not isinstance(function, type):
+        return function
+    if not isinstance(function, str) or not all(parts := function.partition(":")) or ":" in parts[2]:
+        raise ConfigError(
+            f"option {option} is a function, or text that names one, such as 'my_module:my_function'; got {function!r}"
+        )
+    module, _, attribute = parts
+    try:
+        found: object = importlib.import_module(module)
+    except Exception as error:  # whatever a foreign module raises, the message has to say where it was named
+        raise ConfigError(
+            f"option {option}={function!r}: module {module!r} cannot be imported ({type(error).__name__}: {error}); "
+            f"install it, or add its folder to PYTHONPATH"
+        ) from error
+    try:
+        found = reduce(getattr, attribute.split("."), found)
+    except AttributeError:
+        raise unknown_name(
+            f"function in option {option}={function!r}:",
+            attribute,
+            [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")],
+        ) from None
+    if not callable(found) or isinstance(found, type):
+        what = "a class; name a function or an object that can be called" if isinstance(found, type) else "no function"
+        raise ConfigError(f"option {option}={function!r}: {attribute} is {what}")
+    return found
