@@ -159,7 +159,9 @@ def test_damaged_header_in_the_middle(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"no tar at all" * 100, b"\0" * 100])
 def test_files_that_are_no_tar_are_problems_of_a_folder(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.tar").write_bytes(content)
-    with pytest.raises(DataError, match=r"bad\.tar: no images found; expected .*; found: 1 not readable as a tar file \(the first, "):
+    with pytest.raises(
+        DataError, match=r"bad\.tar: no images found; expected .*; found: 1 not readable as a tar file \(the first, "
+    ):
         open_source(tmp_path / "bad.tar")
     write_folder(tmp_path, ["ok.png"])
     source = open_source(tmp_path)
