@@ -53,9 +53,13 @@ def risky_calls(source: str) -> list[str]:
             or arguments.get("allow_pickle", "False") != "False"
             or last in ("read_pickle", "load_state_dict_from_url")
         )
-        if unpickles or name in ("eval", "exec", "yaml.load", "yaml.unsafe_load", "tar.extractall", "os.system"):
+        if unpickles or name in ("eval", "exec", "yaml.load", "yaml.unsafe_load", "os.system"):
             found.append(f"{node.lineno}: {ast.unparse(node)}")
-        if last in ("extractall", "extract") or arguments.get("shell") == "True":
+        if (
+            last == "extractall"
+            or name in ("tar.extract", "zip.extract", "archive.extract")
+            or arguments.get("shell") == "True"
+        ):
             found.append(f"{node.lineno}: {ast.unparse(node)}")
     return found
 

@@ -138,6 +138,11 @@ class SkipLog:
         return [entry for entry in new.items() if NO_IMAGE not in entry[1]]
 
     @property
+    def count(self) -> int:
+        """Images and shards that were skipped, without what never was an image."""
+        return sum(NO_IMAGE not in reason for reason in self.names.values())
+
+    @property
     def kinds(self) -> Counter[str]:
         """Number of each kind, the most frequent first; files that never were images are a kind of their own."""
         return count_kinds(self.names.items())

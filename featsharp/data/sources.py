@@ -25,7 +25,7 @@ from featsharp.data._order import floor_sum, hash_bits, shuffled
 from featsharp.data._tar import count_of_others, index_tar, is_compressed_name, refuse_compressed
 from featsharp.data.filters import ImageFilter
 from featsharp.data.images import IMAGE_EXTENSIONS, decode_image, is_image_name
-from featsharp.data.streams import PIPE, SHUFFLE_BUFFER, ShardStream, is_stream
+from featsharp.data.streams import PIPE, SHUFFLE_BUFFER, ShardStream, expand_braces, is_stream
 from featsharp.errors import ConfigError, DataError, InputError
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,9 @@ class ImageSource:
 
 
 def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str] | None = None) -> ImageSource:
-    """Index a folder of images and/or ``.tar`` shards (nested, symbolic links followed), or one ``.tar`` file.
+    """Index a folder of images and/or ``.tar`` shards (nested, symbolic links followed), or a ``.tar`` file.
+
+    Ranges in braces name several files: ``shard-{000..099}.tar``.
 
     The order is that of the sorted relative paths, within a shard that of its members. Only names with an image
     extension count; other members (``.json``, ``.cls``, ``.pyd``, ...) and hidden files are ignored and never decoded.
@@ -163,6 +165,8 @@ def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str]
                 source._append_tar(source.path / name, f"{name}/")
             else:
                 source.num_others += 1
+    elif "{" in source.path.name and not source.path.exists():
+        source = _open_shards(source.path)
     elif not source.path.exists():
         raise DataError(f"{source.path}: no such file or folder; {_EXPECTED}")
     elif is_compressed_name(source.path.name):
@@ -180,6 +184,16 @@ def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str]
         raise DataError(f"{source.path}: no images found; {_EXPECTED}{found}")
     for problem in source.problems:
         _warn_once(problem)
+    return source
+
+
+def _open_shards(pattern: Path) -> ImageSource:
+    """The tars that a name with braces stands for, as a source of their folder."""
+    source = ImageSource(pattern.parent)
+    for name in expand_braces(pattern.name):
+        if not name.lower().endswith(".tar"):
+            raise DataError(f"{pattern}: stands for {name}, which is no .tar file; write shard-{{000..099}}.tar")
+        source._append_tar(source.path / name, f"{name}/")
     return source
 
 

@@ -75,7 +75,7 @@ class ShardStream:
         self.path = label(path)
         self.skipped: list[tuple[str, str]] = []
         self.num_others = 0
-        self._shards = _expand(path)
+        self._shards = expand_braces(path)
         self._buffer = buffer
         self._reading: _Reading | None = None
 
@@ -174,6 +174,25 @@ def shuffle(images: Iterator[StreamImage], size: int, key: int) -> Iterator[Stre
         yield held.pop()
 
 
+def expand_braces(path: str) -> list[str]:
+    """The shards that a path such as ``{000..099}.tar`` stands for.
+
+    Raises:
+        ConfigError: For braces that do not pair.
+        MissingDependencyError: For braces without the package braceexpand.
+    """
+    if "{" not in path:
+        return [path]
+    try:
+        from braceexpand import braceexpand
+    except ImportError as error:
+        raise MissingDependencyError('braces in shard names need: pip install "featsharp[train]"') from error
+    try:
+        return list(braceexpand(path))
+    except ValueError as error:
+        raise ConfigError(f"data entry {path!r}: {error}; write ranges as {{000..099}}") from error
+
+
 def label(shard: str) -> str:
     """What messages call a shard: URLs without their query, which may hold a secret."""
     return shard if shard.startswith(PIPE) else shard.partition("?")[0]
@@ -206,20 +225,6 @@ class _Reading:
             if step == len(self._ahead):
                 self._ahead.append(next(self.images))
             yield self._ahead[step]
-
-
-def _expand(path: str) -> list[str]:
-    """The shards that a path with braces stands for."""
-    if "{" not in path:
-        return [path]
-    try:
-        from braceexpand import braceexpand
-    except ImportError as error:
-        raise MissingDependencyError('braces in shard names need: pip install "featsharp[train]"') from error
-    try:
-        return list(braceexpand(path))
-    except ValueError as error:
-        raise ConfigError(f"data entry {path!r}: {error}; write ranges as {{000..099}}") from error
 
 
 def _read_shard(shard: str) -> Iterator[StreamImage]:

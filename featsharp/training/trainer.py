@@ -229,7 +229,7 @@ class Trainer:
                 "optim/gradient_norm": self.gradient_norm.item(),
                 "optim/learning_rate": self.optimizer.param_groups[0]["lr"],
                 "speed/seconds_per_step": seconds,
-                "data/skipped": len(self.skipped.names),
+                "data/skipped": self.skipped.count,
             }
             norms = spectral_norms(self.encoder.upsampler)
             if norms:

@@ -6,6 +6,7 @@ import tarfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,21 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
         source.read(1)
 
 
+def test_braces_name_several_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(4):
+        write_tar(tmp_path / f"s-{number:02d}.tar", {f"{number}.png": picture(number)})
+    source = open_source(tmp_path / "s-{01..03}.tar")
+    assert names_of(source) == ["s-01.tar/1.png", "s-02.tar/2.png", "s-03.tar/3.png"]
+    assert [number_of(decode_image(source.read(index))) for index in range(3)] == [1, 2, 3]
+    source = open_source(tmp_path / "s-{03..04}.tar")
+    assert names_of(source) == ["s-03.tar/3.png"]
+    assert source.problems[0].startswith(f"{tmp_path}/s-04.tar: not readable as a tar file ([Errno 2] No such file")
+    with pytest.raises(DataError, match=r"stands for s-1, which is no \.tar file"):
+        open_source(tmp_path / "s-{1..2}")
+    with pytest.raises(ConfigError, match="Unbalanced braces"):
+        open_source(tmp_path / "s-{1..2.tar")
+
+
 def test_exclude_leaves_a_folder_out(tmp_path: Path) -> None:
     write_folder(tmp_path, ["a.png", "out/b.png", "other/out/c.png"])
     assert names_of(open_source(tmp_path, exclude=tmp_path / "other/../out")) == ["a.png", "other/out/c.png"]
@@ -304,6 +320,19 @@ def test_any_one_sample_follows_the_weights_over_seeds(sources: list[ImageSource
         found = Counter(ImageMixture(sources, [9, 1, 2], seed=seed).locate(n)[0] for seed in range(2400))
         for index, expected in enumerate((1800, 200, 400)):
             assert abs(found[index] - expected) < 5 * expected**0.5
+
+
+def test_shares_are_exact_in_expectation(sources: list[ImageSource]) -> None:
+    """Chi-square over 30,000 seeds, one draw of each; and the parts of the circle are the weights to its last step."""
+    weights = [0.1, 7, 1, 2.5, 1e-3, 19]
+    six = sources * 2
+    found = Counter(ImageMixture(six, weights, seed=seed).locate(seed % 7)[0] for seed in range(30_000))
+    expected = [30_000 * weight / sum(weights) for weight in weights]
+    assert sum((found[index] - number) ** 2 / number for index, number in enumerate(expected)) < 25.7  # p = 1e-4
+    bounds = ImageMixture(six, weights)._bounds
+    assert (bounds[0], bounds[-1]) == (0, 2**64)
+    exact = [Fraction(weight) / sum(map(Fraction, weights)) * 2**64 for weight in weights]
+    assert all(abs(bounds[index + 1] - bounds[index] - exact[index]) < 1 for index in range(6))
 
 
 def test_order_is_a_function_of_seed_and_number(sources: list[ImageSource]) -> None:
