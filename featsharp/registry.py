@@ -1,5 +1,8 @@
-"""A named table of factories, so that adding a backbone, an upsampler or a task is one decorator; and what users name
-by its place in a module of their own."""
+"""A named table of factories, so that adding a backbone, an upsampler or a task is one decorator.
+
+And what users name by its place in a module of their own: :func:`import_named` is the only way in which a configuration
+imports code.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -87,3 +90,26 @@ def import_named(text: str, option: str, kind: str) -> object:
             attribute,
             [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")],
         ) from None
+
+
+def load_function(function: object, option: str) -> Callable[..., Any]:
+    """The function that an option gives or names.
+
+    Args:
+        function: A callable, or ``"module:function"``; what follows the colon may have dots.
+        option: Its name, for messages.
+
+    Raises:
+        ConfigError: When it is neither, or the module or what is sought in it is absent.
+    """
+    if callable(function) and not isinstance(function, type):
+        return function
+    if not isinstance(function, str) or ":" not in function:
+        raise ConfigError(
+            f"option {option} is a function, or text that names one, such as 'my_module:my_function'; got {function!r}"
+        )
+    found = import_named(function, f"option {option}", "function")
+    if not callable(found) or isinstance(found, type):
+        what = "a class; name a function or an object that can be called" if isinstance(found, type) else "no function"
+        raise ConfigError(f"option {option}={function!r}: {function.partition(':')[2]} is {what}")
+    return found

@@ -24,8 +24,9 @@ from featsharp.checkpoint import read_checkpoint, remove_leftovers, restoring
 from featsharp.configs.compose import compose, flatten, to_yaml
 from featsharp.configs.schema import RunConfig
 from featsharp.data.files import write_file
+from featsharp.data.filters import ImageFilter
 from featsharp.data.loader import StepSampler, ViewDataset, load_views
-from featsharp.data.sources import ImageMixture
+from featsharp.data.sources import ImageMixture, ImageSource
 from featsharp.data.views import ViewConfig, base_view
 from featsharp.errors import CheckpointError, ConfigError, DataError, FeatSharpError
 from featsharp.model import SharpEncoder
@@ -98,7 +99,7 @@ def train(config: RunConfig) -> Trainer:
     folder = Path(os.path.expandvars(config.output_root)).expanduser()
     _check_folder(folder, config)
     world = start_world(config.device, config.distributed_timeout)
-    mixture = ImageMixture.from_data_dir(config.train_data_dir, seed=config.seed)
+    mixture = _open_mixture(config.train_data_dir, config)
     validate = ValidationSamples(config.val_data_dir, config.viz.num_images)
     backbone = create_backbone(config.model.name, autocast_dtype=autocast_dtype(config.model.dtype, world.device))
     torch.manual_seed(config.seed)
@@ -159,7 +160,7 @@ def train(config: RunConfig) -> Trainer:
         trainer.resume(folder / LAST, force=config.force_resume)
         logger.info("resuming %s at step %d", folder / LAST, trainer.step)
     trainer.skipped.add(skipped)
-    trainer.skipped.add([(problem, "damaged shard") for source in mixture.sources for problem in source.problems])
+    trainer.skipped.add(mixture.skipped)
     if world.is_main and not resuming:
         trainer.save()  # a run that is killed in its first steps need not fit again, and an unusable folder shows now
     try:
@@ -175,6 +176,11 @@ def _open_writer(config: RunConfig, folder: Path) -> VizWriter:
     writer = get_visualizer(viz.type, folder, entity=viz.entity, project=viz.project, mode=viz.mode)
     writer.config(dataclasses.asdict(config))
     return writer
+
+
+def _open_mixture(data_dir: object, config: RunConfig) -> ImageMixture:
+    keep = ImageFilter(config.data.min_size, config.data.filter)
+    return ImageMixture.from_data_dir(data_dir, seed=config.seed, keep=keep, shuffle_buffer=config.data.shuffle_buffer)
 
 
 def _fit_linear(encoder: SharpEncoder, dataset: ViewDataset, config: RunConfig, world: World) -> list[tuple[str, str]]:
@@ -194,13 +200,13 @@ def fit_normalizer(encoder: SharpEncoder, config: RunConfig, world: World) -> No
     if not encoder.normalizer.needs_fit:
         return
     backbone, settings = encoder.backbone, config.normalizer
-    mixture = ImageMixture.from_data_dir(config.dist_train_data_dir, seed=config.seed)
+    mixture = _open_mixture(config.dist_train_data_dir, config)
 
     def collect() -> FeatureStatistics:
         return collect_statistics(encoder, mixture, settings.num_samples, settings.batch_size, config, world)
 
-    if not settings.cache or world.size > 1:
-        # With several processes all must take part, whatever each one's disk holds.
+    if not settings.cache or world.size > 1 or mixture.has_streams:
+        # With several processes all must take part, whatever each one's disk holds; streams have no fingerprint.
         encoder.normalizer.fit(collect())
         copy_from_main(encoder.normalizer.buffers(), world)
         return
@@ -232,14 +238,16 @@ def collect_statistics(
 
 
 def data_fingerprint(mixture: ImageMixture, samples: int) -> str:
-    """A tag for the first samples of a mixture: the content of their files, not only their names."""
+    """A tag for the first samples of a mixture without streams: the content of their files, not only their names."""
     digests: dict[tuple[int, int], bytes] = {}
-    whole = hashlib.sha256()
+    whole = hashlib.sha256(b"" if mixture.keep == ImageFilter() else repr(mixture.keep).encode())
     for n in range(samples):
         place = mixture.locate(n)
         if place not in digests:
+            source = mixture.sources[place[0]]
+            assert isinstance(source, ImageSource)
             try:
-                content = mixture.sources[place[0]].read(place[1])
+                content = source.read(place[1])
             except DataError:
                 content = b""  # passed over in the statistics, too
             digests[place] = hashlib.sha256(content).digest()

@@ -8,7 +8,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from featsharp.data.sources import parse_data_dir
+from featsharp.data.sources import first_images, parse_data_dir
+from featsharp.data.streams import ShardStream
 from featsharp.data.views import Views, base_view, cut_canvas
 from featsharp.evaluation.fidelity import EVAL_VIEWS, FidelityMeter, default_eval_size
 from featsharp.evaluation.samples import ImageSet
@@ -34,7 +35,7 @@ class Sample(NamedTuple):
 
 
 class ValidationSamples:
-    """The first images of ``val_data_dir`` by name, drawn and scored.
+    """The first images of ``val_data_dir`` by name (of streamed shards: as they are stored), drawn and scored.
 
     Args:
         data_dir: As ``val_data_dir`` in the configuration; of several sources the first is used.
@@ -42,8 +43,11 @@ class ValidationSamples:
     """
 
     def __init__(self, data_dir: object, count: int) -> None:
-        folder = parse_data_dir(data_dir)[0].path
-        self.images = [image for _, image in ImageSet(folder, limit=count)]
+        path = parse_data_dir(data_dir)[0].path
+        if isinstance(path, str):
+            self.images = [image for _, image in first_images(ShardStream(path), count)]
+        else:
+            self.images = [image for _, image in ImageSet(path, limit=count)]
 
     def __call__(self, encoder: SharpEncoder, objective: Objective) -> Validation:
         """Fidelity over the samples (area pooling decides the best checkpoint), and pictures of all that is learned.

@@ -29,6 +29,8 @@ AT_LEAST = {
     "val_frequency": 0,
     "checkpoint_frequency": 0,
     "seed": 0,
+    "data.min_size": 1,
+    "data.shuffle_buffer": 1,
     "normalizer.num_samples": 1,
     "normalizer.batch_size": 1,
     "linear_fit.samples": 0,

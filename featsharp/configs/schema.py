@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from featsharp.data.filters import MIN_SIZE
+from featsharp.data.streams import SHUFFLE_BUFFER
 from featsharp.training.least_squares import LinearFitConfig
 from featsharp.training.objectives import ObjectiveConfig
 from featsharp.training.objectives.multi_view import MultiViewConfig
@@ -49,6 +51,15 @@ class ViewsConfig:
     rotation: float = 5.0
     shift: float = 0.08
     flip: float = 0.0
+
+
+@dataclass
+class DataConfig:
+    """Which images train: see ``featsharp.data.filters``; ``shuffle_buffer`` is for shards by URL or pipe."""
+
+    min_size: int = MIN_SIZE
+    filter: str | None = None
+    shuffle_buffer: int = SHUFFLE_BUFFER
 
 
 @dataclass
@@ -102,6 +113,7 @@ class RunConfig:
     spectral: bool = True
     model: ModelConfig = field(default_factory=ModelConfig)
     upsampler: UpsamplerConfig = field(default_factory=UpsamplerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     normalizer: NormalizerConfig = field(default_factory=NormalizerConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     objective: ObjectiveConfig = field(default_factory=MultiViewConfig)  # of the class that its name says

@@ -338,7 +338,7 @@ class Trainer:
             **{f"optim/learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups},
             **self.clock.scalars(self.config.batch_size * micro * self.world.size),
             **peak_memory(self.world.device),
-            "data/skipped": len(self.skipped.names),
+            "data/skipped": self.skipped.count,
         }
         norms = spectral_norms(self.encoder.upsampler)
         if norms:

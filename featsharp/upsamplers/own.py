@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from featsharp.errors import ConfigError, InputError
-from featsharp.registry import import_named
+from featsharp.errors import InputError
+from featsharp.registry import load_function
 from featsharp.upsamplers.base import GuidedUpsampler
 from featsharp.upsamplers.registration import register_upsampler
 
@@ -87,30 +87,6 @@ def from_function(function: UpsampleFunction | str, backbone: "HasEmbedDim | int
     torch.Size([1, 8, 6, 8])
     """
     return FromFunction(backbone if isinstance(backbone, int) else backbone.embed_dim, factor, function=function)
-
-
-def load_function(function: object, option: str) -> Callable[..., Any]:
-    """The function that an option gives or names.
-
-    Args:
-        function: A callable, or ``"module:function"``; what follows the colon may have dots.
-        option: Its name, for messages.
-
-    Raises:
-        ConfigError: When it is neither, or the module or what is sought in it is absent.
-    """
-    if callable(function) and not isinstance(function, type):
-        return function
-    if not isinstance(function, str) or ":" not in function:
-        raise ConfigError(
-            f"option {option} is a function, or text that names one, such as 'my_module:my_function'; got {function!r}"
-        )
-    found = import_named(function, f"option {option}", "function")
-    attribute = function.partition(":")[2]
-    if not callable(found) or isinstance(found, type):
-        what = "a class; name a function or an object that can be called" if isinstance(found, type) else "no function"
-        raise ConfigError(f"option {option}={function!r}: {attribute} is {what}")
-    return found
 
 
 def name_of(function: Callable[..., Any]) -> str:
