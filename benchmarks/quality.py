@@ -120,8 +120,8 @@ def train_one(upsampler: str, arguments: argparse.Namespace) -> float:
         ]
     )
     trainer = train(config)
-    if trainer.seconds_per_step == trainer.seconds_per_step:  # not NaN: some steps were run
-        timing.write_text(json.dumps(trainer.seconds_per_step))
+    if trainer.clock.works:  # some steps were run
+        timing.write_text(json.dumps(trainer.clock.seconds_per_step))
     return float(json.loads(timing.read_text()))
 
 

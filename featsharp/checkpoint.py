@@ -10,13 +10,15 @@ An encoder that is only to be used also fits into a safetensors file (``builder.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -44,17 +46,22 @@ ENCODER_FILE = FileKind(
 def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any], kind: FileKind = ENCODER_FILE) -> None:
     """Write a checkpoint so that a crash or a full disk never costs the file that was there before.
 
+    What was written is read again and compared before it takes the place of the earlier file.
+
     Raises:
-        CheckpointError: When the file cannot be written; whatever was at ``path`` is still intact.
+        CheckpointError: When the file cannot be written, or reads otherwise; whatever was at ``path`` is still intact.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save({"format": kind.format, "version": kind.version, **content}, file)
+            hashing = _HashingFile(file)
+            torch.save({"format": kind.format, "version": kind.version, **content}, hashing)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
+        if _digest(temporary) != hashing.digest():
+            raise OSError("what was read back differs from what was written; is the disk or the memory failing?")
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
         raise CheckpointError(
@@ -64,6 +71,19 @@ def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any], kind
     finally:
         with contextlib.suppress(OSError):  # renamed, or never made
             temporary.unlink()
+
+
+def remove_leftovers(folder: Path, older_than: float = 0) -> None:
+    """Delete the unfinished files of writers that were killed in ``folder``.
+
+    Args:
+        older_than: In seconds. Where others may be writing just now, more than any file takes.
+    """
+    latest = time.time() - older_than
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # gone, or not ours to delete
+            if path.stat().st_mtime <= latest:
+                path.unlink()
 
 
 def read_checkpoint(path: str | os.PathLike[str], kind: FileKind = ENCODER_FILE) -> dict[str, Any]:
@@ -136,6 +156,32 @@ def restoring(path: object) -> Iterator[None]:
             f"{path} does not hold what a checkpoint holds ({type(error).__name__}: {_first_line(error)}); it was "
             "damaged or edited"
         ) from error
+
+
+class _HashingFile:
+    """A file to write to that knows the digest of what it was given."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._sha256.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def digest(self) -> bytes:
+        return self._sha256.digest()
+
+
+def _digest(path: Path) -> bytes:
+    """SHA-256 of a file as it is on the disk, as far as the system lets one ask for that."""
+    with open(path, "rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            # Otherwise it is read from the memory that it was written from.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _check_sums(path: Path) -> None:

@@ -32,6 +32,10 @@ class BackboneMismatchError(CheckpointError):
     """A checkpoint trained for another backbone than the one at hand."""
 
 
+class DistributedError(FeatSharpError, RuntimeError):
+    """The processes of a run have lost each other; the process that failed first says why."""
+
+
 class MissingDependencyError(FeatSharpError, ImportError):
     """An optional package or weight file is absent; the message gives the install command."""
 

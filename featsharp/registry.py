@@ -1,10 +1,16 @@
-"""A named table of factories, so that adding a backbone, an upsampler or a task is one decorator."""
+"""A named table of factories, so that adding a backbone, an upsampler or a task is one decorator.
 
+And what users name by its place in a module of their own: :func:`import_named` is the only way in which a configuration
+imports code.
+"""
+
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Generic, TypeVar
 
-from featsharp.errors import unknown_name
+from featsharp.errors import ConfigError, unknown_name
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,3 +59,57 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All names, sorted."""
         return sorted(self._entries)
+
+
+def import_named(text: str, option: str, kind: str) -> object:
+    """What ``"module:name"`` names, whose module is imported; what follows the colon may have dots.
+
+    Args:
+        text: As the user wrote it.
+        option: Where the user wrote it, for messages.
+        kind: What is sought, "function" or "class", for messages.
+
+    Raises:
+        ConfigError: When the text is not of this form, or the module or what is sought in it is absent.
+    """
+    module, _, attribute = text.partition(":")
+    if not module or not attribute or ":" in attribute:
+        raise ConfigError(f"{option} names a {kind} as 'my_module:my_{kind}'; got {text!r}")
+    try:
+        found: object = importlib.import_module(module)
+    except Exception as error:  # whatever a foreign module raises, the message has to say where it was named
+        raise ConfigError(
+            f"{option}={text!r}: module {module!r} cannot be imported ({type(error).__name__}: {error}); install it, "
+            "or add its folder to PYTHONPATH"
+        ) from error
+    try:
+        return reduce(getattr, attribute.split("."), found)
+    except AttributeError:
+        raise unknown_name(
+            f"{kind} in {option}={text!r}:",
+            attribute,
+            [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")],
+        ) from None
+
+
+def load_function(function: object, option: str) -> Callable[..., Any]:
+    """The function that an option gives or names.
+
+    Args:
+        function: A callable, or ``"module:function"``; what follows the colon may have dots.
+        option: Its name, for messages.
+
+    Raises:
+        ConfigError: When it is neither, or the module or what is sought in it is absent.
+    """
+    if callable(function) and not isinstance(function, type):
+        return function
+    if not isinstance(function, str) or ":" not in function:
+        raise ConfigError(
+            f"option {option} is a function, or text that names one, such as 'my_module:my_function'; got {function!r}"
+        )
+    found = import_named(function, f"option {option}", "function")
+    if not callable(found) or isinstance(found, type):
+        what = "a class; name a function or an object that can be called" if isinstance(found, type) else "no function"
+        raise ConfigError(f"option {option}={function!r}: {function.partition(':')[2]} is {what}")
+    return found

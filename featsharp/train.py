@@ -4,13 +4,14 @@
     torchrun --nproc-per-node=8 featsharp/train.py +model=siglip2 +upsampler=featsharp-4x train_data_dir=shards
 
 Configuration groups and every default are in ``featsharp/configs``; ``dry_run=true`` prints the plan and stops.
-Artifacts go to ``output_base/output_subdir``: ``last.pth``, ``best.pth``, ``config.yaml`` and TensorBoard event files.
+Artifacts go to ``output_base/output_subdir``: ``last.pth``, ``best.pth``, ``config.yaml`` and what ``viz.type`` writes.
 """
 
 import dataclasses
 import hashlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,38 +20,48 @@ import torch
 
 from featsharp.backbones import create_backbone
 from featsharp.builder import create_encoder
-from featsharp.checkpoint import read_checkpoint, restoring
+from featsharp.checkpoint import read_checkpoint, remove_leftovers, restoring
 from featsharp.configs.compose import compose, flatten, to_yaml
 from featsharp.configs.schema import RunConfig
 from featsharp.data.files import write_file
+from featsharp.data.filters import ImageFilter
 from featsharp.data.loader import StepSampler, ViewDataset, load_views
-from featsharp.data.sources import ImageMixture
+from featsharp.data.sources import ImageMixture, ImageSource
 from featsharp.data.views import ViewConfig, base_view
 from featsharp.errors import CheckpointError, ConfigError, DataError, FeatSharpError
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics, StatisticsKey, fit_with_cache
 from featsharp.ops.device import autocast_dtype
 from featsharp.ops.memory import keep_freed_memory
-from featsharp.training.distributed import World, copy_from_main, gather_objects, start_world, stop_world
+from featsharp.training.distributed import (
+    World,
+    copy_from_main,
+    merge_statistics,
+    object_from_main,
+    start_world,
+    stop_world,
+)
 from featsharp.training.feature_cache import remember_features
 from featsharp.training.least_squares import fit_linear
 from featsharp.training.objectives import create_objective
+from featsharp.training.stopping import Terminated
 from featsharp.training.trainer import LAST, LoopConfig, Trainer
-from featsharp.training.writers import NullWriter, get_visualizer
+from featsharp.training.writers import NullWriter, VizWriter, get_visualizer
 from featsharp.validation import ValidationSamples
 
 logger = logging.getLogger(__name__)
 
 # Keys that a resumed run may change: they change how long, where and how closely watched, not what a step does.
 FREE_TO_CHANGE = {
-    "device", "dry_run", "log_frequency", "val_frequency", "checkpoint_frequency", "num_workers", "output_base",
-    "output_root", "progress", "resume", "val_data_dir", "viz.type", "viz.num_images", "num_training_steps",
-    "normalizer.cache", "feature_cache.folder",
+    "compile_backend", "compile_model", "device", "distributed_timeout", "dry_run", "force_resume", "log_frequency",
+    "val_frequency", "checkpoint_frequency", "num_workers", "output_base", "output_root", "progress", "resume",
+    "val_data_dir", "num_training_steps", "normalizer.cache", "feature_cache.folder", "viz.type", "viz.num_images",
+    "viz.entity", "viz.project", "viz.mode",
 }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compose, build, train; returns the exit status."""
+    """Compose, build, train; returns the exit status: 1 for an error, 130 for Ctrl-C, 143 for SIGTERM."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -64,26 +75,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         train(config)
     except FeatSharpError as error:
-        print(f"featsharp train: {error}", file=sys.stderr)
+        print(f"featsharp train: {_whose()}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("featsharp train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    finally:
+    except Terminated as stop:
         stop_world()
+        print(f"featsharp train: {_whose()}{stop}; the same command goes on from there", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    stop_world()
     return 0
 
 
 def train(config: RunConfig) -> Trainer:
-    """Run a whole training; returns the finished trainer."""
+    """Run a whole training; returns the finished trainer.
+
+    Raises:
+        Terminated: When SIGTERM came; everything is saved.
+    """
     if config.train_data_dir is None:
         raise ConfigError("which images? Set train_data_dir=FOLDER (images or tars), or the variable FEATSHARP_DATA")
-    if config.upsampler.dtype == "float16":
-        raise ConfigError("upsampler.dtype=float16 loses small gradients; train in bfloat16 or float32 and cast later")
     folder = Path(os.path.expandvars(config.output_root)).expanduser()
     _check_folder(folder, config)
-    world = start_world(config.device)
-    mixture = ImageMixture.from_data_dir(config.train_data_dir, seed=config.seed)
+    world = start_world(config.device, config.distributed_timeout)
+    mixture = _open_mixture(config.train_data_dir, config)
     validate = ValidationSamples(config.val_data_dir, config.viz.num_images)
     backbone = create_backbone(config.model.name, autocast_dtype=autocast_dtype(config.model.dtype, world.device))
     torch.manual_seed(config.seed)
@@ -99,9 +115,10 @@ def train(config: RunConfig) -> Trainer:
     views = dataclasses.asdict(config.views)
     views = {key: tuple(value) if isinstance(value, list) else value for key, value in views.items()}
     if world.is_main:
+        remove_leftovers(folder)
         write_file(folder / "config.yaml", to_yaml(config).encode())
-    writer = get_visualizer(config.viz.type, folder) if world.is_main else NullWriter()
-    resuming = config.resume and (folder / LAST).exists()
+    writer = _open_writer(config, folder) if world.is_main else NullWriter()
+    resuming = object_from_main(lambda: config.resume and (folder / LAST).exists(), world)
     if not resuming:
         fit_normalizer(encoder, config, world)
     if config.feature_cache.samples:
@@ -117,6 +134,7 @@ def train(config: RunConfig) -> Trainer:
         LoopConfig(
             num_steps=config.num_training_steps,
             batch_size=config.batch_size,
+            accumulation_steps=config.accumulation_steps,
             num_workers=config.num_workers,
             log_frequency=config.log_frequency,
             val_frequency=config.val_frequency,
@@ -126,6 +144,7 @@ def train(config: RunConfig) -> Trainer:
             spectral=config.spectral,
             low_res_size=backbone.input_size,
             autocast_dtype=autocast_dtype(config.upsampler.dtype, world.device),
+            compile_backend=config.compile_backend if config.compile_model else None,
             optim=config.optim,
         ),
         folder,
@@ -138,15 +157,30 @@ def train(config: RunConfig) -> Trainer:
     trainable = sum(p.numel() for p in trainer.trained.parameters())
     logger.info("%s on %s: %d trainable parameters", config.upsampler.name, backbone.name, trainable)
     if resuming:
-        trainer.resume(folder / LAST)
+        trainer.resume(folder / LAST, force=config.force_resume)
         logger.info("resuming %s at step %d", folder / LAST, trainer.step)
     trainer.skipped.add(skipped)
-    trainer.skipped.add([(problem, "damaged shard") for source in mixture.sources for problem in source.problems])
+    trainer.skipped.add(mixture.skipped)
+    if world.is_main and not resuming:
+        trainer.save()  # a run that is killed in its first steps need not fit again, and an unusable folder shows now
     try:
         trainer.run()
     finally:
         trainer.writer.close()
     return trainer
+
+
+def _open_writer(config: RunConfig, folder: Path) -> VizWriter:
+    """What ``viz`` names, which has been told the configuration."""
+    viz = config.viz
+    writer = get_visualizer(viz.type, folder, entity=viz.entity, project=viz.project, mode=viz.mode)
+    writer.config(dataclasses.asdict(config))
+    return writer
+
+
+def _open_mixture(data_dir: object, config: RunConfig) -> ImageMixture:
+    keep = ImageFilter(config.data.min_size, config.data.filter)
+    return ImageMixture.from_data_dir(data_dir, seed=config.seed, keep=keep, shuffle_buffer=config.data.shuffle_buffer)
 
 
 def _fit_linear(encoder: SharpEncoder, dataset: ViewDataset, config: RunConfig, world: World) -> list[tuple[str, str]]:
@@ -166,13 +200,13 @@ def fit_normalizer(encoder: SharpEncoder, config: RunConfig, world: World) -> No
     if not encoder.normalizer.needs_fit:
         return
     backbone, settings = encoder.backbone, config.normalizer
-    mixture = ImageMixture.from_data_dir(config.dist_train_data_dir, seed=config.seed)
+    mixture = _open_mixture(config.dist_train_data_dir, config)
 
     def collect() -> FeatureStatistics:
         return collect_statistics(encoder, mixture, settings.num_samples, settings.batch_size, config, world)
 
-    if not settings.cache or world.size > 1:
-        # With several processes all must take part, whatever each one's disk holds.
+    if not settings.cache or world.size > 1 or mixture.has_streams:
+        # With several processes all must take part, whatever each one's disk holds; streams have no fingerprint.
         encoder.normalizer.fit(collect())
         copy_from_main(encoder.normalizer.buffers(), world)
         return
@@ -200,21 +234,20 @@ def collect_statistics(
     for views, _ in load_views(dataset, sampler, config.num_workers):
         images = base_view(views)[0].to(world.device)
         statistics.update(backbone(encoder.input_conditioner(images)).features)
-    merged = FeatureStatistics(backbone.embed_dim)
-    for part in gather_objects(statistics.state(), world):
-        merged.merge(FeatureStatistics.from_state(part))  # type: ignore[arg-type]
-    return merged
+    return merge_statistics(statistics, world)
 
 
 def data_fingerprint(mixture: ImageMixture, samples: int) -> str:
-    """A tag for the first samples of a mixture: the content of their files, not only their names."""
+    """A tag for the first samples of a mixture without streams: the content of their files, not only their names."""
     digests: dict[tuple[int, int], bytes] = {}
-    whole = hashlib.sha256()
+    whole = hashlib.sha256(b"" if mixture.keep == ImageFilter() else repr(mixture.keep).encode())
     for n in range(samples):
         place = mixture.locate(n)
         if place not in digests:
+            source = mixture.sources[place[0]]
+            assert isinstance(source, ImageSource)
             try:
-                content = mixture.sources[place[0]].read(place[1])
+                content = source.read(place[1])
             except DataError:
                 content = b""  # passed over in the statistics, too
             digests[place] = hashlib.sha256(content).digest()
@@ -241,11 +274,20 @@ def _check_folder(folder: Path, config: RunConfig) -> None:
         for key in present
         if key not in FREE_TO_CHANGE and present[key] != saved.get(key)
     ]
-    if different:
+    if not different:
+        return
+    problem = f"{last} was trained with another configuration: {'; '.join(different)}"
+    if not config.force_resume:
         raise CheckpointError(
-            f"cannot resume {last}, which was trained with another configuration: {'; '.join(different)}. Choose "
-            "another output_base, or move it away"
+            f"cannot resume: {problem}. Choose another output_base, move it away, or go on with force_resume=true"
         )
+    logger.warning("force_resume: %s", problem)
+
+
+def _whose() -> str:
+    """Which process speaks, where there are several."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return f"process {rank} of {size}: " if size != "1" else ""
 
 
 if __name__ == "__main__":

@@ -1,28 +1,41 @@
 """The fixed validation samples of a training run: the same images and views every time."""
 
+import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from featsharp.data.sources import parse_data_dir
+from featsharp.data.sources import first_images, parse_data_dir
+from featsharp.data.streams import ShardStream
 from featsharp.data.views import Views, base_view, cut_canvas
 from featsharp.evaluation.fidelity import EVAL_VIEWS, FidelityMeter, default_eval_size
 from featsharp.evaluation.samples import ImageSet
 from featsharp.model import SharpEncoder
-from featsharp.ops.resize import resize
+from featsharp.ops.resize import resize, size_of
 from featsharp.training.objectives import Objective
 from featsharp.training.trainer import Validation
+from featsharp.visualization.learned import bias_picture, kernel_picture, middle_range, uncertainty_picture
 from featsharp.visualization.panels import panel
 from featsharp.visualization.pca import FeaturePCA
 
-# Side of one picture of a panel, in pixels.
+# Side of one picture of a panel, and of a mosaic of kernels, in pixels.
 CELL = 224
+MOSAIC = 4 * CELL
+
+
+class Sample(NamedTuple):
+    """A validation image and its features in normalised space."""
+
+    image: Tensor  # [3, height, width] in [0, 1]
+    low_res: Tensor  # [1, C, h, w]
+    high_res: Tensor  # [1, C, f*h, f*w]
 
 
 class ValidationSamples:
-    """The first images of ``val_data_dir`` by name, drawn and scored.
+    """The first images of ``val_data_dir`` by name (of streamed shards: as they are stored), drawn and scored.
 
     Args:
         data_dir: As ``val_data_dir`` in the configuration; of several sources the first is used.
@@ -30,33 +43,78 @@ class ValidationSamples:
     """
 
     def __init__(self, data_dir: object, count: int) -> None:
-        folder = parse_data_dir(data_dir)[0].path
-        self.images = [image for _, image in ImageSet(folder, limit=count)]
+        path = parse_data_dir(data_dir)[0].path
+        if isinstance(path, str):
+            self.images = [image for _, image in first_images(ShardStream(path), count)]
+        else:
+            self.images = [image for _, image in ImageSet(path, limit=count)]
 
     def __call__(self, encoder: SharpEncoder, objective: Objective) -> Validation:
-        """Fidelity over the samples (area pooling decides the best checkpoint), a PCA panel of each, the bias."""
+        """Fidelity over the samples (area pooling decides the best checkpoint), and pictures of all that is learned.
+
+        ``val/features_N`` is a PCA panel of each sample; where there is one, ``val/bias`` is the bias buffer,
+        ``val/kernel`` and ``val/kernels`` what the downsampler takes, ``val/log_variance`` the uncertainty, whose
+        darkest and brightest values are scalars.
+        """
         own = {} if objective.downsampler is None else {"own": objective.downsampler}
         meter = FidelityMeter(encoder, downsamplers=own, views=replace(EVAL_VIEWS, num_views=4))
-        for image in self.images:
+        pictures: dict[str, Tensor] = {}
+        uncertain: list[tuple[Tensor, Tensor]] = []
+        for number, image in enumerate(self.images):
             meter.add(image)
+            sample = encode_sample(encoder, image)
+            pictures[f"val/features_{number}"] = feature_panel(sample)
+            if number == 0:
+                pictures |= kernel_pictures(objective, sample, encoder.factor)
+            if objective.uncertainty is not None:
+                uncertain.append((sample.image, log_variance(objective, sample)))
         found = meter.result()
         scalars = {f"val/fidelity_{name}": found[name].value for name in ("area", *own)}
         scalars["val/cosine"] = found["cosine"].value
-        pictures = {f"val/features_{i}": feature_panel(encoder, image) for i, image in enumerate(self.images)}
         if encoder.bias_buffer is not None and encoder.bias_buffer.buffer.abs().max() > 0:
-            bias = encoder.bias_buffer.buffer.detach()
-            pictures["val/bias"] = panel([FeaturePCA(bias)(bias)[0]], (CELL, CELL))
+            pictures["val/bias"] = bias_picture(encoder.bias_buffer.buffer, (CELL, CELL))
+        if uncertain:
+            low, high = middle_range([values for _, values in uncertain])
+            scalars |= {"val/log_variance_low": low, "val/log_variance_high": high}
+            pictures["val/log_variance"] = uncertainty_picture(uncertain, (low, high), (CELL, CELL))
         return Validation(found["area"].value, scalars, pictures)
 
 
 @torch.no_grad()
-def feature_panel(encoder: SharpEncoder, image: Image) -> Tensor:
-    """Image, low resolution, bilinear and sharp features in a row, in one PCA basis: [3, CELL, 4 * CELL]."""
-    size = default_eval_size(encoder)
-    canvas, mask = cut_canvas(image, size)
+def encode_sample(encoder: SharpEncoder, image: Image) -> Sample:
+    """The features of a picture, cut to the size that fidelity is measured at."""
+    canvas, mask = cut_canvas(image, default_eval_size(encoder))
     base = base_view(Views(canvas[None], mask[None], torch.empty(0)))[0].to(encoder.device)
     out = encoder(encoder.input_conditioner(base), low_res_size=encoder.backbone.input_size)
-    colours = FeaturePCA(out.low_res)
-    bilinear = resize(out.low_res, (out.high_res.shape[-2], out.high_res.shape[-1]))
-    maps = [colours(x)[0] for x in (out.low_res, bilinear, out.high_res)]
-    return panel([base[0], *maps], (CELL, CELL))
+    return Sample(base[0].cpu(), out.low_res, out.high_res)
+
+
+def feature_panel(sample: Sample) -> Tensor:
+    """Image, low resolution, bilinear and sharp features in a row, in one PCA basis: [3, CELL, 4 * CELL]."""
+    colours = FeaturePCA(sample.low_res)
+    bilinear = resize(sample.low_res, size_of(sample.high_res))
+    maps = [colours(x)[0] for x in (sample.low_res, bilinear, sample.high_res)]
+    return panel([sample.image, *maps], (CELL, CELL))
+
+
+@torch.no_grad()
+def kernel_pictures(objective: Objective, sample: Sample, factor: float) -> dict[str, Tensor]:
+    """The downsampler's kernel, [3, about CELL, about CELL]; where every token has its own their mean, and all."""
+    rows, cols = size_of(sample.low_res)
+    gain = math.ceil(factor)  # the objective's maps are this many times as large as the backbone's
+    kernels = None
+    if objective.downsampler is not None:
+        kernels = objective.downsampler.kernels(resize(sample.high_res, (gain * rows, gain * cols)))
+    if kernels is None:
+        return {}
+    pictures = {"val/kernel": kernel_picture(kernels[0].mean((0, 1), keepdim=True), CELL)}
+    if kernels[0, ..., 0, 0].numel() > 1:
+        pictures["val/kernels"] = kernel_picture(kernels[0], MOSAIC)
+    return pictures
+
+
+@torch.no_grad()
+def log_variance(objective: Objective, sample: Sample) -> Tensor:
+    """What the objective's uncertainty says about every place of the sharp map, [f*h, f*w] on the CPU."""
+    assert objective.uncertainty is not None
+    return objective.uncertainty(sample.high_res)[0, 0].float().cpu()

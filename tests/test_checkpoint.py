@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from featsharp.checkpoint import VERSION, read_checkpoint, write_checkpoint
+from featsharp.checkpoint import VERSION, read_checkpoint, remove_leftovers, write_checkpoint
 from featsharp.errors import CheckpointError
 
 CONTENT = {
@@ -59,6 +59,34 @@ def test_a_full_disk_costs_nothing_that_was_there(tmp_path, size):
             write_checkpoint(path, CONTENT)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["last.pth"]
+
+
+def test_what_reads_otherwise_than_it_was_written_never_replaces_the_earlier_file(tmp_path, monkeypatch):
+    """A failing disk, played by a write that loses a byte between the file system and the disk."""
+    path = tmp_path / "last.pth"
+    write_checkpoint(path, {"model": {"weight": torch.ones(3)}})
+    before = path.read_bytes()
+    sync = os.fsync
+
+    def lossy(number: int) -> None:
+        sync(number)
+        os.pwrite(number, b"\xff", 700)
+
+    monkeypatch.setattr(os, "fsync", lossy)
+    with pytest.raises(CheckpointError, match=r"read back differs.*earlier file of that name is unchanged"):
+        write_checkpoint(path, CONTENT)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["last.pth"]
+
+
+def test_leftovers_of_killed_writers_go_and_nothing_else(tmp_path):
+    for name in (".last.pth.17.tmp", ".best.pth.18.tmp", "last.pth", ".hidden", "a.tmp"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".last.pth.17.tmp", (0, 0))
+    remove_leftovers(tmp_path, older_than=3600)
+    assert sorted(os.listdir(tmp_path)) == [".best.pth.18.tmp", ".hidden", "a.tmp", "last.pth"]
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "a.tmp", "last.pth"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

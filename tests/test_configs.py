@@ -154,6 +154,11 @@ def test_overrides_reach_their_key_only():
     assert yaml.safe_load(to_yaml(config))["views"]["num_views"] == 3
 
 
+def test_a_writer_of_ones_own_is_imported_by_the_run_only():
+    """A plan is made where the writer is not at hand; the named module must not run for it."""
+    assert compose([*BASE, "viz.type=[wandb,no_such_module:Writer]"]).viz.type == ["wandb", "no_such_module:Writer"]
+
+
 # One source of truth
 
 
@@ -204,6 +209,9 @@ def test_view_options_of_the_library_are_those_of_the_configuration():
         (["optim.learning_rate=-1"], "optim.learning_rate must be at least 0"),
         (["optim.clip_norm=nan"], "optim.clip_norm must be at least 0 and finite; got nan"),
         (["batch_size"], "key=value"),
+        (["viz.type=tensorbord"], "did you mean 'tensorboard'?"),
+        (["viz.type=null"], "viz.type is a name or a list of names"),
+        (["viz.mode=disabled"], "viz.mode must be online, offline or null; got 'disabled'"),
     ],
 )
 def test_mistakes_are_named_in_one_line(overrides, said):

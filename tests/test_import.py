@@ -11,7 +11,7 @@ import featsharp
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("timm", "torchvision", "hydra", "omegaconf", "tensorboard", "matplotlib", "onnx", "tqdm", "webdataset")
-OPTIONAL += ("kornia", "sklearn", "skimage", "transformers", "scipy")
+OPTIONAL += ("kornia", "sklearn", "skimage", "transformers", "scipy", "wandb")
 
 BLOCK = f"""
 import sys

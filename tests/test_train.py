@@ -2,12 +2,15 @@
 
 import importlib.util
 import io
+import json
+import math
 import os
 import resource
 import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,9 @@ from featsharp.backbones import create_backbone
 from featsharp.builder import load_from_file
 from featsharp.checkpoint import read_checkpoint
 from featsharp.configs.compose import compose, options_of
+from featsharp.errors import InputError
 from featsharp.train import main
+from featsharp.training.writers import VizWriter
 from featsharp.upsamplers import UPSAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,6 +133,91 @@ def test_the_command_trains_from_nested_tars_and_leaves_its_artifacts(shards, tm
         assert encoder(torch.randn(1, 3, 128, 192)).high_res.shape == (1, 32, 16, 24)
     assert read_checkpoint(folder / "last.pth")["config"] == saved
     assert len(list((own_cache / "statistics").iterdir())) == 1
+
+
+class Notes(VizWriter):
+    """A writer of the user's: notes down what it is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = (folder / "notes.jsonl").open("a")
+
+    def _note(self, **entry: object) -> None:
+        print(json.dumps(entry), file=self.file, flush=True)
+
+    def config(self, config: Mapping[str, object]) -> None:
+        self._note(config=config)
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self._note(name=name, value=value, step=step)
+
+    def image(self, name: str, image: torch.Tensor, step: int) -> None:
+        self._note(name=name, shape=list(image.shape), low=image.min().item(), high=image.max().item(), step=step)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class FullDisk(Notes):
+    def scalar(self, name: str, value: float, step: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    def close(self) -> None:
+        raise OSError(28, "No space left on device")
+
+
+SCALARS = {
+    *("loss/total", "loss/reconstruction", "loss/regularizer", "loss/tv", "fidelity/train"),
+    *("optim/gradient_norm", "optim/spectral_norm_min", "optim/spectral_norm_median", "optim/spectral_norm_max"),
+    *(f"optim/learning_rate_{group}" for group in ("main", "jbu", "spectral", "uncertainty")),
+    *("data/wait_seconds", "data/wait_share", "data/skipped", "memory/peak_resident_gib"),
+    *("speed/seconds_per_step", "speed/images_per_second"),
+    *("val/fidelity_area", "val/fidelity_own", "val/cosine", "val/log_variance_low", "val/log_variance_high"),
+}
+
+
+def test_everything_that_is_watched_reaches_a_writer_of_the_user(photos, caplog):
+    """U17, U18: beside others; the pictures of all that is learned come at ``val_frequency``."""
+    caplog.set_level("INFO")
+    options = ["val_frequency=2", "objective.uncertainty=true", "objective.downsampler=attention"]
+    writers = f"viz.type=[tensorboard,{__name__}:FullDisk,{__name__}:Notes]"
+    assert train(photos, *options, "num_training_steps=3", writers) == 0
+    folder = Path("outputs/toy-vit/64")
+    lines = [json.loads(line) for line in (folder / "notes.jsonl").read_text().splitlines()]
+    # The configuration comes first, as it is in the file; FullDisk noted it, too, before it was dropped.
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert [entry["config"] for entry in lines[:2]] == [saved, saved]
+    entries = lines[2:]
+    steps = {
+        name: [entry["step"] for entry in entries if entry["name"] == name] for name in {e["name"] for e in entries}
+    }
+    pictures = {"val/features_0", "val/bias", "val/kernel", "val/kernels", "val/log_variance"}
+    assert steps.keys() == SCALARS | pictures
+    assert all(steps[name] == ([2, 3] if name.startswith("val/") else [1, 2, 3]) for name in steps)
+    for entry in entries:
+        if entry["name"] in pictures:
+            assert 0 <= entry["low"] < entry["high"] <= 1, entry
+        else:
+            assert math.isfinite(entry["value"]), entry
+    values = {entry["name"]: entry["value"] for entry in entries if "value" in entry}
+    assert 0 <= values["data/wait_share"] < 1
+    assert values["speed/images_per_second"] == pytest.approx(2 / values["speed/seconds_per_step"])
+    dropped = [message for message in caplog.messages if "nothing more is reported" in message]
+    assert dropped == [f"nothing more is reported to {__name__}:FullDisk (OSError: [Errno 28] No space left on device)"]
+    assert sum("of the time waiting for data" in message for message in caplog.messages) == 1
+    (events,) = folder.glob("events.*")
+    reader = EventAccumulator(str(events))
+    reader.Reload()
+    assert set(reader.Tags()["scalars"]) == SCALARS
+    assert set(reader.Tags()["images"]) == pictures
+
+
+def test_a_failing_writer_does_not_hide_why_the_run_failed(photos, capsys, monkeypatch):
+    def fail(*_: object) -> None:
+        raise InputError("the run's own reason")
+
+    monkeypatch.setattr("featsharp.training.trainer.Trainer.train_step", fail)
+    assert train(photos, f"viz.type={__name__}:FullDisk") == 1
+    assert "featsharp train: the run's own reason" in capsys.readouterr().err
 
 
 NOT_TRAINED = {"custom", "super-resolution", "s2", "s2-pooled"}
@@ -257,6 +347,18 @@ def test_another_configuration_is_refused_and_named(photos, capsys):
     assert Path("outputs/toy-vit/64/last.pth").read_bytes() == before
 
 
+def test_a_forced_resumption_warns_and_goes_on(photos, caplog, capsys):
+    assert train(photos, upsampler="featup-2x") == 0
+    forced = ["seed=3", "num_training_steps=4", "force_resume=true"]
+    assert train(photos, *forced, upsampler="featup-2x") == 0
+    assert "seed 3 instead of 0" in caplog.text
+    assert last_of()["training"]["step"] == 4
+    capsys.readouterr()
+    assert train(photos, *forced, "num_training_steps=5", "bias_buffer=false", upsampler="featup-2x") == 1
+    assert "does not hold what a checkpoint holds" in capsys.readouterr().err
+    assert last_of()["training"]["step"] == 4
+
+
 def test_resuming_with_other_backbone_weights_is_refused(photos, capsys, monkeypatch):
     assert train(photos, upsampler="featup-2x") == 0
     before = Path("outputs/toy-vit/64/last.pth").read_bytes()
@@ -341,7 +443,11 @@ def test_a_linear_fit_needs_no_step(photos, shards, caplog):
     [
         (["val_data_dir=none"], "no such file"),
         (["dist_train_data_dir=none"], "no such file"),
-        (["viz.type=wandb"], "unknown viz.type"),
+        (["viz.type=wandbee"], "unknown viz.type 'wandbee'; did you mean 'wandb'"),
+        (["viz.type=[none,tensorbord]"], "did you mean 'tensorboard'"),
+        (["viz.type=no_such_module:Writer"], "'no_such_module' cannot be imported"),
+        ([f"viz.type={__name__}:Sharpener"], "is no VizWriter: it lacks config"),
+        (["viz.mode=ofline"], "viz.mode must be online, offline or null"),
         (["objective.downsampler=simpel"], "'simple'"),
         (["model.dtype=int8"], "unknown dtype"),
         (["device=gpu"], "device 'gpu'"),

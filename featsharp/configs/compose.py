@@ -11,6 +11,7 @@ from typing import Any
 from featsharp.configs.schema import RunConfig
 from featsharp.errors import ConfigError, MissingDependencyError, unknown_name
 from featsharp.training.objectives import OBJECTIVES, ObjectiveConfig, config_type
+from featsharp.training.writers import writer_names
 
 GROUPS = ("model", "upsampler", "datasets", "normalizer", "objective")
 
@@ -21,11 +22,15 @@ FACTOR = re.compile(r"(?P<group>\+{0,2}upsampler)=(?P<name>[\w-]*\w)-(?P<factor>
 AT_LEAST = {
     "num_training_steps": 0,
     "batch_size": 1,
+    "accumulation_steps": 1,
+    "distributed_timeout": 1.0,
     "num_workers": 0,
     "log_frequency": 0,
     "val_frequency": 0,
     "checkpoint_frequency": 0,
     "seed": 0,
+    "data.min_size": 1,
+    "data.shuffle_buffer": 1,
     "normalizer.num_samples": 1,
     "normalizer.batch_size": 1,
     "linear_fit.samples": 0,
@@ -47,6 +52,7 @@ AT_LEAST = {
     "viz.num_images": 1,
 }
 AT_MOST = {"views.rotation": 180.0, "views.shift": 1.0, "views.flip": 1.0}
+WANDB_MODES = ("online", "offline", None)
 RANGES = {"views.zoom": 1.0, "views.jitter_zoom": 0.1, "views.perspective": 0.0}
 
 
@@ -177,7 +183,10 @@ def _valid_keys(schema: Any = RunConfig, prefix: str = "") -> set[str]:
 
 
 def _check_values(config: RunConfig) -> None:
-    """Refuse numbers that would fail only in the middle of a run."""
+    """Refuse values that would fail only in the middle of a run."""
+    writer_names(config.viz.type)
+    if config.viz.mode not in WANDB_MODES:
+        raise ConfigError(f"viz.mode must be online, offline or null; got {config.viz.mode!r}")
     flat = flatten(dataclasses.asdict(config))
     for key, least in AT_LEAST.items():
         if key in flat and not least <= flat[key] < math.inf:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from featsharp.data.filters import MIN_SIZE
+from featsharp.data.streams import SHUFFLE_BUFFER
 from featsharp.training.least_squares import LinearFitConfig
 from featsharp.training.objectives import ObjectiveConfig
 from featsharp.training.objectives.multi_view import MultiViewConfig
@@ -52,6 +54,15 @@ class ViewsConfig:
 
 
 @dataclass
+class DataConfig:
+    """Which images train: see ``featsharp.data.filters``; ``shuffle_buffer`` is for shards by URL or pipe."""
+
+    min_size: int = MIN_SIZE
+    filter: str | None = None
+    shuffle_buffer: int = SHUFFLE_BUFFER
+
+
+@dataclass
 class FeatureCacheConfig:
     """``samples`` are trained on again and again, their backbone features kept in ``folder``; 0: always new ones."""
 
@@ -61,10 +72,15 @@ class FeatureCacheConfig:
 
 @dataclass
 class VizConfig:
-    """``type`` is tensorboard or none; ``num_images`` of ``val_data_dir`` are drawn and scored every time."""
+    """``type`` is tensorboard, wandb, none, ``package.module:Class`` (a writer of your own, which is imported), or a
+    list of these; ``entity``, ``project`` and ``mode`` are wandb's; ``num_images`` of ``val_data_dir`` are drawn and
+    scored every time."""
 
-    type: str = "tensorboard"
+    type: Any = "tensorboard"
     num_images: int = 4
+    entity: str | None = None
+    project: str = "featsharp"
+    mode: str | None = None
 
 
 @dataclass
@@ -79,19 +95,25 @@ class RunConfig:
     output_root: str = "${output_base}/${output_subdir}"
     num_training_steps: int = 3000
     batch_size: int = 4
+    accumulation_steps: int = 1
     num_workers: int = 1
     log_frequency: int = 10
     val_frequency: int = 1000
     checkpoint_frequency: int = 500
     seed: int = 0
     device: str = "auto"
+    distributed_timeout: float = 600.0
+    compile_model: bool = False
+    compile_backend: str = "inductor"
     resume: bool = True
+    force_resume: bool = False
     dry_run: bool = False
     progress: bool = True
     bias_buffer: bool = True
     spectral: bool = True
     model: ModelConfig = field(default_factory=ModelConfig)
     upsampler: UpsamplerConfig = field(default_factory=UpsamplerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     normalizer: NormalizerConfig = field(default_factory=NormalizerConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     objective: ObjectiveConfig = field(default_factory=MultiViewConfig)  # of the class that its name says

@@ -1,15 +1,27 @@
-"""Index of a tar file: where each image lies, read from the headers alone. Nothing is extracted."""
+"""Images of tar files, local ones by an index for random access, others as a stream. Nothing is ever extracted.
+
+Only regular members with an image's name are read. Whatever else a tar holds is passed over and accounted for: damage,
+links and devices, paths that lead out of the archive, and other kinds of files (labels, ``.pyd``, ``.pickle``, ...).
+"""
 
 import os
+import re
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple, Self
 
 from featsharp.data.images import is_image_name
 from featsharp.errors import DataError
 
+# A header may claim any size: what a stream's members can make us hold in memory.
+MAX_MEMBER_BYTES = 1 << 28
+NO_IMAGE = "no image by name"  # kind of files and members that do not pretend to be one
+
 _COMPRESSED_EXTENSIONS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+_OTHER = "other"  # verdict on members that are no images and do not pretend to be
+_DAMAGE = (tarfile.TarError, ValueError, IndexError, KeyError, OverflowError, MemoryError)
 
 
 class TarMember(NamedTuple):
@@ -20,14 +32,31 @@ class TarMember(NamedTuple):
     size: int
 
 
-def index_tar(path: Path) -> tuple[list[TarMember], list[str]]:
-    """The images of a tar file in stored order, and what is wrong with the file (empty when nothing is).
+class TarIndex(NamedTuple):
+    """What a tar file holds."""
 
-    A damaged or truncated file gives the members up to the damage and one line that says where it is. Raises DataError
+    members: list[TarMember]
+    skipped: list[tuple[str, str]]  # (name, reason) of damage and of members that are refused
+    others: int  # members that are no images by name
+
+
+class StreamMember(NamedTuple):
+    """The next member of a stream: an image's bytes, or why there is none (``name`` may then be the tar's own)."""
+
+    name: str
+    data: bytes
+    reason: str = ""
+
+
+def index_tar(path: Path) -> TarIndex:
+    """The images of a tar file in stored order.
+
+    A damaged or truncated file gives the members up to the damage and one entry that says where it is. Raises DataError
     for a compressed tar, which cannot be read at random.
     """
     members: list[TarMember] = []
-    problems: list[str] = []
+    skipped: list[tuple[str, str]] = []
+    others = 0
     try:
         end = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
@@ -35,22 +64,60 @@ def index_tar(path: Path) -> tuple[list[TarMember], list[str]]:
                 # tarfile would keep every header, a gigabyte for a million members.
                 tar.members.clear()  # type: ignore[attr-defined]
                 if info.isreg() and not 0 <= info.size <= end - info.offset_data:
-                    problems.append(f"{path}: cut short inside {info.name!r}; this member and all after it are lost")
-                    return members, problems
-                if not is_image_name(info.name):
-                    continue
-                if info.isreg() and not info.issparse():
+                    skipped.append((str(path), _cut_inside(info.name)))
+                    return TarIndex(members, skipped, others)
+                verdict = _verdict(info)
+                if verdict == "":
                     members.append(TarMember(info.name, info.offset_data, info.size))
-                elif not info.isdir():
-                    problems.append(f"{path}: {info.name!r} is a link or special file, not an image; left out")
+                elif verdict == _OTHER:
+                    others += not info.isdir()
+                else:
+                    skipped.append((f"{path}/{info.name}", verdict))
             assert tar.fileobj is not None
-            problems.extend(_unexpected_end(path, tar.fileobj, tar.offset))  # type: ignore[arg-type]
+            if end_of_it := _unexpected_end(tar.fileobj, tar.offset):  # type: ignore[arg-type]
+                skipped.append((str(path), end_of_it))
     # Damaged headers surface as any of these; tarfile wraps only some of them.
-    except (tarfile.TarError, OSError, ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+    except (*_DAMAGE, OSError) as error:
         if _is_compressed(path):
             raise refuse_compressed(path) from error
-        problems.append(f"{path}: not readable as a tar file from here on ({error}); {len(members)} images before it")
-    return members, problems
+        skipped.append((str(path), _not_a_tar(error, len(members))))
+    return TarIndex(members, skipped, others)
+
+
+def stream_tar(file: BinaryIO | IO[bytes]) -> Iterator[StreamMember]:
+    """The images of a tar that can only be read once, in stored order, and what is wrong with it.
+
+    The last entry has no name when it is about the tar itself. Members that are no images by name are one entry at the
+    end, with their number. Errors of reading (OSError) pass through.
+    """
+    images = others = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
+            while (info := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]
+                verdict = _verdict(info)
+                if verdict == _OTHER:
+                    others += not info.isdir()
+                elif verdict or info.size > MAX_MEMBER_BYTES:
+                    yield StreamMember(info.name, b"", verdict or f"larger than {MAX_MEMBER_BYTES >> 20} MiB")
+                else:
+                    content = tar.extractfile(info)
+                    assert content is not None  # of a regular member
+                    yield StreamMember(info.name, content.read())
+                    images += 1
+            ended_by = getattr(tar, "ended_by", "")
+        if ended_by:
+            yield StreamMember("", b"", ended_by)
+    except _DAMAGE as error:
+        cut = images and "unexpected end" in str(error)
+        yield StreamMember("", b"", _cut_inside("a member") if cut else _not_a_tar(error, images))
+    if others:
+        yield StreamMember("*", b"", count_of_others(others))
+
+
+def count_of_others(count: int) -> str:
+    """The reason that stands for ``count`` files or members which are no images by name."""
+    return f"{count} {NO_IMAGE}"
 
 
 def is_compressed_name(name: str) -> bool:
@@ -63,17 +130,58 @@ def refuse_compressed(path: Path) -> DataError:
     return DataError(f"{path}: compressed tar files cannot be read at random; decompress it to a plain .tar first")
 
 
-def _unexpected_end(path: Path, file: BinaryIO, offset: int) -> list[str]:
+class _Header(tarfile.TarInfo):
+    """Leaves a note of what ended the archive: tarfile takes a damaged header after the first for its end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.HeaderError as error:
+            kind: Any = type(error).__name__
+            tarfile_.ended_by = {  # type: ignore[attr-defined]
+                "EOFHeaderError": "",
+                "EmptyHeaderError": "no end-of-archive mark (it may have been cut short between two members)",
+                "TruncatedHeaderError": "cut short (inside a header; all members from there on are lost)",
+            }.get(kind, "damaged header (all members from there on are lost)")
+            raise
+
+
+def _verdict(info: tarfile.TarInfo) -> str:
+    """Empty for an image, ``_OTHER``, or the reason why a member is refused."""
+    if info.isdir():
+        return _OTHER
+    if not info.isreg() or info.issparse():
+        return "link or special file"
+    if _leads_outside(info.name):
+        return "path that leads outside the tar"
+    return "" if is_image_name(info.name) else _OTHER
+
+
+def _leads_outside(name: str) -> bool:
+    """Whether a path is absolute or climbs, also as Windows reads it."""
+    return bool(re.match(r"[/\\]|[A-Za-z]:", name)) or ".." in re.split(r"[/\\]", name)
+
+
+def _cut_inside(name: str) -> str:
+    return f"cut short (inside {name!r}; this member and all after it are lost)"
+
+
+def _not_a_tar(error: BaseException, images: int) -> str:
+    return f"not readable as a tar file ({error}; {images} images before that)"
+
+
+def _unexpected_end(file: BinaryIO, offset: int) -> str:
     """tarfile takes a damaged header after the first for the end of the archive: look at what it stopped at."""
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if not block:
-        return [f"{path}: no end-of-archive mark; the file may have been cut short between two members"]
+        return "no end-of-archive mark (it may have been cut short between two members)"
     if len(block) < tarfile.BLOCKSIZE:
-        return [f"{path}: cut short inside a header at byte {offset}; all members from there on are lost"]
+        return f"cut short (inside a header at byte {offset}; all members from there on are lost)"
     if any(block):
-        return [f"{path}: damaged header at byte {offset}; all members from there on are lost"]
-    return []
+        return f"damaged header (at byte {offset}; all members from there on are lost)"
+    return ""
 
 
 def _is_compressed(path: Path) -> bool:

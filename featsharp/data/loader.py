@@ -2,9 +2,10 @@
 
 Sample n of a run is the same whatever the number of processes and workers: step s of a run with ``world`` ranks takes
 the samples ``(s * world + rank) * batch ...``, so a resumed run goes on where it stopped and two processes see together
-what one would see with twice the batch.
+what one would see with twice the batch. Only which image of a *stream* a sample is depends on both numbers, too.
 """
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from featsharp.data.sources import ImageMixture
+from featsharp.data._tar import NO_IMAGE
+from featsharp.data.sources import Division, ImageMixture, count_kinds
 from featsharp.data.views import ViewConfig, Views, sample_views
-from featsharp.errors import DataError
+from featsharp.errors import ConfigError, FeatSharpError
 
 
 class ViewBatch(NamedTuple):
@@ -39,7 +41,11 @@ class ViewDataset:
         self.mixture, self.size, self.config, self.seed = mixture, size, config, seed
 
     def __getitem__(self, n: int) -> tuple[Views, list[tuple[str, str]]]:
-        loaded = self.mixture.load(n)
+        return self.sample(n)
+
+    def sample(self, n: int, division: Division = Division()) -> tuple[Views, list[tuple[str, str]]]:  # noqa: B008
+        """Sample ``n`` of a run whose samples are divided so (which matters for streams only)."""
+        loaded = self.mixture.load(n, division)
         rng = np.random.default_rng((self.seed, n))
         return sample_views(loaded.image, self.size, self.config, rng), loaded.skipped
 
@@ -87,21 +93,29 @@ def load_views(dataset: ViewDataset, sampler: StepSampler, num_workers: int) -> 
 
     Raises:
         DataError: When the data holds too few usable images.
+        ConfigError: When samples are to be repeated that come from a stream, or when the filter fails.
     """
-    loader: DataLoader[ViewBatch | DataError] = DataLoader(
-        _Batches(dataset),
+    if sampler.distinct and dataset.mixture.has_streams:
+        raise ConfigError(
+            "feature_cache.samples repeats samples, which shards by URL or pipe cannot give again; copy them to a disk "
+            "or set feature_cache.samples=0"
+        )
+    dataset.mixture.close()  # what was read for another purpose: this pass has readers of its own
+    division = Division(sampler.batch_size, sampler.world, max(1, num_workers))
+    loader: DataLoader[ViewBatch | FeatSharpError] = DataLoader(
+        _Batches(dataset, division),
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
         collate_fn=_as_is,
         # Workers are forked where the system forks: their threads would fight for the cores of the training process.
-        worker_init_fn=_single_thread,
+        worker_init_fn=_prepare_worker,
         prefetch_factor=2 if num_workers else None,
         # Without a generator of its own the loader would draw from the global one, and a resumed run once more.
         generator=torch.Generator().manual_seed(0),
     )
     for batch in loader:
-        if isinstance(batch, DataError):
+        if isinstance(batch, FeatSharpError):
             raise batch
         yield batch
 
@@ -113,35 +127,48 @@ def collate_views(samples: list[tuple[Views, list[tuple[str, str]]]]) -> ViewBat
 
 
 class SkipLog:
-    """Counts what was passed over, by reason, and remembers each name once."""
+    """What was passed over, each name once, and how much of each kind (see ``count_kinds``)."""
 
     def __init__(self) -> None:
         self.names: dict[str, str] = {}
 
     def add(self, skipped: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Add entries; returns those that are new."""
+        """Add entries; returns those that are new and worth a line in the log."""
         new = {name: reason for name, reason in skipped if name not in self.names}
         self.names.update(new)
-        return list(new.items())
+        return [entry for entry in new.items() if NO_IMAGE not in entry[1]]
+
+    @property
+    def count(self) -> int:
+        """Images and shards that were skipped, without what never was an image."""
+        return sum(NO_IMAGE not in reason for reason in self.names.values())
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """Number of each kind, the most frequent first; files that never were images are a kind of their own."""
+        return count_kinds(self.names.items())
 
     def summary(self) -> str:
-        """For example "3 images skipped (2 truncated, 1 uniform)"; empty when there were none."""
-        if not self.names:
-            return ""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(self.names.values()).most_common())
-        return f"{len(self.names)} images skipped ({reasons})"
+        """For example "3 images skipped (2 cannot be decoded, 1 uniform colour)"; empty when there were none."""
+        kinds = self.kinds
+        others = kinds.pop(NO_IMAGE, 0)
+        said = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        parts = [f"{kinds.total()} images skipped ({said})"] if kinds else []
+        if others:
+            parts.append(f"{others} other files passed over ({NO_IMAGE})")
+        return "; ".join(parts)
 
 
-class _Batches(Dataset[ViewBatch | DataError]):
+class _Batches(Dataset[ViewBatch | FeatSharpError]):
     """Whole batches, or the error instead of one: an exception in a worker would arrive as the text of a traceback."""
 
-    def __init__(self, samples: ViewDataset) -> None:
-        self.samples = samples
+    def __init__(self, samples: ViewDataset, division: Division) -> None:
+        self.samples, self.division = samples, division
 
-    def __getitem__(self, numbers: list[int]) -> ViewBatch | DataError:
+    def __getitem__(self, numbers: list[int]) -> ViewBatch | FeatSharpError:
         try:
-            return collate_views([self.samples[n] for n in numbers])
-        except DataError as error:
+            return collate_views([self.samples.sample(n, self.division) for n in numbers])
+        except FeatSharpError as error:
             return error
 
 
@@ -149,5 +176,7 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _single_thread(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # Schedulers send it to all processes of a group; workers are needed until the training process has saved.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,31 +1,35 @@
 """Images for training: folders and tar shards with random access, mixed by weight in a reproducible order.
 
-Tar shards are the webdataset kind, but they are not streamed: each is indexed once by its headers and then read by
-seeking. That way any sample number leads straight to one image, so a run resumes exactly where it stopped and the order
-depends on neither the number of ranks nor the number of workers.
+Tar shards are the webdataset kind, but local ones are not streamed: each is indexed once by its headers and then read
+by seeking. That way any sample number leads straight to one image, so a run resumes exactly where it stopped and the
+order depends on neither the number of ranks nor the number of workers. Shards by URL or from a command are streams.
 """
 
 import functools
-import hashlib
+import itertools
 import logging
 import math
 import os
+import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from featsharp.data._tar import index_tar, is_compressed_name, refuse_compressed
+from featsharp.data._order import floor_sum, hash_bits, shuffled
+from featsharp.data._tar import count_of_others, index_tar, is_compressed_name, refuse_compressed
+from featsharp.data.filters import ImageFilter
 from featsharp.data.images import IMAGE_EXTENSIONS, decode_image, is_image_name
+from featsharp.data.streams import PIPE, SHUFFLE_BUFFER, ShardStream, expand_braces, is_stream
 from featsharp.errors import ConfigError, DataError, InputError
 
 logger = logging.getLogger(__name__)
 
-MIN_SIDE = 8  # pixels; what is smaller carries nothing to learn from
 MAX_FAILURES = 100  # unusable images in a row before a mixture gives up
 
 _PLAIN_FILE = -1  # in place of a shard number
@@ -39,7 +43,7 @@ _GOLDEN_STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the steps that cover a
 class WeightedPath(NamedTuple):
     """One entry of ``train_data_dir`` and its kin."""
 
-    path: Path
+    path: Path | str  # the latter names shards that are streamed
     weight: float = 1.0
 
 
@@ -59,13 +63,15 @@ class ImageSource:
 
     Attributes:
         path: The folder or tar file; names are relative to it.
-        problems: What was found damaged while indexing, a line each, file name first.
+        skipped: The (name, reason) of what was found damaged or refused while indexing.
+        num_others: Files and tar members that are no images by name.
         num_shards: Tar files with at least one image.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.problems: list[str] = []
+        self.skipped: list[tuple[str, str]] = []
+        self.num_others = 0
         self._shards: list[Path] = []
         self._shard_of = array("q")
         self._offsets = array("q")
@@ -76,6 +82,11 @@ class ImageSource:
     @property
     def num_shards(self) -> int:
         return len(self._shards)
+
+    @property
+    def problems(self) -> list[str]:
+        """``skipped`` as a line each."""
+        return [f"{name}: {reason}" for name, reason in self.skipped]
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -117,8 +128,9 @@ class ImageSource:
         self._sizes.append(size)
 
     def _append_tar(self, path: Path, prefix: str) -> None:
-        members, problems = index_tar(path)
-        self.problems += problems
+        members, skipped, others = index_tar(path)
+        self.skipped += skipped
+        self.num_others += others
         for member in members:
             self._append(prefix + member.name, len(self._shards), member.offset, member.size)
         if members:
@@ -126,7 +138,9 @@ class ImageSource:
 
 
 def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str] | None = None) -> ImageSource:
-    """Index a folder of images and/or ``.tar`` shards (nested, symbolic links followed), or one ``.tar`` file.
+    """Index a folder of images and/or ``.tar`` shards (nested, symbolic links followed), or a ``.tar`` file.
+
+    Ranges in braces name several files: ``shard-{000..099}.tar``.
 
     The order is that of the sorted relative paths, within a shard that of its members. Only names with an image
     extension count; other members (``.json``, ``.cls``, ``.pyd``, ...) and hidden files are ignored and never decoded.
@@ -142,13 +156,17 @@ def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str]
     source = ImageSource(Path(path))
     if source.path.is_dir():
         skip = Path(exclude).resolve() if exclude is not None else None
-        for name in sorted(_files(source.path, skip, source.problems)):
+        for name in sorted(_files(source.path, skip, source.skipped)):
             if is_image_name(name):
                 source._append(name)
             elif is_compressed_name(name):
                 raise refuse_compressed(source.path / name)
             elif name.lower().endswith(".tar"):
                 source._append_tar(source.path / name, f"{name}/")
+            else:
+                source.num_others += 1
+    elif "{" in source.path.name and not source.path.exists():
+        source = _open_shards(source.path)
     elif not source.path.exists():
         raise DataError(f"{source.path}: no such file or folder; {_EXPECTED}")
     elif is_compressed_name(source.path.name):
@@ -158,10 +176,24 @@ def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str]
     else:
         raise DataError(f"{source.path}: neither a folder nor a .tar file; {_EXPECTED}")
     if not len(source):
-        found = f" ({'; '.join(source.problems)})" if source.problems else ""
+        kinds = count_kinds(
+            [*source.skipped, *([("", count_of_others(source.num_others))] if source.num_others else [])]
+        )
+        found = "; found: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) if kinds else ""
+        found += f" (the first, {source.problems[0]})" if source.problems else ""
         raise DataError(f"{source.path}: no images found; {_EXPECTED}{found}")
     for problem in source.problems:
         _warn_once(problem)
+    return source
+
+
+def _open_shards(pattern: Path) -> ImageSource:
+    """The tars that a name with braces stands for, as a source of their folder."""
+    source = ImageSource(pattern.parent)
+    for name in expand_braces(pattern.name):
+        if not name.lower().endswith(".tar"):
+            raise DataError(f"{pattern}: stands for {name}, which is no .tar file; write shard-{{000..099}}.tar")
+        source._append_tar(source.path / name, f"{name}/")
     return source
 
 
@@ -174,8 +206,9 @@ def _warn_once(problem: str) -> None:
 def parse_data_dir(value: object) -> list[WeightedPath]:
     """The entries of a ``*_data_dir`` setting: a path, or a list whose entries are a path or ``[path, weight]``.
 
-    ``~`` and environment variables are expanded. A weight is the share of samples that a source gets, whatever its
-    size; it is 1 where none is given. Raises ConfigError for anything else.
+    A path is that of a folder or a tar file, or ``http(s)://...`` or ``pipe:COMMAND`` as :class:`ShardStream` takes it.
+    ``~`` and environment variables are expanded, except in commands, where that is the shell's. A weight is the share
+    of samples that a source gets, whatever its size; it is 1 where none is given. Raises ConfigError for anything else.
     """
     if isinstance(value, (str, os.PathLike)):
         return [_weighted_path(value, 1.0)]
@@ -192,25 +225,62 @@ def parse_data_dir(value: object) -> list[WeightedPath]:
     return entries
 
 
+class Division(NamedTuple):
+    """How the sample numbers of a run are divided among its readers (see ``featsharp.data.streams``).
+
+    Rank r of ``world`` takes the samples ``(s * world + r) * batch_size ...`` in step s; its worker s modulo
+    ``workers`` decodes them.
+    """
+
+    batch_size: int = 1
+    world: int = 1
+    workers: int = 1
+
+    @property
+    def readers(self) -> int:
+        return self.world * self.workers
+
+    def reader(self, n: int) -> int:
+        """The reader of sample ``n``."""
+        step, rest = divmod(n, self.batch_size * self.world)
+        return rest // self.batch_size * self.workers + step % self.workers
+
+    def earlier(self, n: int) -> Iterator[range]:
+        """The samples before ``n`` of the same reader, one range for each place in a batch."""
+        stride = self.batch_size * self.readers
+        turn = n // stride  # whole turns of all readers before this batch
+        place = n % self.batch_size
+        first = n - place - turn * stride
+        for other in range(self.batch_size):
+            yield range(first + other, first + other + stride * (turn + (other < place)), stride)
+
+
 class ImageMixture:
     """An endless sequence of images from several sources, the same for the same seed.
 
     Sample n comes from a source with probability proportional to its weight (over seeds; within one sequence the shares
     are kept as evenly as a golden-ratio rotation can). Each source is walked in shuffled epochs: all of its images,
     in an order of that epoch's own, before any comes again. Both are functions of (seed, n) alone, with nothing stored,
-    so any sample number costs the same few dozen integer steps.
+    so any sample number costs the same few dozen integer steps. Streams are walked by each reader on its own: which of
+    their images sample n is depends on the division of the samples, too, and going far ahead means reading up to there.
 
     Args:
         sources: At least one.
         weights: One positive number per source; None for equal shares.
         seed: Any integer.
+        keep: Tells which images are of use.
 
     Raises:
         ConfigError: No source, or weights that do not fit.
     """
 
     def __init__(
-        self, sources: Sequence[ImageSource], weights: Sequence[float] | None = None, *, seed: int = 0
+        self,
+        sources: Sequence[ImageSource | ShardStream],
+        weights: Sequence[float] | None = None,
+        *,
+        seed: int = 0,
+        keep: ImageFilter | None = None,
     ) -> None:
         weights = [1.0] * len(sources) if weights is None else list(weights)
         if not sources or len(weights) != len(sources) or not all(_is_weight(weight) for weight in weights):
@@ -218,66 +288,199 @@ class ImageMixture:
         self.sources = list(sources)
         self.weights = weights
         self.seed = seed
-        self._phase = _hash(seed) % _PERIOD
+        self.keep = keep or ImageFilter()
+        self._phase = hash_bits(seed) % _PERIOD
         self._bounds = _share_bounds(weights)
 
     @classmethod
-    def from_data_dir(cls, value: object, *, seed: int = 0) -> "ImageMixture":
-        """Open all that a ``*_data_dir`` setting names; see :func:`parse_data_dir` and :func:`open_source`."""
+    def from_data_dir(
+        cls,
+        value: object,
+        *,
+        seed: int = 0,
+        keep: ImageFilter | None = None,
+        shuffle_buffer: int = SHUFFLE_BUFFER,
+    ) -> "ImageMixture":
+        """Open all that a ``*_data_dir`` setting names; see :func:`parse_data_dir` and :func:`open_source`.
+
+        Raises:
+            DataError: Also when one of the sources has no usable image among the first 100 tried.
+        """
         entries = parse_data_dir(value)
-        return cls([open_source(entry.path) for entry in entries], [entry.weight for entry in entries], seed=seed)
+        sources = [
+            ShardStream(entry.path, shuffle_buffer) if isinstance(entry.path, str) else open_source(entry.path)
+            for entry in entries
+        ]
+        mixture = cls(sources, [entry.weight for entry in entries], seed=seed, keep=keep)
+        mixture.check()
+        return mixture
 
     @property
-    def num_images(self) -> int:
-        """Images over all sources."""
-        return sum(len(source) for source in self.sources)
+    def has_streams(self) -> bool:
+        """Whether some source can only be read in order."""
+        return any(isinstance(source, ShardStream) for source in self.sources)
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """The (name, reason) of what was passed over when the sources were opened, for the account of a run."""
+        found = [entry for source in self.sources for entry in source.skipped]
+        others = [(f"{source.path}/*", count_of_others(source.num_others)) for source in self.sources]
+        return found + [entry for entry, source in zip(others, self.sources, strict=True) if source.num_others]
+
+    def check(self) -> None:
+        """Raise DataError for a source without a usable image: shares of others would hide it for the whole run."""
+        for source in self.sources:
+            skipped: list[tuple[str, str]] = []
+            if not any(self._try(name, read, skipped) for name, read in _probes(source, skipped)):
+                kinds = ", ".join(f"{count} {kind}" for kind, count in count_kinds(skipped).items())
+                first = ": ".join(skipped[0]) if skipped else "nothing in it"
+                raise DataError(f"{source.path}: no usable image found ({kinds or 'no images'}); the first, {first}")
+
+    def close(self) -> None:
+        """Let go of the connections and commands of streams; they are opened again when needed."""
+        for source in self.sources:
+            if isinstance(source, ShardStream):
+                source.close()
 
     def locate(self, n: int) -> tuple[int, int]:
-        """(source index, image index) of sample ``n >= 0``."""
-        if n < 0:
-            raise InputError(f"sample numbers start at 0, got {n}")
-        source = bisect_right(self._bounds, (_GOLDEN_STEP * n + self._phase) % _PERIOD) - 1
-        low, high = self._bounds[source], self._bounds[source + 1]
-        # Count the samples of this source before n: of the rotation x, floor((x - low) / period) -
-        # floor((x - high) / period) is 1 where x lies in [low, high) (modulo the period) and 0 elsewhere.
-        earlier = _floor_sum(n, _PERIOD, _GOLDEN_STEP, self._phase - low)
-        earlier -= _floor_sum(n, _PERIOD, _GOLDEN_STEP, self._phase - high)
-        epoch, position = divmod(earlier, len(self.sources[source]))
-        return source, _shuffled(position, len(self.sources[source]), _hash(self.seed, source, epoch))
+        """(source index, image index) of sample ``n >= 0``; the latter in a stream: place of the only reader."""
+        source = self._source_of(n)
+        earlier = self._count(source, range(n))
+        chosen = self.sources[source]
+        if isinstance(chosen, ShardStream):
+            return source, earlier
+        epoch, position = divmod(earlier, len(chosen))
+        return source, shuffled(position, len(chosen), hash_bits(self.seed, source, epoch))
 
-    def load(self, n: int) -> LoadedImage:
+    def load(self, n: int, division: Division = Division()) -> LoadedImage:  # noqa: B008 (immutable)
         """Decode sample ``n``; an unusable image is replaced by another of the mixture, always the same for this n.
 
-        Unusable are images that cannot be read or decoded, have a side below 8 pixels, or are uniform (no channel spans
-        more than one level). Raises DataError after 100 of them in a row.
+        Unusable are images that cannot be read or decoded and those that the filter leaves out. Raises DataError after
+        100 of them in a row.
         """
         skipped: list[tuple[str, str]] = []
-        candidate = n
-        while len(skipped) < MAX_FAILURES:
-            source_index, index = self.locate(candidate)
-            source = self.sources[source_index]
-            name = f"{source.path}/{source.name(index)}"  # a path join would let an absolute member name win
-            try:
-                image = decode_image(source.read(index), name=name)
-                reason = _unusable(image)
-            except DataError as error:
-                reason = str(error).removeprefix(f"{name}: ")
-            if not reason:
+        for name, read in itertools.islice(self._candidates(n, division, skipped), MAX_FAILURES):
+            image = self._try(name, read, skipped)
+            if image is not None:
                 return LoadedImage(image, name, skipped)
-            skipped.append((name, reason))
-            candidate = _hash(self.seed, n, len(skipped)) >> 16
+        name, reason = skipped[-1]
         raise DataError(
-            f"sample {n}: {len(skipped)} images in a row cannot be used, the last being {name} ({reason}); "
+            f"sample {n}: {MAX_FAILURES} images in a row cannot be used, the last being {name} ({reason}); "
             f"check the data in {', '.join(str(source.path) for source in self.sources)}"
         )
 
+    def _source_of(self, n: int) -> int:
+        if n < 0:
+            raise InputError(f"sample numbers start at 0, got {n}")
+        return bisect_right(self._bounds, (_GOLDEN_STEP * n + self._phase) % _PERIOD) - 1
 
-def _files(root: Path, exclude: Path | None, problems: list[str]) -> Iterator[str]:
+    def _count(self, source: int, samples: range) -> int:
+        """How many of some samples come from a source."""
+        low, high = self._bounds[source], self._bounds[source + 1]
+        # Of the rotation x, floor((x - low) / period) - floor((x - high) / period) is 1 where x lies in [low, high)
+        # (modulo the period) and 0 elsewhere; a step may be taken modulo the period, as both floors shift alike.
+        step, start = _GOLDEN_STEP * samples.step % _PERIOD, _GOLDEN_STEP * samples.start + self._phase
+        count = len(samples)
+        return floor_sum(count, _PERIOD, step, start - low) - floor_sum(count, _PERIOD, step, start - high)
+
+    def _candidates(
+        self, n: int, division: Division, skipped: list[tuple[str, str]]
+    ) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        """Names and readers of the image of sample ``n`` and of those that take its place, without end."""
+        index = self._source_of(n)
+        source = self.sources[index]
+        if isinstance(source, ShardStream):
+            place = sum(self._count(index, samples) for samples in division.earlier(n))
+            reader = division.reader(n)
+            for image in source.images(
+                place, seed=hash_bits(self.seed, index), reader=reader, readers=division.readers
+            ):
+                skipped += image.skipped
+                yield image.name, functools.partial(bytes, image.data)
+        for failures in itertools.count():
+            candidate = hash_bits(self.seed, n, failures) >> 16 if failures else n
+            index, image_index = self.locate(candidate)
+            source = self.sources[index]
+            if isinstance(source, ImageSource):  # a stream's images are where they are
+                yield _named(source, image_index)
+
+    def _try(self, name: str, read: Callable[[], bytes], skipped: list[tuple[str, str]]) -> Image.Image | None:
+        """A usable image, or None and an entry in ``skipped``."""
+        try:
+            image = decode_image(read(), name=name)
+            reason = self.keep(image, name)
+        except DataError as error:
+            reason = str(error).removeprefix(f"{name}: ")
+        if not reason:
+            return image
+        skipped.append((name, reason))
+        return None
+
+
+def first_images(stream: ShardStream, count: int) -> Iterator[tuple[str, Image.Image]]:
+    """Name and RGB picture of the first readable images of a stream; DataError when there is none."""
+    found = 0
+    skipped: list[tuple[str, str]] = []
+    for image in stream.scan():
+        skipped += image.skipped
+        if not image.name:
+            continue
+        try:
+            decoded = decode_image(image.data, name=image.name)
+        except DataError as error:
+            skipped.append((image.name, str(error).removeprefix(f"{image.name}: ")))
+            continue
+        found += 1
+        yield image.name, decoded
+        if found == count:
+            return
+    if not found:
+        first = ": ".join(skipped[0]) if skipped else "it is empty"
+        raise DataError(f"{stream.path} holds no readable image; the first problem: {first}")
+
+
+def count_kinds(skipped: Iterable[tuple[str, str]]) -> Counter[str]:
+    """How many (name, reason) entries there are of each kind, the most frequent first.
+
+    A reason starts with its kind; details follow in parentheses or behind a colon or semicolon. One that starts with a
+    number stands for so many.
+    """
+    kinds: Counter[str] = Counter()
+    for _, reason in skipped:
+        kind = re.split(r" \(|[:;] ", reason, maxsplit=1)[0]
+        number, mark, rest = kind.partition(" ")
+        if mark and number.isdecimal():
+            kinds[rest] += int(number)
+        else:
+            kinds[kind] += 1
+    return Counter(dict(kinds.most_common()))
+
+
+def _named(source: ImageSource, index: int) -> tuple[str, Callable[[], bytes]]:
+    # A path join would let an absolute member name win.
+    return f"{source.path}/{source.name(index)}", functools.partial(source.read, index)
+
+
+def _probes(
+    source: ImageSource | ShardStream, skipped: list[tuple[str, str]]
+) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Images from all over a source, or the first of a stream, to see whether there is a usable one."""
+    if isinstance(source, ImageSource):
+        for position in range(min(MAX_FAILURES, len(source))):
+            yield _named(source, shuffled(position, len(source), 0))
+        return
+    for image in itertools.islice(source.scan(), MAX_FAILURES):
+        skipped += image.skipped
+        if image.name:
+            yield image.name, functools.partial(bytes, image.data)
+
+
+def _files(root: Path, exclude: Path | None, skipped: list[tuple[str, str]]) -> Iterator[str]:
     """Relative names of all files below ``root`` that are not hidden; each folder once, even if links form a loop."""
     seen: set[str] = set()
 
     def note(error: OSError) -> None:
-        problems.append(f"{error.filename}: cannot be listed ({error.strerror})")
+        skipped.append((str(error.filename), f"folder cannot be listed ({error.strerror})"))
 
     for folder, folders, files in os.walk(root, followlinks=True, onerror=note):
         real = os.path.realpath(folder)
@@ -296,62 +499,22 @@ def _visible(names: Iterable[str]) -> list[str]:
 
 def _weighted_path(path: object, weight: object) -> WeightedPath:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise ConfigError(f"data entry with path {path!r}: a folder or .tar file is needed")
+        raise ConfigError(f"data entry with path {path!r}: a folder, a .tar file, a URL or pipe:COMMAND is needed")
     if not _is_weight(weight):
         raise ConfigError(f"data entry {str(path)!r} has weight {weight!r}; a positive number is needed")
-    return WeightedPath(Path(os.path.expandvars(path)).expanduser(), float(weight))  # type: ignore[arg-type]
+    share = float(weight)  # type: ignore[arg-type]
+    text = os.fspath(path)
+    if text.startswith(PIPE):
+        return WeightedPath(text, share)
+    text = os.path.expandvars(text)
+    return WeightedPath(text if is_stream(text) else Path(text).expanduser(), share)
 
 
 def _is_weight(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
-def _unusable(image: Image.Image) -> str:
-    """Why an image is of no use for training; empty when it is."""
-    if min(image.size) < MIN_SIDE:
-        return f"{image.width} x {image.height} pixels, smaller than {MIN_SIDE}"
-    ranges = [int(high) - int(low) for low, high in image.getextrema()]  # type: ignore[misc]
-    return "uniform colour" if max(ranges) <= 1 else ""
-
-
 def _share_bounds(weights: Sequence[float]) -> list[int]:
     """Cumulative shares of the circle of 2^64 steps, from 0 to the full circle; exact fractions, so none is lost."""
     parts = [Fraction(weight) for weight in weights]
     return [int(sum(parts[:count]) / sum(parts) * _PERIOD) for count in range(len(parts) + 1)]
-
-
-def _floor_sum(count: int, modulus: int, step: int, start: int) -> int:
-    """Sum over i < count of floor((step * i + start) / modulus), by Euclid's reduction: O(log modulus) steps."""
-    total = 0
-    while True:
-        whole, step = divmod(step, modulus)
-        offset, start = divmod(start, modulus)
-        total += whole * (count * (count - 1) // 2) + offset * count
-        # What is left counts lattice points under a line of slope < 1: count them along the other axis.
-        rows, start = divmod(step * count + start, modulus)
-        if rows == 0:
-            return total
-        count, modulus, step = rows, step, modulus
-
-
-def _shuffled(position: int, length: int, key: int) -> int:
-    """Image of ``position`` under a pseudo-random permutation of range(length).
-
-    A Feistel network permutes the next power of two; values beyond the length are sent through it again until they
-    fall inside, which keeps it a permutation.
-    """
-    half = max(1, ((length - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    value = position
-    while True:
-        left, right = value >> half, value & mask
-        for turn in range(6):
-            left, right = right, left ^ (_hash(key, turn, right) & mask)
-        value = left << half | right
-        if value < length:
-            return value
-
-
-def _hash(*values: int) -> int:
-    """64 pseudo-random bits of some integers, the same on every machine and version."""
-    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")

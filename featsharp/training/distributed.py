@@ -2,18 +2,24 @@
 parameter names stay the same and the two-part backward of a step needs no special care."""
 
 import os
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from featsharp.errors import DistributedError
+from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.device import find_device
+
+T = TypeVar("T")
 
 
 class World(NamedTuple):
-    """This process among all: rank of world."""
+    """This process among all: rank of size."""
 
     rank: int
     size: int
@@ -24,11 +30,12 @@ class World(NamedTuple):
         return self.rank == 0
 
 
-def start_world(device: str) -> World:
+def start_world(device: str, timeout: float = 600) -> World:
     """Join the processes that torchrun started, or stand alone.
 
     Args:
         device: "auto" (CUDA where there is one), or a torch device.
+        timeout: Seconds after which a process that waits for another one gives up.
     """
     chosen = find_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:
@@ -36,12 +43,13 @@ def start_world(device: str) -> World:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # collectives of objects use the current device
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        _together(lambda: dist.init_process_group(backend, timeout=timedelta(seconds=timeout)))
     return World(dist.get_rank(), dist.get_world_size(), chosen)
 
 
 def stop_world() -> None:
-    """Leave the group, if there is one."""
+    """Leave the group, if there is one. Not after an error: the others may never come to leave it, too."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -52,7 +60,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
+    add_over_processes([flat], world)
     flat /= world.size
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
@@ -62,20 +70,72 @@ def add_over_processes(tensors: Iterable[Tensor], world: World) -> None:
     """Replace every tensor by its sum over the processes."""
     if world.size > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            _together(partial(dist.all_reduce, tensor))
+
+
+def merge_statistics(statistics: FeatureStatistics, world: World) -> FeatureStatistics:
+    """What all processes have seen together, on every process.
+
+    Only counts, means and scatters are added up, never features: n = sum n_i; n mean = sum n_i mean_i;
+    scatter = sum scatter_i + n_i (mean_i - mean) (mean_i - mean)^T.
+    """
+    if world.size == 1:
+        return statistics
+    own = {name: value.to(world.device) for name, value in statistics.state().items()}
+    count, mean = own["count"].clone(), own["count"] * own["mean"]
+    add_over_processes([count, mean], world)
+    mean /= count.clamp(min=1)
+    away = own["mean"] - mean
+    scatter = own["scatter"] + own["count"] * torch.outer(away, away)
+    add_over_processes([scatter], world)
+    return FeatureStatistics.from_state({"count": count.cpu(), "mean": mean.cpu(), "scatter": scatter.cpu()})
+
+
+def any_process(flag: bool, world: World) -> bool:
+    """Whether the flag is set in any process; the same answer on all of them."""
+    if world.size == 1:
+        return flag
+    flags = torch.tensor(int(flag), device=world.device)
+    add_over_processes([flags], world)
+    return bool(flags)
 
 
 def copy_from_main(tensors: Iterable[Tensor], world: World) -> None:
     """Overwrite tensors with those of rank 0."""
     if world.size > 1:
         for tensor in tensors:
-            dist.broadcast(tensor.data, 0)
+            _together(partial(dist.broadcast, tensor.data, 0))
 
 
-def gather_objects(value: object, world: World) -> list[object]:
+def object_from_main(make: Callable[[], T], world: World) -> T:
+    """What ``make`` returns on rank 0, the only process that calls it; others need not see the same files."""
+    values = [make() if world.is_main else None]
+    if world.size > 1:
+        _together(lambda: dist.broadcast_object_list(values, 0, device=world.device))
+    return values[0]  # type: ignore[return-value]
+
+
+def gather_objects(value: T, world: World) -> list[T]:
     """What every process has, in rank order, on every process."""
     if world.size == 1:
         return [value]
-    gathered: list[object] = [None] * world.size
-    dist.all_gather_object(gathered, value)
+    gathered: list[T] = [value] * world.size
+    _together(lambda: dist.all_gather_object(gathered, value))
     return gathered
+
+
+def _together(call: Callable[[], object]) -> None:
+    """Run what needs all processes.
+
+    Raises:
+        DistributedError: When another one has ended or does not answer.
+    """
+    try:
+        call()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise DistributedError(
+            f"lost another process of this run ({str(error).splitlines()[0]}); its own error is further up, or in its "
+            "own log. One that only took longer needs a larger distributed_timeout"
+        ) from error

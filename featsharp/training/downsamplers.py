@@ -10,10 +10,22 @@ from torch import Tensor, nn
 
 from featsharp.registry import Registry
 
-DOWNSAMPLERS: Registry[nn.Module] = Registry("downsampler")
+
+class Downsampler(nn.Module):
+    """Base of all: [B, C, f*h, f*w] to [B, C, h, w]."""
+
+    def kernels(self, x: Tensor) -> Tensor | None:
+        """What each token takes from the K x K places under it, [B, h, w, K, K]; sums to one over the last two.
+
+        [1, 1, 1, K, K] where it is the same for all tokens; None where nothing was learned.
+        """
+        return None
 
 
-def create_downsampler(name: str, embed_dim: int, factor: int, kernel_size: int = 9) -> nn.Module:
+DOWNSAMPLERS: Registry[Downsampler] = Registry("downsampler")
+
+
+def create_downsampler(name: str, embed_dim: int, factor: int, kernel_size: int = 9) -> Downsampler:
     """Build a downsampler by name ("attention", "simple" or "area").
 
     A kernel smaller than the factor x factor cell would see only a corner of it, so it is at least as large.
@@ -22,7 +34,7 @@ def create_downsampler(name: str, embed_dim: int, factor: int, kernel_size: int 
 
 
 @DOWNSAMPLERS.register("area", "mean over factor x factor cells, no parameters")
-class AreaDownsampler(nn.Module):
+class AreaDownsampler(Downsampler):
     """Mean over each factor x factor cell: the parameter-free reference."""
 
     def __init__(self, embed_dim: int, factor: int, kernel_size: int = 0) -> None:
@@ -34,7 +46,7 @@ class AreaDownsampler(nn.Module):
 
 
 @DOWNSAMPLERS.register("simple", "one learned blur kernel for all channels and places")
-class SimpleDownsampler(nn.Module):
+class SimpleDownsampler(Downsampler):
     """A K x K blur kernel, non-negative and summing to one, applied at stride ``factor``.
 
     It starts close to the mean of the factor x factor cell (the published start is a box of K x K).
@@ -52,6 +64,9 @@ class SimpleDownsampler(nn.Module):
         weight = F.softplus(self.logits)
         return weight / weight.sum()
 
+    def kernels(self, x: Tensor) -> Tensor:
+        return self.kernel()[None, None, None]
+
     def forward(self, x: Tensor) -> Tensor:
         kernel = self.kernel().to(x.dtype)
         padded = pad_cells(x, kernel.shape[0], self.factor)
@@ -60,7 +75,7 @@ class SimpleDownsampler(nn.Module):
 
 
 @DOWNSAMPLERS.register("attention", "a K x K kernel predicted for every token from the features under it")
-class AttentionDownsampler(nn.Module):
+class AttentionDownsampler(Downsampler):
     """Every output token is a convex mix of the (blurred) features in the K x K window around its cell.
 
     Args:
@@ -89,15 +104,14 @@ class AttentionDownsampler(nn.Module):
         kernel = taps[:, None] * taps
         self.register_buffer("blur", kernel / kernel.sum(), persistent=False)
 
+    def kernels(self, x: Tensor) -> Tensor:
+        """See :meth:`Downsampler.kernels`; they are applied to the blurred map."""
+        k = self.kernel_size
+        return self._weights(x).unflatten(1, (k, k)).permute(0, 3, 4, 1, 2)
+
     def forward(self, x: Tensor) -> Tensor:
         channels, k = x.shape[1], self.kernel_size
-        padded = pad_cells(x, k, self.factor)
-        logits = self.saliency(padded) + self.logit_bias
-        if self.training and self.dropout > 0:
-            dropped = torch.rand_like(logits) < self.dropout
-            # A token that lost all of its taps keeps them.
-            logits = logits.masked_fill(dropped & ~dropped.all(1, keepdim=True), float("-inf"))
-        weights = logits.softmax(1)  # [B, K^2, h, w]
+        weights = self._weights(x)
         flat = F.pad(x.flatten(0, 1)[:, None], (2, 2, 2, 2), mode="replicate")
         blurred = F.conv2d(flat, self.blur[None, None].to(x.dtype)).reshape_as(x)
         blurred = pad_cells(blurred, k, self.factor)
@@ -109,6 +123,15 @@ class AttentionDownsampler(nn.Module):
             piece = blurred[..., dy : dy + rows * self.factor : self.factor, dx : dx + cols * self.factor : self.factor]
             out = out + weights[:, tap : tap + 1] * piece[..., :rows, :cols]
         return out
+
+    def _weights(self, x: Tensor) -> Tensor:
+        """Softmax over the taps of every token, [B, K^2, h, w]."""
+        logits = self.saliency(pad_cells(x, self.kernel_size, self.factor)) + self.logit_bias
+        if self.training and self.dropout > 0:
+            dropped = torch.rand_like(logits) < self.dropout
+            # A token that lost all of its taps keeps them.
+            logits = logits.masked_fill(dropped & ~dropped.all(1, keepdim=True), float("-inf"))
+        return logits.softmax(1)
 
 
 def pad_cells(x: Tensor, kernel_size: int, factor: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone, BackboneOutput
+from featsharp.checkpoint import remove_leftovers
 from featsharp.data.files import write_file
 
 
@@ -24,6 +25,7 @@ def remember_features(backbone: Backbone, folder: Path) -> None:
     settings = f"{backbone.name}|{sorted(backbone.feature_options.items())}|{backbone.autocast_dtype}"
     tag = hashlib.sha256(f"{backbone.weights_hash()}|{settings}".encode()).hexdigest()[:16]
     place = folder / tag
+    remove_leftovers(place, older_than=3600)
     extract = backbone.extract
 
     def remembered(images: Tensor) -> BackboneOutput:
@@ -31,9 +33,11 @@ def remember_features(backbone: Backbone, folder: Path) -> None:
         found = [_read(path) for path in paths]
         missing = [i for i, tensors in enumerate(found) if tensors is None]
         if missing:
-            fresh = extract(images[missing])
-            for n, i in enumerate(missing):
-                found[i] = _write(paths[i], fresh.features[n], None if fresh.summary is None else fresh.summary[n])
+            # All of the batch, as the last bits may depend on what else is in it: a run that was killed between two
+            # files must write the very features that an uninterrupted one wrote.
+            fresh = extract(images)
+            for i in missing:
+                found[i] = _write(paths[i], fresh.features[i], None if fresh.summary is None else fresh.summary[i])
         whole = [tensors for tensors in found if tensors is not None]
 
         def stacked(name: str) -> Tensor:

@@ -1,12 +1,14 @@
 """Optimiser groups and learning-rate schedule of the published FeatSharp training (arXiv 2502.16025)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from featsharp.errors import ConfigError
+from featsharp.errors import ConfigError, InputError
 from featsharp.layers.spectral import SpectralScale
 from featsharp.training.objectives import Objective
 from featsharp.upsamplers.featsharp import FeatSharp
@@ -90,3 +92,42 @@ def build_schedule(
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total_steps - warmup))))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=done_steps - 1)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Restore what the optimiser remembers of its parameters; rates and decays stay those of the configuration."""
+    settings = [(group.get("initial_lr", group["lr"]), group["weight_decay"]) for group in optimizer.param_groups]
+    optimizer.load_state_dict(dict(state))
+    for group, (rate, decay) in zip(optimizer.param_groups, settings, strict=True):
+        group["initial_lr"] = group["lr"] = rate
+        group["weight_decay"] = decay
+
+
+def build_scaler(device: torch.device, autocast_dtype: torch.dtype | None) -> torch.amp.GradScaler:
+    """Scales the loss for float16, whose smallest gradients would be zero; for other types it does nothing."""
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype == torch.float16)
+    scaler.scale(torch.ones((), device=device))  # only now has it its tensors
+    return scaler
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float, step: int
+) -> Tensor:
+    """Clip the (scaled) gradients and step; returns their unscaled norm.
+
+    With float16 a gradient that is not finite is no error at first: the step changes nothing but the scale.
+
+    Args:
+        step: Its number, for the message.
+
+    Raises:
+        InputError: When the gradient is not finite and the scale is not to blame. Nothing was changed.
+    """
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
+    if not torch.isfinite(norm) and scaler.get_scale() <= 1:
+        raise InputError(f"the gradient of step {step} is not finite; lower the learning rate, or use float32")
+    scaler.step(optimizer)
+    scaler.update()
+    return norm

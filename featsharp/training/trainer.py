@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +15,31 @@ from featsharp.builder import check_backbone, save_checkpoint
 from featsharp.checkpoint import read_checkpoint, restoring
 from featsharp.data.loader import SkipLog, StepSampler, ViewDataset, load_views
 from featsharp.data.views import Views
-from featsharp.errors import CheckpointError, InputError
+from featsharp.errors import CheckpointError, unknown_name
 from featsharp.layers.local_block import LocalBlock
 from featsharp.layers.spectral import add_spectral, spectral_norms
 from featsharp.model import SharpEncoder
-from featsharp.training.distributed import World, average_gradients, copy_from_main
+from featsharp.training.distributed import (
+    World,
+    add_over_processes,
+    any_process,
+    average_gradients,
+    copy_from_main,
+    gather_objects,
+    object_from_main,
+)
 from featsharp.training.objectives import Losses, Objective
-from featsharp.training.optim import OptimConfig, build_optimizer, build_schedule
+from featsharp.training.objectives.base import weighted_sum
+from featsharp.training.optim import (
+    OptimConfig,
+    build_optimizer,
+    build_scaler,
+    build_schedule,
+    load_optimizer,
+    optimizer_step,
+)
+from featsharp.training.stopping import Terminated, TermSignal
+from featsharp.training.usage import StepClock, peak_memory
 from featsharp.training.writers import VizWriter
 
 logger = logging.getLogger(__name__)
@@ -47,19 +64,22 @@ class LoopConfig:
 
     Attributes:
         num_steps: The run ends after exactly this many steps.
-        batch_size: Images per step and process.
+        batch_size: Images that a process looks at at once.
+        accumulation_steps: Batches per step, whose gradients are averaged.
         num_workers: Processes that decode images; 0 decodes in the training process.
         log_frequency, val_frequency, checkpoint_frequency: In steps; 0 for never (but at the end).
         seed: Of everything random.
         distinct_samples: Samples that are repeated epoch by epoch; 0: always new ones.
         spectral: Whether the linear layers of FeatSharp's block are trained under spectral reparametrisation.
         low_res_size: (h, w) in pixels of the low-resolution pass and of the rendered views.
-        autocast_dtype: Type of the upsampler's matrix products; None: float32.
+        autocast_dtype: Type of the upsampler's matrix products; None: float32. With float16 the loss is scaled.
+        compile_backend: Of ``torch.compile``, which the upsampler is then trained through; None: it is not compiled.
         optim: Rates and schedule.
     """
 
     num_steps: int
     batch_size: int = 4
+    accumulation_steps: int = 1
     num_workers: int = 1
     log_frequency: int = 10
     val_frequency: int = 1000
@@ -69,6 +89,7 @@ class LoopConfig:
     spectral: bool = True
     low_res_size: tuple[int, int] = (224, 224)
     autocast_dtype: torch.dtype | None = None
+    compile_backend: str | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
@@ -116,19 +137,34 @@ class Trainer:
         copy_from_main([*self.trained.parameters(), *objective.parameters()], world)
         self.optimizer = build_optimizer(self.trained, objective, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, config.num_steps)
+        self.scaler = build_scaler(world.device, config.autocast_dtype)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if config.compile_backend is not None:
+            compile_upsampler(encoder, config.compile_backend)
         self.step = 0
+        self.validated = -1  # the last step that validation looked at
         self.best_score = float("-inf")
         self.skipped = SkipLog()
-        self.seconds_per_step = float("nan")
+        self.term = TermSignal()
+        self.clock = StepClock()
 
     def run(self) -> None:
-        """Train to the last step, then save and validate."""
+        """Train to the last step, then save and validate.
+
+        All that is random in a step follows from its number, and so does its place in the data. That is why nothing of
+        either needs to be in a checkpoint, and why the number of processes must stay what it was.
+
+        Raises:
+            Terminated: When SIGTERM came: the step was finished and saved, on every process.
+        """
         from tqdm import tqdm
 
+        if self._is_due(self.config.val_frequency) and self.validated != self.step < self.config.num_steps:
+            self._save_and_validate()  # what the run was resumed from was saved, and killed before that
+        micro = self.config.accumulation_steps
         sampler = StepSampler(
-            self.step,
-            self.config.num_steps,
+            self.step * micro,
+            self.config.num_steps * micro,
             self.config.batch_size,
             self.world.rank,
             self.world.size,
@@ -143,42 +179,58 @@ class Trainer:
             file=sys.stderr,
             disable=not (self.progress and self.world.is_main),
         )
-        durations: list[float] = []
-        start = time.perf_counter()
-        with bar:
-            for views, skipped in load_views(self.dataset, sampler, self.config.num_workers):
+        batches: list[Views] = []
+        with bar, self.term:
+            for views, skipped in self.clock.batches(load_views(self.dataset, sampler, self.config.num_workers)):
                 for name, reason in self.skipped.add(skipped):
                     logger.warning("skipped %s: %s", name, reason)
-                losses = self.train_step(Views(*(x.to(self.world.device) for x in views)))
-                durations.append(time.perf_counter() - start)
-                bar.set_postfix(loss=f"{losses.reconstruction.item():.4f}", refresh=False)
+                batches.append(Views(*(x.to(self.world.device) for x in views)))
+                if len(batches) < micro:
+                    continue
+                losses = self.train_step(*batches)
+                batches.clear()
+                bar.set_postfix(loss=f"{losses.reconstruction.item():.4f}", refresh=False)  # waits for the device
+                self.clock.step_done()
                 bar.update()
-                self._report(losses, durations[-1])
-                start = time.perf_counter()
-        self.seconds_per_step = sorted(durations)[len(durations) // 2] if durations else float("nan")
+                self._report(losses)
+                if self.step < self.config.num_steps and any_process(self.term.came, self.world):
+                    self._save_and_stop()
+        if self.world.is_main and self.clock.works:
+            logger.info(self.clock.summary())
         if self.skipped.names:
             logger.warning(self.skipped.summary())
         self._save_and_validate()
+        if self.term.came:
+            raise Terminated("stopped by SIGTERM after the last step, which is saved; only its validation is missing")
 
-    def train_step(self, views: Views) -> Losses:
-        """One optimiser step on a batch of views."""
+    def train_step(self, *batches: Views) -> Losses:
+        """One optimiser step on one or more batches of views; returns the mean losses of all of them and all processes.
+
+        Raises:
+            InputError: When the gradient is not finite. The weights are as before.
+        """
         self.encoder.train()
         self.objective.train()
         # Random numbers are those of the step, so that a resumed run draws what an uninterrupted one would have.
         step_seed = np.random.SeedSequence((self.config.seed, self.step, self.world.rank))
         torch.manual_seed(int(step_seed.generate_state(1)[0]))
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self.objective.backward(self.encoder, views, self.config.low_res_size, self.config.autocast_dtype)
-        average_gradients(self.parameters, self.world)
-        self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm)
-        if not torch.isfinite(self.gradient_norm):
-            raise InputError(
-                f"the gradient of step {self.step + 1} is not finite; lower the learning rate, or use float32"
+        share = 1 / len(batches)
+        parts = [
+            self.objective.backward(
+                self.encoder,
+                views,
+                self.config.low_res_size,
+                self.config.autocast_dtype,
+                self.scaler.get_scale() * share,
             )
-        self.optimizer.step()
+            for views in batches
+        ]
+        average_gradients(self.parameters, self.world)
+        self.gradient_norm = optimizer_step(self.optimizer, self.scaler, self.config.optim.clip_norm, self.step + 1)
         self.schedule.step()
         self.step += 1
-        return losses
+        return average_losses(weighted_sum(parts, [share] * len(parts)), self.world)
 
     def save(self, name: str = LAST) -> Path:
         """Write a checkpoint that a run can resume from; returns its path."""
@@ -190,16 +242,26 @@ class Trainer:
         """Everything a resumed run needs, as tensors and plain values."""
         return {
             "step": self.step,
+            "processes": self.world.size,
+            "validated": self.validated,
             "best_score": self.best_score,
             "trained": self.trained.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "skipped": dict(self.skipped.names),
         }
 
-    def resume(self, path: Path) -> None:
-        """Go on where the checkpoint at ``path`` was written."""
-        content = read_checkpoint(path)
+    def resume(self, path: Path, *, force: bool = False) -> None:
+        """Go on where the checkpoint at ``path``, which only rank 0 needs to see, was written.
+
+        Args:
+            force: Whether another backbone or number of processes is only worth a warning.
+
+        Raises:
+            CheckpointError: When it belongs to another backbone or number of processes, or does not fit at all.
+        """
+        content = object_from_main(lambda: read_checkpoint(path), self.world)
         with restoring(path):
             state = content["training"]
             if state is None:
@@ -208,46 +270,86 @@ class Trainer:
                 raise CheckpointError(
                     f"checkpoint {path} is at step {state['step']}, beyond num_training_steps={self.config.num_steps}"
                 )
-            check_backbone(self.encoder.backbone, content["encoder"]["backbone"], path)
+            try:
+                check_backbone(self.encoder.backbone, content["encoder"]["backbone"], path)
+                self._check_processes(state.get("processes", self.world.size), path)
+            except CheckpointError as error:
+                if not force:
+                    advice = "; force_resume=true goes on all the same"
+                    raise type(error)(f"{error}{advice}") from error
+                logger.warning("force_resume: %s", error)
             self.trained.load_state_dict(state["trained"])
             # The normalizer too: what was trained belongs to this very rotation, which another fit need not find again.
             prefix = "normalizer."
             normalizer = {k.removeprefix(prefix): v for k, v in content["model"].items() if k.startswith(prefix)}
             self.encoder.normalizer.load_state_dict(normalizer)
             self.objective.load_state_dict(state["objective"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
+            if state.get("scaler"):
+                self.scaler.load_state_dict(state["scaler"])
             self.step = state["step"]
+            self.validated = state.get("validated", self.step)
             self.best_score = state["best_score"]
             self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_steps, self.step)
             self.skipped.names.update(state["skipped"])
 
-    def _report(self, losses: Losses, seconds: float) -> None:
+    def _check_processes(self, saved: int, path: Path) -> None:
+        if saved != self.world.size:
+            raise CheckpointError(
+                f"checkpoint {path} is of a run with {saved} processes, this one has {self.world.size}: the same step "
+                "would see other images"
+            )
+
+    def _is_due(self, frequency: int) -> bool:
+        """Whether this step is one of every ``frequency``; 0: never."""
+        return bool(frequency and self.step and self.step % frequency == 0)
+
+    def _report(self, losses: Losses) -> None:
         config, step = self.config, self.step
         if self.world.is_main and config.log_frequency and step % config.log_frequency == 0:
-            scalars = {
-                **self.objective.scalars(losses),
-                "optim/gradient_norm": self.gradient_norm.item(),
-                "optim/learning_rate": self.optimizer.param_groups[0]["lr"],
-                "speed/seconds_per_step": seconds,
-                "data/skipped": len(self.skipped.names),
-            }
-            norms = spectral_norms(self.encoder.upsampler)
-            if norms:
-                scalars["optim/spectral_norm_median"] = torch.cat(list(norms.values())).median().item()
-            for name, value in scalars.items():
+            for name, value in self._scalars(losses).items():
                 self.writer.scalar(name, value, step)
         if step == config.num_steps:
             return  # run() saves and validates at the end
-        if config.val_frequency and step % config.val_frequency == 0:
+        if self._is_due(config.val_frequency):
             self._save_and_validate()
-        elif config.checkpoint_frequency and step % config.checkpoint_frequency == 0 and self.world.is_main:
+        elif self._is_due(config.checkpoint_frequency):
+            self._save_on_main()
+
+    def _save_on_main(self) -> None:
+        """Save what all processes know; all of them must call it."""
+        for names in gather_objects(self.skipped.names, self.world):
+            self.skipped.names |= names
+        if self.world.is_main:
             self.save()
 
+    def _save_and_stop(self) -> None:
+        logger.info("SIGTERM: saving step %d", self.step)
+        self._save_on_main()
+        any_process(True, self.world)  # no process ends before the file is there: its launcher might end the others
+        raise Terminated(f"stopped by SIGTERM after step {self.step}, which is saved")
+
+    def _scalars(self, losses: Losses) -> dict[str, float]:
+        """What the log says about the last step, and how fast the steps since the last log were."""
+        micro = self.config.accumulation_steps
+        scalars = {
+            **self.objective.scalars(losses),
+            "optim/gradient_norm": self.gradient_norm.item(),
+            **{f"optim/learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups},
+            **self.clock.scalars(self.config.batch_size * micro * self.world.size),
+            **peak_memory(self.world.device),
+            "data/skipped": self.skipped.count,
+        }
+        norms = spectral_norms(self.encoder.upsampler)
+        if norms:
+            values = torch.cat(list(norms.values()))
+            extremes = {"min": values.min(), "median": values.median(), "max": values.max()}
+            scalars |= {f"optim/spectral_norm_{name}": value.item() for name, value in extremes.items()}
+        return scalars
+
     def _save_and_validate(self) -> None:
-        if not self.world.is_main:
-            return
-        self.save()  # first, so that no failure of validation costs what was trained
-        if self.validate is None:
+        self._save_on_main()  # first, so that no failure of validation costs what was trained
+        if not self.world.is_main or self.validate is None or self.term.came:
             return
         self.encoder.eval()
         self.objective.eval()
@@ -257,7 +359,31 @@ class Trainer:
             self.writer.scalar(name, value, self.step)
         for name, image in found.images.items():
             self.writer.image(name, image, self.step)
+        self.validated = self.step
         if found.score > self.best_score:
             self.best_score = found.score
             self.save(BEST)
-            self.save()
+        self.save()
+
+
+def average_losses(losses: Losses, world: World) -> Losses:
+    """The mean over the processes."""
+    if world.size == 1:
+        return losses
+    values = torch.stack([losses.total, losses.reconstruction, *losses.terms.values()])
+    add_over_processes([values], world)
+    total, reconstruction, *terms = (values / world.size).unbind()
+    return Losses(total, reconstruction, dict(zip(losses.terms, terms, strict=True)))
+
+
+def compile_upsampler(encoder: SharpEncoder, backend: str) -> None:
+    """Compile the upsampler in place: names and tensors stay what they were. The frozen backbone is not compiled.
+
+    Raises:
+        ConfigError: For a backend that does not exist.
+    """
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise unknown_name("compile_backend", backend, known)
+    encoder.backbone.forward = torch.compiler.disable(encoder.backbone.forward)  # type: ignore[method-assign]
+    encoder.upsampler.compile(backend=backend)

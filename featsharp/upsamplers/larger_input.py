@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from featsharp.errors import ConfigError, InputError
 from featsharp.ops.resize import resize, size_of
+from featsharp.registry import load_function
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
-from featsharp.upsamplers.own import load_function, name_of
+from featsharp.upsamplers.own import name_of
 from featsharp.upsamplers.registration import register_upsampler
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -3,15 +3,14 @@
 It is then trained around, benchmarked and compared by the same commands as the ones that ship with the package.
 """
 
-import importlib
 from collections.abc import Callable
-from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from featsharp.errors import ConfigError, InputError, unknown_name
+from featsharp.errors import InputError
+from featsharp.registry import load_function
 from featsharp.upsamplers.base import GuidedUpsampler
 from featsharp.upsamplers.registration import register_upsampler
 
@@ -88,44 +87,6 @@ def from_function(function: UpsampleFunction | str, backbone: "HasEmbedDim | int
     torch.Size([1, 8, 6, 8])
     """
     return FromFunction(backbone if isinstance(backbone, int) else backbone.embed_dim, factor, function=function)
-
-
-def load_function(function: object, option: str) -> Callable[..., Any]:
-    """The function that an option gives or names.
-
-    Args:
-        function: A callable, or ``"module:function"``; what follows the colon may have dots.
-        option: Its name, for messages.
-
-    Raises:
-        ConfigError: When it is neither, or the module or what is sought in it is absent.
-    """
-    if callable(function) and not isinstance(function, type):
-        return function
-    if not isinstance(function, str) or not all(parts := function.partition(":")) or ":" in parts[2]:
-        raise ConfigError(
-            f"option {option} is a function, or text that names one, such as 'my_module:my_function'; got {function!r}"
-        )
-    module, _, attribute = parts
-    try:
-        found: object = importlib.import_module(module)
-    except Exception as error:  # whatever a foreign module raises, the message has to say where it was named
-        raise ConfigError(
-            f"option {option}={function!r}: module {module!r} cannot be imported ({type(error).__name__}: {error}); "
-            f"install it, or add its folder to PYTHONPATH"
-        ) from error
-    try:
-        found = reduce(getattr, attribute.split("."), found)
-    except AttributeError:
-        raise unknown_name(
-            f"function in option {option}={function!r}:",
-            attribute,
-            [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")],
-        ) from None
-    if not callable(found) or isinstance(found, type):
-        what = "a class; name a function or an object that can be called" if isinstance(found, type) else "no function"
-        raise ConfigError(f"option {option}={function!r}: {attribute} is {what}")
-    return found
 
 
 def name_of(function: Callable[..., Any]) -> str:

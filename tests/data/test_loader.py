@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from featsharp.data.loader import SkipLog, StepSampler, ViewBatch, ViewDataset, load_views
-from featsharp.data.sources import ImageMixture
+from featsharp.data.sources import ImageMixture, open_source
 from featsharp.data.views import ViewConfig
 from featsharp.errors import DataError
 
@@ -25,7 +25,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def dataset_of(folder: Path, seed: int = 0) -> ViewDataset:
-    return ViewDataset(ImageMixture.from_data_dir(str(folder), seed=seed), SIZE, ViewConfig(num_views=2), seed)
+    return ViewDataset(ImageMixture([open_source(folder)], seed=seed), SIZE, ViewConfig(num_views=2), seed)
 
 
 def assert_same(batches: list[ViewBatch], others: list[ViewBatch]) -> None:

@@ -1,5 +1,6 @@
 """The training loop: it learns, ends where it should, resumes bit for bit, and loses nothing when something breaks."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +12,19 @@ from torch import Tensor
 
 from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint
-from featsharp.checkpoint import read_checkpoint
+from featsharp.checkpoint import read_checkpoint, write_checkpoint
 from featsharp.data.images import image_to_tensor
 from featsharp.data.loader import StepSampler, ViewDataset, load_views
 from featsharp.data.sources import ImageMixture
 from featsharp.data.views import ViewConfig
-from featsharp.errors import CheckpointError, InputError
+from featsharp.errors import CheckpointError, ConfigError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.resize import resize
 from featsharp.training.distributed import World
 from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
 from featsharp.training.optim import OptimConfig
+from featsharp.training.stopping import Terminated
 from featsharp.training.trainer import LoopConfig, Trainer, Validation
 from featsharp.training.writers import NullWriter
 
@@ -168,8 +170,139 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(photos, tmp_path):
     assert_equal(second.state(), uninterrupted.state())
     assert_equal(second.encoder.state_dict(), uninterrupted.encoder.state_dict())
     for name, values in rest.values.items():
-        if name != "speed/seconds_per_step":
+        if not name.startswith(("speed/", "memory/", "data/wait")):
             assert values == {step: whole.values[name][step] for step in (4, 5, 6)}, name
+
+
+PLAIN = MultiViewConfig(downsampler="simple", kernel_size=5, uncertainty=False)
+
+
+def weights_after(trainer: Trainer) -> dict[str, Tensor]:
+    trainer.run()
+    return {name: value.detach().clone() for name, value in trainer.trained.named_parameters()}
+
+
+def test_accumulated_batches_equal_one_large_batch(photos, tmp_path):
+    """In samples, gradients and reported losses."""
+    losses, gradients = [], []
+    for name, sizes in (("large", (4, 1)), ("many", (2, 2)), ("small", (2, 1))):
+        writer = Recorder()
+        trainer = trainer_of(
+            *(photos, tmp_path / name), writer=writer, objective=PLAIN, batch_size=sizes[0], accumulation_steps=sizes[1]
+        )
+        trainer.run()
+        losses.append(list(writer.values["loss/total"].values()))
+        # Of views in the middle of the data, for the same weights; the optimiser would magnify what rounding does.
+        fresh = trainer_of(photos, tmp_path / "x", objective=PLAIN)
+        batches = load_views(fresh.dataset, StepSampler(3 * sizes[1], 4 * sizes[1], sizes[0]), 0)
+        fresh.train_step(*(batch.views for batch in batches))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in fresh.parameters]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5 * gradients[0].abs().max().item())
+    assert not torch.allclose(gradients[2], gradients[0], rtol=0.1)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-3)
+
+
+def test_accumulation_goes_on_at_its_place_in_the_data(photos, tmp_path):
+    settings = {"objective": PLAIN, "num_steps": 4, "accumulation_steps": 2}
+    whole = weights_after(trainer_of(photos, tmp_path / "whole", **settings))
+    stopped = trainer_of(photos, tmp_path / "parts", writer=Recorder(stop_at=3), checkpoint_frequency=2, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    resumed = trainer_of(photos, tmp_path / "parts", **settings)
+    resumed.resume(tmp_path / "parts" / "last.pth")
+    assert_equal(weights_after(resumed), whole)
+
+
+def test_float16_scales_its_loss_and_learns_what_float32_learns(photos, tmp_path):
+    """The scale is part of the checkpoint; gradients beyond the range of the type cost a step, not the run."""
+    settings = {"objective": PLAIN, "num_steps": 3}
+    trainer = trainer_of(photos, tmp_path / "a", autocast_dtype=torch.float16, **settings)
+    start = {name: value.detach().clone() for name, value in trainer.trained.named_parameters()}
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
+    trainer.step = 0
+    (batch,) = load_views(trainer.dataset, StepSampler(0, 1, 2), 0)
+    trainer.train_step(batch.views)
+    assert trainer.scaler.get_scale() == 2.0**39
+    assert_equal(dict(trainer.trained.named_parameters()), start)
+
+    trainer = trainer_of(photos, tmp_path / "b", autocast_dtype=torch.float16, **settings)
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**10})
+    half = weights_after(trainer)
+    whole = weights_after(trainer_of(photos, tmp_path / "c", **settings))
+    moved = sum((whole[name] - start[name]).abs().sum() for name in start)
+    apart = sum((whole[name] - half[name]).abs().sum() for name in start)
+    assert apart < 0.2 * moved
+    resumed = trainer_of(photos, tmp_path / "b", autocast_dtype=torch.float16, **settings)
+    resumed.resume(tmp_path / "b" / "last.pth")
+    assert resumed.scaler.get_scale() == 2.0**10
+
+
+def test_a_compiled_upsampler_trains_as_it_is_and_keeps_its_names(photos, tmp_path):
+    plain = trainer_of(photos, tmp_path / "a", objective=PLAIN, num_steps=2)
+    compiled = trainer_of(photos, tmp_path / "b", objective=PLAIN, num_steps=2, compile_backend="eager")
+    found, expected = weights_after(compiled), weights_after(plain)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+    assert load_from_file(tmp_path / "b" / "last.pth")(torch.randn(1, 3, 64, 64)).high_res.isfinite().all()
+    with pytest.raises(ConfigError, match=r"unknown compile_backend 'egaer'; did you mean .*'eager'"):
+        trainer_of(photos, tmp_path / "c", compile_backend="egaer")
+
+
+def test_what_was_killed_before_its_validation_is_validated_when_it_goes_on(photos, tmp_path):
+    scores = {2: 3.0, 4: 1.0}
+
+    def look(encoder: SharpEncoder, objective: MultiViewObjective) -> Validation:
+        return Validation(scores[trainer.step], {"val/score": scores[trainer.step]}, {})
+
+    def killed(encoder: SharpEncoder, objective: MultiViewObjective) -> Validation:
+        raise KeyboardInterrupt
+
+    settings = {"num_steps": 4, "val_frequency": 2}
+    trainer = trainer_of(photos, tmp_path, validate=killed, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    writer = Recorder()
+    trainer = trainer_of(photos, tmp_path, validate=look, writer=writer, **settings)
+    trainer.resume(tmp_path / "last.pth")
+    trainer.run()
+    assert writer.values["val/score"] == scores
+    assert read_checkpoint(tmp_path / "best.pth")["training"]["step"] == 2
+
+
+def test_sigterm_ends_the_run_after_its_step_and_saves(photos, tmp_path):
+    writer = Recorder()
+    trainer = trainer_of(photos, tmp_path, writer=writer)
+    writer.scalar = lambda name, value, step: signal.raise_signal(signal.SIGTERM) if step == 3 else None  # type: ignore[method-assign]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated, match="after step 3, which is saved"):
+        trainer.run()
+    assert read_checkpoint(tmp_path / "last.pth")["training"]["step"] == 3
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_forced_resumption_takes_the_rates_of_the_new_configuration(photos, tmp_path):
+    trainer_of(photos, tmp_path, num_steps=2).run()
+    trainer = trainer_of(photos, tmp_path, num_steps=4, optim=OptimConfig(learning_rate=0.5))
+    trainer.resume(tmp_path / "last.pth")
+    main = next(group for group in trainer.optimizer.param_groups if group["name"] == "main")
+    assert main["initial_lr"] == 0.5
+    assert main["lr"] == pytest.approx(trainer.schedule.lr_lambdas[0](2) * 0.5)
+
+
+def test_another_number_of_processes_is_refused_unless_forced(photos, tmp_path, caplog):
+    trainer_of(photos, tmp_path, num_steps=2).run()
+    content = read_checkpoint(tmp_path / "last.pth")
+    content["training"]["processes"] = 8
+    write_checkpoint(tmp_path / "last.pth", content)
+    trainer = trainer_of(photos, tmp_path)
+    with pytest.raises(CheckpointError, match=r"with 8 processes, this one has 1.*force_resume=true"):
+        trainer.resume(tmp_path / "last.pth")
+    assert trainer.step == 0
+    trainer.resume(tmp_path / "last.pth", force=True)
+    assert trainer.step == 2
+    assert "with 8 processes" in caplog.text
 
 
 def test_best_and_last_checkpoint_load(photos, tmp_path):

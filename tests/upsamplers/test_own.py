@@ -9,8 +9,9 @@ from featsharp.backbones import create_backbone
 from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError, InputError
 from featsharp.ops.resize import resize
+from featsharp.registry import load_function
 from featsharp.upsamplers import create_upsampler, from_function
-from featsharp.upsamplers.own import FromFunction, load_function
+from featsharp.upsamplers.own import FromFunction
 
 
 def nearest(image, features, size):

@@ -11,6 +11,7 @@ from featsharp.data.views import Views
 from featsharp.errors import ConfigError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.registry import Registry
+from featsharp.training.downsamplers import Downsampler
 from featsharp.upsamplers import GuidedUpsampler
 
 
@@ -43,7 +44,7 @@ class Objective(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.downsampler: nn.Module | None = None
+        self.downsampler: Downsampler | None = None
         self.uncertainty: nn.Module | None = None
 
     def check(self, encoder: SharpEncoder) -> None:
@@ -66,6 +67,7 @@ class Objective(nn.Module):
         views: Views,
         low_res_size: tuple[int, int],
         autocast_dtype: torch.dtype | None = None,
+        loss_scale: float = 1.0,
     ) -> Losses:
         """Add the gradients of one batch to the encoder and to the objective's own parameters.
 
@@ -75,6 +77,7 @@ class Objective(nn.Module):
             low_res_size: (h, w) in pixels of the backbone's native pass.
             autocast_dtype: Type of the upsampler's matrix products; None: that of its weights. Losses are computed in
                 float32 either way.
+            loss_scale: What the gradients, but not the returned losses, are multiplied by.
 
         Returns:
             The losses, detached.
@@ -141,6 +144,17 @@ def check_finite(loss: Tensor) -> None:
             f"the training loss is {loss.item()}; the backbone or the upsampler returns NaN or infinite features "
             "(lower the learning rate, or use float32)"
         )
+
+
+def weighted_sum(parts: list[Losses], weights: list[float]) -> Losses:
+    """The losses of all parts, detached."""
+
+    def over(values: list[Tensor]) -> Tensor:
+        weighted = [value.detach() * weight for value, weight in zip(values, weights, strict=True)]
+        return torch.stack(weighted).sum()
+
+    terms = {name: over([part.terms[name] for part in parts]) for name in parts[0].terms}
+    return Losses(over([part.total for part in parts]), over([part.reconstruction for part in parts]), terms)
 
 
 def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ class JAFARObjective(Objective):
         views: Views,
         low_res_size: tuple[int, int],
         autocast_dtype: torch.dtype | None = None,
+        loss_scale: float = 1.0,
     ) -> Losses:
         """See :meth:`Objective.backward`; ``reconstruction`` is 1 - cosine, "mse" the unweighted other distance."""
         image = resize(encoder.input_conditioner(base_view(views)[0]), (2 * low_res_size[0], 2 * low_res_size[1]))
@@ -111,7 +112,7 @@ class JAFARObjective(Objective):
         mse = F.mse_loss(min_max(prediction), min_max(target))
         total = cosine + self.config.mse_weight * mse
         check_finite(total)
-        total.backward()
+        (total * loss_scale).backward()
         return Losses(total.detach(), cosine.detach(), {"mse": mse.detach()})
 
     def input_size(self, encoder: SharpEncoder, image: Tensor, scale: float) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from featsharp.errors import unknown_name
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
 from featsharp.ops.warp import inside, warp
-from featsharp.training.downsamplers import create_downsampler
+from featsharp.training.downsamplers import Downsampler, create_downsampler
 from featsharp.training.objectives.base import (
     Losses,
     Objective,
@@ -27,6 +27,7 @@ from featsharp.training.objectives.base import (
     autocast,
     check_finite,
     register_objective,
+    weighted_sum,
 )
 
 DISTANCES = {
@@ -74,7 +75,7 @@ class MultiViewObjective(Objective):
     """
 
     config_type = MultiViewConfig
-    downsampler: nn.Module
+    downsampler: Downsampler
     uncertainty: "UncertaintyNet | None"
 
     def __init__(self, embed_dim: int, factor: float, config: MultiViewConfig) -> None:
@@ -135,6 +136,7 @@ class MultiViewObjective(Objective):
         views: Views,
         low_res_size: tuple[int, int],
         autocast_dtype: torch.dtype | None = None,
+        loss_scale: float = 1.0,
     ) -> Losses:
         """See :meth:`Objective.backward`.
 
@@ -160,14 +162,14 @@ class MultiViewObjective(Objective):
             check_finite(part.total)
             # The losses are means over views, so each part counts by its share of them.
             share = len(chosen) / count
-            (part.total * share).backward()
+            (part.total * share * loss_scale).backward()
             parts.append(part)
             shares.append(share)
         if high_res.requires_grad:
             high_res.backward(leaf.grad)
         if targets.requires_grad:
             targets.backward(target_leaf.grad)
-        return _weighted_sum(parts, shares)
+        return weighted_sum(parts, shares)
 
     def scalars(self, losses: Losses) -> dict[str, float]:
         """See :meth:`Objective.scalars`; the training fidelity is the inverse of the reconstruction loss."""
@@ -234,14 +236,3 @@ def border_weights(size: tuple[int, int], factor: int, weight: float) -> Tensor:
 def total_variation(x: Tensor) -> Tensor:
     """Mean smooth-L1 distance between vertical and between horizontal neighbours."""
     return F.smooth_l1_loss(x[..., 1:, :], x[..., :-1, :]) + F.smooth_l1_loss(x[..., 1:], x[..., :-1])
-
-
-def _weighted_sum(parts: list[Losses], weights: list[float]) -> Losses:
-    """The losses of all parts, detached."""
-
-    def over(values: list[Tensor]) -> Tensor:
-        weighted = [value.detach() * weight for value, weight in zip(values, weights, strict=True)]
-        return torch.stack(weighted).sum()
-
-    terms = {name: over([part.terms[name] for part in parts]) for name in parts[0].terms}
-    return Losses(over([part.total for part in parts]), over([part.reconstruction for part in parts]), terms)

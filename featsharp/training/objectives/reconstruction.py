@@ -103,6 +103,7 @@ class ReconstructionObjective(Objective):
         views: Views,
         low_res_size: tuple[int, int],
         autocast_dtype: torch.dtype | None = None,
+        loss_scale: float = 1.0,
     ) -> Losses:
         """See :meth:`Objective.backward`; ``reconstruction`` is the first term alone, the second is "small"."""
         images = self.pyramid(encoder, views, low_res_size)
@@ -116,7 +117,7 @@ class ReconstructionObjective(Objective):
             # Term by term: only one graph is held.
             loss = DISTANCES[self.config.distance](prediction.float(), features[level - 1].float())
             check_finite(loss)
-            loss.backward()
+            (loss * loss_scale).backward()
             losses.append(loss.detach())
         return Losses(torch.stack(losses).sum(), losses[0], {"small": losses[1]} if len(losses) > 1 else {})
 

@@ -1,0 +1,300 @@
+"""Tar shards that can only be read from their start, by URL or from a command, as one shuffled sequence per reader.
+
+A *reader* is one decoding process of one rank: rank r with w workers has the readers r * w ... r * w + w - 1. In every
+epoch the shards are shuffled and dealt out whole, as far as they go round; those left over (all, where there are fewer
+shards than readers) are each shared by several readers, which take every k-th image of them. So all readers together
+read every image once per epoch, none repeats what another has, and none is left without data.
+
+The sequence of a reader depends on the seed, its number and the number of readers alone, not on what decodes: place j
+of it can be found again by reading up to there without decoding. That costs the transfer of j images, and no memory
+beyond the shuffle buffer.
+"""
+
+import itertools
+import logging
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException, HTTPResponse
+from typing import IO, NamedTuple
+
+from featsharp.data._order import hash_bits, shuffled
+from featsharp.data._tar import stream_tar
+from featsharp.errors import ConfigError, DataError, MissingDependencyError
+
+logger = logging.getLogger(__name__)
+
+PIPE = "pipe:"
+SHUFFLE_BUFFER = 1000  # encoded images that a reader holds to shuffle among
+TIMEOUT = 60.0  # seconds without a byte from a server
+ATTEMPTS = 4  # for a shard, before what is left of it is given up
+MAX_EMPTY_SHARDS = 20  # in a row, before a reader gives up
+_START = 100  # images in the shuffle buffer before the first leaves it
+_READ_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # statuses of servers that may answer later
+
+
+class StreamImage(NamedTuple):
+    """An encoded image, and the (name, reason) of what was passed over since the one read before it."""
+
+    name: str
+    data: bytes
+    skipped: list[tuple[str, str]]
+
+
+def is_stream(path: object) -> bool:
+    """Whether an entry of a ``*_data_dir`` setting names shards that are streamed."""
+    return isinstance(path, str) and path.startswith(("http://", "https://", PIPE))
+
+
+class ShardStream:
+    """Tar shards by URL or from commands.
+
+    Args:
+        path: ``http(s)://...`` or ``pipe:COMMAND``, with ranges in braces for several: ``http://host/{000..099}.tar``.
+            A command is run by the shell as it stands, and its output is the tar.
+        buffer: Encoded images to shuffle among.
+
+    Raises:
+        ConfigError: For braces that do not pair.
+        MissingDependencyError: For braces without the package braceexpand.
+
+    Attributes:
+        path: As given, but for the query of a URL, which may be a secret.
+        num_shards: After the expansion of braces.
+        skipped: Always empty: what is damaged shows when it is read.
+        num_others: 0, for the same reason.
+    """
+
+    def __init__(self, path: str, buffer: int = SHUFFLE_BUFFER) -> None:
+        if buffer < 1:
+            raise ConfigError(f"a shuffle buffer of {buffer} images cannot work; 1 is the least, 1000 is usual")
+        self.path = label(path)
+        self.skipped: list[tuple[str, str]] = []
+        self.num_others = 0
+        self._shards = expand_braces(path)
+        self._buffer = buffer
+        self._reading: _Reading | None = None
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._shards)
+
+    def images(self, place: int, *, seed: int = 0, reader: int = 0, readers: int = 1) -> Iterator[StreamImage]:
+        """The images of one reader from ``place`` on; consecutive calls for growing places read on where they are.
+
+        The iterator looks ahead: what it gives is given again to those who ask for that place. Raises DataError when
+        shard after shard holds no image.
+        """
+        key = (seed, reader, readers)
+        if self._reading is None or self._reading.key != key or self._reading.place > place:
+            self.close()
+            self._reading = _Reading(self, key)
+        self._reading.advance(place)
+        return self._reading.ahead()
+
+    def scan(self) -> Iterator[StreamImage]:
+        """All images in stored order, once; what is wrong with a shard comes as an image without data."""
+        for shard in self._shards:
+            for image in _read_shard(shard):
+                yield image if image.data or not image.skipped else StreamImage("", b"", image.skipped)
+
+    def close(self) -> None:
+        """Let go of connections and commands."""
+        if self._reading is not None:
+            self._reading.images.close()
+            self._reading = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_reading": None}
+
+    def __repr__(self) -> str:
+        return f"ShardStream({self.path!r}, {self.num_shards} shards)"
+
+    def _sequence(self, seed: int, reader: int, readers: int) -> Generator[StreamImage]:
+        """All images of a reader, epoch after epoch."""
+        pending: list[tuple[str, str]] = []
+        empty = 0
+        for epoch in itertools.count():
+            key = hash_bits(seed, epoch)
+
+            def dealt(epoch: int = epoch, key: int = key) -> Iterator[StreamImage]:
+                nonlocal empty
+                for share in deal(self.num_shards, reader, readers, epoch, key):
+                    found = 0
+                    for image in _read_shard(self._shards[share.shard]):
+                        pending.extend(image.skipped)
+                        if not image.name:
+                            continue
+                        if found % share.every == share.first:
+                            yield StreamImage(image.name, image.data, pending.copy())
+                            pending.clear()
+                        found += 1
+                    empty = 0 if found else empty + 1
+                    if empty == MAX_EMPTY_SHARDS:
+                        last = ": ".join(pending[-1]) if pending else "no members at all"
+                        raise DataError(f"{self.path}: {empty} shards in a row gave no image; the last, {last}")
+
+            yield from shuffle(dealt(), self._buffer, hash_bits(key, reader))
+
+
+class Share(NamedTuple):
+    """What a reader takes of a shard: the images ``first``, ``first + every``, ..."""
+
+    shard: int
+    first: int
+    every: int
+
+
+def deal(shards: int, reader: int, readers: int, epoch: int, key: int) -> Iterator[Share]:
+    """The shares of one reader in one epoch, in its order; those of all readers are each image once."""
+    whole = shards - shards % readers
+    for place in range(reader, whole, readers):
+        yield Share(shuffled(place, shards, key), 0, 1)
+    if left := shards - whole:
+        group, member = reader % left, reader // left
+        every = len(range(group, readers, left))
+        # Turned by the epoch, so that a shard with fewer images than readers serves each of them in time.
+        yield Share(shuffled(whole + group, shards, key), (member + epoch) % every, every)
+
+
+def shuffle(images: Iterator[StreamImage], size: int, key: int) -> Iterator[StreamImage]:
+    """The same images in another order, with at most ``size`` of them held at a time."""
+    held: list[StreamImage] = []
+    for draw in itertools.count():
+        # Filled up while images leave it: training need not wait for all of the buffer.
+        held.extend(itertools.islice(images, min(2 if draw else _START, size - len(held))))
+        if not held:
+            return
+        place = hash_bits(key, draw) % len(held)
+        held[place], held[-1] = held[-1], held[place]
+        yield held.pop()
+
+
+def expand_braces(path: str) -> list[str]:
+    """The shards that a path such as ``{000..099}.tar`` stands for.
+
+    Raises:
+        ConfigError: For braces that do not pair.
+        MissingDependencyError: For braces without the package braceexpand.
+    """
+    if "{" not in path:
+        return [path]
+    try:
+        from braceexpand import braceexpand
+    except ImportError as error:
+        raise MissingDependencyError('braces in shard names need: pip install "featsharp[train]"') from error
+    try:
+        return list(braceexpand(path))
+    except ValueError as error:
+        raise ConfigError(f"data entry {path!r}: {error}; write ranges as {{000..099}}") from error
+
+
+def label(shard: str) -> str:
+    """What messages call a shard: URLs without their query, which may hold a secret."""
+    return shard if shard.startswith(PIPE) else shard.partition("?")[0]
+
+
+class _Reading:
+    """Where a reader is in its sequence."""
+
+    def __init__(self, stream: ShardStream, key: tuple[int, int, int]) -> None:
+        self.key = key
+        self.place = 0
+        self.path = stream.path
+        self.images: Generator[StreamImage] = stream._sequence(*key)
+        self._ahead: deque[StreamImage] = deque()
+
+    def advance(self, place: int) -> None:
+        """Pass over all images before ``place``."""
+        if place > self.place + len(self._ahead) + SHUFFLE_BUFFER:
+            logger.info("%s: reading past %d images, to go on behind them", self.path, place - self.place)
+        while self.place < place:
+            if self._ahead:
+                self._ahead.popleft()
+            else:
+                next(self.images)
+            self.place += 1
+
+    def ahead(self) -> Iterator[StreamImage]:
+        """The images from the present place on, which stay to be passed over."""
+        for step in itertools.count():
+            if step == len(self._ahead):
+                self._ahead.append(next(self.images))
+            yield self._ahead[step]
+
+
+def _read_shard(shard: str) -> Iterator[StreamImage]:
+    """The images of a shard in stored order, and what is wrong with it as images without name and data.
+
+    A connection that breaks is opened again, and what was read before is passed over.
+    """
+    done = 0
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with _open(shard) as file:
+                for member in itertools.islice(stream_tar(file), done, None):
+                    done += 1
+                    name = f"{label(shard)}/{member.name}" if member.name else label(shard)
+                    if member.reason:
+                        yield StreamImage("", b"", [(name, member.reason)])
+                    else:
+                        yield StreamImage(name, member.data, [])
+            return
+        except (OSError, HTTPException) as error:
+            status = error.code if isinstance(error, urllib.error.HTTPError) else None
+            if attempt == ATTEMPTS or shard.startswith(PIPE) or (status is not None and status not in _READ_AGAIN):
+                yield StreamImage("", b"", [(label(shard), f"shard cannot be read ({_said(error)})")])
+                return
+            logger.info("%s: %s; trying again", label(shard), _said(error))
+            time.sleep(2 ** (attempt - 1))
+
+
+@contextmanager
+def _open(shard: str) -> Iterator[IO[bytes]]:
+    if shard.startswith(PIPE):
+        with _run(shard.removeprefix(PIPE)) as output:
+            yield output
+        return
+    # The setting says http or https; redirections cannot lead to files.
+    request = urllib.request.Request(shard, headers={"User-Agent": "featsharp"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        yield _Whole(response)  # type: ignore[misc]
+
+
+@contextmanager
+def _run(command: str) -> Iterator[IO[bytes]]:
+    """The output of a shell command; OSError when it fails. It is ended when its output is no longer wanted."""
+    process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        yield process.stdout
+        while process.stdout.read(1 << 20):  # what follows the end mark; a writer that is cut off would count as failed
+            pass
+        if process.wait():
+            raise OSError(f"the command ended with status {process.returncode}")
+    finally:
+        process.stdout.close()
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
+class _Whole:
+    """A response that must not end before its announced length: that is a lost connection, not the end of the tar."""
+
+    def __init__(self, response: HTTPResponse) -> None:
+        self._response = response
+
+    def read(self, size: int) -> bytes:
+        data = self._response.read(size)
+        if len(data) < size and self._response.length:
+            raise OSError(f"connection lost {self._response.length} bytes before the end")
+        return data
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,104 @@
+"""What a run takes: time per step, the part of it spent waiting for data, and memory."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from statistics import median
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+GIB = 2**30
+
+
+class StepClock:
+    """Measures for every step how long its batches were waited for, and how long it then took.
+
+    What happens between a step and the request for the next batch (logs, validation, checkpoints) is not counted. Nor
+    is the wait for the first batch, in which workers start; :attr:`startup` has it.
+
+    Example:
+        >>> clock = StepClock()
+        >>> for number in clock.batches(range(3)):
+        ...     clock.step_done()
+        >>> len(clock.waits) == len(clock.works) == 3
+        True
+    """
+
+    def __init__(self) -> None:
+        self.startup = 0.0
+        self.waits: list[float] = []
+        self.works: list[float] = []
+        self._reported = 0
+        self._arrival = 0.0
+        self._waiting = 0.0
+
+    def batches(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches, with the wait for each measured."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            first, self._arrival = not self._arrival, time.perf_counter()
+            if first:
+                self.startup = self._arrival - asked
+            else:
+                self._waiting += self._arrival - asked
+            yield batch
+
+    def step_done(self) -> None:
+        """The step on the batches since the last call is over; on a GPU, call it when the device has finished."""
+        self.works.append(time.perf_counter() - self._arrival)
+        self.waits.append(self._waiting)
+        self._waiting = 0.0
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median, waiting included; NaN before the first step."""
+        return median(map(sum, zip(self.waits, self.works, strict=True))) if self.works else float("nan")
+
+    @property
+    def wait_share(self) -> float:
+        """Part of all steps' time that was spent waiting for data, in [0, 1]."""
+        return sum(self.waits) / max(sum(self.waits) + sum(self.works), 1e-9)
+
+    def scalars(self, images_per_step: int) -> dict[str, float]:
+        """Means over the steps since the last call, for the log."""
+        waits, works = self.waits[self._reported :], self.works[self._reported :]
+        self._reported = len(self.works)
+        steps, wait = max(len(works), 1), sum(waits)
+        seconds = max(wait + sum(works), 1e-9)
+        return {
+            "speed/seconds_per_step": seconds / steps,
+            "speed/images_per_second": images_per_step * steps / seconds,
+            "data/wait_seconds": wait / steps,
+            "data/wait_share": wait / seconds,
+        }
+
+    def summary(self) -> str:
+        """For example "200 steps of 2.61 s (median); 0.8% of the time waiting for data, first batch after 1.2 s"."""
+        return (
+            f"{len(self.works)} steps of {self.seconds_per_step:.2f} s (median); {self.wait_share:.1%} of the time "
+            f"waiting for data, first batch after {self.startup:.1f} s"
+        )
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """GiB that this process has held at most since its start, by what the log calls them.
+
+    The resident set, which the systems that count it tell; and on a CUDA device what tensors took there.
+    """
+    found = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        found["memory/peak_resident_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    if device.type == "cuda":
+        found["memory/peak_cuda_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+    return found

@@ -1,0 +1,41 @@
+"""TensorBoard (extra ``train``)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from featsharp.errors import MissingDependencyError
+from featsharp.training.writers.base import VizWriter
+
+
+class TensorBoardWriter(VizWriter):
+    """Event files in ``folder``; the configuration is a text.
+
+    Raises:
+        MissingDependencyError: Without tensorboard.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingDependencyError('viz.type=tensorboard needs: pip install "featsharp[train]"') from error
+        self._writer = SummaryWriter(str(folder))
+
+    def config(self, config: Mapping[str, Any]) -> None:
+        from omegaconf import OmegaConf
+
+        lines = OmegaConf.to_yaml(OmegaConf.create(dict(config))).splitlines()
+        # TensorBoard reads Markdown, where what is indented by four is shown as it is.
+        self._writer.add_text("config", "\n".join(f"    {line}" for line in lines), 0)
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self._writer.add_scalar(name, value, step)
+
+    def image(self, name: str, image: Tensor, step: int) -> None:
+        self._writer.add_image(name, image.clamp(0, 1), step)
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,93 @@
+"""Weights & Biases (extra ``wandb``)."""
+
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featsharp.data.files import write_file
+from featsharp.errors import MissingDependencyError
+from featsharp.training.writers.base import VizWriter
+
+# Keeps the run's id beside the checkpoint, so that a resumed training goes on in the same run.
+ID_FILE = "wandb-id.txt"
+# Seconds for an answer to its question for an account, which nobody may be there to hear.
+LOGIN_TIMEOUT = 60
+# Seconds after which a finished training no longer waits for its upload; what is left can be sent by `wandb sync`.
+FINISH_TIMEOUT = 300
+
+
+class WandbWriter(VizWriter):
+    """One run of Weights & Biases, whose files are in ``folder/wandb``.
+
+    Args:
+        folder: Of the training run.
+        entity: User or team; None: the account's default.
+        project: Where the run is listed.
+        mode: "online", or "offline", which needs neither network nor account; None: what WANDB_MODE says, or online.
+
+    Raises:
+        MissingDependencyError: Without wandb.
+    """
+
+    def __init__(
+        self, folder: Path, *, entity: str | None = None, project: str = "featsharp", mode: str | None = None
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingDependencyError('viz.type=wandb needs: pip install "featsharp[wandb]"') from error
+        self._wandb = wandb
+        self._run = wandb.init(
+            entity=entity,
+            project=project,
+            mode=mode,  # type: ignore[arg-type]
+            name=str(folder),
+            id=_run_id(folder / ID_FILE),
+            resume=None if mode == "offline" else "allow",  # of no meaning offline, where wandb would warn
+            dir=folder,
+            settings=wandb.Settings(login_timeout=LOGIN_TIMEOUT, finish_timeout=FINISH_TIMEOUT),
+        )
+        # Its own count of steps cannot go back, as ours does when a run is resumed from its last checkpoint.
+        self._run.define_metric("*", step_metric="step")
+        self._row: dict[str, Any] = {}
+
+    def config(self, config: Mapping[str, Any]) -> None:
+        self._run.config.update(dict(config), allow_val_change=True)
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self._add(name, value, step)
+
+    def image(self, name: str, image: Tensor, step: int) -> None:
+        pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        self._add(name, self._wandb.Image(pixels), step)
+
+    def close(self) -> None:
+        try:
+            self._send()
+        finally:
+            # Within the `finally` of a run that failed its error is at hand: the tracker shall list it as failed.
+            self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
+
+    def _add(self, name: str, value: object, step: int) -> None:
+        """What belongs to one step is sent as one row."""
+        if self._row.get("step") != step:
+            self._send()
+            self._row["step"] = step
+        self._row[name] = value
+
+    def _send(self) -> None:
+        row, self._row = self._row, {}
+        if row:
+            self._run.log(row)
+
+
+def _run_id(file: Path) -> str:
+    """The id in ``file``, made and written where there is none."""
+    if not file.exists():
+        write_file(file, secrets.token_hex(4).encode())
+    return file.read_text().strip()

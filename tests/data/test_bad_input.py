@@ -1,0 +1,226 @@
+"""Every kind of bad input is passed over, counted by its kind, and touches nothing but the archive it lies in."""
+
+import io
+import os
+import pickle
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featsharp.data.loader import SkipLog
+from featsharp.data.sources import ImageMixture, count_kinds, open_source
+from featsharp.errors import DataError
+
+
+def picture(number: int = 0, side: int = 16) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def uniform() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), (9, 8, 7)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A few bytes that claim to be 60,000 x 60,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+class Trap:
+    """Makes a folder called ``trace`` in the working directory when unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("trace",)
+
+
+def tar_of(*members: tuple[str, bytes] | tarfile.TarInfo) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
+    return buffer.getvalue()
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.devmajor, info.devminor = kind, target, 1, 3
+    return info
+
+
+def damaged(at: int, length: int = 300) -> bytes:
+    """A tar of two images with other bytes from ``at`` on."""
+    whole = bytearray(tar_of(("first.png", picture(1)), ("second.png", picture(2))))
+    whole[at : at + length] = b"\xa5" * length
+    return bytes(whole)
+
+
+class Case(NamedTuple):
+    tar: bytes
+    kinds: dict[str, int]
+    good: int = 0  # images in the tar that are of use all the same
+
+
+# Two headers and the contents between them: the first image takes 512 + 1024 bytes.
+SECOND = 512 + -(-len(picture(1)) // 512) * 512
+TWO = tar_of(("first.png", picture(1)), ("second.png", picture(2)))
+TRAP = pickle.dumps(Trap())
+CASES = {
+    "corrupt tar": Case(b"no tar at all" * 200, {"not readable as a tar file": 1}),
+    "empty tar": Case(b"", {"not readable as a tar file": 1}),
+    "corrupt header": Case(damaged(SECOND), {"damaged header": 1}, good=1),
+    "truncated in a member": Case(TWO[: SECOND + 512 + 100], {"cut short": 1}, good=1),
+    "truncated in a header": Case(TWO[: SECOND + 100], {"cut short": 1}, good=1),
+    "truncated between members": Case(TWO[:SECOND], {"no end-of-archive mark": 1}, good=1),
+    "truncated image": Case(tar_of(("x.png", picture()[:300])), {"cannot be decoded": 1}),
+    "damaged image": Case(tar_of(("x.png", picture()[:60] + bytes(900))), {"cannot be decoded": 1}),
+    "wrong extension": Case(
+        tar_of(("x.jpg", b"some text"), ("y.png", b"%PDF-1.7")), {"not an image that can be read": 2}
+    ),
+    "image by content, not by extension": Case(tar_of(("really-a-png.jpg", picture(4))), {}, good=1),
+    "zero bytes": Case(tar_of(("x.jpg", b""), ("y.png", b"")), {"the file is empty": 2}),
+    "decompression bomb": Case(tar_of(("x.png", bomb())), {"too many pixels": 1}),
+    "other members": Case(
+        tar_of(("0.json", b"{}"), ("0.cls", b"3"), ("0.txt", b"a cat"), ("Makefile", b"")), {"no image by name": 4}
+    ),
+    "hidden members": Case(tar_of(("._x.png", picture()), (".cache/x.png", picture())), {"no image by name": 2}),
+    "pickles": Case(
+        tar_of(*((f"0.{end}", TRAP) for end in ("pyd", "pickle", "pkl", "pth", "pt", "npy"))), {"no image by name": 6}
+    ),
+    "pickles that pretend": Case(tar_of(("x.png", TRAP)), {"not an image that can be read": 1}),
+    "relative path tricks": Case(
+        tar_of(("../x.png", picture()), ("a/../../x.png", picture()), ("..\\x.png", picture())),
+        {"path that leads outside the tar": 3},
+    ),
+    "absolute paths": Case(
+        tar_of(("/tmp/x.png", picture()), ("C:\\x.png", picture()), ("\\\\host\\x.png", picture())),
+        {"path that leads outside the tar": 3},
+    ),
+    "links": Case(
+        tar_of(special("x.png", tarfile.SYMTYPE, "/etc/passwd"), special("y.png", tarfile.LNKTYPE, "../../x.png")),
+        {"link or special file": 2},
+    ),
+    "devices": Case(
+        tar_of(
+            special("null.png", tarfile.CHRTYPE),
+            special("disk", tarfile.BLKTYPE),
+            special("fifo.png", tarfile.FIFOTYPE),
+        ),
+        {"link or special file": 3},
+    ),
+    "folders": Case(tar_of(special("folder.png", tarfile.DIRTYPE)), {}),
+    "uniform images": Case(tar_of(("x.png", uniform())), {"uniform colour": 1}),
+    "small images": Case(tar_of(("x.png", picture(side=7))), {"too small": 1}),
+}
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one good shard of three images; the working directory is beside it."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "good.tar").write_bytes(tar_of(*((f"{number}.png", picture(10 + number)) for number in range(3))))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def account_of(mixture: ImageMixture, count: int) -> tuple[set[str], dict[str, int]]:
+    """Names of the images that were used, and what the log of a run counts."""
+    log = SkipLog()
+    log.add(mixture.skipped)
+    used = set()
+    for n in range(count):
+        loaded = mixture.load(n)
+        used.add(Path(loaded.name).name)
+        log.add(loaded.skipped)
+    for kind, number in log.kinds.items():
+        assert f"{number} " in log.summary()
+        assert kind in log.summary()
+    return used, dict(log.kinds)
+
+
+@pytest.mark.parametrize("how", ["folder", "stream"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_bad_input_is_passed_over_and_counted_by_kind(case: Case, how: str, shards: Path) -> None:
+    (shards / "bad.tar").write_bytes(case.tar)
+    before = sorted(shards.parent.rglob("*"))
+    mixture = ImageMixture.from_data_dir(str(shards) if how == "folder" else f"pipe:cat {shards}/{{good,bad}}.tar")
+    used, kinds = account_of(mixture, 40)
+    assert kinds == case.kinds
+    assert used >= {"0.png", "1.png", "2.png"}
+    assert len(used) == 3 + case.good
+    assert sorted(shards.parent.rglob("*")) == before  # nothing was extracted, no pickle was opened
+
+
+@pytest.mark.parametrize("how", ["folder", "stream"])
+@pytest.mark.parametrize("case", [case for case in CASES.values() if not case.good], ids=lambda case: None)
+def test_a_source_without_a_valid_image_is_an_error_that_names_the_kinds(case: Case, how: str, shards: Path) -> None:
+    """Also beside a good source, whose images would otherwise hide it."""
+    bad = shards.parent / "bad"
+    bad.mkdir()
+    (bad / "x.tar").write_bytes(case.tar)
+    path = str(bad) if how == "folder" else f"pipe:cat {bad}/x.tar"
+    with pytest.raises(DataError) as caught:
+        ImageMixture.from_data_dir([str(shards), [path, 0.01]])
+    message = str(caught.value)
+    assert message.startswith(f"{path}: no ")
+    assert all(f"{count} {kind}" in message for kind, count in case.kinds.items())
+    assert "\n" not in message
+
+
+def test_plain_files_are_counted_like_members(tmp_path: Path) -> None:
+    for name, data in {"ok.png": picture(), "cut.png": picture()[:100], "notes.txt": b"", "x.pth": TRAP}.items():
+        (tmp_path / name).write_bytes(data)
+    used, kinds = account_of(ImageMixture.from_data_dir(str(tmp_path)), 4)
+    assert used == {"ok.png"}
+    assert kinds == {"no image by name": 2, "cannot be decoded": 1}
+
+
+def test_damage_is_a_line_in_the_log_when_a_source_is_opened(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (shards / "cut.tar").write_bytes(TWO[: SECOND + 100])
+    source = open_source(shards)
+    assert source.problems[0].startswith(f"{shards}/cut.tar: cut short")
+    assert source.problems[0] in caplog.messages
+
+
+def test_kinds_are_told_from_their_details() -> None:
+    reasons = [
+        "cannot be decoded (OSError: x (y))",
+        "cannot be decoded",
+        "too many pixels; raise the limit",
+        "7 others",
+    ]
+    assert count_kinds([("a", reason) for reason in reasons]) == {
+        "cannot be decoded": 2,
+        "too many pixels": 1,
+        "others": 7,
+    }
+    assert list(count_kinds([("a", "x"), ("b", "y"), ("c", "y")])) == ["y", "x"]
+
+
+def test_members_of_a_stream_cannot_claim_any_memory(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featsharp.data._tar.MAX_MEMBER_BYTES", 2000)
+    (shards / "bad.tar").write_bytes(tar_of(("large.png", picture(side=64))))
+    assert len(picture(10)) < 2000 < len(picture(side=64))
+    used, kinds = account_of(ImageMixture.from_data_dir(f"pipe:cat {shards}/{{good,bad}}.tar"), 10)
+    assert used == {"0.png", "1.png", "2.png"}
+    assert kinds == {"larger than 0 MiB": 1}

@@ -1,0 +1,375 @@
+"""Shards by URL and from commands: every image once per epoch, the same again after a restart, and never a hang."""
+
+import io
+import pickle
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featsharp.checkpoint import read_checkpoint
+from featsharp.data import pack_images
+from featsharp.data._order import hash_bits
+from featsharp.data.loader import StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.sources import Division, ImageMixture, open_source
+from featsharp.data.streams import ShardStream, StreamImage, deal, shuffle
+from featsharp.data.views import ViewConfig, Views
+from featsharp.errors import ConfigError, DataError
+from featsharp.train import main
+from featsharp.training.objectives import Losses
+from featsharp.training.trainer import Trainer
+
+
+def picture(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (40, 48, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, numbers: range) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            info = tarfile.TarInfo(f"{number:03d}.png")
+            data = picture(number)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Files of a folder; what is in ``lost`` breaks off in the middle once, what is in ``busy`` answers 503 once."""
+
+    lost: ClassVar[set[str]] = set()
+    busy: ClassVar[set[str]] = set()
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.asked.append(self.path)
+        if path in self.busy:
+            self.busy.remove(path)
+            self.send_error(503)
+        elif path in self.lost:
+            self.lost.remove(path)
+            data = Path(self.translate_path(path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+        else:
+            super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """Ten shards with 3, 4, 5, 3, ... images, shards/0.tar to 9.tar, over HTTP; the address of their folder."""
+    first = 0
+    for shard in range(10):
+        write_tar(tmp_path / "www" / f"{shard}.tar", range(first, first + 3 + shard % 3))
+        first += 3 + shard % 3
+    Handler.lost, Handler.busy, Handler.asked = set(), set(), []
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "www"))) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+NUM_IMAGES = 39
+
+
+def names(images: Iterator[StreamImage], count: int) -> list[str]:
+    return [Path(image.name).name for image in islice(images, count)]
+
+
+# Order
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("shards", [1, 2, 5, 6, 20])
+def test_all_readers_together_take_every_image_once_per_epoch(shards: int, readers: int) -> None:
+    sizes = [1 + 7 * shard % 11 for shard in range(shards)]
+    for epoch in range(4):
+        taken = Counter(
+            (share.shard, image)
+            for reader in range(readers)
+            for share in deal(shards, reader, readers, epoch, key=epoch + 5)
+            for image in range(share.first, sizes[share.shard], share.every)
+        )
+        assert taken == Counter((shard, image) for shard in range(shards) for image in range(sizes[shard]))
+
+
+@pytest.mark.parametrize(("shards", "readers"), [(1, 8), (3, 8), (8, 8), (17, 8)])
+def test_no_reader_is_left_without_data(shards: int, readers: int) -> None:
+    """Even where a shard has a single image, each gets its turn."""
+    for reader in range(readers):
+        found = sum(share.first == 0 for epoch in range(readers) for share in deal(shards, reader, readers, epoch, 1))
+        assert found >= 1
+    if shards >= readers:
+        first = {next(deal(shards, reader, readers, 0, key=1)).shard for reader in range(readers)}
+        assert len(first) == readers
+
+
+def test_shuffling_is_a_permutation_within_bounded_memory() -> None:
+    pulled = 0
+
+    def images() -> Iterator[StreamImage]:
+        nonlocal pulled
+        for pulled in range(1, 501):
+            yield StreamImage(str(pulled), b"", [])
+
+    order = []
+    for given, image in enumerate(shuffle(images(), 64, key=3)):
+        assert pulled - given <= 64
+        order.append(int(image.name))
+    assert sorted(order) == list(range(1, 501))
+    assert np.abs(np.diff(order)).mean() > 20
+    assert [int(image.name) for image in shuffle(images(), 64, key=3)] == order
+    assert [int(image.name) for image in shuffle(images(), 64, key=4)] != order
+    assert [int(image.name) for image in shuffle(images(), 1, key=3)] == list(range(1, 501))
+
+
+@pytest.mark.parametrize("readers", [1, 4, 12, 30])
+def test_shards_over_http_give_every_image_once_per_epoch(server: str, readers: int) -> None:
+    """Also where there are more readers than shards."""
+    url = f"{server}/{{0..9}}.tar"
+    assert ShardStream(url).num_shards == 10
+    sizes = [3 + shard % 3 for shard in range(10)]
+    epoch: Counter[str] = Counter()
+    for reader in range(readers):
+        stream = ShardStream(url, buffer=5)
+        shares = list(deal(10, reader, readers, 0, hash_bits(0, 0)))
+        count = sum(len(range(share.first, sizes[share.shard], share.every)) for share in shares)
+        epoch.update(names(stream.images(0, reader=reader, readers=readers), count))
+        assert names(stream.images(count, reader=reader, readers=readers), 1)  # and it goes on
+        stream.close()
+    assert epoch == Counter(f"{number:03d}.png" for number in range(NUM_IMAGES))
+
+
+def test_any_place_can_be_found_again(server: str) -> None:
+    url = f"{server}/{{0..9}}.tar"
+    whole = names(ShardStream(url, buffer=8).images(0, seed=3, reader=1, readers=3), 60)
+    assert len(set(whole)) > 20
+    for place in (0, 1, 17, 45):
+        assert names(ShardStream(url, buffer=8).images(place, seed=3, reader=1, readers=3), 12) == whole[place:][:12]
+    stream = pickle.loads(pickle.dumps(ShardStream(url, buffer=8)))
+    for place in (4, 5, 9, 2):  # onwards, and back
+        assert names(stream.images(place, seed=3, reader=1, readers=3), 3) == whole[place : place + 3]
+    assert names(ShardStream(url, buffer=8).images(0, seed=4, reader=1, readers=3), 60) != whole
+
+
+def test_reading_on_does_not_start_again(server: str) -> None:
+    stream = ShardStream(f"{server}/{{0..9}}.tar", buffer=4)
+    for place in range(NUM_IMAGES):
+        next(stream.images(place))
+    assert len(Handler.asked) == len(set(Handler.asked)) == 10
+
+
+# Reading
+
+
+def test_a_lost_connection_is_taken_up_again(server: str) -> None:
+    Handler.lost, Handler.busy = {"/1.tar"}, {"/2.tar"}
+    images = list(ShardStream(f"{server}/{{0..3}}.tar").scan())
+    assert names(iter(images), 99) == [f"{number:03d}.png" for number in range(15)]
+    assert [image.data for image in images] == [picture(number) for number in range(15)]
+    assert Handler.asked == ["/0.tar", "/1.tar", "/1.tar", "/2.tar", "/2.tar", "/3.tar"]
+
+
+def test_missing_shards_are_counted_and_the_others_used(server: str) -> None:
+    mixture = ImageMixture.from_data_dir(f"{server}/{{8..11}}.tar")
+    loaded = [mixture.load(n) for n in range(40)]
+    assert {Path(image.name).name for image in loaded} == {f"{number:03d}.png" for number in range(31, 39)} | {
+        "031.png"
+    }
+    skipped = dict(entry for image in loaded for entry in image.skipped)
+    assert set(skipped) == {f"{server}/10.tar", f"{server}/11.tar"}
+    assert all("shard cannot be read (HTTP Error 404" in reason for reason in skipped.values())
+
+
+def test_a_query_is_sent_but_never_shown(server: str) -> None:
+    mixture = ImageMixture.from_data_dir(f"{server}/{{0..1}}.tar?token=secret")
+    assert "secret" not in f"{mixture.load(0).name} {mixture.sources[0].path} {mixture.sources[0]}"
+    assert all(asked.endswith("?token=secret") for asked in Handler.asked)
+    with pytest.raises(DataError) as caught:
+        ImageMixture.from_data_dir(f"{server}/absent.tar?token=secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_command_is_run_by_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar(tmp_path / "0.tar", range(3))
+    monkeypatch.setenv("SHARDS", str(tmp_path))
+    images = ShardStream("pipe:dd if=$SHARDS/0.tar status=none | cat").scan()
+    assert names(images, 9) == ["000.png", "001.png", "002.png"]
+
+
+def test_a_failing_command_is_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", range(3))
+    mixture = ImageMixture.from_data_dir([f"pipe:cat {tmp_path}/0.tar; exit 3"])
+    skipped = [entry for n in range(9) for entry in mixture.load(n).skipped]
+    assert skipped[0][1] == "shard cannot be read (the command ended with status 3)"
+
+
+def test_a_command_that_is_no_longer_wanted_is_ended(tmp_path: Path) -> None:
+    """Neither a forgotten process nor a wait for one."""
+    write_tar(tmp_path / "0.tar", range(3))
+    stream = ShardStream(f"pipe:cat {tmp_path}/0.tar; exec sleep 100", buffer=1)
+    next(stream.images(0))
+    stream.close()
+
+
+@pytest.mark.parametrize("path", ["http://127.0.0.1:9/{0..9}.tar", "pipe:false", "pipe:printf ''"])
+def test_shards_that_are_all_dead_are_one_clear_error(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featsharp.data.streams.ATTEMPTS", 1)
+    with pytest.raises(DataError, match=r"no usable image found \("):
+        ImageMixture.from_data_dir(path)
+    with pytest.raises(DataError, match="20 shards in a row gave no image; the last, "):
+        ImageMixture([ShardStream(path)]).load(0)
+
+
+def test_braces_that_do_not_pair() -> None:
+    with pytest.raises(ConfigError, match=r"Unbalanced braces.*write ranges as \{000\.\.099\}"):
+        ImageMixture.from_data_dir("http://host/{0..9.tar")
+    with pytest.raises(ConfigError, match="a shuffle buffer of 0 images"):
+        ShardStream("http://host/0.tar", buffer=0)
+
+
+# Mixtures and batches
+
+
+@pytest.mark.parametrize("division", [Division(), Division(3, 2, 1), Division(2, 3, 2), Division(5, 1, 4)])
+def test_readers_divide_the_samples(division: Division) -> None:
+    """Against a walk through all samples."""
+    place: Counter[int] = Counter()
+    for n in range(240):
+        step, rank = n // division.batch_size // division.world, n // division.batch_size % division.world
+        reader = rank * division.workers + step % division.workers
+        assert division.reader(n) == reader
+        earlier = [number for numbers in division.earlier(n) for number in numbers]
+        assert len(earlier) == place[reader]
+        assert all(number < n and division.reader(number) == reader for number in earlier)
+        place[reader] += 1
+    assert set(place) == set(range(division.readers))
+
+
+def test_a_mixture_counts_the_places_of_a_stream_by_reader(server: str, tmp_path: Path) -> None:
+    """Weighted with a local source, every reader gets the images of its own sequence, one after the other."""
+    write_tar(tmp_path / "local.tar", range(100, 104))
+    sources = [open_source(tmp_path / "local.tar"), ShardStream(f"{server}/{{0..9}}.tar", buffer=6)]
+    mixture = ImageMixture(sources, [1, 2], seed=1)
+    division = Division(batch_size=2, world=1, workers=2)
+    seed = hash_bits(1, 1)
+    found: dict[int, list[str]] = {0: [], 1: []}
+    for reader in (0, 1):  # one process each
+        own = [n for n in range(60) if division.reader(n) == reader]
+        for n in own:
+            if mixture.locate(n)[0] == 1:
+                found[reader].append(Path(mixture.load(n, division).name).name)
+        alone = ShardStream(f"{server}/{{0..9}}.tar", buffer=6)
+        assert found[reader] == names(alone.images(0, seed=seed, reader=reader, readers=2), len(found[reader]))
+    assert abs(len(found[0]) + len(found[1]) - 40) <= 2
+
+
+def batches(path: str, sampler: StepSampler, workers: int) -> list[ViewBatch]:
+    dataset = ViewDataset(ImageMixture.from_data_dir(path, shuffle_buffer=6), (16, 24), ViewConfig(num_views=1), seed=0)
+    return list(load_views(dataset, sampler, workers))
+
+
+def same(batch: ViewBatch, other: ViewBatch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(batch.views, other.views, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_of_a_resumed_run_are_those_of_an_uninterrupted_one(server: str, tmp_path: Path, workers: int) -> None:
+    (tmp_path / "www" / "4.tar").write_bytes(b"broken")
+    url = f"{server}/{{0..9}}.tar"
+    whole = batches(url, StepSampler(0, 9, 3, rank=1, world=2), workers)
+    for first in (1, 4):
+        resumed = batches(url, StepSampler(first, 9, 3, rank=1, world=2), workers)
+        assert len(resumed) == 9 - first
+        assert all(same(*pair) for pair in zip(resumed, whole[first:], strict=True))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_fewer_shards_than_ranks_and_workers(server: str, shards: int) -> None:
+    """Four readers: each batch is there, and a round of all of them holds (nearly) every image once."""
+    url = f"{server}/{{0..{shards - 1}}}.tar"
+    total = sum(3 + shard % 3 for shard in range(shards))
+    for rank in range(2):
+        assert len(batches(url, StepSampler(0, 6, 1, rank, world=2), workers=2)) == 6
+    mixture = ImageMixture.from_data_dir(url)
+    division = Division(batch_size=1, world=2, workers=2)
+    by_reader = {
+        reader: [mixture.load(n, division).name for n in range(4 * total) if division.reader(n) == reader]
+        for reader in range(4)
+    }
+    assert set().union(*by_reader.values()) == {image.name for image in ShardStream(url).scan()}
+    for reader, loaded in by_reader.items():
+        assert len(loaded) == total
+        assert max(Counter(loaded).values()) < total, f"reader {reader} repeats one image"
+
+
+def test_an_unusable_image_is_replaced_by_the_next_without_moving_the_others(tmp_path: Path) -> None:
+    """So a place can be found again without decoding."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(12):
+            data = b"nonsense" if number == 5 else picture(number)
+            info = tarfile.TarInfo(f"{number:03d}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    mixture = ImageMixture.from_data_dir(f"pipe:cat {tmp_path}/0.tar")
+    loaded = [mixture.load(n) for n in range(12)]
+    (place,) = (n for n, image in enumerate(loaded) if image.skipped)
+    assert Path(loaded[place].skipped[0][0]).name == "005.png"
+    assert len({image.name for image in loaded}) == 11
+    assert loaded[place].name == mixture.load(place + 1).name
+
+
+def test_repeated_samples_are_refused(server: str) -> None:
+    with pytest.raises(ConfigError, match=r"feature_cache\.samples repeats samples"):
+        batches(f"{server}/0.tar", StepSampler(0, 1, 1, distinct=4), 0)
+
+
+# Training
+
+
+def test_training_from_a_url_and_a_pipe_goes_on_where_it_stopped(server, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("FEATSHARP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number in range(4):
+        Image.open(io.BytesIO(picture(number))).resize((160, 120)).save(tmp_path / "photos" / f"{number}.png")
+    pack_images(tmp_path / "photos", tmp_path / "packed", images_per_shard=2)
+    data = f"train_data_dir=[['{server}/{{0..9}}.tar', 3], ['pipe:cat {tmp_path}/packed/shard-00000{{0,1}}.tar', 1]]"
+    common = ["+model=toy-vit", "+upsampler=featup-2x", data, "batch_size=2", "num_workers=1", "progress=false"]
+    common += ["normalizer.num_samples=4", "normalizer.batch_size=4", "viz.num_images=1", "viz.type=none"]
+    common += ["num_training_steps=4", "checkpoint_frequency=2"]
+    assert main([*common, "output_base=whole"]) == 0, caplog.text
+
+    def stop_at_the_fourth(trainer: Trainer, views: Views) -> Losses:
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        return train_step(trainer, views)
+
+    train_step = Trainer.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop_at_the_fourth)
+        assert main([*common, "output_base=halves"]) == 130
+    assert main([*common, "output_base=halves"]) == 0
+    whole, halves = (read_checkpoint(Path(base, "toy-vit/64/last.pth"))["model"] for base in ("whole", "halves"))
+    assert all(torch.equal(whole[key], halves[key]) for key in whole)

@@ -1,0 +1,143 @@
+"""A training that is killed again and again ends as if nothing had happened; benchmarks/faults.py does the killing."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from featsharp.checkpoint import read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="benchmarks are not part of this copy")
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))  # processes that are started find it there, too
+    return importlib.import_module("faults")
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])])
+def test_a_killed_training_ends_with_the_very_checkpoints_of_an_undisturbed_one(faults, tmp_path, kills):
+    """Model, optimiser, best score and best checkpoint, bit for bit, and no file is left behind."""
+    series = faults.kill_series(tmp_path, kills)
+    assert sum(series.moments.values()) == kills
+    assert series.different == []
+    assert series.leftovers == []
+
+
+def test_the_comparison_finds_a_single_bit(faults):
+    a, b = ({"x": [torch.ones(3)], "y": {"z": 1.0}} for _ in range(2))
+    assert list(faults.differences(a, b)) == []
+    b["x"][0][1] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    b["y"]["w"] = 2
+    assert list(faults.differences(a, b)) == ["x.0", "y.w"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_faults_of_files_and_disks(faults, tmp_path):
+    found = {}
+    for number, case in enumerate(faults.CASES):
+        (tmp_path / str(number)).mkdir()
+        found[case.fault] = case.found(tmp_path / str(number))
+    assert {fault: wrong for fault, wrong in found.items() if wrong} == {}
+
+
+# SIGTERM and failing processes
+
+
+def start(folder: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[str]:
+    """The command of a training below ``folder``, under torchrun if there are several processes."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", "featsharp/train.py"]
+    command = [sys.executable, *(launcher if processes > 1 else ["-m", "featsharp.train"])]
+    settings = [
+        *("+model=toy-vit", "+upsampler=featup-2x", "batch_size=1", "accumulation_steps=2", "num_workers=1"),
+        *("normalizer.num_samples=8", "normalizer.batch_size=4", "viz.type=none", "viz.num_images=1"),
+        *("progress=false", "val_frequency=0", "checkpoint_frequency=0", f"train_data_dir={folder / 'photos'}"),
+    ]
+    return subprocess.Popen(
+        [*command, *settings, *overrides],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FEATSHARP_CACHE": str(folder / "cache")},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What a process printed until its end."""
+    return process.communicate(timeout=120)[1]
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert process.poll() is None, finish(process)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_saves_and_the_run_goes_on_from_there(faults, tmp_path, processes):
+    """Without the signal there would be no checkpoint between the first and the last step."""
+    faults.photos(tmp_path / "photos")
+    steps = "num_training_steps=100"
+    process = start(tmp_path, steps, f"output_root={tmp_path / 'stopped'}", processes=processes)
+    last = tmp_path / "stopped" / "last.pth"
+    wait_for(last, process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    said = finish(process)
+    step = read_checkpoint(last)["training"]["step"]
+    assert 0 < step < 100
+    assert said.count(f"stopped by SIGTERM after step {step}, which is saved") == processes
+    if processes == 1:
+        assert process.returncode == 143
+        assert "Traceback" not in said
+    again = start(tmp_path, steps, f"output_root={tmp_path / 'stopped'}", processes=processes)
+    assert f"at step {step}" in finish(again)
+    assert again.returncode == 0
+    whole = start(tmp_path, steps, f"output_root={tmp_path / 'whole'}", processes=processes)
+    finish(whole)
+    a, b = (read_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "stopped"))
+    assert list(faults.differences(a["model"], b["model"])) == []
+    assert list(faults.differences(a["training"], b["training"])) == []
+
+
+FAILING = """
+import sys, time, torch
+from featsharp.training.distributed import average_gradients, start_world
+from featsharp.errors import InputError
+import featsharp.train
+
+def train(config):
+    world = start_world("cpu", 30)
+    if world.rank == 1:
+        time.sleep(1)
+        raise InputError("only this process found the image too small")
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    average_gradients([weight], world)
+
+featsharp.train.train = train
+sys.exit(featsharp.train.main(["+model=toy-vit", "+upsampler=featup-2x", "train_data_dir=x"]))
+"""
+
+
+def test_a_failing_process_ends_all_of_them_with_its_own_error(tmp_path):
+    """The other one waits in a collective meanwhile."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    begin = time.monotonic()
+    done = subprocess.run([*launcher, tmp_path / "failing.py"], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert time.monotonic() - begin < 60
+    assert done.returncode != 0
+    assert "process 1 of 2: only this process found the image too small" in done.stderr
+    assert "process 0 of 2: lost another process of this run" in done.stderr or "exitcode: -15" in done.stderr
