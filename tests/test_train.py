@@ -380,10 +380,10 @@ def test_a_tar_that_was_cut_short_is_counted(tmp_path, caplog):
     write_tar(tar, {f"{n}.png": picture(n) for n in range(4)})
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size * 3 // 4])
     assert train(tmp_path / "shards", upsampler="featup-2x") == 0
-    (name,) = last_of()["training"]["skipped"]
-    assert "cut short" in name
-    assert sum("cut short" in message for message in caplog.messages) == 1
-    assert "1 images skipped (1 damaged shard)" in caplog.messages
+    (reason,) = last_of()["training"]["skipped"].values()
+    assert reason.startswith("cut short")
+    assert sum("0.tar: cut short" in message for message in caplog.messages) == 1
+    assert "1 images skipped (1 cut short)" in caplog.messages
 
 
 @pytest.mark.skipif(
