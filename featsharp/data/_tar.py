@@ -21,7 +21,7 @@ NO_IMAGE = "no image by name"  # kind of files and members that do not pretend t
 _COMPRESSED_EXTENSIONS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 _OTHER = "other"  # verdict on members that are no images and do not pretend to be
-_DAMAGE = (tarfile.TarError, ValueError, IndexError, KeyError, OverflowError, MemoryError)
+_DAMAGE = (tarfile.TarError, ValueError, IndexError, KeyError, OverflowError, MemoryError, RecursionError)
 
 
 class TarMember(NamedTuple):
@@ -63,7 +63,9 @@ def index_tar(path: Path) -> TarIndex:
             while (info := tar.next()) is not None:
                 # tarfile would keep every header, a gigabyte for a million members.
                 tar.members.clear()  # type: ignore[attr-defined]
-                if info.isreg() and not 0 <= info.size <= end - info.offset_data:
+                if info.size < 0 or (
+                    info.isreg() and info.size > end - info.offset_data
+                ):  # or it goes backwards for ever
                     skipped.append((str(path), _cut_inside(info.name)))
                     return TarIndex(members, skipped, others)
                 verdict = _verdict(info)

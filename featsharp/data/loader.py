@@ -5,6 +5,7 @@ the samples ``(s * world + rank) * batch ...``, so a resumed run goes on where i
 what one would see with twice the batch. Only which image of a *stream* a sample is depends on both numbers, too.
 """
 
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -178,5 +179,13 @@ def _as_is(batch: Any) -> Any:
 
 def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Schedulers send it to all processes of a group; workers are needed until the training process has saved.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Schedulers send it to all processes of a group, and workers are needed until the training process has saved. The
+    # second one is the loader's own, for workers that do not end.
+    received: list[int] = []
+
+    def on_term(number: int, frame: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    signal.signal(signal.SIGTERM, on_term)

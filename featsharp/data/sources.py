@@ -490,7 +490,11 @@ def _files(root: Path, exclude: Path | None, skipped: list[tuple[str, str]]) -> 
         seen.add(real)
         folders[:] = sorted(_visible(folders))
         for file in _visible(files):
-            yield Path(folder, file).relative_to(root).as_posix()
+            path = Path(folder, file)
+            if path.exists() and not path.is_file():  # reading a pipe or a device would wait or go on for ever
+                skipped.append((str(path), "link or special file"))
+                continue
+            yield path.relative_to(root).as_posix()
 
 
 def _visible(names: Iterable[str]) -> list[str]:

@@ -12,13 +12,15 @@ beyond the shuffle buffer.
 
 import itertools
 import logging
+import os
+import signal
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException, HTTPResponse
 from typing import IO, NamedTuple
 
@@ -244,9 +246,14 @@ def _read_shard(shard: str) -> Iterator[StreamImage]:
                     else:
                         yield StreamImage(name, member.data, [])
             return
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is none
             status = error.code if isinstance(error, urllib.error.HTTPError) else None
-            if attempt == ATTEMPTS or shard.startswith(PIPE) or (status is not None and status not in _READ_AGAIN):
+            if (
+                attempt == ATTEMPTS
+                or isinstance(error, ValueError)
+                or shard.startswith(PIPE)
+                or (status is not None and status not in _READ_AGAIN)
+            ):
                 yield StreamImage("", b"", [(label(shard), f"shard cannot be read ({_said(error)})")])
                 return
             logger.info("%s: %s; trying again", label(shard), _said(error))
@@ -267,8 +274,13 @@ def _open(shard: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _run(command: str) -> Iterator[IO[bytes]]:
-    """The output of a shell command; OSError when it fails. It is ended when its output is no longer wanted."""
-    process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    """The output of a shell command; OSError when it fails. It is ended when its output is no longer wanted.
+
+    With all that it started, and without asking: workers ignore SIGTERM, and what they start inherits that.
+    """
+    process = subprocess.Popen(
+        command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+    )
     assert process.stdout is not None
     try:
         yield process.stdout
@@ -278,9 +290,9 @@ def _run(command: str) -> Iterator[IO[bytes]]:
             raise OSError(f"the command ended with status {process.returncode}")
     finally:
         process.stdout.close()
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 class _Whole:

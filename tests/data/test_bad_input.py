@@ -224,3 +224,55 @@ def test_members_of_a_stream_cannot_claim_any_memory(shards: Path, monkeypatch: 
     used, kinds = account_of(ImageMixture.from_data_dir(f"pipe:cat {shards}/{{good,bad}}.tar"), 10)
     assert used == {"0.png", "1.png", "2.png"}
     assert kinds == {"larger than 0 MiB": 1}
+
+
+def hostile_header(kind: bytes, size: int) -> bytes:
+    """One header of a type that tarfile does not know, with any size; base 256 can say negative ones."""
+    info = tarfile.TarInfo("x.png")
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    header[156:157] = kind
+    header[124:136] = size.to_bytes(12, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def plain_tar(numbers: range) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for number in numbers:
+            data = picture(number)
+            info = tarfile.TarInfo(f"{number}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue().rstrip(b"\0") + b"\0" * 512
+
+
+@pytest.mark.parametrize("size", [-512, -1024])
+def test_a_member_of_negative_size_does_not_go_round_in_circles(tmp_path, size):
+    start = plain_tar(range(2))
+    start = start[: len(start) // 512 * 512]
+    (tmp_path / "x.tar").write_bytes(start + hostile_header(b"Z", size) + b"\0" * 1024)
+    source = open_source(tmp_path)
+    assert len(source) == 2
+    assert len(source.skipped) == 1
+
+
+def test_a_chain_of_headers_is_damage(tmp_path):
+    (tmp_path / "0.png").write_bytes(picture())
+    link = tarfile.TarInfo("././@LongLink")
+    link.type, link.size = tarfile.GNUTYPE_LONGNAME, 2
+    (tmp_path / "x.tar").write_bytes((link.tobuf(tarfile.GNU_FORMAT) + b"x".ljust(512, b"\0")) * 3000 + b"\0" * 1024)
+    source = open_source(tmp_path)
+    assert len(source) == 1
+    assert len(source.skipped) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_in_a_folder_is_not_read(tmp_path):
+    (tmp_path / "0.png").write_bytes(picture())
+    os.mkfifo(tmp_path / "1.png")
+    os.mkfifo(tmp_path / "2.tar")
+    source = open_source(tmp_path)
+    assert len(source) == 1
+    assert count_kinds(source.skipped) == {"link or special file": 2}

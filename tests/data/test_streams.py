@@ -2,8 +2,10 @@
 
 import io
 import pickle
+import signal
 import tarfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -231,6 +233,27 @@ def test_a_command_that_is_no_longer_wanted_is_ended(tmp_path: Path) -> None:
     stream = ShardStream(f"pipe:cat {tmp_path}/0.tar; exec sleep 100", buffer=1)
     next(stream.images(0))
     stream.close()
+
+
+def test_a_stalled_command_ends_with_all_that_it_started_even_where_sigterm_is_ignored(tmp_path: Path) -> None:
+    """As in a data worker. A child of the shell would outlive it."""
+    write_tar(tmp_path / "0.tar", range(3))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        stream = ShardStream(f"pipe:(sleep 2; touch {tmp_path}/survived) & cat {tmp_path}/0.tar; wait", buffer=1)
+        next(stream.images(0))
+        start = time.monotonic()
+        stream.close()
+        assert time.monotonic() - start < 1.5
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    time.sleep(2.5)
+    assert not (tmp_path / "survived").exists()
+
+
+def test_an_address_that_is_none_is_one_clear_error() -> None:
+    with pytest.raises(DataError, match="shard cannot be read"):
+        ImageMixture.from_data_dir("http://[bad/x.tar")
 
 
 @pytest.mark.parametrize("path", ["http://127.0.0.1:9/{0..9}.tar", "pipe:false", "pipe:printf ''"])
