@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
@@ -91,14 +92,25 @@ class StepClock:
 def peak_memory(device: torch.device) -> dict[str, float]:
     """GiB that this process has held at most since its start, by what the log calls them.
 
-    The resident set, which the systems that count it tell; and on a CUDA device what tensors took there.
+    The resident set, where the system counts it; and on a CUDA device what tensors took there.
     """
     found = {}
-    if sys.platform != "win32":
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        found["memory/peak_resident_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    resident = _peak_resident_bytes()
+    if resident is not None:
+        found["memory/peak_resident_gib"] = resident / GIB
     if device.type == "cuda":
         found["memory/peak_cuda_gib"] = torch.cuda.max_memory_allocated(device) / GIB
     return found
+
+
+def _peak_resident_bytes() -> int | None:
+    if sys.platform == "win32":
+        return None
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux lets a process begin with the getrusage peak of the one that started it
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if line is not None:
+            return 1024 * int(line.split()[1])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -27,18 +27,21 @@ ALONE = World(0, 1, torch.device("cpu"))
 def together(work: Callable[[World], None], processes: int = 2) -> list[int | None]:
     """Run ``work`` in several processes at once; returns their exit codes."""
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("spawn")  # a fork of a process with busy thread pools can hang
         started = [context.Process(target=_join, args=(work, n, processes, folder)) for n in range(processes)]
         for process in started:
             process.start()
         for process in started:
             process.join(60)
+            process.kill()
+            process.join()
         return [process.exitcode for process in started]
 
 
 def _join(work: Callable[[World], None], rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     work(World(rank, size, torch.device("cpu")))
+    dist.destroy_process_group()
 
 
 def vectors() -> list[torch.Tensor]:
@@ -47,40 +50,36 @@ def vectors() -> list[torch.Tensor]:
     return [torch.randn(50, 4) + 1000, 3 * torch.randn(7, 4), torch.zeros(0, 4)]
 
 
-def test_statistics_are_merged_by_the_formula():
-    def work(world: World) -> None:
-        own = FeatureStatistics(4)
-        own.update(vectors()[world.rank])
-        merged = merge_statistics(own, world)
-        rows = torch.cat(vectors()).double()
-        assert merged.count == 57
-        torch.testing.assert_close(merged.mean, rows.mean(0), rtol=1e-12, atol=0)
-        torch.testing.assert_close(merged.covariance, rows.T.cov(), rtol=1e-10, atol=0)
-
-    assert together(work, 3) == [0, 0, 0]
+def merge(world: World) -> None:
+    own = FeatureStatistics(4)
+    own.update(vectors()[world.rank])
+    merged = merge_statistics(own, world)
+    rows = torch.cat(vectors()).double()
+    assert merged.count == 57
+    torch.testing.assert_close(merged.mean, rows.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(merged.covariance, rows.T.cov(), rtol=1e-10, atol=0)
 
 
-def test_losses_are_means_and_flags_are_shared():
-    def work(world: World) -> None:
-        x = torch.tensor(float(world.rank))
-        losses = average_losses(Losses(x, x + 1, {"tv": 4 * x}), world)
-        assert (losses.total.item(), losses.reconstruction.item(), losses.terms["tv"].item()) == (0.5, 1.5, 2.0)
-        assert any_process(world.rank == 1, world)
-        assert not any_process(False, world)
-        assert object_from_main(lambda: {"rank": world.rank}, world) == {"rank": 0}
-        assert gather_objects(world.rank, world) == [0, 1]
-
-    assert together(work) == [0, 0]
+def share(world: World) -> None:
+    x = torch.tensor(float(world.rank))
+    losses = average_losses(Losses(x, x + 1, {"tv": 4 * x}), world)
+    assert (losses.total.item(), losses.reconstruction.item(), losses.terms["tv"].item()) == (0.5, 1.5, 2.0)
+    assert any_process(world.rank == 1, world)
+    assert not any_process(False, world)
+    assert object_from_main(lambda: {"rank": world.rank}, world) == {"rank": 0}
+    assert gather_objects(world.rank, world) == [0, 1]
 
 
-def test_a_lost_process_is_an_error_that_says_where_to_look():
-    def work(world: World) -> None:
-        if world.rank == 1:
-            return
-        with pytest.raises(DistributedError, match=r"lost another process of this run .* its own error is further up"):
-            add_over_processes([torch.ones(3)], world)
+def lose_one(world: World) -> None:
+    if world.rank == 1:
+        return
+    with pytest.raises(DistributedError, match=r"lost another process of this run .* its own error is further up"):
+        add_over_processes([torch.ones(3)], world)
 
-    assert together(work) == [0, 0]
+
+@pytest.mark.parametrize(("work", "processes"), [(merge, 3), (share, 2), (lose_one, 2)])
+def test_between_processes(work, processes):
+    assert together(work, processes) == [0] * processes
 
 
 def test_alone_nothing_changes():
