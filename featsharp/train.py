@@ -161,8 +161,8 @@ def train(config: RunConfig) -> Trainer:
         logger.info("resuming %s at step %d", folder / LAST, trainer.step)
     trainer.skipped.add(skipped)
     trainer.skipped.add(mixture.skipped)
-    if world.is_main and not resuming:
-        trainer.save()  # a run that is killed in its first steps need not fit again, and an unusable folder shows now
+    if world.is_main and config.linear_fit.samples and not resuming:
+        trainer.save()  # a run that is killed in its first steps need not fit again
     try:
         trainer.run()
     finally:

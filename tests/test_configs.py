@@ -191,7 +191,7 @@ def test_view_options_of_the_library_are_those_of_the_configuration():
         (["+model=siglp"], "siglip2"),
         (["+modle=siglip2"], "model"),
         (["normalizer=phis"], "phi-s"),
-        (["zzz=1"], "valid keys: batch_size"),
+        (["zzz=1"], "valid keys: accumulation_steps, batch_size"),
         (["num_training_steps=many"], "num_training_steps"),
         (["views.zoom=[1,wide]"], "views.zoom"),
         (["views.zoom=3"], "views.zoom"),

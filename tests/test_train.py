@@ -464,6 +464,14 @@ def test_mistakes_cost_one_line_and_no_training(photos, capsys, overrides, said)
     assert not list(Path().rglob("*.pth"))
 
 
+def test_a_run_that_failed_before_its_first_step_may_be_given_otherwise(photos, tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken_filter.py").write_text("def keep(image, name):\n    raise RuntimeError('oops')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert train(photos, "data.filter=broken_filter:keep") == 1
+    assert "oops" in capsys.readouterr().err
+    assert train(photos) == 0
+
+
 def test_unwritable_output_is_one_line(photos, tmp_path, capsys):
     (tmp_path / "file").write_bytes(b"")
     assert train(photos, output="file") == 1

@@ -34,6 +34,7 @@ AT_LEAST = {
     "normalizer.num_samples": 1,
     "normalizer.batch_size": 1,
     "linear_fit.samples": 0,
+    "feature_cache.samples": 0,
     "linear_fit.ridge": 0.0,
     "views.num_views": 1,
     "objective.kernel_size": 1,

@@ -195,11 +195,11 @@ class Trainer:
                 self._report(losses)
                 if self.step < self.config.num_steps and any_process(self.term.came, self.world):
                     self._save_and_stop()
+            self._save_and_validate()
         if self.world.is_main and self.clock.works:
             logger.info(self.clock.summary())
-        if self.skipped.names:
+        if self.world.is_main and self.skipped.names:  # of all processes: saving has joined them
             logger.warning(self.skipped.summary())
-        self._save_and_validate()
         if self.term.came:
             raise Terminated("stopped by SIGTERM after the last step, which is saved; only its validation is missing")
 
