@@ -86,25 +86,23 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_saves_and_the_run_goes_on_from_there(faults, tmp_path, processes):
-    """Without the signal there would be no checkpoint between the first and the last step."""
     faults.photos(tmp_path / "photos")
-    steps = "num_training_steps=100"
-    process = start(tmp_path, steps, f"output_root={tmp_path / 'stopped'}", processes=processes)
+    steps = ("num_training_steps=300", "checkpoint_frequency=10")
+    process = start(tmp_path, *steps, f"output_root={tmp_path / 'stopped'}", processes=processes)
     last = tmp_path / "stopped" / "last.pth"
     wait_for(last, process)
-    time.sleep(1)
     process.send_signal(signal.SIGTERM)
     said = finish(process)
     step = read_checkpoint(last)["training"]["step"]
-    assert 0 < step < 100
+    assert 0 < step < 300
     assert said.count(f"stopped by SIGTERM after step {step}, which is saved") == processes
     if processes == 1:
         assert process.returncode == 143
         assert "Traceback" not in said
-    again = start(tmp_path, steps, f"output_root={tmp_path / 'stopped'}", processes=processes)
+    again = start(tmp_path, *steps, f"output_root={tmp_path / 'stopped'}", processes=processes)
     assert f"at step {step}" in finish(again)
     assert again.returncode == 0
-    whole = start(tmp_path, steps, f"output_root={tmp_path / 'whole'}", processes=processes)
+    whole = start(tmp_path, *steps, f"output_root={tmp_path / 'whole'}", processes=processes)
     finish(whole)
     a, b = (read_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "stopped"))
     assert list(faults.differences(a["model"], b["model"])) == []
