@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from featsharp.configs.compose import compose, flatten, to_yaml
 from featsharp.configs.schema import RunConfig
 from featsharp.data.files import write_file
 from featsharp.data.filters import ImageFilter
-from featsharp.data.loader import StepSampler, ViewDataset, load_views
+from featsharp.data.loader import StepSampler, ViewBatch, ViewDataset, load_views
 from featsharp.data.sources import ImageMixture, ImageSource
 from featsharp.data.views import ViewConfig, base_view
 from featsharp.errors import CheckpointError, ConfigError, DataError, FeatSharpError
@@ -187,9 +187,7 @@ def _fit_linear(encoder: SharpEncoder, dataset: ViewDataset, config: RunConfig, 
     """Fit FeatSharp's linear weight, each process on its share of the samples; returns what was skipped."""
     from tqdm import tqdm
 
-    steps = -(-config.linear_fit.samples // (config.batch_size * world.size))
-    sampler = StepSampler(0, steps, config.batch_size, world.rank, world.size)
-    batches = load_views(dataset, sampler, config.num_workers)
+    steps, batches = _first_samples(dataset, config.linear_fit.samples, config.batch_size, config, world)
     disable = not (config.progress and world.is_main)
     shown = tqdm(batches, total=steps, desc="linear fit", unit="batch", file=sys.stderr, disable=disable)
     return fit_linear(encoder, shown, config.linear_fit.ridge, encoder.backbone.input_size, world)
@@ -228,13 +226,20 @@ def collect_statistics(
     """Streaming statistics of the backbone's features over ``samples`` random crops, merged over all processes."""
     backbone = encoder.backbone
     dataset = ViewDataset(mixture, backbone.input_size, ViewConfig(num_views=1), config.seed)
-    steps = -(-samples // (batch_size * world.size))
-    sampler = StepSampler(0, steps, batch_size, world.rank, world.size)
     statistics = FeatureStatistics(backbone.embed_dim)
-    for views, _ in load_views(dataset, sampler, config.num_workers):
+    for views, _ in _first_samples(dataset, samples, batch_size, config, world)[1]:
         images = base_view(views)[0].to(world.device)
         statistics.update(backbone(encoder.input_conditioner(images)).features)
     return merge_statistics(statistics, world)
+
+
+def _first_samples(
+    dataset: ViewDataset, samples: int, batch_size: int, config: RunConfig, world: World
+) -> tuple[int, Iterator[ViewBatch]]:
+    """This process's share of the first samples (or a few more), in batches, and how many of these there are."""
+    steps = -(-samples // (batch_size * world.size))
+    sampler = StepSampler(0, steps, batch_size, world.rank, world.size)
+    return steps, load_views(dataset, sampler, config.num_workers)
 
 
 def data_fingerprint(mixture: ImageMixture, samples: int) -> str:

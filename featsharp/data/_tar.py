@@ -63,9 +63,8 @@ def index_tar(path: Path) -> TarIndex:
             while (info := tar.next()) is not None:
                 # tarfile would keep every header, a gigabyte for a million members.
                 tar.members.clear()  # type: ignore[attr-defined]
-                if info.size < 0 or (
-                    info.isreg() and info.size > end - info.offset_data
-                ):  # or it goes backwards for ever
+                # A negative size, of any kind of member, would send tarfile backwards for ever.
+                if info.size < 0 or (info.isreg() and info.size > end - info.offset_data):
                     skipped.append((str(path), _cut_inside(info.name)))
                     return TarIndex(members, skipped, others)
                 verdict = _verdict(info)

@@ -32,7 +32,7 @@ from featsharp.upsamplers.interpolate import Bilinear
 from featsharp.upsamplers.jafar import JAFAR
 from featsharp.upsamplers.registration import register_upsampler
 from featsharp.upsamplers.resfu import ReSFU
-from featsharp.upsamplers.tile import Process, check_tile_batch, encode_tiles, tile_map, write_tiles
+from featsharp.upsamplers.tile import check_tile_batch, encode_tiles, tile_map, unchanged, write_tiles
 
 # Maps computed from the low-resolution features and the image; one of tiles, whole or their details, comes beside them.
 GUIDED_INPUTS = ("jbu", "jafar", "resfu", "bilinear", "rgb")
@@ -115,7 +115,7 @@ class FeatSharp(Upsampler):
             {name: _branch(name, embed_dim, factor, start) for name in self.inputs if name not in TILE_INPUTS}
         )
         self.tile_input = next((name for name in self.inputs if name in TILE_INPUTS), None)
-        self.process_tiles: Process | None = fine_part if self.tile_input == "details" else None
+        self.process_tiles = fine_part if self.tile_input == "details" else unchanged
         # One vector per tile of the image: a tile may learn where it was cut out.
         tiles = math.ceil(factor)
         self.tile_position = nn.Parameter(torch.zeros(1, embed_dim, tiles, tiles)) if "tiles" in self.inputs else None
@@ -159,7 +159,7 @@ class FeatSharp(Upsampler):
         """What :attr:`linear_weight` is applied to: all inputs, [B, D, H, W]."""
         low_res, tiles, _ = self._encode(image, encode, low_res_size, None)
         maps = self._maps(low_res, image, tiles, self.high_res_grid(low_res))
-        return torch.cat([maps[name] for name in self.inputs], 1)
+        return self._join(maps)
 
     @property
     def linear_weight(self) -> Tensor:
@@ -244,9 +244,13 @@ class FeatSharp(Upsampler):
             assert isinstance(branch, GuidedUpsampler)
             yield name, branch
 
+    def _join(self, maps: dict[str, Tensor]) -> Tensor:
+        """All inputs in their order: [B, D, H, W]."""
+        return torch.cat([maps[name] for name in self.inputs], 1)
+
     def _stack(self, maps: dict[str, Tensor]) -> Tensor:
         """What the block gets: [B, c, H, W] each to [B, H, W, D]."""
-        stacked = torch.cat([maps[name] for name in self.inputs], 1).permute(0, 2, 3, 1)
+        stacked = self._join(maps).permute(0, 2, 3, 1)
         if self.mix is None:
             return stacked
         return torch.cat([F.linear(stacked, self.mix), stacked[..., self.embed_dim :]], -1)

@@ -18,7 +18,13 @@ from featsharp.ops.tiling import add_windows, blend_windows, join_tiles, split_t
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler, check_whole
 from featsharp.upsamplers.registration import register_upsampler
 
+# Of the features of tiles [N, C, h, w], before they are stitched.
 Process = Callable[[Tensor], Tensor]
+
+
+def unchanged(tiles: Tensor) -> Tensor:
+    """Tiles are stitched as they are."""
+    return tiles
 
 
 @register_upsampler("tile", "tiles of the image, encoded one by one and stitched")
@@ -86,7 +92,7 @@ def encode_tiles(
     *,
     overlap: int = 0,
     max_tile_batch: int | None = None,
-    process: Process | None = None,
+    process: Process = unchanged,
 ) -> UpsampleFeatures:
     """Low-resolution features and the stitched tile map, with as few calls of ``encode`` as the batch limit allows.
 
@@ -98,16 +104,15 @@ def encode_tiles(
     if factor == 1 and output_size is None:
         low_res, summary = _encode_in_batches(small, encode, max_tile_batch)
         # The one tile is the whole image.
-        return UpsampleFeatures(low_res, low_res if process is None else process(low_res), summary)
+        return UpsampleFeatures(low_res, process(low_res), summary)
     if overlap == 0 and output_size is None and isinstance(factor, int):
         # All at once: the grid need not be known before.
         large = resize(image, (factor * low_res_size[0], factor * low_res_size[1]))
         tiles = split_tiles(large, (factor, factor))
         features, summary = _encode_in_batches(torch.cat([small, tiles]), encode, max_tile_batch)
         low_res, high_res = features.split([len(small), len(tiles)])
-        high_res = high_res if process is None else process(high_res)
         summary = None if summary is None else summary[: len(small)]
-        return UpsampleFeatures(low_res, join_tiles(high_res, (factor, factor)), summary)
+        return UpsampleFeatures(low_res, join_tiles(process(high_res), (factor, factor)), summary)
     low_res, summary = _encode_in_batches(small, encode, max_tile_batch)
     size = upsampler.high_res_grid(low_res, output_size)
     tiles = tile_map(
@@ -132,7 +137,7 @@ def tile_map(
     *,
     overlap: int = 0,
     max_tile_batch: int | None = None,
-    process: Process | None = None,
+    process: Process = unchanged,
 ) -> Tensor:
     """The features of the fewest tiles that cover a map of ``size``, blended where they overlap.
 
@@ -151,7 +156,7 @@ def tile_map(
     """
     windows, starts = _cut_windows(image, low_res_size, grid, size, overlap)
     tiles, _ = _encode_in_batches(torch.stack(windows, 1).flatten(0, 1), encode, max_tile_batch)
-    return blend_windows(tiles if process is None else process(tiles), starts, size)
+    return blend_windows(process(tiles), starts, size)
 
 
 def write_tiles(
@@ -163,15 +168,14 @@ def write_tiles(
     *,
     overlap: int = 0,
     max_tile_batch: int,
-    process: Process | None = None,
+    process: Process = unchanged,
 ) -> None:
     """:func:`tile_map` of one image [1, 3, height, width], written to ``out`` [1, C, H, W]."""
     windows, starts = _cut_windows(image, low_res_size, grid, size_of(out), overlap)
     out.zero_()
     for first in range(0, len(windows), max_tile_batch):
         features, _ = encode(torch.cat(windows[first : first + max_tile_batch]))
-        features = features if process is None else process(features)
-        add_windows(out, features[None].to(out.dtype), starts, first)
+        add_windows(out, process(features)[None].to(out.dtype), starts, first)
 
 
 def _cut_windows(
