@@ -160,7 +160,8 @@ def train(config: RunConfig) -> Trainer:
         trainer.resume(folder / LAST, force=config.force_resume)
         logger.info("resuming %s at step %d", folder / LAST, trainer.step)
     trainer.skipped.add(skipped)
-    trainer.skipped.add(mixture.skipped)
+    if world.is_main and not resuming:  # every process has opened the same sources, and so had the run before
+        trainer.skipped.add(mixture.skipped)
     if world.is_main and config.linear_fit.samples and not resuming:
         trainer.save()  # a run that is killed in its first steps need not fit again
     try:

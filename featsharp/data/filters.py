@@ -11,6 +11,9 @@ from featsharp.registry import load_function
 
 MIN_SIZE = 8  # pixels; what is smaller carries nothing to learn from
 
+# What images are left out for here, unlike damage: kinds as ``count_kinds`` has them.
+TOO_SMALL, UNIFORM, REJECTED = "too small", "uniform colour", "rejected by data.filter"
+
 # (RGB image, name) -> whether to keep it
 Predicate = Callable[[Image.Image, str], bool]
 
@@ -41,11 +44,11 @@ class ImageFilter:
     def __call__(self, image: Image.Image, name: str) -> str:
         """The reason to leave an image out; empty when there is none. Raises ConfigError where the predicate fails."""
         if min(image.size) < self.min_size:
-            return f"too small ({image.width} x {image.height} pixels, the shorter side below {self.min_size})"
+            return f"{TOO_SMALL} ({image.width} x {image.height} pixels, the shorter side below {self.min_size})"
         ranges = [int(high) - int(low) for low, high in image.getextrema()]  # type: ignore[misc]
         if max(ranges) <= 1:
-            return "uniform colour"
-        return "" if self.predicate is None or self._keeps(image, name) else "rejected by data.filter"
+            return UNIFORM
+        return "" if self.predicate is None or self._keeps(image, name) else REJECTED
 
     def _keeps(self, image: Image.Image, name: str) -> bool:
         try:

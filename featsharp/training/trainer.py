@@ -198,7 +198,7 @@ class Trainer:
             self._save_and_validate()
         if self.world.is_main and self.clock.works:
             logger.info(self.clock.summary())
-        if self.world.is_main and self.skipped.names:  # of all processes: saving has joined them
+        if self.world.is_main and self.skipped.kinds:  # of all processes: saving has joined them
             logger.warning(self.skipped.summary())
         if self.term.came:
             raise Terminated("stopped by SIGTERM after the last step, which is saved; only its validation is missing")
@@ -249,7 +249,7 @@ class Trainer:
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "skipped": dict(self.skipped.names),
+            "skipped": self.skipped.state(),
         }
 
     def resume(self, path: Path, *, force: bool = False) -> None:
@@ -291,7 +291,8 @@ class Trainer:
             self.validated = state.get("validated", self.step)
             self.best_score = state["best_score"]
             self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_steps, self.step)
-            self.skipped.names.update(state["skipped"])
+            if self.world.is_main:
+                self.skipped.add_state(state["skipped"])
 
     def _check_processes(self, saved: int, path: Path) -> None:
         if saved != self.world.size:
@@ -318,10 +319,13 @@ class Trainer:
 
     def _save_on_main(self) -> None:
         """Save what all processes know; all of them must call it."""
-        for names in gather_objects(self.skipped.names, self.world):
-            self.skipped.names |= names
+        _, *others = gather_objects(self.skipped.state(), self.world)
         if self.world.is_main:
+            for counted in others:
+                self.skipped.add_state(counted)
             self.save()
+        else:
+            self.skipped.kinds.clear()  # rank 0 has counted them
 
     def _save_and_stop(self) -> None:
         logger.info("SIGTERM: saving step %d", self.step)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featsharp.data.loader import SkipLog, StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.loader import MAX_EXAMPLES, SkipLog, StepSampler, ViewBatch, ViewDataset, load_views
 from featsharp.data.sources import ImageMixture, open_source
 from featsharp.data.views import ViewConfig
 from featsharp.errors import DataError
@@ -77,15 +77,40 @@ def test_unusable_images_are_named_with_their_reason(photos):
     (photos / "2.png").write_bytes(b"")
     Image.new("RGB", (40, 40), (7, 7, 7)).save(photos / "4.png")
     log = SkipLog()
-    new = [
-        entry for batch in load_views(dataset_of(photos), StepSampler(0, 6, 4), 0) for entry in log.add(batch.skipped)
-    ]
-    assert sorted(Path(name).name for name, _ in new) == ["2.png", "4.png"]
-    reasons = {Path(name).name: reason for name, reason in new}
+    met = [entry for batch in load_views(dataset_of(photos), StepSampler(0, 6, 4), 0) for entry in batch.skipped]
+    told = log.add(met)
+    reasons = {Path(name).name: reason for name, reason in met}
+    assert reasons.keys() == {"2.png", "4.png"}
     assert "empty" in reasons["2.png"]
     assert reasons["4.png"] == "uniform colour"
-    assert log.add([(name, reason) for name, reason in new]) == []
-    assert log.summary().startswith("2 images skipped (1 ")
+    # Each time counted; one line in the log, for the damaged one.
+    assert log.count == len(met) > 4
+    assert [(Path(name).name, reason) for name, reason in told] == [("2.png", reasons["2.png"])]
+    assert log.add(met) == []
+    assert log.summary().startswith(f"images skipped {2 * len(met)} times: ")
+
+
+def test_a_log_of_skipped_images_stays_small_and_its_counts_add_up():
+    """Of several processes, and of a run that goes on."""
+    logs = [SkipLog(), SkipLog()]
+    for number, log in enumerate(logs):
+        told = log.add([(f"{number}/{n}.png", "cannot be decoded (at byte 7)") for n in range(1000)])
+        assert len(told) == MAX_EXAMPLES
+        assert told[-1][1] == "cannot be decoded (at byte 7) (more of this kind are only counted)"
+        assert log.add([(f"{number}/{n}.png", "too small (1 x 1 pixels)") for n in range(500)]) == []
+        log.add([("shard.tar/*", "30 no image by name")])
+    one, other = logs
+    one.add_state(other.state())
+    assert one.state()["kinds"] == {"cannot be decoded": 2000, "no image by name": 60, "too small": 1000}
+    assert one.count == 3000
+    assert all(len(names) <= MAX_EXAMPLES for names in one.state()["examples"].values())
+    assert one.summary() == (
+        "images skipped 3000 times: 2000 cannot be decoded (0/0.png, 0/1.png, 0/2.png, ...), "
+        "1000 too small (0/0.png, 0/1.png, 0/2.png, ...); 60 other files passed over (no image by name)"
+    )
+    again = SkipLog()
+    again.add_state(one.state())
+    assert again.state() == one.state()
 
 
 def test_empty_log_has_no_summary():
