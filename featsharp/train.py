@@ -51,7 +51,8 @@ from featsharp.validation import ValidationSamples
 
 logger = logging.getLogger(__name__)
 
-# Keys that a resumed run may change: they change how long, where and how closely watched, not what a step does.
+# Keys that a resumed run may change: they change how long, where and how closely watched, not what a step does. Workers
+# do where there are streams, which the trainer looks after.
 FREE_TO_CHANGE = {
     "compile_backend", "compile_model", "device", "distributed_timeout", "dry_run", "force_resume", "log_frequency",
     "val_frequency", "checkpoint_frequency", "num_workers", "output_base", "output_root", "progress", "resume",

@@ -152,7 +152,8 @@ class Trainer:
         """Train to the last step, then save and validate.
 
         All that is random in a step follows from its number, and so does its place in the data. That is why nothing of
-        either needs to be in a checkpoint, and why the number of processes must stay what it was.
+        either needs to be in a checkpoint, and why the number of processes must stay what it was; with streams that of
+        the workers, too, as each reads a sequence of its own.
 
         Raises:
             Terminated: When SIGTERM came: the step was finished and saved, on every process.
@@ -243,6 +244,7 @@ class Trainer:
         return {
             "step": self.step,
             "processes": self.world.size,
+            "readers": self.readers,
             "validated": self.validated,
             "best_score": self.best_score,
             "trained": self.trained.state_dict(),
@@ -256,10 +258,11 @@ class Trainer:
         """Go on where the checkpoint at ``path``, which only rank 0 needs to see, was written.
 
         Args:
-            force: Whether another backbone or number of processes is only worth a warning.
+            force: Whether another backbone, or number of processes or readers, is only worth a warning.
 
         Raises:
-            CheckpointError: When it belongs to another backbone or number of processes, or does not fit at all.
+            CheckpointError: When it belongs to another backbone or number of processes (of readers, where there are
+                streams), or does not fit at all.
         """
         content = object_from_main(lambda: read_checkpoint(path), self.world)
         with restoring(path):
@@ -272,7 +275,7 @@ class Trainer:
                 )
             try:
                 check_backbone(self.encoder.backbone, content["encoder"]["backbone"], path)
-                self._check_processes(state.get("processes", self.world.size), path)
+                self._check_order(state, path)
             except CheckpointError as error:
                 if not force:
                     advice = "; force_resume=true goes on all the same"
@@ -294,11 +297,24 @@ class Trainer:
             if self.world.is_main:
                 self.skipped.add_state(state["skipped"])
 
-    def _check_processes(self, saved: int, path: Path) -> None:
-        if saved != self.world.size:
+    @property
+    def readers(self) -> int:
+        """How many readers the samples of all processes are divided among."""
+        return self.world.size * max(1, self.config.num_workers)
+
+    def _check_order(self, state: Mapping[str, Any], path: Path) -> None:
+        """Raise CheckpointError where the steps to come would see other images than those of the run at ``path``."""
+        processes, readers = state.get("processes", self.world.size), state.get("readers", self.readers)
+        if processes != self.world.size:
             raise CheckpointError(
-                f"checkpoint {path} is of a run with {saved} processes, this one has {self.world.size}: the same step "
-                "would see other images"
+                f"checkpoint {path} is of a run with {processes} processes, this one has {self.world.size}: the same "
+                "step would see other images. Start as many"
+            )
+        if readers != self.readers and self.dataset.mixture.has_streams:
+            raise CheckpointError(
+                f"checkpoint {path} is of a run whose shards by URL or pipe had {readers} readers (processes times "
+                f"workers), this one has {self.readers}: they would read other images. Set "
+                f"num_workers={readers // processes}"
             )
 
     def _is_due(self, frequency: int) -> bool:

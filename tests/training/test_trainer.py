@@ -1,6 +1,7 @@
 """The training loop: it learns, ends where it should, resumes bit for bit, and loses nothing when something breaks."""
 
 import signal
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +304,37 @@ def test_another_number_of_processes_is_refused_unless_forced(photos, tmp_path, 
     trainer.resume(tmp_path / "last.pth", force=True)
     assert trainer.step == 2
     assert "with 8 processes" in caplog.text
+
+
+def test_another_number_of_readers_is_refused_where_it_changes_the_order(photos, tmp_path, caplog):
+    """Local data is read at random; of streams every worker reads a sequence of its own."""
+    trainer_of(photos, tmp_path / "local", num_steps=2).run()
+    local = trainer_of(photos, tmp_path / "local", num_steps=4, num_workers=3)
+    local.resume(tmp_path / "local" / "last.pth")
+    assert local.step == 2
+
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for path in sorted(photos.iterdir()):
+            tar.add(path, path.name)
+    stream = ImageMixture.from_data_dir(f"pipe:cat {tmp_path}/shard.tar")
+
+    def streaming(num_workers: int, **settings: object) -> Trainer:
+        trainer = trainer_of(photos, tmp_path / "stream", num_workers=num_workers, **settings)
+        trainer.dataset.mixture = stream
+        return trainer
+
+    last = tmp_path / "stream" / "last.pth"
+    streaming(1, num_steps=1).run()
+    same = streaming(0)  # the training process reads in place of a worker
+    same.resume(last)
+    assert same.step == 1
+    other = streaming(3)
+    with pytest.raises(CheckpointError, match=r"had 1 readers .* has 3: .*Set num_workers=1; force_resume=true"):
+        other.resume(last)
+    assert other.step == 0
+    other.resume(last, force=True)
+    assert other.step == 1
+    assert "had 1 readers" in caplog.text
 
 
 def test_best_and_last_checkpoint_load(photos, tmp_path):
