@@ -21,7 +21,7 @@ import torch
 from featsharp.backbones import create_backbone
 from featsharp.builder import create_encoder
 from featsharp.checkpoint import read_checkpoint, remove_leftovers, restoring
-from featsharp.configs.compose import compose, flatten, to_yaml
+from featsharp.configs.compose import compose, flatten, public_form, to_yaml
 from featsharp.configs.schema import RunConfig
 from featsharp.data.files import write_file
 from featsharp.data.filters import ImageFilter
@@ -47,6 +47,7 @@ from featsharp.training.objectives import create_objective
 from featsharp.training.stopping import Terminated
 from featsharp.training.trainer import LAST, LoopConfig, Trainer
 from featsharp.training.writers import NullWriter, VizWriter, get_visualizer
+from featsharp.urls import redact_url
 from featsharp.validation import ValidationSamples
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         train(config)
     except FeatSharpError as error:
-        print(f"featsharp train: {_whose()}{error}", file=sys.stderr)
+        print(f"featsharp train: {_whose()}{redact_url(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("featsharp train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -151,7 +152,7 @@ def train(config: RunConfig) -> Trainer:
         folder,
         writer,
         world,
-        run_config=dataclasses.asdict(config),
+        run_config=public_form(config),
         validate=validate,
         progress=config.progress,
     )
@@ -176,7 +177,7 @@ def _open_writer(config: RunConfig, folder: Path) -> VizWriter:
     """What ``viz`` names, which has been told the configuration."""
     viz = config.viz
     writer = get_visualizer(viz.type, folder, entity=viz.entity, project=viz.project, mode=viz.mode)
-    writer.config(dataclasses.asdict(config))
+    writer.config(public_form(config))
     return writer
 
 
@@ -274,8 +275,8 @@ def _check_folder(folder: Path, config: RunConfig) -> None:
     # A setting that is younger than the checkpoint had its default's effect then.
     content = read_checkpoint(last)
     with restoring(last):
-        saved = flatten(dataclasses.asdict(RunConfig())) | flatten(content["config"] or {})
-    present = flatten(dataclasses.asdict(config))
+        saved = flatten(dataclasses.asdict(RunConfig())) | flatten(public_form(content["config"] or {}))
+    present = flatten(public_form(config))
     different = [
         f"{key} {present[key]!r} instead of {saved.get(key)!r}"
         for key in present

@@ -1,5 +1,6 @@
 """Training from the outside: folders in, artifacts out, one process or two, from the start or from a checkpoint."""
 
+import http.server
 import importlib.util
 import io
 import json
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -287,6 +289,62 @@ def test_sources_may_be_weighted_and_paths_hold_variables(photos, shards, monkey
     monkeypatch.setenv("PLACE", str(tmp_path / "elsewhere"))
     assert train(f"[[{photos},2],{shards}]", output="$PLACE", upsampler="identity") == 0  # type: ignore[arg-type]
     assert (tmp_path / "elsewhere" / "toy-vit" / "64" / "last.pth").exists()
+
+
+# Secrets
+
+
+@pytest.fixture
+def server(photos):
+    """Shards by URL, to those who know the signature only."""
+    write_tar(photos / "all.tar", {path.name: path.read_bytes() for path in sorted(photos.glob("*.png"))})
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.path == "/all.tar?sig=SECRET1"
+            self.send_response(200 if known else 403)
+            content = (photos / "all.tar").read_bytes() if known else b""
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_secrets_of_urls_are_in_no_file_and_no_message(photos, server, tmp_path, capsys, caplog):
+    """They are used, though: the run trains and goes on with them, and other data is told from this by the rest."""
+    caplog.set_level("INFO")
+    pipe = f"pipe:cat {photos}/all.tar # https://user:SECRET2@host/x?token=SECRET3"
+    data = f"""train_data_dir=["{server}/all.tar?sig=SECRET1", "{pipe}"]"""
+    common = [entry for entry in SMALL if not entry.startswith("viz.type")]
+    common += ["+upsampler=featup-2x", f"dist_train_data_dir={photos}"]
+    # In a process of its own, as trackers note down its command line.
+    viz = "viz.type=[tensorboard,wandb]" if importlib.util.find_spec("wandb") else "viz.type=tensorboard"
+    done = subprocess.run(
+        [sys.executable, "-m", "featsharp.train", *common, data, viz, "viz.mode=offline"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HOME": str(tmp_path / "home")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert main([*common, data, "viz.type=none", "num_training_steps=3"]) == 0
+    assert last_of()["training"]["step"] == 3
+    assert main([*common, data.replace("all.tar?", "other.tar?"), "viz.type=none", "num_training_steps=4"]) == 1
+    assert main([*common, data, "dry_run=true"]) == 0
+    said = capsys.readouterr()
+    assert "train_data_dir ['http://127.0.0.1" in said.err
+    assert "other.tar?sig=***'" in said.err
+    assert "all.tar?sig=***" in said.out
+    assert "SECRET" not in said.out + said.err + caplog.text + done.stdout + done.stderr
+    files = [path for path in (tmp_path / "outputs").rglob("*") if path.is_file()]
+    assert {"config.yaml", "last.pth", "best.pth"} <= {path.name for path in files}
+    assert [path for path in files if b"SECRET" in path.read_bytes()] == []
+    assert any(b"all.tar?sig=***" in path.read_bytes() for path in files)
 
 
 # Statistics of the normalizer

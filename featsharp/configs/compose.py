@@ -12,6 +12,7 @@ from featsharp.configs.schema import RunConfig
 from featsharp.errors import ConfigError, MissingDependencyError, unknown_name
 from featsharp.training.objectives import OBJECTIVES, ObjectiveConfig, config_type
 from featsharp.training.writers import writer_names
+from featsharp.urls import redact_url
 
 GROUPS = ("model", "upsampler", "datasets", "normalizer", "objective")
 
@@ -116,11 +117,27 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def public_form(config: RunConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as it is saved, reported, compared and shown: plain values, URLs without their secrets."""
+    plain = config if isinstance(config, Mapping) else dataclasses.asdict(config)
+    return {key: _without_secrets(value) for key, value in plain.items()}
+
+
 def to_yaml(config: RunConfig) -> str:
-    """The configuration as YAML, as it is saved beside the checkpoints."""
+    """The public form of the configuration as YAML, as it is saved beside the checkpoints."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(public_form(config)))
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact_url(value)
+    if isinstance(value, Mapping):
+        return {key: _without_secrets(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(entry) for entry in value]
+    return value
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

@@ -2,7 +2,8 @@
 
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch import Tensor
 from featsharp.data.files import write_file
 from featsharp.errors import MissingDependencyError
 from featsharp.training.writers.base import VizWriter
+from featsharp.urls import redact_url
 
 # Keeps the run's id beside the checkpoint, so that a resumed training goes on in the same run.
 ID_FILE = "wandb-id.txt"
 # Seconds for an answer to its question for an account, which nobody may be there to hear.
 LOGIN_TIMEOUT = 60
-# Seconds after which a finished training no longer waits for its upload; what is left can be sent by `wandb sync`.
-FINISH_TIMEOUT = 300
+# Seconds after which a training that has ended, or failed, no longer waits for its upload, which goes on all the time;
+# what is left can be sent by `wandb sync`. Other processes may be waiting for the end of this one.
+FINISH_TIMEOUT = 45
 
 
 class WandbWriter(VizWriter):
@@ -42,16 +45,17 @@ class WandbWriter(VizWriter):
         except ImportError as error:
             raise MissingDependencyError('viz.type=wandb needs: pip install "featsharp[wandb]"') from error
         self._wandb = wandb
-        self._run = wandb.init(
-            entity=entity,
-            project=project,
-            mode=mode,  # type: ignore[arg-type]
-            name=str(folder),
-            id=_run_id(folder / ID_FILE),
-            resume=None if mode == "offline" else "allow",  # of no meaning offline, where wandb would warn
-            dir=folder,
-            settings=wandb.Settings(login_timeout=LOGIN_TIMEOUT, finish_timeout=FINISH_TIMEOUT),
-        )
+        with _public_command_line():
+            self._run = wandb.init(
+                entity=entity,
+                project=project,
+                mode=mode,  # type: ignore[arg-type]
+                name=str(folder),
+                id=_run_id(folder / ID_FILE),
+                resume=None if mode == "offline" else "allow",  # of no meaning offline, where wandb would warn
+                dir=folder,
+                settings=wandb.Settings(login_timeout=LOGIN_TIMEOUT, finish_timeout=FINISH_TIMEOUT),
+            )
         # Its own count of steps cannot go back, as ours does when a run is resumed from its last checkpoint.
         self._run.define_metric("*", step_metric="step")
         self._row: dict[str, Any] = {}
@@ -84,6 +88,17 @@ class WandbWriter(VizWriter):
         row, self._row = self._row, {}
         if row:
             self._run.log(row)
+
+
+@contextmanager
+def _public_command_line() -> Iterator[None]:
+    """While wandb notes down the command line, URLs in it are without their secrets."""
+    given = sys.argv
+    sys.argv = [redact_url(argument) for argument in given]
+    try:
+        yield
+    finally:
+        sys.argv = given
 
 
 def _run_id(file: Path) -> str:
