@@ -95,6 +95,20 @@ def test_tensorboard_has_scalars_pictures_and_the_configuration(tmp_path):
     assert "      entity: null" in lines
 
 
+def test_tensorboard_shows_no_step_twice_when_a_run_is_resumed(tmp_path):
+    for start, last, value in ((0, 5, 1.0), (3, 6, 2.0), (0, 2, 3.0)):  # the last one had lost its checkpoint
+        writer = get_visualizer("tensorboard", tmp_path, step=start)
+        writer.config(CONFIG)
+        for step in range(start + 1, last + 1):
+            writer.scalar("loss/total", value, step)
+        writer.close()
+        reader = EventAccumulator(str(tmp_path))
+        reader.Reload()
+        shown = [(event.step, event.value) for event in reader.Scalars("loss/total")]
+        assert shown[start:] == [(step, value) for step in range(start + 1, last + 1)]
+        assert [step for step, _ in shown] == list(range(1, last + 1))
+
+
 def read_log(content: bytes) -> Iterator[bytes]:
     """Records of a log in LevelDB's format, after a header of 7 bytes: blocks of 32 KiB, parts of crc, size, kind."""
     position, record = 7, b""

@@ -69,6 +69,7 @@ def get_visualizer(
     entity: str | None = None,
     project: str = "featsharp",
     mode: str | None = None,
+    step: int = 0,
 ) -> Writers:
     """The writer that ``viz.type`` names, or all of a list.
 
@@ -77,13 +78,14 @@ def get_visualizer(
             a list of these.
         folder: Of the run.
         entity, project, mode: See :class:`~featsharp.training.writers.wandb.WandbWriter`.
+        step: The last step that the run has done before; what was reported of later ones was lost.
 
     Raises:
         ConfigError: For an unknown name, or a class that cannot be imported or is no writer.
         MissingDependencyError: When the package behind a name is not installed.
     """
     makers: dict[str, Callable[[], VizWriter]] = {
-        "tensorboard": partial(TensorBoardWriter, folder),
+        "tensorboard": partial(TensorBoardWriter, folder, step),
         "wandb": partial(WandbWriter, folder, entity=entity, project=project, mode=mode),
     }
     names = [name for name in writer_names(kind) if name != "none"]

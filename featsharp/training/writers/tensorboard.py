@@ -13,23 +13,28 @@ from featsharp.training.writers.base import VizWriter
 class TensorBoardWriter(VizWriter):
     """Event files in ``folder``; the configuration is a text.
 
+    Args:
+        folder: Of the training run.
+        step: The last step that the run has done before. What earlier files have of later steps is no longer shown.
+
     Raises:
         MissingDependencyError: Without tensorboard.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int = 0) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise MissingDependencyError('viz.type=tensorboard needs: pip install "featsharp[train]"') from error
-        self._writer = SummaryWriter(str(folder))
+        self._step = step
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def config(self, config: Mapping[str, Any]) -> None:
         from omegaconf import OmegaConf
 
         lines = OmegaConf.to_yaml(OmegaConf.create(dict(config))).splitlines()
         # TensorBoard reads Markdown, where what is indented by four is shown as it is.
-        self._writer.add_text("config", "\n".join(f"    {line}" for line in lines), 0)
+        self._writer.add_text("config", "\n".join(f"    {line}" for line in lines), self._step)
 
     def scalar(self, name: str, value: float, step: int) -> None:
         self._writer.add_scalar(name, value, step)
