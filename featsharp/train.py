@@ -7,6 +7,7 @@ Configuration groups and every default are in ``featsharp/configs``; ``dry_run=t
 Artifacts go to ``output_base/output_subdir``: ``last.pth``, ``best.pth``, ``config.yaml`` and what ``viz.type`` writes.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -15,6 +16,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,11 +44,12 @@ from featsharp.training.distributed import (
     stop_world,
 )
 from featsharp.training.feature_cache import remember_features
-from featsharp.training.least_squares import fit_linear
+from featsharp.training.least_squares import LinearFit, fit_linear
 from featsharp.training.objectives import create_objective
 from featsharp.training.stopping import Terminated
 from featsharp.training.trainer import LAST, LoopConfig, Trainer
 from featsharp.training.writers import NullWriter, VizWriter, get_visualizer
+from featsharp.upsamplers.featsharp import FeatSharp
 from featsharp.urls import redact_url
 from featsharp.validation import ValidationSamples
 
@@ -99,10 +102,9 @@ def train(config: RunConfig) -> Trainer:
     if config.train_data_dir is None:
         raise ConfigError("which images? Set train_data_dir=FOLDER (images or tars), or the variable FEATSHARP_DATA")
     folder = Path(os.path.expandvars(config.output_root)).expanduser()
-    _check_folder(folder, config)
+    last = folder / LAST
     world = start_world(config.device, config.distributed_timeout)
-    mixture = _open_mixture(config.train_data_dir, config)
-    validate = ValidationSamples(config.val_data_dir, config.viz.num_images)
+    earlier = object_from_main(lambda: _read_earlier(last, config), world)
     backbone = create_backbone(config.model.name, autocast_dtype=autocast_dtype(config.model.dtype, world.device))
     torch.manual_seed(config.seed)
     encoder = create_encoder(
@@ -114,71 +116,87 @@ def train(config: RunConfig) -> Trainer:
         bias_buffer=config.bias_buffer,
     ).to(world.device)
     objective = create_objective(encoder, config.objective)
+    if config.linear_fit.samples and earlier is None:
+        _check_linear_fit(encoder, config.linear_fit.ridge)
+    mixture = _open_mixture(config.train_data_dir, config)
+    validate = ValidationSamples(config.val_data_dir, config.viz.num_images) if world.is_main else None
     views = dataclasses.asdict(config.views)
     views = {key: tuple(value) if isinstance(value, list) else value for key, value in views.items()}
-    if world.is_main:
-        remove_leftovers(folder)
-        write_file(folder / "config.yaml", to_yaml(config).encode())
-    writer = _open_writer(config, folder) if world.is_main else NullWriter()
-    resuming = object_from_main(lambda: config.resume and (folder / LAST).exists(), world)
-    if not resuming:
-        fit_normalizer(encoder, config, world)
-    if config.feature_cache.samples:
-        remember_features(backbone, Path(os.path.expandvars(config.feature_cache.folder)).expanduser())
     dataset = ViewDataset(mixture, objective.view_size(encoder), ViewConfig(**views), config.seed)
-    skipped = []
-    if config.linear_fit.samples and not resuming:
-        skipped = _fit_linear(encoder, dataset, config, world)
-    trainer = Trainer(
-        encoder,
-        objective,
-        dataset,
-        LoopConfig(
-            num_steps=config.num_training_steps,
-            batch_size=config.batch_size,
-            accumulation_steps=config.accumulation_steps,
-            num_workers=config.num_workers,
-            log_frequency=config.log_frequency,
-            val_frequency=config.val_frequency,
-            checkpoint_frequency=config.checkpoint_frequency,
-            seed=config.seed,
-            distinct_samples=config.feature_cache.samples,
-            spectral=config.spectral,
-            low_res_size=backbone.input_size,
-            autocast_dtype=autocast_dtype(config.upsampler.dtype, world.device),
-            compile_backend=config.compile_backend if config.compile_model else None,
-            optim=config.optim,
-        ),
-        folder,
-        writer,
-        world,
-        run_config=public_form(config),
-        validate=validate,
-        progress=config.progress,
-    )
-    trainable = sum(p.numel() for p in trainer.trained.parameters())
-    logger.info("%s on %s: %d trainable parameters", config.upsampler.name, backbone.name, trainable)
-    if resuming:
-        trainer.resume(folder / LAST, force=config.force_resume)
-        logger.info("resuming %s at step %d", folder / LAST, trainer.step)
-    trainer.skipped.add(skipped)
-    if world.is_main and not resuming:  # every process has opened the same sources, and so had the run before
-        trainer.skipped.add(mixture.skipped)
-    if world.is_main and config.linear_fit.samples and not resuming:
-        trainer.save()  # a run that is killed in its first steps need not fit again
-    try:
+    with contextlib.ExitStack() as stack:
+        writer: VizWriter = NullWriter()
+        if earlier is None:
+            writer = stack.enter_context(_reporting(config, folder, world))
+            fit_normalizer(encoder, config, world)
+        if config.feature_cache.samples:
+            remember_features(backbone, Path(os.path.expandvars(config.feature_cache.folder)).expanduser())
+        skipped = []
+        if config.linear_fit.samples and earlier is None:
+            skipped = _fit_linear(encoder, dataset, config, world)
+        trainer = Trainer(
+            encoder,
+            objective,
+            dataset,
+            _loop_config(config, encoder, world),
+            folder,
+            writer,
+            world,
+            run_config=public_form(config),
+            validate=validate,
+            progress=config.progress,
+        )
+        trainable = sum(p.numel() for p in trainer.trained.parameters())
+        logger.info("%s on %s: %d trainable parameters", config.upsampler.name, backbone.name, trainable)
+        if earlier is not None:
+            trainer.restore(earlier, last, force=config.force_resume)
+            logger.info("resuming %s at step %d", last, trainer.step)
+            trainer.writer = stack.enter_context(_reporting(config, folder, world, trainer.step))
+        else:
+            trainer.skipped.add(skipped)
+            if world.is_main:  # every process has opened the same sources
+                trainer.skipped.add(mixture.skipped)
+                if config.linear_fit.samples:
+                    trainer.save()  # a run that is killed in its first steps need not fit again
+        del earlier
         trainer.run()
-    finally:
-        trainer.writer.close()
     return trainer
 
 
-def _open_writer(config: RunConfig, folder: Path) -> VizWriter:
-    """What ``viz`` names, which has been told the configuration."""
+def _loop_config(config: RunConfig, encoder: SharpEncoder, world: World) -> LoopConfig:
+    return LoopConfig(
+        num_steps=config.num_training_steps,
+        batch_size=config.batch_size,
+        accumulation_steps=config.accumulation_steps,
+        num_workers=config.num_workers,
+        log_frequency=config.log_frequency,
+        val_frequency=config.val_frequency,
+        checkpoint_frequency=config.checkpoint_frequency,
+        seed=config.seed,
+        distinct_samples=config.feature_cache.samples,
+        spectral=config.spectral,
+        low_res_size=encoder.backbone.input_size,
+        autocast_dtype=autocast_dtype(config.upsampler.dtype, world.device),
+        compile_backend=config.compile_backend if config.compile_model else None,
+        optim=config.optim,
+    )
+
+
+@contextlib.contextmanager
+def _reporting(config: RunConfig, folder: Path, world: World, step: int = 0) -> Iterator[VizWriter]:
+    """Note down the configuration and open what ``viz`` names, which is closed whatever happens; on rank 0 alone.
+
+    Only for runs that really start, or go on after ``step``: what an earlier one has written stays as it is until then.
+    """
+    if not world.is_main:
+        yield NullWriter()
+        return
+    remove_leftovers(folder)
+    write_file(folder / "config.yaml", to_yaml(config).encode())
     viz = config.viz
-    writer = get_visualizer(viz.type, folder, entity=viz.entity, project=viz.project, mode=viz.mode)
-    writer.config(public_form(config))
-    return writer
+    writers = get_visualizer(viz.type, folder, entity=viz.entity, project=viz.project, mode=viz.mode, step=step)
+    with contextlib.closing(writers):
+        writers.config(public_form(config))
+        yield writers
 
 
 def _open_mixture(data_dir: object, config: RunConfig) -> ImageMixture:
@@ -263,11 +281,10 @@ def data_fingerprint(mixture: ImageMixture, samples: int) -> str:
     return whole.hexdigest()[:16]
 
 
-def _check_folder(folder: Path, config: RunConfig) -> None:
-    """Refuse to overwrite a finished or different run."""
-    last = folder / LAST
+def _read_earlier(last: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The checkpoint to go on from; None for a new run. CheckpointError for that of a different run."""
     if not last.exists():
-        return
+        return None
     if not config.resume:
         raise ConfigError(
             f"{last} exists and resume=false would overwrite it; choose another output_base, or move it away"
@@ -282,14 +299,24 @@ def _check_folder(folder: Path, config: RunConfig) -> None:
         for key in present
         if key not in FREE_TO_CHANGE and present[key] != saved.get(key)
     ]
-    if not different:
-        return
-    problem = f"{last} was trained with another configuration: {'; '.join(different)}"
-    if not config.force_resume:
-        raise CheckpointError(
-            f"cannot resume: {problem}. Choose another output_base, move it away, or go on with force_resume=true"
+    if different:
+        problem = f"{last} was trained with another configuration: {'; '.join(different)}"
+        if not config.force_resume:
+            raise CheckpointError(
+                f"cannot resume: {problem}. Choose another output_base, move it away, or go on with force_resume=true"
+            )
+        logger.warning("force_resume: %s", problem)
+    return content
+
+
+def _check_linear_fit(encoder: SharpEncoder, ridge: float) -> None:
+    """Raise ConfigError for what the linear fit cannot do before the statistics are collected, which take long."""
+    if not isinstance(encoder.upsampler, FeatSharp):
+        raise ConfigError(
+            f"linear_fit is for FeatSharp, whose inputs are mixed linearly; {type(encoder.upsampler).__name__} has no "
+            "such weight, use linear_fit.samples=0"
         )
-    logger.warning("force_resume: %s", problem)
+    LinearFit(encoder.upsampler, ridge)
 
 
 def _whose() -> str:

@@ -223,6 +223,41 @@ def test_a_failing_writer_does_not_hide_why_the_run_failed(photos, capsys, monke
     assert "featsharp train: the run's own reason" in capsys.readouterr().err
 
 
+def test_writers_are_closed_when_something_fails_before_the_loop(photos, capsys):
+    assert train(photos, "dist_train_data_dir=none", f"viz.type={__name__}:Closing") == 1
+    assert "no such file" in capsys.readouterr().err
+    assert Path("outputs/toy-vit/64/closed").read_text() == "DataError"
+
+
+class Closing(VizWriter):
+    """Notes down which error is at hand when it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def close(self) -> None:
+        (self.folder / "closed").write_text(getattr(sys.exc_info()[0], "__name__", "none"))
+
+
+def test_a_refused_resumption_leaves_the_files_of_the_earlier_run_alone(photos, capsys):
+    assert train(photos, "viz.type=tensorboard", upsampler="featup-2x") == 0
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in Path("outputs").rglob("*") if path.is_file()}
+
+    before = files()
+    for change, said in (
+        ("seed=3", "seed 3 instead of 0"),
+        ("num_training_steps=1", "beyond num_training_steps=1"),
+        ("resume=false", "would overwrite"),
+    ):
+        assert train(photos, "viz.type=tensorboard", change, upsampler="featup-2x") == 1
+        assert said in capsys.readouterr().err
+        assert files() == before
+    assert train(photos, "viz.type=tensorboard", "num_training_steps=3", upsampler="featup-2x") == 0
+    assert files() != before
+
+
 NOT_TRAINED = {"custom", "super-resolution", "s2", "s2-pooled"}
 
 
@@ -524,6 +559,22 @@ def test_mistakes_cost_one_line_and_no_training(photos, capsys, overrides, said)
     assert line.startswith("featsharp train: ")
     assert said in line
     assert not list(Path().rglob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("upsampler", "overrides", "said"),
+    [
+        ("featup-2x", [], "linear_fit is for FeatSharp"),
+        ("featsharp-linear-2x", ["linear_fit.ridge=0"], "linear_fit.ridge must be above 0"),
+        ("featsharp-published-2x", [], "no linear mix of its inputs"),
+    ],
+)
+def test_what_cannot_be_fitted_is_said_before_the_statistics_are_collected(
+    photos, capsys, monkeypatch, upsampler, overrides, said
+):
+    monkeypatch.delattr("featsharp.train.fit_normalizer")
+    assert train(photos, "linear_fit.samples=2", *overrides, upsampler=upsampler) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_a_run_that_failed_before_its_first_step_may_be_given_otherwise(photos, tmp_path, monkeypatch, capsys):

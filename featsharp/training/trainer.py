@@ -255,16 +255,21 @@ class Trainer:
         }
 
     def resume(self, path: Path, *, force: bool = False) -> None:
-        """Go on where the checkpoint at ``path``, which only rank 0 needs to see, was written.
+        """Go on where the checkpoint at ``path``, which only rank 0 needs to see, was written; see :meth:`restore`."""
+        self.restore(object_from_main(lambda: read_checkpoint(path), self.world), path, force=force)
+
+    def restore(self, content: Mapping[str, Any], path: Path, *, force: bool = False) -> None:
+        """Go on where a checkpoint was written.
 
         Args:
+            content: Of the checkpoint, on every process.
+            path: Where it is from, for messages.
             force: Whether another backbone, or number of processes or readers, is only worth a warning.
 
         Raises:
             CheckpointError: When it belongs to another backbone or number of processes (of readers, where there are
                 streams), or does not fit at all.
         """
-        content = object_from_main(lambda: read_checkpoint(path), self.world)
         with restoring(path):
             state = content["training"]
             if state is None:
