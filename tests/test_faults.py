@@ -55,9 +55,11 @@ def test_faults_of_files_and_disks(faults, tmp_path):
 # SIGTERM and failing processes
 
 
-def start(folder: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *overrides: str, processes: int = 1, script: str = "featsharp/train.py"
+) -> subprocess.Popen[str]:
     """The command of a training below ``folder``, under torchrun if there are several processes."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", "featsharp/train.py"]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", script]
     command = [sys.executable, *(launcher if processes > 1 else ["-m", "featsharp.train"])]
     settings = [
         *("+model=toy-vit", "+upsampler=featup-2x", "batch_size=1", "accumulation_steps=2", "num_workers=1"),
@@ -127,6 +129,36 @@ def train(config):
 featsharp.train.train = train
 sys.exit(featsharp.train.main(["+model=toy-vit", "+upsampler=featup-2x", "train_data_dir=x"]))
 """
+
+
+FAILING_STEP = """
+import sys
+import featsharp.train
+from featsharp.training.trainer import Trainer
+
+step = Trainer.train_step
+
+def train_step(self, *batches):
+    if self.world.rank == 1 and self.step == 2:
+        raise RuntimeError("the device of this process is broken")
+    return step(self, *batches)
+
+Trainer.train_step = train_step
+sys.exit(featsharp.train.main())
+"""
+
+
+def test_a_step_that_fails_in_one_process_ends_the_training_with_its_error(faults, tmp_path):
+    """Workers, an unfinished collective of the other process and a tracker do not hold it up."""
+    faults.photos(tmp_path / "photos")
+    (tmp_path / "failing.py").write_text(FAILING_STEP)
+    begin = time.monotonic()
+    process = start(tmp_path, f"output_root={tmp_path / 'out'}", processes=2, script=str(tmp_path / "failing.py"))
+    said = finish(process)
+    assert time.monotonic() - begin < 60
+    assert process.returncode != 0
+    assert "RuntimeError: the device of this process is broken" in said
+    assert not (tmp_path / "out" / "last.pth").exists()
 
 
 def test_a_failing_process_ends_all_of_them_with_its_own_error(tmp_path):

@@ -128,14 +128,22 @@ def _together(call: Callable[[], object]) -> None:
     """Run what needs all processes.
 
     Raises:
-        DistributedError: When another one has ended or does not answer.
+        DistributedError: When another one has ended or does not answer. An error of this process stays what it is.
     """
     try:
         call()
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if not _lost_another(error):
+            raise
         raise DistributedError(
             f"lost another process of this run ({str(error).splitlines()[0]}); its own error is further up, or in its "
             "own log. One that only took longer needs a larger distributed_timeout"
         ) from error
+
+
+def _lost_another(error: RuntimeError) -> bool:
+    """Whether the connection failed: only the text says so for gloo, and where it was the device of NCCL."""
+    text = str(error)
+    if isinstance(error, dist.DistError):
+        return "Cuda failure" not in text
+    return any(sign in text for sign in ("gloo/transport", "pair closure", "Connection closed by peer"))

@@ -82,6 +82,18 @@ def test_between_processes(work, processes):
     assert together(work, processes) == [0] * processes
 
 
+def test_an_error_of_this_process_is_not_blamed_on_another(monkeypatch):
+    """As when memory is short, or a device fails, in the middle of what needs all."""
+
+    def fail(tensor: torch.Tensor) -> None:
+        torch.ones(2) + torch.ones(3)
+
+    monkeypatch.setattr(dist, "all_reduce", fail)
+    with pytest.raises(RuntimeError, match="must match the size") as caught:
+        add_over_processes([torch.ones(3)], World(0, 2, torch.device("cpu")))
+    assert not isinstance(caught.value, DistributedError)
+
+
 def test_alone_nothing_changes():
     statistics = FeatureStatistics(4)
     assert merge_statistics(statistics, ALONE) is statistics
