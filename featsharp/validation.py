@@ -1,5 +1,6 @@
 """The fixed validation samples of a training run: the same images and views every time."""
 
+import hashlib
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -40,6 +41,9 @@ class ValidationSamples:
     Args:
         data_dir: As ``val_data_dir`` in the configuration; of several sources the first is used.
         count: Images.
+
+    Attributes:
+        tag: Tells these pictures from others by their content.
     """
 
     def __init__(self, data_dir: object, count: int) -> None:
@@ -48,6 +52,10 @@ class ValidationSamples:
             self.images = [image for _, image in first_images(ShardStream(path), count)]
         else:
             self.images = [image for _, image in ImageSet(path, limit=count)]
+        digest = hashlib.sha256()
+        for image in self.images:
+            digest.update(f"{image.size}".encode() + image.tobytes())
+        self.tag = digest.hexdigest()[:16]
 
     def __call__(self, encoder: SharpEncoder, objective: Objective) -> Validation:
         """Fidelity over the samples (area pooling decides the best checkpoint), and pictures of all that is learned.
@@ -77,7 +85,7 @@ class ValidationSamples:
             low, high = middle_range([values for _, values in uncertain])
             scalars |= {"val/log_variance_low": low, "val/log_variance_high": high}
             pictures["val/log_variance"] = uncertainty_picture(uncertain, (low, high), (CELL, CELL))
-        return Validation(found["area"].value, scalars, pictures)
+        return Validation(found["area"].value, scalars, pictures, self.tag)
 
 
 @torch.no_grad()

@@ -45,6 +45,9 @@ def test_two_runs_draw_and_score_the_same_pictures(photos):
         assert again.scalars == found.scalars
         assert again.score == found.score
         assert all(torch.equal(again.images[name], image) for name, image in found.images.items())
+        assert again.samples == found.samples
+    (photos / "0.png").write_bytes((photos / "2.png").read_bytes())
+    assert ValidationSamples(str(photos), 2).tag != found.samples
     assert list(found.scalars) == ["val/fidelity_area", "val/fidelity_own", "val/cosine"]
     assert list(found.images) == ["val/features_0", "val/kernel", "val/features_1", "val/bias"]
     assert found.score == found.scalars["val/fidelity_area"]

@@ -53,6 +53,7 @@ class Validation(NamedTuple):
     score: float
     scalars: dict[str, float]
     images: dict[str, Tensor]  # [3, H, W] in [0, 1]
+    samples: str = ""  # a tag for the samples: scores of others are not compared
 
 
 Validate = Callable[[SharpEncoder, Objective], Validation]
@@ -144,6 +145,7 @@ class Trainer:
         self.step = 0
         self.validated = -1  # the last step that validation looked at
         self.best_score = float("-inf")
+        self.best_among: str | None = None  # tag of the samples that the best score is of
         self.skipped = SkipLog()
         self.term = TermSignal()
         self.clock = StepClock()
@@ -197,8 +199,9 @@ class Trainer:
                 if self.step < self.config.num_steps and any_process(self.term.came, self.world):
                     self._save_and_stop()
             self._save_and_validate()
+        wait_share = max(gather_objects(self.clock.wait_share, self.world))
         if self.world.is_main and self.clock.works:
-            logger.info(self.clock.summary())
+            logger.info(self.clock.summary(wait_share))
         if self.world.is_main and self.skipped.kinds:  # of all processes: saving has joined them
             logger.warning(self.skipped.summary())
         if self.term.came:
@@ -247,6 +250,7 @@ class Trainer:
             "readers": self.readers,
             "validated": self.validated,
             "best_score": self.best_score,
+            "best_among": self.best_among,
             "trained": self.trained.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -297,7 +301,7 @@ class Trainer:
                 self.scaler.load_state_dict(state["scaler"])
             self.step = state["step"]
             self.validated = state.get("validated", self.step)
-            self.best_score = state["best_score"]
+            self.best_score, self.best_among = state["best_score"], state.get("best_among")
             self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_steps, self.step)
             if self.world.is_main:
                 self.skipped.add_state(state["skipped"])
@@ -328,7 +332,7 @@ class Trainer:
 
     def _report(self, losses: Losses) -> None:
         config, step = self.config, self.step
-        if self.world.is_main and config.log_frequency and step % config.log_frequency == 0:
+        if config.log_frequency and step % config.log_frequency == 0:
             for name, value in self._scalars(losses).items():
                 self.writer.scalar(name, value, step)
         if step == config.num_steps:
@@ -355,15 +359,21 @@ class Trainer:
         raise Terminated(f"stopped by SIGTERM after step {self.step}, which is saved")
 
     def _scalars(self, losses: Losses) -> dict[str, float]:
-        """What the log says about the last step, and how fast the steps since the last log were."""
-        micro = self.config.accumulation_steps
+        """What the log says about the last step, and how fast the steps since the last log were.
+
+        All processes must call it: of what each has its own, the log has that of the one which is worst off.
+        """
+        own = self.clock.scalars(self.config.batch_size * self.config.accumulation_steps * self.world.size)
+        shared = {name: own.pop(name) for name in ("data/wait_seconds", "data/wait_share")}
+        shared |= peak_memory(self.world.device)
+        others = gather_objects((shared, self.skipped.count), self.world)
         scalars = {
             **self.objective.scalars(losses),
             "optim/gradient_norm": self.gradient_norm.item(),
             **{f"optim/learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups},
-            **self.clock.scalars(self.config.batch_size * micro * self.world.size),
-            **peak_memory(self.world.device),
-            "data/skipped": self.skipped.count,
+            **own,
+            **{name: max(values[name] for values, _ in others) for name in shared},
+            "data/skipped": sum(count for _, count in others),
         }
         norms = spectral_norms(self.encoder.upsampler)
         if norms:
@@ -385,6 +395,10 @@ class Trainer:
         for name, image in found.images.items():
             self.writer.image(name, image, self.step)
         self.validated = self.step
+        if self.best_among not in (None, found.samples):
+            logger.info("the validation samples are others than before: the best checkpoint is chosen anew")
+            self.best_score = float("-inf")
+        self.best_among = found.samples
         if found.score > self.best_score:
             self.best_score = found.score
             self.save(BEST)

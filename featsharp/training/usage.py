@@ -81,10 +81,15 @@ class StepClock:
             "data/wait_share": wait / seconds,
         }
 
-    def summary(self) -> str:
-        """For example "200 steps of 2.61 s (median); 0.8% of the time waiting for data, first batch after 1.2 s"."""
+    def summary(self, wait_share: float | None = None) -> str:
+        """For example "200 steps of 2.61 s (median); 0.8% of the time waiting for data, first batch after 1.2 s".
+
+        Args:
+            wait_share: To be said in place of this process's own.
+        """
+        share = self.wait_share if wait_share is None else wait_share
         return (
-            f"{len(self.works)} steps of {self.seconds_per_step:.2f} s (median); {self.wait_share:.1%} of the time "
+            f"{len(self.works)} steps of {self.seconds_per_step:.2f} s (median); {share:.1%} of the time "
             f"waiting for data, first batch after {self.startup:.1f} s"
         )
 

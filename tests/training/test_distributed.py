@@ -2,12 +2,20 @@
 
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
+from featsharp.builder import create_encoder
+from featsharp.data.loader import ViewDataset
+from featsharp.data.sources import Division, ImageMixture
+from featsharp.data.views import ViewConfig, Views
 from featsharp.errors import DistributedError
 from featsharp.normalizers import FeatureStatistics
 from featsharp.training.distributed import (
@@ -19,7 +27,9 @@ from featsharp.training.distributed import (
     object_from_main,
 )
 from featsharp.training.objectives import Losses
-from featsharp.training.trainer import average_losses
+from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
+from featsharp.training.trainer import LoopConfig, Trainer, average_losses
+from featsharp.training.writers import NullWriter
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -70,6 +80,43 @@ def share(world: World) -> None:
     assert gather_objects(world.rank, world) == [0, 1]
 
 
+class SlowDataset(ViewDataset):
+    """Every sample takes longer than a step."""
+
+    def sample(self, n: int, *division: Division) -> tuple[Views, list[tuple[str, str]]]:
+        time.sleep(0.5)
+        return super().sample(n, *division)
+
+
+def watch(world: World) -> None:
+    """Only rank 1 waits for data; both pass over the same damaged file."""
+    folder = Path(tempfile.mkdtemp())
+    picture = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    Image.fromarray(picture).save(folder / "a.png")
+    (folder / "b.png").write_bytes(b"")
+    encoder = create_encoder("toy-vit", "featup", 2)
+    objective = MultiViewObjective(encoder.embed_dim, 2, MultiViewConfig(downsampler="area", uncertainty=False))
+    mixture = ImageMixture.from_data_dir(str(folder))
+    dataset = (SlowDataset if world.rank else ViewDataset)(mixture, (128, 128), ViewConfig(num_views=2), 0)
+    config = LoopConfig(3, 2, num_workers=0, log_frequency=1, low_res_size=(64, 64))
+    seen = {}
+    writer = NullWriter()
+    writer.scalar = lambda name, value, step: seen.setdefault(name, {}).update({step: value})  # type: ignore[method-assign]
+    trainer = Trainer(encoder, objective, dataset, config, folder / "out", writer, world, progress=False)
+    trainer.run()
+    shares = gather_objects(trainer.clock.wait_share, world)
+    assert shares[0] < 0.3 < shares[1]
+    if world.is_main:
+        assert seen["data/wait_share"][3] > 0.3
+        assert seen["data/wait_seconds"][3] > 0.9
+        counts = trainer.skipped.state()["kinds"]
+        # 12 samples in turns of one good and one damaged file; what takes the place of the latter may be damaged, too.
+        assert counts == {"the file is empty": seen["data/skipped"][3]}
+        assert seen["data/skipped"][3] >= 6
+    else:
+        assert trainer.skipped.count == 0  # rank 0 has counted them
+
+
 def lose_one(world: World) -> None:
     if world.rank == 1:
         return
@@ -77,7 +124,7 @@ def lose_one(world: World) -> None:
         add_over_processes([torch.ones(3)], world)
 
 
-@pytest.mark.parametrize(("work", "processes"), [(merge, 3), (share, 2), (lose_one, 2)])
+@pytest.mark.parametrize(("work", "processes"), [(merge, 3), (share, 2), (watch, 2), (lose_one, 2)])
 def test_between_processes(work, processes):
     assert together(work, processes) == [0] * processes
 

@@ -368,6 +368,19 @@ def test_best_and_last_checkpoint_load(photos, tmp_path):
     assert_equal(unwatched.trained.state_dict(), trainer.trained.state_dict())
 
 
+def test_scores_of_other_validation_samples_are_not_compared(photos, tmp_path, caplog):
+    """What scored better on easier pictures does not keep its place."""
+    caplog.set_level("INFO")
+    for samples, score, steps, best in (("easy", 9.0, 2, 2), ("easy", 8.0, 3, 2), ("hard", 1.0, 4, 4)):
+        found = Validation(score, {}, {}, samples)
+        trainer = trainer_of(photos, tmp_path, num_steps=steps, validate=lambda *_, found=found: found)
+        if steps > 2:
+            trainer.resume(tmp_path / "last.pth")
+        trainer.run()
+        assert read_checkpoint(tmp_path / "best.pth")["training"]["step"] == best
+        assert sum("chosen anew" in message for message in caplog.messages) == (samples == "hard")
+
+
 def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(photos, tmp_path):
     trainer = trainer_of(photos, tmp_path, checkpoint_frequency=2)
 
