@@ -1,7 +1,7 @@
 """Optimiser groups and learning-rate schedule of the published FeatSharp training (arXiv 2502.16025)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,20 +111,24 @@ def build_scaler(device: torch.device, autocast_dtype: torch.dtype | None) -> to
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float, step: int
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    parameters: Sequence[nn.Parameter],
+    clip_norm: float,
+    step: int,
 ) -> Tensor:
     """Clip the (scaled) gradients and step; returns their unscaled norm.
 
     With float16 a gradient that is not finite is no error at first: the step changes nothing but the scale.
 
     Args:
+        parameters: All that the optimiser has.
         step: Its number, for the message.
 
     Raises:
         InputError: When the gradient is not finite and the scale is not to blame. Nothing was changed.
     """
     scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
     if not torch.isfinite(norm) and scaler.get_scale() <= 1:
         raise InputError(f"the gradient of step {step} is not finite; lower the learning rate, or use float32")

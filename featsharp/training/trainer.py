@@ -231,7 +231,9 @@ class Trainer:
             for views in batches
         ]
         average_gradients(self.parameters, self.world)
-        self.gradient_norm = optimizer_step(self.optimizer, self.scaler, self.config.optim.clip_norm, self.step + 1)
+        self.gradient_norm = optimizer_step(
+            self.optimizer, self.scaler, self.parameters, self.config.optim.clip_norm, self.step + 1
+        )
         self.schedule.step()
         self.step += 1
         return average_losses(weighted_sum(parts, [share] * len(parts)), self.world)
