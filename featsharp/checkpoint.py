@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from featsharp.atomic import replacing
 from featsharp.errors import CheckpointError, FeatSharpError
 
 VERSION = 1
@@ -52,25 +53,19 @@ def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any], kind
         CheckpointError: When the file cannot be written, or reads otherwise; whatever was at ``path`` is still intact.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             hashing = _HashingFile(file)
             torch.save({"format": kind.format, "version": kind.version, **content}, hashing)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
-        if _digest(temporary) != hashing.digest():
-            raise OSError("what was read back differs from what was written; is the disk or the memory failing?")
-        os.replace(temporary, path)
+            if _digest(Path(file.name)) != hashing.digest():
+                raise OSError("what was read back differs from what was written; is the disk or the memory failing?")
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
         raise CheckpointError(
             f"cannot write checkpoint {path}: {_first_line(error)}. An earlier file of that name is unchanged; free "
             "some space or choose another folder"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # renamed, or never made
-            temporary.unlink()
 
 
 def remove_leftovers(folder: Path, older_than: float = 0) -> None:

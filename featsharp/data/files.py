@@ -1,8 +1,8 @@
 """Writing of result files: whole or not at all."""
 
-import os
 from pathlib import Path
 
+from featsharp.atomic import replacing
 from featsharp.errors import FeatSharpError
 
 
@@ -12,14 +12,9 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         FeatSharpError: When it cannot be written. It is no DataError: unlike a bad image, the next one will fail too.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.write(content)
     except OSError as error:
         raise FeatSharpError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from featsharp.atomic import replacing
 from featsharp.errors import InputError, MissingDependencyError
 from featsharp.normalizers.base import Normalizer
 from featsharp.normalizers.statistics import FeatureStatistics
@@ -118,8 +118,8 @@ def save_statistics(key: StatisticsKey, cached: CachedStatistics, cache_dir: str
     path = cache_path(key, cache_dir)
     content = save(_pack(cached), metadata={"key": key.to_json()})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, content)
+        with replacing(path) as file:
+            file.write(content)
     except OSError as error:
         _LOGGER.warning("cannot write the statistics cache %s (%s); continuing without it", path, error)
         return None
@@ -163,17 +163,6 @@ def _unpack(tensors: dict[str, Tensor]) -> CachedStatistics:
             normalizer, _, buffer = rest.rpartition(".")
             transforms.setdefault(normalizer, {})[buffer] = value
     return CachedStatistics(FeatureStatistics.from_state(state), transforms)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem[:16], suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _safetensors() -> Any:
