@@ -17,7 +17,7 @@ PACKAGE = ROOT / "featsharp"
 # Lowest first. A unit (a package or module directly in featsharp/) may import itself and units of lower levels only,
 # so two units of one level never import each other. featsharp/__init__.py, the public face, stands above all.
 LEVELS = (
-    ("errors",),
+    ("errors", "urls"),
     ("registry", "checkpoint", "progress", "settings", "table", "weights"),
     ("ops",),
     ("layers", "normalizers"),
