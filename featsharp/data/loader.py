@@ -8,7 +8,7 @@ what one would see with twice the batch. Only which image of a *stream* a sample
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +20,19 @@ from featsharp.data.sources import Division, ImageMixture, count_kinds
 from featsharp.data.views import ViewConfig, Views, sample_views
 from featsharp.errors import ConfigError, FeatSharpError
 
+MAX_NAMES = 100_000  # of what was skipped that a run keeps
+MAX_SAID = 20  # of each kind that are named in the log
+
 
 class ViewBatch(NamedTuple):
     """One step's data, and what had to be passed over to get it."""
 
     views: Views
     skipped: list[tuple[str, str]]  # (name, reason)
+
+
+# Where each reader is in each stream: what a run has to keep to go on with the very same images.
+Places = dict[str, tuple[int, int]]
 
 
 class ViewDataset:
@@ -89,8 +96,17 @@ class StepSampler:
         return int(self._order[1][position])
 
 
-def load_views(dataset: ViewDataset, sampler: StepSampler, num_workers: int) -> Iterator[ViewBatch]:
+def load_views(
+    dataset: ViewDataset, sampler: StepSampler, num_workers: int, places: Places | None = None
+) -> Generator[ViewBatch]:
     """The batches of ``sampler``, decoded in ``num_workers`` processes (0: in this one).
+
+    Args:
+        dataset: Of samples.
+        sampler: Which of them.
+        num_workers: Processes.
+        places: Where the readers of streams start. It is kept up to date: it always belongs to the batches that were
+            given out, however far ahead the workers are. None starts them at the image of the sample's number.
 
     Raises:
         DataError: When the data holds too few usable images.
@@ -101,9 +117,10 @@ def load_views(dataset: ViewDataset, sampler: StepSampler, num_workers: int) -> 
             "feature_cache.samples repeats samples, which shards by URL or pipe cannot give again; copy them to a disk "
             "or set feature_cache.samples=0"
         )
-    dataset.mixture.close()  # what was read for another purpose: this pass has readers of its own
+    places = {} if places is None else places
+    dataset.mixture.go_on_from(places)  # not from what was read for another purpose: this pass has readers of its own
     division = Division(sampler.batch_size, sampler.world, max(1, num_workers))
-    loader: DataLoader[ViewBatch | FeatSharpError] = DataLoader(
+    loader: DataLoader[_Loaded | FeatSharpError] = DataLoader(
         _Batches(dataset, division),
         batch_size=None,
         sampler=sampler,
@@ -115,10 +132,11 @@ def load_views(dataset: ViewDataset, sampler: StepSampler, num_workers: int) -> 
         # Without a generator of its own the loader would draw from the global one, and a resumed run once more.
         generator=torch.Generator().manual_seed(0),
     )
-    for batch in loader:
-        if isinstance(batch, FeatSharpError):
-            raise batch
-        yield batch
+    for loaded in loader:
+        if isinstance(loaded, FeatSharpError):
+            raise loaded
+        places.update(loaded.places)
+        yield loaded.batch
 
 
 def collate_views(samples: list[tuple[Views, list[tuple[str, str]]]]) -> ViewBatch:
@@ -128,16 +146,27 @@ def collate_views(samples: list[tuple[Views, list[tuple[str, str]]]]) -> ViewBat
 
 
 class SkipLog:
-    """What was passed over, each name once, and how much of each kind (see ``count_kinds``)."""
+    """What was passed over, each name once, and how much of each kind (see ``count_kinds``).
+
+    Of data of which most is left out, the first 100,000 names are kept, and of each kind the first 20 are worth a line.
+    """
 
     def __init__(self) -> None:
         self.names: dict[str, str] = {}
+        self._said: Counter[str] = Counter()
 
     def add(self, skipped: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """Add entries; returns those that are new and worth a line in the log."""
-        new = {name: reason for name, reason in skipped if name not in self.names}
-        self.names.update(new)
-        return [entry for entry in new.items() if NO_IMAGE not in entry[1]]
+        worth = []
+        for name, reason in skipped:
+            if name in self.names or len(self.names) >= MAX_NAMES:
+                continue
+            self.names[name] = reason
+            (kind,) = count_kinds([(name, reason)])
+            self._said[kind] += 1
+            if NO_IMAGE not in reason and self._said[kind] <= MAX_SAID:
+                worth.append((name, reason))
+        return worth
 
     @property
     def count(self) -> int:
@@ -154,21 +183,28 @@ class SkipLog:
         kinds = self.kinds
         others = kinds.pop(NO_IMAGE, 0)
         said = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        parts = [f"{kinds.total()} images skipped ({said})"] if kinds else []
+        least = "at least " if len(self.names) >= MAX_NAMES else ""
+        parts = [f"{least}{kinds.total()} images skipped ({said})"] if kinds else []
         if others:
             parts.append(f"{others} other files passed over ({NO_IMAGE})")
         return "; ".join(parts)
 
 
-class _Batches(Dataset[ViewBatch | FeatSharpError]):
+class _Loaded(NamedTuple):
+    batch: ViewBatch
+    places: Places  # of the reader, after this batch
+
+
+class _Batches(Dataset[_Loaded | FeatSharpError]):
     """Whole batches, or the error instead of one: an exception in a worker would arrive as the text of a traceback."""
 
     def __init__(self, samples: ViewDataset, division: Division) -> None:
         self.samples, self.division = samples, division
 
-    def __getitem__(self, numbers: list[int]) -> ViewBatch | FeatSharpError:
+    def __getitem__(self, numbers: list[int]) -> _Loaded | FeatSharpError:
         try:
-            return collate_views([self.samples.sample(n, self.division) for n in numbers])
+            batch = collate_views([self.samples.sample(n, self.division) for n in numbers])
+            return _Loaded(batch, self.samples.mixture.places(numbers[-1], self.division))
         except FeatSharpError as error:
             return error
 

@@ -5,9 +5,10 @@ epoch the shards are shuffled and dealt out whole, as far as they go round; thos
 shards than readers) are each shared by several readers, which take every k-th image of them. So all readers together
 read every image once per epoch, none repeats what another has, and none is left without data.
 
-The sequence of a reader depends on the seed, its number and the number of readers alone, not on what decodes: place j
-of it can be found again by reading up to there without decoding. That costs the transfer of j images, and no memory
-beyond the shuffle buffer.
+The sequence of a reader depends on the seed, its number and the number of readers alone, not on what decodes: any place
+in it can be found again by reading up to there without decoding. That costs the transfer, and no memory beyond the
+shuffle buffer. Where images are left out, the reader reads on, so that none of the others is used more often. How many
+images its samples took is then more than their number, and a run that goes on has to be told (`StreamPlace`).
 """
 
 import itertools
@@ -18,7 +19,6 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPException, HTTPResponse
@@ -45,6 +45,13 @@ class StreamImage(NamedTuple):
     name: str
     data: bytes
     skipped: list[tuple[str, str]]
+
+
+class StreamPlace(NamedTuple):
+    """Where a reader is: the number of its next sample, and of images that it has read for those before."""
+
+    sample: int
+    read: int
 
 
 def is_stream(path: object) -> bool:
@@ -85,24 +92,51 @@ class ShardStream:
     def num_shards(self) -> int:
         return len(self._shards)
 
-    def images(self, place: int, *, seed: int = 0, reader: int = 0, readers: int = 1) -> Iterator[StreamImage]:
-        """The images of one reader from ``place`` on; consecutive calls for growing places read on where they are.
+    def images(
+        self, sample: int, *, seed: int = 0, reader: int = 0, readers: int = 1, start: StreamPlace | None = None
+    ) -> Iterator[StreamImage]:
+        """The images of one reader that may serve its ``sample``, from the best on; those that are taken are used up.
 
-        The iterator looks ahead: what it gives is given again to those who ask for that place. Raises DataError when
-        shard after shard holds no image.
+        Calls for growing samples read on where they are; each sample that was left out in between stands for one image.
+
+        Args:
+            sample: Counted for each reader.
+            seed: Of the order.
+            reader, readers: Which one of how many.
+            start: A place that this reader was at in an earlier process; it counts if it is not beyond the sample.
+
+        Raises:
+            DataError: When shard after shard holds no image.
         """
         key = (seed, reader, readers)
-        if self._reading is None or self._reading.key != key or self._reading.place > place:
+        if self._reading is None or self._reading.key != key or self._reading.place.sample > sample:
             self.close()
             self._reading = _Reading(self, key)
-        self._reading.advance(place)
-        return self._reading.ahead()
+            if start is not None and start.sample <= sample:
+                self._reading.pass_over(start.read)
+                self._reading.place = start
+        self._reading.pass_over(sample - self._reading.place.sample)
+        self._reading.place = self._reading.place._replace(sample=sample + 1)
+        return self._reading.take()
+
+    @property
+    def place(self) -> StreamPlace | None:
+        """Where the present reader is; None before it reads."""
+        return None if self._reading is None else self._reading.place
 
     def scan(self) -> Iterator[StreamImage]:
-        """All images in stored order, once; what is wrong with a shard comes as an image without data."""
+        """All images in stored order, once; what is wrong with a shard comes as an image without name and data.
+
+        Ends early after as many shards without an image as a reader would give up after.
+        """
+        empty = 0
         for shard in self._shards:
+            empty += 1
             for image in _read_shard(shard):
-                yield image if image.data or not image.skipped else StreamImage("", b"", image.skipped)
+                empty = 0 if image.name else empty
+                yield image
+            if empty == MAX_EMPTY_SHARDS:
+                return
 
     def close(self) -> None:
         """Let go of connections and commands."""
@@ -201,32 +235,27 @@ def label(shard: str) -> str:
 
 
 class _Reading:
-    """Where a reader is in its sequence."""
+    """A reader in the middle of its sequence."""
 
     def __init__(self, stream: ShardStream, key: tuple[int, int, int]) -> None:
         self.key = key
-        self.place = 0
+        self.place = StreamPlace(0, 0)
         self.path = stream.path
         self.images: Generator[StreamImage] = stream._sequence(*key)
-        self._ahead: deque[StreamImage] = deque()
 
-    def advance(self, place: int) -> None:
-        """Pass over all images before ``place``."""
-        if place > self.place + len(self._ahead) + SHUFFLE_BUFFER:
-            logger.info("%s: reading past %d images, to go on behind them", self.path, place - self.place)
-        while self.place < place:
-            if self._ahead:
-                self._ahead.popleft()
-            else:
-                next(self.images)
-            self.place += 1
+    def take(self) -> Iterator[StreamImage]:
+        """The images from here on; leaving off in between loses none."""
+        for image in self.images:
+            self.place = self.place._replace(read=self.place.read + 1)
+            yield image
+        raise DataError(f"{self.path}: cannot be read on after an error")
 
-    def ahead(self) -> Iterator[StreamImage]:
-        """The images from the present place on, which stay to be passed over."""
-        for step in itertools.count():
-            if step == len(self._ahead):
-                self._ahead.append(next(self.images))
-            yield self._ahead[step]
+    def pass_over(self, count: int) -> None:
+        """Leave out some images."""
+        if count > SHUFFLE_BUFFER:
+            logger.info("%s: reading past %d images, to go on behind them", self.path, count)
+        for _ in itertools.islice(self.take(), count):
+            pass
 
 
 def _read_shard(shard: str) -> Iterator[StreamImage]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from featsharp.builder import check_backbone, save_checkpoint
 from featsharp.checkpoint import read_checkpoint, restoring
-from featsharp.data.loader import SkipLog, StepSampler, ViewDataset, load_views
+from featsharp.data.loader import Places, SkipLog, StepSampler, ViewDataset, load_views
 from featsharp.data.views import Views
 from featsharp.errors import CheckpointError, unknown_name
 from featsharp.layers.local_block import LocalBlock
@@ -145,6 +145,7 @@ class Trainer:
         self.validated = -1  # the last step that validation looked at
         self.best_score = float("-inf")
         self.skipped = SkipLog()
+        self.places: Places = {}
         self.term = TermSignal()
         self.clock = StepClock()
 
@@ -152,7 +153,8 @@ class Trainer:
         """Train to the last step, then save and validate.
 
         All that is random in a step follows from its number, and so does its place in the data. That is why nothing of
-        either needs to be in a checkpoint, and why the number of processes must stay what it was.
+        either needs to be in a checkpoint but the places of streams (how many images they leave out is known by
+        decoding alone), and why the number of processes must stay what it was.
 
         Raises:
             Terminated: When SIGTERM came: the step was finished and saved, on every process.
@@ -181,7 +183,8 @@ class Trainer:
         )
         batches: list[Views] = []
         with bar, self.term:
-            for views, skipped in self.clock.batches(load_views(self.dataset, sampler, self.config.num_workers)):
+            loaded = load_views(self.dataset, sampler, self.config.num_workers, self.places)
+            for views, skipped in self.clock.batches(loaded):
                 for name, reason in self.skipped.add(skipped):
                     logger.warning("skipped %s: %s", name, reason)
                 batches.append(Views(*(x.to(self.world.device) for x in views)))
@@ -250,6 +253,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": dict(self.skipped.names),
+            "places": {name: list(place) for name, place in self.places.items()},
         }
 
     def resume(self, path: Path, *, force: bool = False) -> None:
@@ -292,6 +296,7 @@ class Trainer:
             self.best_score = state["best_score"]
             self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_steps, self.step)
             self.skipped.names.update(state["skipped"])
+            self.places |= {name: (sample, read) for name, (sample, read) in state.get("places", {}).items()}
 
     def _check_processes(self, saved: int, path: Path) -> None:
         if saved != self.world.size:
@@ -320,6 +325,8 @@ class Trainer:
         """Save what all processes know; all of them must call it."""
         for names in gather_objects(self.skipped.names, self.world):
             self.skipped.names |= names
+        for places in gather_objects(self.places, self.world):
+            self.places |= places
         if self.world.is_main:
             self.save()
 

@@ -88,6 +88,16 @@ def test_unusable_images_are_named_with_their_reason(photos):
     assert log.summary().startswith("2 images skipped (1 ")
 
 
+def test_the_log_of_data_of_which_most_is_left_out_stays_short(monkeypatch):
+    monkeypatch.setattr("featsharp.data.loader.MAX_NAMES", 60)
+    log = SkipLog()
+    said = [entry for n in range(0, 90, 3) for entry in log.add([(str(n + i), "too small (x)") for i in range(3)])]
+    assert [name for name, _ in said] == [str(n) for n in range(20)]
+    assert log.add([("y", "uniform colour")]) == []  # nothing more is kept
+    assert len(log.names) == 60
+    assert log.summary() == "at least 60 images skipped (60 too small)"
+
+
 def test_empty_log_has_no_summary():
     assert SkipLog().summary() == ""
 

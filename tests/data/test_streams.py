@@ -7,7 +7,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -22,7 +22,8 @@ from PIL import Image
 from featsharp.checkpoint import read_checkpoint
 from featsharp.data import pack_images
 from featsharp.data._order import hash_bits
-from featsharp.data.loader import StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.filters import ImageFilter, Predicate
+from featsharp.data.loader import Places, StepSampler, ViewBatch, ViewDataset, load_views
 from featsharp.data.sources import Division, ImageMixture, open_source
 from featsharp.data.streams import ShardStream, StreamImage, deal, shuffle
 from featsharp.data.views import ViewConfig, Views
@@ -171,7 +172,7 @@ def test_any_place_can_be_found_again(server: str) -> None:
         assert names(ShardStream(url, buffer=8).images(place, seed=3, reader=1, readers=3), 12) == whole[place:][:12]
     stream = pickle.loads(pickle.dumps(ShardStream(url, buffer=8)))
     for place in (4, 5, 9, 2):  # onwards, and back
-        assert names(stream.images(place, seed=3, reader=1, readers=3), 3) == whole[place : place + 3]
+        assert names(stream.images(place, seed=3, reader=1, readers=3), 1) == [whole[place]]
     assert names(ShardStream(url, buffer=8).images(0, seed=4, reader=1, readers=3), 60) != whole
 
 
@@ -308,9 +309,11 @@ def test_a_mixture_counts_the_places_of_a_stream_by_reader(server: str, tmp_path
     assert abs(len(found[0]) + len(found[1]) - 40) <= 2
 
 
-def batches(path: str, sampler: StepSampler, workers: int) -> list[ViewBatch]:
-    dataset = ViewDataset(ImageMixture.from_data_dir(path, shuffle_buffer=6), (16, 24), ViewConfig(num_views=1), seed=0)
-    return list(load_views(dataset, sampler, workers))
+def batches(
+    data: object, sampler: StepSampler, workers: int, places: Places | None = None, keep: Predicate | None = None
+) -> Generator[ViewBatch]:
+    mixture = ImageMixture.from_data_dir(data, keep=ImageFilter(predicate=keep), shuffle_buffer=6)
+    return load_views(ViewDataset(mixture, (16, 24), ViewConfig(num_views=1), seed=0), sampler, workers, places)
 
 
 def same(batch: ViewBatch, other: ViewBatch) -> bool:
@@ -321,9 +324,9 @@ def same(batch: ViewBatch, other: ViewBatch) -> bool:
 def test_batches_of_a_resumed_run_are_those_of_an_uninterrupted_one(server: str, tmp_path: Path, workers: int) -> None:
     (tmp_path / "www" / "4.tar").write_bytes(b"broken")
     url = f"{server}/{{0..9}}.tar"
-    whole = batches(url, StepSampler(0, 9, 3, rank=1, world=2), workers)
+    whole = list(batches(url, StepSampler(0, 9, 3, rank=1, world=2), workers))
     for first in (1, 4):
-        resumed = batches(url, StepSampler(first, 9, 3, rank=1, world=2), workers)
+        resumed = list(batches(url, StepSampler(first, 9, 3, rank=1, world=2), workers))
         assert len(resumed) == 9 - first
         assert all(same(*pair) for pair in zip(resumed, whole[first:], strict=True))
 
@@ -334,7 +337,7 @@ def test_fewer_shards_than_ranks_and_workers(server: str, shards: int) -> None:
     url = f"{server}/{{0..{shards - 1}}}.tar"
     total = sum(3 + shard % 3 for shard in range(shards))
     for rank in range(2):
-        assert len(batches(url, StepSampler(0, 6, 1, rank, world=2), workers=2)) == 6
+        assert len(list(batches(url, StepSampler(0, 6, 1, rank, world=2), workers=2))) == 6
     mixture = ImageMixture.from_data_dir(url)
     division = Division(batch_size=1, world=2, workers=2)
     by_reader = {
@@ -347,25 +350,61 @@ def test_fewer_shards_than_ranks_and_workers(server: str, shards: int) -> None:
         assert max(Counter(loaded).values()) < total, f"reader {reader} repeats one image"
 
 
-def test_an_unusable_image_is_replaced_by_the_next_without_moving_the_others(tmp_path: Path) -> None:
-    """So a place can be found again without decoding."""
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for number in range(12):
-            data = b"nonsense" if number == 5 else picture(number)
-            info = tarfile.TarInfo(f"{number:03d}.png")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    mixture = ImageMixture.from_data_dir(f"pipe:cat {tmp_path}/0.tar")
-    loaded = [mixture.load(n) for n in range(12)]
-    (place,) = (n for n, image in enumerate(loaded) if image.skipped)
-    assert Path(loaded[place].skipped[0][0]).name == "005.png"
-    assert len({image.name for image in loaded}) == 11
-    assert loaded[place].name == mixture.load(place + 1).name
+def every_fourth(image: Image.Image, name: str) -> bool:
+    return int(Path(name).stem) % 4 == 0
+
+
+def test_images_that_are_left_out_are_read_past_so_that_each_of_the_others_comes_once_per_epoch(server: str) -> None:
+    """Not the next one again for each that is left out."""
+    mixture = ImageMixture.from_data_dir(f"{server}/{{0..9}}.tar", keep=ImageFilter(predicate=every_fourth))
+    kept = [f"{number:03d}.png" for number in range(0, NUM_IMAGES, 4)]
+    loaded = [mixture.load(n) for n in range(3 * len(kept))]
+    for epoch in range(3):
+        used = [Path(image.name).name for image in loaded[epoch * len(kept) : (epoch + 1) * len(kept)]]
+        assert sorted(used) == kept
+    left_out = {Path(name).name for image in loaded for name, _ in image.skipped}
+    assert left_out | set(kept) == {f"{number:03d}.png" for number in range(NUM_IMAGES)}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_run_that_leaves_images_out_goes_on_with_the_very_next(server: str, tmp_path: Path, workers: int) -> None:
+    """However far the workers had read ahead, and beside local data."""
+    write_tar(tmp_path / "local.tar", range(100, 112))
+    data = [[f"{server}/{{0..9}}.tar", 2], str(tmp_path / "local.tar")]
+    first: Places = {}
+    whole = list(batches(data, StepSampler(0, 8, 3, rank=1, world=2), workers, first, every_fourth))
+    assert sum(len(batch.skipped) for batch in whole) > 40
+    for stop in (1, 4):
+        places: Places = {}
+        stopped = batches(data, StepSampler(0, 8, 3, rank=1, world=2), workers, places, every_fourth)
+        assert all(same(*pair) for pair in zip(islice(stopped, stop), whole, strict=False))
+        stopped.close()
+        assert places != first
+        resumed = list(batches(data, StepSampler(stop, 8, 3, rank=1, world=2), workers, places, every_fourth))
+        assert len(resumed) == 8 - stop
+        assert all(same(*pair) for pair in zip(resumed, whole[stop:], strict=True))
+        assert [batch.skipped for batch in resumed] == [batch.skipped for batch in whole[stop:]]
+        assert places == first
+
+
+def test_a_stream_of_which_nothing_is_left_is_an_error_and_no_endless_loop(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featsharp.data.sources.MAX_FAILURES", 50)
+    keep = ImageFilter(predicate=lambda image, name: False)
+    message = r"no usable image found \(39 rejected by data\.filter\)"
+    with pytest.raises(DataError, match=message):
+        ImageMixture.from_data_dir(f"{server}/{{0..9}}.tar", keep=keep)
+    mixture = ImageMixture([ShardStream(f"{server}/{{0..9}}.tar")], keep=keep)
+    with pytest.raises(
+        DataError, match=r"50 images in a row cannot be used \(50 rejected by data\.filter\); the last, "
+    ):
+        mixture.load(0)
 
 
 def test_repeated_samples_are_refused(server: str) -> None:
     with pytest.raises(ConfigError, match=r"feature_cache\.samples repeats samples"):
-        batches(f"{server}/0.tar", StepSampler(0, 1, 1, distinct=4), 0)
+        next(batches(f"{server}/0.tar", StepSampler(0, 1, 1, distinct=4), 0))
 
 
 # Training
