@@ -545,6 +545,13 @@ def _weighted_path(path: object, weight: object) -> WeightedPath:
     if text.startswith(PIPE):
         return WeightedPath(text, share)
     text = os.path.expandvars(text)
+    if not is_stream(text) and (scheme := re.match(r"([A-Za-z][\w+.-]+)://", text)):
+        advice = {
+            "s3": f"pipe:aws s3 cp {text} -",
+            "gs": f"pipe:gsutil cat {text}",
+            "file": "the path alone",
+        }.get(scheme[1].lower(), "pipe:COMMAND with a command that writes it")
+        raise ConfigError(f"data entry {text!r}: {scheme[1]}:// is not read as it is; write {advice}")
     return WeightedPath(text if is_stream(text) else Path(text).expanduser(), share)
 
 

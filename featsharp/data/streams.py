@@ -14,6 +14,7 @@ images its samples took is then more than their number, and a run that goes on h
 import itertools
 import logging
 import os
+import re
 import signal
 import subprocess
 import time
@@ -32,9 +33,11 @@ logger = logging.getLogger(__name__)
 
 PIPE = "pipe:"
 SHUFFLE_BUFFER = 1000  # encoded images that a reader holds to shuffle among
+SHUFFLE_BYTES = 1 << 28  # and bytes of them, but for the last
 TIMEOUT = 60.0  # seconds without a byte from a server
 ATTEMPTS = 4  # for a shard, before what is left of it is given up
 MAX_EMPTY_SHARDS = 20  # in a row, before a reader gives up
+_OTHER_COMPRESSION = (".zst", ".tzst", ".lz4")
 _START = 100  # images in the shuffle buffer before the first leaves it
 _READ_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # statuses of servers that may answer later
 
@@ -56,7 +59,7 @@ class StreamPlace(NamedTuple):
 
 def is_stream(path: object) -> bool:
     """Whether an entry of a ``*_data_dir`` setting names shards that are streamed."""
-    return isinstance(path, str) and path.startswith(("http://", "https://", PIPE))
+    return isinstance(path, str) and (path.startswith(PIPE) or bool(re.match("https?://", path, re.IGNORECASE)))
 
 
 class ShardStream:
@@ -69,6 +72,7 @@ class ShardStream:
 
     Raises:
         ConfigError: For braces that do not pair.
+        DataError: For a kind of compression that cannot be read.
         MissingDependencyError: For braces without the package braceexpand.
 
     Attributes:
@@ -85,6 +89,9 @@ class ShardStream:
         self.skipped: list[tuple[str, str]] = []
         self.num_others = 0
         self._shards = expand_braces(path)
+        if (shard := _plain(self._shards[0])).lower().endswith(_OTHER_COMPRESSION):
+            tool = "lz4" if shard.lower().endswith(".lz4") else "zstd"
+            raise DataError(f"{self.path}: this compression cannot be read; write pipe:curl -sf URL | {tool} -dc")
         self._buffer = buffer
         self._reading: _Reading | None = None
 
@@ -95,7 +102,7 @@ class ShardStream:
     def images(
         self, sample: int, *, seed: int = 0, reader: int = 0, readers: int = 1, start: StreamPlace | None = None
     ) -> Iterator[StreamImage]:
-        """The images of one reader that may serve its ``sample``, from the best on; those that are taken are used up.
+        """The images of one reader that may serve its ``sample``, from its own on; those that are taken are used up.
 
         Calls for growing samples read on where they are; each sample that was left out in between stands for one image.
 
@@ -197,16 +204,24 @@ def deal(shards: int, reader: int, readers: int, epoch: int, key: int) -> Iterat
         yield Share(shuffled(whole + group, shards, key), (member + epoch) % every, every)
 
 
-def shuffle(images: Iterator[StreamImage], size: int, key: int) -> Iterator[StreamImage]:
-    """The same images in another order, with at most ``size`` of them held at a time."""
+def shuffle(
+    images: Iterator[StreamImage], size: int, key: int, max_bytes: int = SHUFFLE_BYTES
+) -> Iterator[StreamImage]:
+    """The same images in another order, with at most ``size`` of them held at a time, and one beyond ``max_bytes``."""
     held: list[StreamImage] = []
+    held_bytes = 0
     for draw in itertools.count():
         # Filled up while images leave it: training need not wait for all of the buffer.
-        held.extend(itertools.islice(images, min(2 if draw else _START, size - len(held))))
+        for _ in range(min(2 if draw else _START, size - len(held))):
+            if held_bytes >= max_bytes or (image := next(images, None)) is None:
+                break
+            held.append(image)
+            held_bytes += len(image.data)
         if not held:
             return
         place = hash_bits(key, draw) % len(held)
         held[place], held[-1] = held[-1], held[place]
+        held_bytes -= len(held[-1].data)
         yield held.pop()
 
 
@@ -227,6 +242,11 @@ def expand_braces(path: str) -> list[str]:
         return list(braceexpand(path))
     except ValueError as error:
         raise ConfigError(f"data entry {path!r}: {error}; write ranges as {{000..099}}") from error
+
+
+def _plain(shard: str) -> str:
+    """An address without query and fragment; empty for a command."""
+    return "" if shard.startswith(PIPE) else re.split("[?#]", shard, maxsplit=1)[0]
 
 
 def label(shard: str) -> str:

@@ -117,6 +117,27 @@ def test_all_readers_together_take_every_image_once_per_epoch(shards: int, reade
         assert taken == Counter((shard, image) for shard in range(shards) for image in range(sizes[shard]))
 
 
+def test_shuffling_is_bounded_by_bytes_too() -> None:
+    """One image may pass the limit; even one of many times the limit leaves it."""
+    sizes = [50 + 37 * n % 100 for n in range(300)] + [5000, 10, 10]
+    held = most = 0
+
+    def images() -> Iterator[StreamImage]:
+        nonlocal held, most
+        for number, size in enumerate(sizes):
+            held += size
+            most = max(most, held if size < 5000 else 0)
+            yield StreamImage(str(number), bytes(size), [])
+
+    order = []
+    for image in shuffle(images(), 64, key=3, max_bytes=2000):
+        held -= len(image.data)
+        order.append(int(image.name))
+    assert sorted(order) == list(range(len(sizes)))
+    assert 2000 <= most < 2150
+    assert np.abs(np.diff(order)).mean() > 5
+
+
 @pytest.mark.parametrize(("shards", "readers"), [(1, 8), (3, 8), (8, 8), (17, 8)])
 def test_no_reader_is_left_without_data(shards: int, readers: int) -> None:
     """Even where a shard has a single image, each gets its turn."""
