@@ -25,7 +25,16 @@ from featsharp.data._order import floor_sum, hash_bits, shuffled
 from featsharp.data._tar import count_of_others, index_tar, is_compressed_name, refuse_compressed
 from featsharp.data.filters import ImageFilter
 from featsharp.data.images import IMAGE_EXTENSIONS, decode_image, is_image_name
-from featsharp.data.streams import PIPE, SHUFFLE_BUFFER, ShardStream, StreamPlace, expand_braces, is_stream
+from featsharp.data.streams import (
+    PIPE,
+    SHUFFLE_BUFFER,
+    ShardStream,
+    StreamPlace,
+    expand_braces,
+    is_stream,
+    shown,
+    told_apart,
+)
 from featsharp.errors import ConfigError, DataError, InputError
 
 logger = logging.getLogger(__name__)
@@ -213,7 +222,8 @@ def parse_data_dir(value: object) -> list[WeightedPath]:
     if isinstance(value, (str, os.PathLike)):
         return [_weighted_path(value, 1.0)]
     if not isinstance(value, Sequence) or not value:
-        raise ConfigError(f"no data given: expected a path or a list of paths or [path, weight] pairs, got {value!r}")
+        expected = "expected a path or a list of paths or [path, weight] pairs"
+        raise ConfigError(f"no data given: {expected}, got {_given(value)}")
     entries = []
     for entry in value:
         if isinstance(entry, (str, os.PathLike)):
@@ -221,7 +231,9 @@ def parse_data_dir(value: object) -> list[WeightedPath]:
         elif isinstance(entry, Sequence) and len(entry) == 2:
             entries.append(_weighted_path(entry[0], entry[1]))
         else:
-            raise ConfigError(f"data entry {entry!r} is neither a path nor [path, weight]; write [[path, weight], ...]")
+            raise ConfigError(
+                f"data entry {_given(entry)} is neither a path nor [path, weight]; write [[path, weight], ...]"
+            )
     return entries
 
 
@@ -314,9 +326,12 @@ class ImageMixture:
             DataError: Also when one of the sources has no usable image among the first 10,000 tried.
         """
         entries = parse_data_dir(value)
+        labels = told_apart(shown(str(entry.path)) for entry in entries)
         sources = [
-            ShardStream(entry.path, shuffle_buffer) if isinstance(entry.path, str) else open_source(entry.path)
-            for entry in entries
+            ShardStream(entry.path, shuffle_buffer, label.removeprefix(shown(entry.path)))
+            if isinstance(entry.path, str)
+            else open_source(entry.path)
+            for entry, label in zip(entries, labels, strict=True)
         ]
         mixture = cls(sources, [entry.weight for entry in entries], seed=seed, keep=keep)
         mixture.check()
@@ -535,23 +550,33 @@ def _visible(names: Iterable[str]) -> list[str]:
     return [name for name in names if not name.startswith(".")]
 
 
+def _given(value: object) -> str:
+    """A setting as it was given, but for secrets."""
+    if isinstance(value, str):
+        return repr(shown(value))
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(_given, value))}]"
+    return repr(value) if isinstance(value, (int, float, type(None))) else f"a {type(value).__name__}"
+
+
 def _weighted_path(path: object, weight: object) -> WeightedPath:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ConfigError(f"data entry with path {path!r}: a folder, a .tar file, a URL or pipe:COMMAND is needed")
     if not _is_weight(weight):
-        raise ConfigError(f"data entry {str(path)!r} has weight {weight!r}; a positive number is needed")
+        raise ConfigError(f"data entry {shown(str(path))!r} has weight {weight!r}; a positive number is needed")
     share = float(weight)  # type: ignore[arg-type]
     text = os.fspath(path)
     if text.startswith(PIPE):
         return WeightedPath(text, share)
     text = os.path.expandvars(text)
     if not is_stream(text) and (scheme := re.match(r"([A-Za-z][\w+.-]+)://", text)):
+        address = shown(text)
         advice = {
-            "s3": f"pipe:aws s3 cp {text} -",
-            "gs": f"pipe:gsutil cat {text}",
+            "s3": f"pipe:aws s3 cp {address} -",
+            "gs": f"pipe:gsutil cat {address}",
             "file": "the path alone",
         }.get(scheme[1].lower(), "pipe:COMMAND with a command that writes it")
-        raise ConfigError(f"data entry {text!r}: {scheme[1]}:// is not read as it is; write {advice}")
+        raise ConfigError(f"data entry {address!r}: {scheme[1]}:// is not read as it is; write {advice}")
     return WeightedPath(text if is_stream(text) else Path(text).expanduser(), share)
 
 

@@ -11,6 +11,7 @@ shuffle buffer. Where images are left out, the reader reads on, so that none of 
 images its samples took is then more than their number, and a run that goes on has to be told (`StreamPlace`).
 """
 
+import base64
 import itertools
 import logging
 import os
@@ -19,15 +20,18 @@ import signal
 import subprocess
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, InvalidURL
 from typing import IO, NamedTuple
 
 from featsharp.data._order import hash_bits, shuffled
 from featsharp.data._tar import stream_tar
 from featsharp.errors import ConfigError, DataError, MissingDependencyError
+from featsharp.urls import redact_url
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +40,11 @@ SHUFFLE_BUFFER = 1000  # encoded images that a reader holds to shuffle among
 SHUFFLE_BYTES = 1 << 28  # and bytes of them, but for the last
 TIMEOUT = 60.0  # seconds without a byte from a server
 ATTEMPTS = 4  # for a shard, before what is left of it is given up
+BACKOFF = 1.0  # seconds before the second attempt; twice as many before each further one
 MAX_EMPTY_SHARDS = 20  # in a row, before a reader gives up
 _OTHER_COMPRESSION = (".zst", ".tzst", ".lz4")
 _START = 100  # images in the shuffle buffer before the first leaves it
-_READ_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # statuses of servers that may answer later
+_ASK_AGAIN = {408, 425, 429}  # statuses below 500 of servers that may answer later
 
 
 class StreamImage(NamedTuple):
@@ -69,6 +74,7 @@ class ShardStream:
         path: ``http(s)://...`` or ``pipe:COMMAND``, with ranges in braces for several: ``http://host/{000..099}.tar``.
             A command is run by the shell as it stands, and its output is the tar.
         buffer: Encoded images to shuffle among.
+        tag: Told with its name, to tell it from another stream whose address differs in what is not shown alone.
 
     Raises:
         ConfigError: For braces that do not pair.
@@ -76,20 +82,23 @@ class ShardStream:
         MissingDependencyError: For braces without the package braceexpand.
 
     Attributes:
-        path: As given, but for the query of a URL, which may be a secret.
+        path: As given, but for what may be a secret (see :func:`featsharp.urls.redact_url`).
         num_shards: After the expansion of braces.
         skipped: Always empty: what is damaged shows when it is read.
         num_others: 0, for the same reason.
     """
 
-    def __init__(self, path: str, buffer: int = SHUFFLE_BUFFER) -> None:
+    def __init__(self, path: str, buffer: int = SHUFFLE_BUFFER, tag: str = "") -> None:
         if buffer < 1:
             raise ConfigError(f"a shuffle buffer of {buffer} images cannot work; 1 is the least, 1000 is usual")
-        self.path = label(path)
+        self.path = shown(path) + tag
         self.skipped: list[tuple[str, str]] = []
         self.num_others = 0
-        self._shards = expand_braces(path)
-        if (shard := _plain(self._shards[0])).lower().endswith(_OTHER_COMPRESSION):
+        shards = expand_braces(path)
+        self._shards = [
+            Shard(shard, label + tag) for shard, label in zip(shards, told_apart(map(shown, shards)), strict=True)
+        ]
+        if (shard := _plain(shards[0])).lower().endswith(_OTHER_COMPRESSION):
             tool = "lz4" if shard.lower().endswith(".lz4") else "zstd"
             raise DataError(f"{self.path}: this compression cannot be read; write pipe:curl -sf URL | {tool} -dc")
         self._buffer = buffer
@@ -184,6 +193,13 @@ class ShardStream:
             yield from shuffle(dealt(), self._buffer, hash_bits(key, reader))
 
 
+class Shard(NamedTuple):
+    """An address or command, and what messages call it."""
+
+    address: str
+    label: str
+
+
 class Share(NamedTuple):
     """What a reader takes of a shard: the images ``first``, ``first + every``, ..."""
 
@@ -241,7 +257,7 @@ def expand_braces(path: str) -> list[str]:
     try:
         return list(braceexpand(path))
     except ValueError as error:
-        raise ConfigError(f"data entry {path!r}: {error}; write ranges as {{000..099}}") from error
+        raise ConfigError(redact_url(f"data entry {path!r}: {error}; write ranges as {{000..099}}")) from None
 
 
 def _plain(shard: str) -> str:
@@ -249,9 +265,21 @@ def _plain(shard: str) -> str:
     return "" if shard.startswith(PIPE) else re.split("[?#]", shard, maxsplit=1)[0]
 
 
-def label(shard: str) -> str:
-    """What messages call a shard: URLs without their query, which may hold a secret."""
-    return shard if shard.startswith(PIPE) else shard.partition("?")[0]
+def shown(path: str) -> str:
+    """An entry of a ``*_data_dir`` setting without its secrets."""
+    # A blank would end the address for a reader of text, and what follows it would not be hidden.
+    return redact_url(path if path.startswith(PIPE) else re.sub(r"\s", "%20", path))
+
+
+def told_apart(names: Iterable[str]) -> list[str]:
+    """The same names, numbered where several are equal: shards whose addresses differ in their secrets alone."""
+    names = list(names)
+    total, number = Counter(names), Counter[str]()
+    told = []
+    for name in names:
+        number[name] += 1
+        told.append(f"{name} (no. {number[name]})" if total[name] > 1 else name)
+    return told
 
 
 class _Reading:
@@ -278,45 +306,52 @@ class _Reading:
             pass
 
 
-def _read_shard(shard: str) -> Iterator[StreamImage]:
+def _read_shard(shard: Shard) -> Iterator[StreamImage]:
     """The images of a shard in stored order, and what is wrong with it as images without name and data.
 
-    A connection that breaks is opened again, and what was read before is passed over.
+    A connection that breaks is opened again, and what was read before is passed over, so that the order of the images
+    is the same. When that fails too often, what is left of the shard is given up.
     """
     done = 0
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with _open(shard) as file:
+            with _open(shard.address) as file:
                 for member in itertools.islice(stream_tar(file), done, None):
                     done += 1
-                    name = f"{label(shard)}/{member.name}" if member.name else label(shard)
+                    name = f"{shard.label}/{member.name}" if member.name else shard.label
                     if member.reason:
                         yield StreamImage("", b"", [(name, member.reason)])
                     else:
                         yield StreamImage(name, member.data, [])
             return
         except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is none
-            status = error.code if isinstance(error, urllib.error.HTTPError) else None
-            if (
-                attempt == ATTEMPTS
-                or isinstance(error, ValueError)
-                or shard.startswith(PIPE)
-                or (status is not None and status not in _READ_AGAIN)
-            ):
-                yield StreamImage("", b"", [(label(shard), f"shard cannot be read ({_said(error)})")])
+            if attempt == ATTEMPTS or shard.address.startswith(PIPE) or not _may_pass(error):
+                yield StreamImage("", b"", [(shard.label, f"shard cannot be read ({_said(error)})")])
                 return
-            logger.info("%s: %s; trying again", label(shard), _said(error))
-            time.sleep(2 ** (attempt - 1))
+            logger.info("%s: %s; trying again", shard.label, _said(error))
+            time.sleep(BACKOFF * 2 ** (attempt - 1))
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may help."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code in _ASK_AGAIN
+    return not isinstance(error, (InvalidURL, ValueError))
 
 
 @contextmanager
-def _open(shard: str) -> Iterator[IO[bytes]]:
-    if shard.startswith(PIPE):
-        with _run(shard.removeprefix(PIPE)) as output:
+def _open(address: str) -> Iterator[IO[bytes]]:
+    if address.startswith(PIPE):
+        with _run(address.removeprefix(PIPE)) as output:
             yield output
         return
     # The setting says http or https; redirections cannot lead to files.
-    request = urllib.request.Request(shard, headers={"User-Agent": "featsharp"})
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers={"User-Agent": "featsharp"})
+    if at:
+        token = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")  # for this host alone
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         yield _Whole(response)  # type: ignore[misc]
 
@@ -352,10 +387,12 @@ class _Whole:
 
     def read(self, size: int) -> bytes:
         data = self._response.read(size)
-        if len(data) < size and self._response.length:
+        if not data and self._response.length:
             raise OSError(f"connection lost {self._response.length} bytes before the end")
         return data
 
 
 def _said(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (InvalidURL, ValueError)):
+        return "the address is not valid"  # the error's own text would show parts of it
+    return redact_url(" ".join(str(error).split())) or type(error).__name__

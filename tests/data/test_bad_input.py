@@ -358,7 +358,7 @@ def test_other_compression_is_an_error_that_says_what_to_do(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(2000))
     with pytest.raises(DataError, match=r"no usable image found \(1 not readable as a tar file\);.* \| zstd -dc"):
         ImageMixture.from_data_dir(f"pipe:cat {tmp_path}/x.tar")
-    with pytest.raises(DataError, match=r"https://host/\{0\.\.9\}\.tar\.zst: .* write pipe:curl -sf URL \| zstd -dc"):
+    with pytest.raises(DataError, match=r"9\}\.tar\.zst\?token=\*\*\*: .* write pipe:curl -sf URL \| zstd -dc"):
         ImageMixture.from_data_dir("https://host/{0..9}.tar.zst?token=x")
     (tmp_path / "x.tar").rename(tmp_path / "x.tar.zst")
     with pytest.raises(DataError, match=r"cannot be read at random; .*'pipe:zstd -dc .*/x\.tar\.zst'"):

@@ -1,5 +1,6 @@
 """Shards by URL and from commands: every image once per epoch, the same again after a restart, and never a hang."""
 
+import base64
 import io
 import pickle
 import signal
@@ -23,11 +24,11 @@ from featsharp.checkpoint import read_checkpoint
 from featsharp.data import pack_images
 from featsharp.data._order import hash_bits
 from featsharp.data.filters import ImageFilter, Predicate
-from featsharp.data.loader import Places, StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.loader import Places, SkipLog, StepSampler, ViewBatch, ViewDataset, load_views
 from featsharp.data.sources import Division, ImageMixture, open_source
 from featsharp.data.streams import ShardStream, StreamImage, deal, shuffle
 from featsharp.data.views import ViewConfig, Views
-from featsharp.errors import ConfigError, DataError
+from featsharp.errors import ConfigError, DataError, FeatSharpError
 from featsharp.train import main
 from featsharp.training.objectives import Losses
 from featsharp.training.trainer import Trainer
@@ -52,20 +53,23 @@ def write_tar(path: Path, numbers: range) -> Path:
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Files of a folder; what is in ``lost`` breaks off in the middle once, what is in ``busy`` answers 503 once."""
+    """Files of a folder; ``lost`` says how often one breaks off in the middle, ``busy`` how often it answers 500."""
 
-    lost: ClassVar[set[str]] = set()
-    busy: ClassVar[set[str]] = set()
+    lost: ClassVar[Counter[str]] = Counter()
+    busy: ClassVar[Counter[str]] = Counter()
     asked: ClassVar[list[str]] = []
+    user: ClassVar[str] = ""  # as the header says it
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.asked.append(self.path)
-        if path in self.busy:
-            self.busy.remove(path)
-            self.send_error(503)
-        elif path in self.lost:
-            self.lost.remove(path)
+        if self.headers.get("Authorization", "") != self.user:
+            self.send_error(401)
+        elif self.busy[path]:
+            self.busy[path] -= 1
+            self.send_error(500)
+        elif self.lost[path]:
+            self.lost[path] -= 1
             data = Path(self.translate_path(path)).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
@@ -79,13 +83,14 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Ten shards with 3, 4, 5, 3, ... images, shards/0.tar to 9.tar, over HTTP; the address of their folder."""
     first = 0
     for shard in range(10):
         write_tar(tmp_path / "www" / f"{shard}.tar", range(first, first + 3 + shard % 3))
         first += 3 + shard % 3
-    Handler.lost, Handler.busy, Handler.asked = set(), set(), []
+    Handler.lost, Handler.busy, Handler.asked, Handler.user = Counter(), Counter(), [], ""
+    monkeypatch.setattr("featsharp.data.streams.BACKOFF", 0.01)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "www"))) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, daemon=True)
         thread.start()
@@ -208,11 +213,110 @@ def test_reading_on_does_not_start_again(server: str) -> None:
 
 
 def test_a_lost_connection_is_taken_up_again(server: str) -> None:
-    Handler.lost, Handler.busy = {"/1.tar"}, {"/2.tar"}
+    Handler.lost, Handler.busy = Counter({"/1.tar": 2}), Counter({"/2.tar": 3})
     images = list(ShardStream(f"{server}/{{0..3}}.tar").scan())
     assert names(iter(images), 99) == [f"{number:03d}.png" for number in range(15)]
     assert [image.data for image in images] == [picture(number) for number in range(15)]
-    assert Handler.asked == ["/0.tar", "/1.tar", "/1.tar", "/2.tar", "/2.tar", "/3.tar"]
+    assert Handler.asked == ["/0.tar", *["/1.tar"] * 3, *["/2.tar"] * 4, "/3.tar"]
+
+
+def test_lost_connections_do_not_change_the_order(server: str) -> None:
+    url = f"{server}/{{0..9}}.tar"
+    whole = list(batches(url, StepSampler(0, 12, 3), workers=0))
+    Handler.lost = Counter({f"/{shard}.tar": 1 + shard % 3 for shard in range(10)})
+    disturbed = list(batches(url, StepSampler(0, 12, 3), workers=0))
+    assert not +Handler.lost
+    assert all(same(*pair) for pair in zip(disturbed, whole, strict=True))
+    assert all(batch.skipped == [] for batch in disturbed)
+
+
+@pytest.mark.parametrize("fault", ["lost", "busy", "missing"])
+def test_a_shard_that_fails_again_and_again_is_given_up_and_training_goes_on(
+    server: str, tmp_path: Path, fault: str
+) -> None:
+    """What of it came through is used; nobody waits for what is not there."""
+    said, attempts, used = {
+        "lost": ("connection lost 15360 bytes before the end", 4, {"003.png", "004.png"}),
+        "busy": ("HTTP Error 500: Internal Server Error", 4, set()),
+        "missing": ("HTTP Error 404: File not found", 1, set()),
+    }[fault]
+    if fault == "missing":
+        (tmp_path / "www/1.tar").unlink()
+    else:
+        setattr(Handler, fault, Counter({"/1.tar": 1000}))
+    stream = ShardStream(f"{server}/{{0..2}}.tar", buffer=1)
+    images = list(stream.scan())
+    assert [entry for image in images for entry in image.skipped] == [
+        (f"{server}/1.tar", f"shard cannot be read ({said})")
+    ]
+    assert Handler.asked.count("/1.tar") == attempts
+    found = {Path(image.name).name for image in images if image.name}
+    whole = {f"{number:03d}.png" for number in (*range(3), *range(7, 12))}
+    assert found == whole | used
+    loaded = list(batches(f"{server}/{{0..2}}.tar", StepSampler(0, 20, 1), workers=1))
+    log = SkipLog()
+    for batch in loaded:
+        log.add(batch.skipped)
+    assert log.kinds == {"shard cannot be read": 1}
+
+
+def test_a_password_is_sent_to_the_server_and_never_shown(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    Handler.user = "Basic " + base64.b64encode(b"me:se/cret").decode()
+    Handler.busy = Counter({"/0.tar": 1})
+    address = server.replace("//", "//me:se%2Fcret@")
+    stream = ShardStream(f"{address}/{{0..1}}.tar")
+    assert names(stream.scan(), 9) == [f"{number:03d}.png" for number in range(7)]
+    mixture = ImageMixture([stream])
+    assert mixture.load(0).name.startswith(server.replace("//", "//***@"))
+    assert "trying again" in caplog.text
+    assert "cret" not in f"{caplog.text} {stream} {stream.path}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "https://me:SECRET@127.0.0.1:9/{0..1}.tar",
+        "https://me:SEC/RET@127.0.0.1:9/x.tar",
+        "http://127.0.0.1:9/x.tar?token=SECRET",
+        "http://127.0.0.1:9/x.tar?token=a SECRET",
+        "HTTP://me:SECRET@127.0.0.1:9x/x.tar",
+        "http://[bad/x.tar?token=SECRET",
+        "http://host/{0..9.tar?token=SECRET",
+        "http://host/x.tar.zst?token=SECRET",
+        "s3://me:SECRET@bucket/x.tar",
+        "pipe:false http://me:SECRET@host/x.tar?token=SECRET",
+    ],
+)
+def test_no_message_shows_a_secret(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is wrong with the address, or with the entry."""
+    monkeypatch.setattr("featsharp.data.streams.BACKOFF", 0.0)
+    caplog.set_level("DEBUG")
+    for value in (path, [[path, -1]], [[path, 1, 2]], {path: 1}):
+        with pytest.raises(FeatSharpError) as caught:
+            ImageMixture.from_data_dir(value)
+        assert "SEC" not in str(caught.value)
+        assert "RET" not in str(caught.value)
+    assert "SEC" not in caplog.text
+
+
+def test_shards_that_differ_in_their_query_alone_are_counted_apart(server: str, tmp_path: Path) -> None:
+    """Within one entry and in several."""
+    write_tar(tmp_path / "www/0.tar", range(3))
+    with tarfile.open(tmp_path / "www/0.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("empty.png"))
+    for value in (
+        f"{server}/0.tar?part={{7..9}}",
+        [f"{server}/0.tar?part={part}" for part in range(3)],
+    ):
+        mixture = ImageMixture.from_data_dir(value)
+        log = SkipLog()
+        for n in range(40):
+            log.add(mixture.load(n).skipped)
+        assert set(log.names) == {f"{server}/0.tar?part=*** (no. {number})/empty.png" for number in (1, 2, 3)}
+        assert log.kinds == {"the file is empty": 3}
 
 
 def test_missing_shards_are_counted_and_the_others_used(server: str) -> None:
