@@ -2,6 +2,7 @@
 
 Only regular members with an image's name are read. Whatever else a tar holds is passed over and accounted for: damage,
 links and devices, paths that lead out of the archive, and other kinds of files (labels, ``.pyd``, ``.pickle``, ...).
+Tars that were joined (``cat a.tar b.tar``) are read to the end of the last one.
 """
 
 import os
@@ -16,10 +17,19 @@ from featsharp.errors import DataError
 
 # A header may claim any size: what a stream's members can make us hold in memory.
 MAX_MEMBER_BYTES = 1 << 28
+MAX_HEADER_BYTES = 1 << 20  # of the headers that hold long names and the like
+MAX_PADDING = 1 << 20  # bytes of zeros after an end mark in which the next archive is looked for
 NO_IMAGE = "no image by name"  # kind of files and members that do not pretend to be one
 
 _COMPRESSED_EXTENSIONS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+_ZSTD_MAGIC = _COMPRESSED_MAGIC[-1]
+# Members that only describe the next one, read as a whole by tarfile.
+_DESCRIPTIONS = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+_END_MARK = "end mark"
 _OTHER = "other"  # verdict on members that are no images and do not pretend to be
 _DAMAGE = (tarfile.TarError, ValueError, IndexError, KeyError, OverflowError, MemoryError, RecursionError)
 
@@ -59,10 +69,8 @@ def index_tar(path: Path) -> TarIndex:
     others = 0
     try:
         end = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:
-            while (info := tar.next()) is not None:
-                # tarfile would keep every header, a gigabyte for a million members.
-                tar.members.clear()  # type: ignore[attr-defined]
+        with tarfile.open(path, "r:", tarinfo=_Header) as tar:
+            for info in _members(tar):
                 # A negative size, of any kind of member, would send tarfile backwards for ever.
                 if info.size < 0 or (info.isreg() and info.size > end - info.offset_data):
                     skipped.append((str(path), _cut_inside(info.name)))
@@ -74,9 +82,8 @@ def index_tar(path: Path) -> TarIndex:
                     others += not info.isdir()
                 else:
                     skipped.append((f"{path}/{info.name}", verdict))
-            assert tar.fileobj is not None
-            if end_of_it := _unexpected_end(tar.fileobj, tar.offset):  # type: ignore[arg-type]
-                skipped.append((str(path), end_of_it))
+            if _ended_by(tar):
+                skipped.append((str(path), _ended_by(tar)))
     # Damaged headers surface as any of these; tarfile wraps only some of them.
     except (*_DAMAGE, OSError) as error:
         if _is_compressed(path):
@@ -88,14 +95,14 @@ def index_tar(path: Path) -> TarIndex:
 def stream_tar(file: BinaryIO | IO[bytes]) -> Iterator[StreamMember]:
     """The images of a tar that can only be read once, in stored order, and what is wrong with it.
 
+    It may be compressed with gzip, bzip2 or xz.
     The last entry has no name when it is about the tar itself. Members that are no images by name are one entry at the
     end, with their number. Errors of reading (OSError) pass through.
     """
     images = others = 0
     try:
-        with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
-            while (info := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]
+        with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as tar:
+            for info in _members(tar):
                 verdict = _verdict(info)
                 if verdict == _OTHER:
                     others += not info.isdir()
@@ -106,9 +113,8 @@ def stream_tar(file: BinaryIO | IO[bytes]) -> Iterator[StreamMember]:
                     assert content is not None  # of a regular member
                     yield StreamMember(info.name, content.read())
                     images += 1
-            ended_by = getattr(tar, "ended_by", "")
-        if ended_by:
-            yield StreamMember("", b"", ended_by)
+            if _ended_by(tar):
+                yield StreamMember("", b"", _ended_by(tar))
     except _DAMAGE as error:
         cut = images and "unexpected end" in str(error)
         yield StreamMember("", b"", _cut_inside("a member") if cut else _not_a_tar(error, images))
@@ -128,11 +134,25 @@ def is_compressed_name(name: str) -> bool:
 
 def refuse_compressed(path: Path) -> DataError:
     """The error for a compressed tar."""
-    return DataError(f"{path}: compressed tar files cannot be read at random; decompress it to a plain .tar first")
+    ending = path.name.lower().rpartition(".")[2]
+    tool = {"bz2": "bzip2", "tbz2": "bzip2", "xz": "xz", "txz": "xz", "zst": "zstd", "tzst": "zstd", "lz4": "lz4"}
+    return DataError(
+        f"{path}: compressed tar files cannot be read at random; decompress it to a plain .tar first, or read it as a "
+        f"stream: 'pipe:{tool.get(ending, 'gzip')} -dc {path}'"
+    )
 
 
 class _Header(tarfile.TarInfo):
     """Leaves a note of what ended the archive: tarfile takes a damaged header after the first for its end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        if buf.startswith(_ZSTD_MAGIC):
+            raise tarfile.HeaderError("compressed with zstd; decompress it in a command: pipe:... | zstd -dc")
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _DESCRIPTIONS and not 0 <= info.size <= MAX_HEADER_BYTES:
+            raise tarfile.HeaderError(f"extended header of {info.size} bytes, {MAX_HEADER_BYTES} are the most")
+        return info
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
@@ -140,12 +160,41 @@ class _Header(tarfile.TarInfo):
             return super().fromtarfile(tarfile_)
         except tarfile.HeaderError as error:
             kind: Any = type(error).__name__
+            rest = f"at byte {tarfile_.offset}; all members from there on are lost"
             tarfile_.ended_by = {  # type: ignore[attr-defined]
-                "EOFHeaderError": "",
+                "EOFHeaderError": _END_MARK,
                 "EmptyHeaderError": "no end-of-archive mark (it may have been cut short between two members)",
-                "TruncatedHeaderError": "cut short (inside a header; all members from there on are lost)",
-            }.get(kind, "damaged header (all members from there on are lost)")
+                "TruncatedHeaderError": f"cut short (inside a header {rest})",
+            }.get(kind, f"damaged header ({rest})")
             raise
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """All members of an archive, and of those that follow it in the same file."""
+    zeros = 0  # read since the last member
+    while True:
+        info = tar.next()
+        # tarfile would keep every header, a gigabyte for a million members.
+        tar.members.clear()  # type: ignore[attr-defined]
+        if info is not None:
+            zeros = 0
+            yield info
+        elif _note(tar) == _END_MARK and zeros < MAX_PADDING:
+            zeros += tarfile.BLOCKSIZE
+            tar.offset += tarfile.BLOCKSIZE
+        else:
+            if zeros and not _note(tar).startswith("damaged"):
+                tar.ended_by = _END_MARK  # type: ignore[attr-defined]
+            return
+
+
+def _note(tar: tarfile.TarFile) -> str:
+    return str(getattr(tar, "ended_by", ""))
+
+
+def _ended_by(tar: tarfile.TarFile) -> str:
+    """What ended an archive all of whose members have been read; empty for an end mark."""
+    return "" if _note(tar) == _END_MARK else _note(tar)
 
 
 def _verdict(info: tarfile.TarInfo) -> str:
@@ -170,19 +219,6 @@ def _cut_inside(name: str) -> str:
 
 def _not_a_tar(error: BaseException, images: int) -> str:
     return f"not readable as a tar file ({error}; {images} images before that)"
-
-
-def _unexpected_end(file: BinaryIO, offset: int) -> str:
-    """tarfile takes a damaged header after the first for the end of the archive: look at what it stopped at."""
-    file.seek(offset)
-    block = file.read(tarfile.BLOCKSIZE)
-    if not block:
-        return "no end-of-archive mark (it may have been cut short between two members)"
-    if len(block) < tarfile.BLOCKSIZE:
-        return f"cut short (inside a header at byte {offset}; all members from there on are lost)"
-    if any(block):
-        return f"damaged header (at byte {offset}; all members from there on are lost)"
-    return ""
 
 
 def _is_compressed(path: Path) -> bool:

@@ -8,7 +8,7 @@ what one would see with twice the batch. Only which image of a *stream* a sample
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,10 @@ class ViewBatch(NamedTuple):
 
     views: Views
     skipped: list[tuple[str, str]]  # (name, reason)
+
+
+# Where each reader is in each stream: what a run has to keep to go on with the very same images.
+Places = dict[str, tuple[int, int]]
 
 
 class ViewDataset:
@@ -94,8 +98,17 @@ class StepSampler:
         return int(self._order[1][position])
 
 
-def load_views(dataset: ViewDataset, sampler: StepSampler, num_workers: int) -> Iterator[ViewBatch]:
+def load_views(
+    dataset: ViewDataset, sampler: StepSampler, num_workers: int, places: Places | None = None
+) -> Generator[ViewBatch]:
     """The batches of ``sampler``, decoded in ``num_workers`` processes (0: in this one).
+
+    Args:
+        dataset: Of samples.
+        sampler: Which of them.
+        num_workers: Processes.
+        places: Where the readers of streams start. It is kept up to date: it always belongs to the batches that were
+            given out, however far ahead the workers are. None starts them at the image of the sample's number.
 
     Raises:
         DataError: When the data holds too few usable images.
@@ -106,9 +119,10 @@ def load_views(dataset: ViewDataset, sampler: StepSampler, num_workers: int) -> 
             "feature_cache.samples repeats samples, which shards by URL or pipe cannot give again; copy them to a disk "
             "or set feature_cache.samples=0"
         )
-    dataset.mixture.close()  # what was read for another purpose: this pass has readers of its own
+    places = {} if places is None else places
+    dataset.mixture.go_on_from(places)  # not from what was read for another purpose: this pass has readers of its own
     division = Division(sampler.batch_size, sampler.world, max(1, num_workers))
-    loader: DataLoader[ViewBatch | FeatSharpError] = DataLoader(
+    loader: DataLoader[_Loaded | FeatSharpError] = DataLoader(
         _Batches(dataset, division),
         batch_size=None,
         sampler=sampler,
@@ -120,10 +134,11 @@ def load_views(dataset: ViewDataset, sampler: StepSampler, num_workers: int) -> 
         # Without a generator of its own the loader would draw from the global one, and a resumed run once more.
         generator=torch.Generator().manual_seed(0),
     )
-    for batch in loader:
-        if isinstance(batch, FeatSharpError):
-            raise batch
-        yield batch
+    for loaded in loader:
+        if isinstance(loaded, FeatSharpError):
+            raise loaded
+        places.update(loaded.places)
+        yield loaded.batch
 
 
 def collate_views(samples: list[tuple[Views, list[tuple[str, str]]]]) -> ViewBatch:
@@ -199,15 +214,21 @@ class SkipLog:
         return True
 
 
-class _Batches(Dataset[ViewBatch | FeatSharpError]):
+class _Loaded(NamedTuple):
+    batch: ViewBatch
+    places: Places  # of the reader, after this batch
+
+
+class _Batches(Dataset[_Loaded | FeatSharpError]):
     """Whole batches, or the error instead of one: an exception in a worker would arrive as the text of a traceback."""
 
     def __init__(self, samples: ViewDataset, division: Division) -> None:
         self.samples, self.division = samples, division
 
-    def __getitem__(self, numbers: list[int]) -> ViewBatch | FeatSharpError:
+    def __getitem__(self, numbers: list[int]) -> _Loaded | FeatSharpError:
         try:
-            return collate_views([self.samples.sample(n, self.division) for n in numbers])
+            batch = collate_views([self.samples.sample(n, self.division) for n in numbers])
+            return _Loaded(batch, self.samples.mixture.places(numbers[-1], self.division))
         except FeatSharpError as error:
             return error
 

@@ -14,7 +14,7 @@ import re
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -25,12 +25,23 @@ from featsharp.data._order import floor_sum, hash_bits, shuffled
 from featsharp.data._tar import count_of_others, index_tar, is_compressed_name, refuse_compressed
 from featsharp.data.filters import ImageFilter
 from featsharp.data.images import IMAGE_EXTENSIONS, decode_image, is_image_name
-from featsharp.data.streams import PIPE, SHUFFLE_BUFFER, ShardStream, expand_braces, is_stream
+from featsharp.data.streams import (
+    PIPE,
+    SHUFFLE_BUFFER,
+    ShardStream,
+    StreamPlace,
+    expand_braces,
+    is_stream,
+    shown,
+    told_apart,
+)
 from featsharp.errors import ConfigError, DataError, InputError
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES = 100  # unusable images in a row before a mixture gives up
+# Unusable images in a row before a mixture gives up. A filter that keeps one image in 200 never gets there; where it
+# keeps none, the error comes after a minute or two.
+MAX_FAILURES = 10_000
 
 _PLAIN_FILE = -1  # in place of a shard number
 _EXPECTED = (
@@ -176,10 +187,8 @@ def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str]
     else:
         raise DataError(f"{source.path}: neither a folder nor a .tar file; {_EXPECTED}")
     if not len(source):
-        kinds = count_kinds(
-            [*source.skipped, *([("", count_of_others(source.num_others))] if source.num_others else [])]
-        )
-        found = "; found: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) if kinds else ""
+        kinds = _said([*source.skipped, *([("", count_of_others(source.num_others))] if source.num_others else [])])
+        found = f"; found: {kinds}" if kinds else ""
         found += f" (the first, {source.problems[0]})" if source.problems else ""
         raise DataError(f"{source.path}: no images found; {_EXPECTED}{found}")
     for problem in source.problems:
@@ -213,7 +222,8 @@ def parse_data_dir(value: object) -> list[WeightedPath]:
     if isinstance(value, (str, os.PathLike)):
         return [_weighted_path(value, 1.0)]
     if not isinstance(value, Sequence) or not value:
-        raise ConfigError(f"no data given: expected a path or a list of paths or [path, weight] pairs, got {value!r}")
+        expected = "expected a path or a list of paths or [path, weight] pairs"
+        raise ConfigError(f"no data given: {expected}, got {_given(value)}")
     entries = []
     for entry in value:
         if isinstance(entry, (str, os.PathLike)):
@@ -221,7 +231,9 @@ def parse_data_dir(value: object) -> list[WeightedPath]:
         elif isinstance(entry, Sequence) and len(entry) == 2:
             entries.append(_weighted_path(entry[0], entry[1]))
         else:
-            raise ConfigError(f"data entry {entry!r} is neither a path nor [path, weight]; write [[path, weight], ...]")
+            raise ConfigError(
+                f"data entry {_given(entry)} is neither a path nor [path, weight]; write [[path, weight], ...]"
+            )
     return entries
 
 
@@ -264,6 +276,12 @@ class ImageMixture:
     so any sample number costs the same few dozen integer steps. Streams are walked by each reader on its own: which of
     their images sample n is depends on the division of the samples, too, and going far ahead means reading up to there.
 
+    An unusable image is replaced by another one of its source, so that shares stay what they are. Files and local
+    shards draw it from all images of the source, in an order that is the sample's own: each usable image takes an equal
+    part in the replacements, and what sample n is does not depend on other samples. Streams read on, so that each
+    usable image comes once per epoch whatever lies between; where their readers are has then to be kept
+    (:meth:`places`).
+
     Args:
         sources: At least one.
         weights: One positive number per source; None for equal shares.
@@ -289,6 +307,7 @@ class ImageMixture:
         self.weights = weights
         self.seed = seed
         self.keep = keep or ImageFilter()
+        self._starts: Mapping[str, tuple[int, int]] = {}
         self._phase = hash_bits(seed) % _PERIOD
         self._bounds = _share_bounds(weights)
 
@@ -304,12 +323,15 @@ class ImageMixture:
         """Open all that a ``*_data_dir`` setting names; see :func:`parse_data_dir` and :func:`open_source`.
 
         Raises:
-            DataError: Also when one of the sources has no usable image among the first 100 tried.
+            DataError: Also when one of the sources has no usable image among the first 10,000 tried.
         """
         entries = parse_data_dir(value)
+        labels = told_apart(shown(str(entry.path)) for entry in entries)
         sources = [
-            ShardStream(entry.path, shuffle_buffer) if isinstance(entry.path, str) else open_source(entry.path)
-            for entry in entries
+            ShardStream(entry.path, shuffle_buffer, label.removeprefix(shown(entry.path)))
+            if isinstance(entry.path, str)
+            else open_source(entry.path)
+            for entry, label in zip(entries, labels, strict=True)
         ]
         mixture = cls(sources, [entry.weight for entry in entries], seed=seed, keep=keep)
         mixture.check()
@@ -332,15 +354,28 @@ class ImageMixture:
         for source in self.sources:
             skipped: list[tuple[str, str]] = []
             if not any(self._try(name, read, skipped) for name, read in _probes(source, skipped)):
-                kinds = ", ".join(f"{count} {kind}" for kind, count in count_kinds(skipped).items())
                 first = ": ".join(skipped[0]) if skipped else "nothing in it"
-                raise DataError(f"{source.path}: no usable image found ({kinds or 'no images'}); the first, {first}")
+                kinds = _said(skipped) or "no images"
+                raise DataError(f"{source.path}: no usable image found ({kinds}); the first, {first}")
 
     def close(self) -> None:
         """Let go of the connections and commands of streams; they are opened again when needed."""
         for source in self.sources:
             if isinstance(source, ShardStream):
                 source.close()
+
+    def places(self, n: int, division: Division) -> dict[str, tuple[int, int]]:
+        """Where the reader of sample ``n``, which was just loaded, is in each stream that it has read in."""
+        return {
+            _place_name(index, division.reader(n), division.readers): source.place
+            for index, source in enumerate(self.sources)
+            if isinstance(source, ShardStream) and source.place is not None
+        }
+
+    def go_on_from(self, places: Mapping[str, tuple[int, int]]) -> None:
+        """Start readers of streams at :meth:`places` of an earlier process; a sample before these is found without."""
+        self.close()
+        self._starts = dict(places)
 
     def locate(self, n: int) -> tuple[int, int]:
         """(source index, image index) of sample ``n >= 0``; the latter in a stream: place of the only reader."""
@@ -353,20 +388,19 @@ class ImageMixture:
         return source, shuffled(position, len(chosen), hash_bits(self.seed, source, epoch))
 
     def load(self, n: int, division: Division = Division()) -> LoadedImage:  # noqa: B008 (immutable)
-        """Decode sample ``n``; an unusable image is replaced by another of the mixture, always the same for this n.
+        """Decode sample ``n``, or the usable image that takes its place.
 
-        Unusable are images that cannot be read or decoded and those that the filter leaves out. Raises DataError after
-        100 of them in a row.
+        Unusable are images that cannot be read or decoded and those that the filter leaves out. Raises DataError when
+        all images of the source are, or 10,000 in a row. Samples of streams are to be loaded in ascending order.
         """
         skipped: list[tuple[str, str]] = []
         for name, read in itertools.islice(self._candidates(n, division, skipped), MAX_FAILURES):
             image = self._try(name, read, skipped)
             if image is not None:
                 return LoadedImage(image, name, skipped)
-        name, reason = skipped[-1]
         raise DataError(
-            f"sample {n}: {MAX_FAILURES} images in a row cannot be used, the last being {name} ({reason}); "
-            f"check the data in {', '.join(str(source.path) for source in self.sources)}"
+            f"sample {n}: {len(skipped)} images in a row cannot be used ({_said(skipped)}); the last, "
+            f"{': '.join(skipped[-1])}; check the data in {self.sources[self._source_of(n)].path}"
         )
 
     def _source_of(self, n: int) -> int:
@@ -386,23 +420,30 @@ class ImageMixture:
     def _candidates(
         self, n: int, division: Division, skipped: list[tuple[str, str]]
     ) -> Iterator[tuple[str, Callable[[], bytes]]]:
-        """Names and readers of the image of sample ``n`` and of those that take its place, without end."""
+        """Names and readers of the image of sample ``n`` and of those that may take its place."""
         index = self._source_of(n)
         source = self.sources[index]
         if isinstance(source, ShardStream):
-            place = sum(self._count(index, samples) for samples in division.earlier(n))
-            reader = division.reader(n)
+            sample = sum(self._count(index, samples) for samples in division.earlier(n))
+            reader, readers = division.reader(n), division.readers
+            start = self._starts.get(_place_name(index, reader, readers))
             for image in source.images(
-                place, seed=hash_bits(self.seed, index), reader=reader, readers=division.readers
+                sample,
+                seed=hash_bits(self.seed, index),
+                reader=reader,
+                readers=readers,
+                start=StreamPlace(*start) if start else None,
             ):
                 skipped += image.skipped
                 yield image.name, functools.partial(bytes, image.data)
-        for failures in itertools.count():
-            candidate = hash_bits(self.seed, n, failures) >> 16 if failures else n
-            index, image_index = self.locate(candidate)
-            source = self.sources[index]
-            if isinstance(source, ImageSource):  # a stream's images are where they are
-                yield _named(source, image_index)
+            return
+        _, first = self.locate(n)
+        yield _named(source, first)
+        key = hash_bits(self.seed, index, n, 1)
+        for position in range(len(source)):
+            other = shuffled(position, len(source), key)
+            if other != first:
+                yield _named(source, other)
 
     def _try(self, name: str, read: Callable[[], bytes], skipped: list[tuple[str, str]]) -> Image.Image | None:
         """A usable image, or None and an entry in ``skipped``."""
@@ -456,6 +497,14 @@ def count_kinds(skipped: Iterable[tuple[str, str]]) -> Counter[str]:
     return Counter(dict(kinds.most_common()))
 
 
+def _said(skipped: Iterable[tuple[str, str]]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in count_kinds(skipped).items())
+
+
+def _place_name(source: int, reader: int, readers: int) -> str:
+    return f"source {source}, reader {reader} of {readers}"
+
+
 def _named(source: ImageSource, index: int) -> tuple[str, Callable[[], bytes]]:
     # A path join would let an absolute member name win.
     return f"{source.path}/{source.name(index)}", functools.partial(source.read, index)
@@ -501,16 +550,33 @@ def _visible(names: Iterable[str]) -> list[str]:
     return [name for name in names if not name.startswith(".")]
 
 
+def _given(value: object) -> str:
+    """A setting as it was given, but for secrets."""
+    if isinstance(value, str):
+        return repr(shown(value))
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(_given, value))}]"
+    return repr(value) if isinstance(value, (int, float, type(None))) else f"a {type(value).__name__}"
+
+
 def _weighted_path(path: object, weight: object) -> WeightedPath:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ConfigError(f"data entry with path {path!r}: a folder, a .tar file, a URL or pipe:COMMAND is needed")
     if not _is_weight(weight):
-        raise ConfigError(f"data entry {str(path)!r} has weight {weight!r}; a positive number is needed")
+        raise ConfigError(f"data entry {shown(str(path))!r} has weight {weight!r}; a positive number is needed")
     share = float(weight)  # type: ignore[arg-type]
     text = os.fspath(path)
     if text.startswith(PIPE):
         return WeightedPath(text, share)
     text = os.path.expandvars(text)
+    if not is_stream(text) and (scheme := re.match(r"([A-Za-z][\w+.-]+)://", text)):
+        address = shown(text)
+        advice = {
+            "s3": f"pipe:aws s3 cp {address} -",
+            "gs": f"pipe:gsutil cat {address}",
+            "file": "the path alone",
+        }.get(scheme[1].lower(), "pipe:COMMAND with a command that writes it")
+        raise ConfigError(f"data entry {address!r}: {scheme[1]}:// is not read as it is; write {advice}")
     return WeightedPath(text if is_stream(text) else Path(text).expanduser(), share)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from featsharp.builder import check_backbone, save_checkpoint
 from featsharp.checkpoint import read_checkpoint, restoring
-from featsharp.data.loader import SkipLog, StepSampler, ViewDataset, load_views
+from featsharp.data.loader import Places, SkipLog, StepSampler, ViewDataset, load_views
 from featsharp.data.views import Views
 from featsharp.errors import CheckpointError, unknown_name
 from featsharp.layers.local_block import LocalBlock
@@ -147,6 +147,7 @@ class Trainer:
         self.best_score = float("-inf")
         self.best_among: str | None = None  # tag of the samples that the best score is of
         self.skipped = SkipLog()
+        self.places: Places = {}
         self.term = TermSignal()
         self.clock = StepClock()
 
@@ -154,8 +155,9 @@ class Trainer:
         """Train to the last step, then save and validate.
 
         All that is random in a step follows from its number, and so does its place in the data. That is why nothing of
-        either needs to be in a checkpoint, and why the number of processes must stay what it was; with streams that of
-        the workers, too, as each reads a sequence of its own.
+        either needs to be in a checkpoint but the places of streams (how many images they leave out is known by
+        decoding alone), and why the number of processes must stay what it was; with streams that of the workers, too,
+        as each reads a sequence of its own.
 
         Raises:
             Terminated: When SIGTERM came: the step was finished and saved, on every process.
@@ -184,7 +186,8 @@ class Trainer:
         )
         batches: list[Views] = []
         with bar, self.term:
-            for views, skipped in self.clock.batches(load_views(self.dataset, sampler, self.config.num_workers)):
+            loaded = load_views(self.dataset, sampler, self.config.num_workers, self.places)
+            for views, skipped in self.clock.batches(loaded):
                 for name, reason in self.skipped.add(skipped):
                     logger.warning("skipped %s: %s", name, reason)
                 batches.append(Views(*(x.to(self.world.device) for x in views)))
@@ -258,6 +261,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped.state(),
+            "places": {name: list(place) for name, place in self.places.items()},
         }
 
     def resume(self, path: Path, *, force: bool = False) -> None:
@@ -307,6 +311,7 @@ class Trainer:
             self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_steps, self.step)
             if self.world.is_main:
                 self.skipped.add_state(state["skipped"])
+            self.places |= {name: (sample, read) for name, (sample, read) in state.get("places", {}).items()}
 
     @property
     def readers(self) -> int:
@@ -347,6 +352,8 @@ class Trainer:
     def _save_on_main(self) -> None:
         """Save what all processes know; all of them must call it."""
         _, *others = gather_objects(self.skipped.state(), self.world)
+        for places in gather_objects(self.places, self.world):
+            self.places |= places
         if self.world.is_main:
             for counted in others:
                 self.skipped.add_state(counted)

@@ -5,6 +5,8 @@ import os
 import pickle
 import struct
 import tarfile
+import time
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +17,8 @@ from PIL import Image
 
 from featsharp.data.loader import SkipLog
 from featsharp.data.sources import ImageMixture, count_kinds, open_source
-from featsharp.errors import DataError
+from featsharp.data.streams import ShardStream
+from featsharp.errors import ConfigError, DataError
 
 
 def picture(number: int = 0, side: int = 16) -> bytes:
@@ -277,3 +280,101 @@ def test_a_named_pipe_in_a_folder_is_not_read(tmp_path):
     source = open_source(tmp_path)
     assert len(source) == 1
     assert count_kinds(source.skipped) == {"link or special file": 2}
+
+
+# Archives that hold more than one thing
+
+
+def tar_in(folder: Path, how: str) -> str:
+    """The setting for a folder with the single shard bad.tar."""
+    return str(folder) if how == "folder" else f"pipe:cat {folder}/bad.tar"
+
+
+@pytest.mark.parametrize("how", ["folder", "stream"])
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_extended_headers_cannot_claim_any_memory(tmp_path, how, kind):
+    """tarfile reads them whole, whatever their size."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, 1 << 26
+    start = plain_tar(range(3))
+    with open(tmp_path / "bad.tar", "wb") as file:
+        file.write(start[: len(start) // 512 * 512].removesuffix(b"\0" * 512) + header.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(1 << 27)
+    tracemalloc.start()
+    used, kinds = account_of(ImageMixture.from_data_dir(tar_in(tmp_path, how)), 6)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24  # a quarter of the claim
+    assert used == {"0.png", "1.png", "2.png"}
+    assert kinds == {"not readable as a tar file": 1}
+
+
+@pytest.mark.parametrize("how", ["folder", "stream"])
+def test_joined_tars_are_read_to_their_end(tmp_path, how):
+    """As GNU tar does with -i; each one but the last ends with a mark and with padding."""
+    joined = [tar_of((f"{n}.png", picture(n))) for n in range(3)]
+    (tmp_path / "bad.tar").write_bytes(b"".join(joined))
+    used, kinds = account_of(ImageMixture.from_data_dir(tar_in(tmp_path, how)), 12)
+    assert used == {"0.png", "1.png", "2.png"}
+    assert kinds == {}
+    (tmp_path / "bad.tar").write_bytes(b"".join(joined) + b"something else".ljust(512, b"!"))
+    used, kinds = account_of(ImageMixture.from_data_dir(tar_in(tmp_path, how)), 12)
+    assert used == {"0.png", "1.png", "2.png"}
+    assert kinds == {"damaged header": 1}
+    (tmp_path / "bad.tar").write_bytes(joined[0] + joined[1] + joined[2][:700])
+    used, kinds = account_of(ImageMixture.from_data_dir(tar_in(tmp_path, how)), 12)
+    assert used == {"0.png", "1.png"}
+    assert kinds == {"cut short": 1}
+
+
+def test_a_tar_that_ends_in_endless_zeros_is_read_no_further(tmp_path):
+    with open(tmp_path / "bad.tar", "wb") as file:
+        file.write(tar_of(("x.png", picture())))
+        file.truncate(1 << 42)
+    begin = time.monotonic()
+    source = open_source(tmp_path)
+    assert time.monotonic() - begin < 5
+    assert (len(source), source.skipped) == (1, [])
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+def test_compressed_tars_are_read_as_streams(tmp_path, mode):
+    with tarfile.open(tmp_path / f"bad.tar.{mode}", f"w:{mode}") as tar:
+        for number in range(3):
+            info = tarfile.TarInfo(f"{number}.png")
+            info.size = len(picture(number))
+            tar.addfile(info, io.BytesIO(picture(number)))
+    used, kinds = account_of(ImageMixture.from_data_dir(f"pipe:cat {tmp_path}/bad.tar.{mode}"), 12)
+    assert used == {"0.png", "1.png", "2.png"}
+    assert kinds == {}
+    whole = (tmp_path / f"bad.tar.{mode}").read_bytes()
+    (tmp_path / "bad.tar").write_bytes(whole[: len(whole) // 2] + b"?" * 1000 + whole[len(whole) // 2 :])
+    with pytest.raises(DataError, match="compressed tar files cannot be read at random"):
+        open_source(tmp_path / "bad.tar")
+    for _ in ShardStream(f"pipe:cat {tmp_path}/bad.tar").scan():  # whatever it finds
+        pass
+
+
+def test_other_compression_is_an_error_that_says_what_to_do(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(2000))
+    with pytest.raises(DataError, match=r"no usable image found \(1 not readable as a tar file\);.* \| zstd -dc"):
+        ImageMixture.from_data_dir(f"pipe:cat {tmp_path}/x.tar")
+    with pytest.raises(DataError, match=r"9\}\.tar\.zst\?token=\*\*\*: .* write pipe:curl -sf URL \| zstd -dc"):
+        ImageMixture.from_data_dir("https://host/{0..9}.tar.zst?token=x")
+    (tmp_path / "x.tar").rename(tmp_path / "x.tar.zst")
+    with pytest.raises(DataError, match=r"cannot be read at random; .*'pipe:zstd -dc .*/x\.tar\.zst'"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        ("s3://bucket/{0..9}.tar", r"write pipe:aws s3 cp s3://bucket/\{0\.\.9\}\.tar -$"),
+        ("gs://bucket/x.tar", r"write pipe:gsutil cat gs://bucket/x\.tar$"),
+        ("hdfs://host/x.tar", "write pipe:COMMAND with a command that writes it$"),
+        ("file:///data/x.tar", "write the path alone$"),
+    ],
+)
+def test_addresses_of_other_stores_name_the_command_that_reads_them(path, advice):
+    with pytest.raises(ConfigError, match=advice):
+        ImageMixture.from_data_dir([[path, 3]])

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from featsharp.data import ImageMixture, ImageSource, WeightedPath, decode_image, open_source, parse_data_dir
+from featsharp.data._order import shuffled
+from featsharp.data.filters import ImageFilter
 from featsharp.errors import ConfigError, DataError, InputError
 
 
@@ -438,5 +440,42 @@ def test_an_image_with_two_levels_is_usable(tmp_path: Path) -> None:
 def test_a_mixture_without_any_usable_image_gives_up(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"sample 5: 100 images in a row .*\.jpg \(not an image.*check the data in"):
+    (tmp_path / "3.jpg").touch()
+    kinds = r"\(3 not an image that can be read, 1 the file is empty\)"
+    with pytest.raises(
+        DataError, match=rf"sample 5: 4 images in a row cannot be used {kinds}; the last, .*check the data"
+    ):
         ImageMixture([open_source(tmp_path)]).load(5)
+
+
+def keeps_hundreds(image: Image.Image, name: str) -> bool:
+    return number_of(image) % 100 == 7
+
+
+def test_few_usable_images_among_many_are_found_and_used_evenly(tmp_path: Path) -> None:
+    """One in 100: the same ones for the same samples in any order, and no neighbour of a gap more than others."""
+    rare = open_source(write_tar(tmp_path / "rare.tar", {f"{n:03d}.png": picture(n, (8, 8)) for n in range(500)}))
+    common = open_source(write_tar(tmp_path / "common.tar", {"x.png": picture(1007, (8, 8))}))
+    mixture = ImageMixture([rare, common], [3, 1], keep=ImageFilter(predicate=keeps_hundreds))
+    mixture.check()
+    loaded = [mixture.load(n) for n in range(200)]
+    used = Counter(number_of(image.image) for image in loaded)
+    assert used.pop(1007) == 50
+    assert set(used) == {7, 107, 207, 307, 407}
+    assert sum((count - 30) ** 2 / 30 for count in used.values()) < 18.5  # chi-square, 4 degrees of freedom, p = 0.001
+    assert max(len(image.skipped) for image in loaded) > 100  # where an earlier limit would have ended the run
+    again = ImageMixture([rare, common], [3, 1], keep=ImageFilter(predicate=keeps_hundreds))
+    for n in (150, 3, 77):
+        assert again.load(n)[1:] == loaded[n][1:]
+
+
+def test_a_usable_image_that_is_not_among_the_first_hundred_tried_counts(tmp_path: Path) -> None:
+    source = open_source(write_tar(tmp_path / "a.tar", {f"{n:03d}.png": picture(n, (8, 8)) for n in range(300)}))
+    order = [shuffled(position, 300, 0) for position in range(300)]
+
+    def keep(image: Image.Image, name: str) -> bool:
+        return number_of(image) == order[-1]
+
+    mixture = ImageMixture([source], keep=ImageFilter(predicate=keep))
+    mixture.check()
+    assert number_of(mixture.load(0).image) == order[-1]

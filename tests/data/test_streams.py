@@ -1,5 +1,6 @@
 """Shards by URL and from commands: every image once per epoch, the same again after a restart, and never a hang."""
 
+import base64
 import io
 import pickle
 import signal
@@ -7,7 +8,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -22,11 +23,12 @@ from PIL import Image
 from featsharp.checkpoint import read_checkpoint
 from featsharp.data import pack_images
 from featsharp.data._order import hash_bits
-from featsharp.data.loader import StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.filters import ImageFilter, Predicate
+from featsharp.data.loader import Places, SkipLog, StepSampler, ViewBatch, ViewDataset, load_views
 from featsharp.data.sources import Division, ImageMixture, open_source
 from featsharp.data.streams import ShardStream, StreamImage, deal, shuffle
 from featsharp.data.views import ViewConfig, Views
-from featsharp.errors import ConfigError, DataError
+from featsharp.errors import ConfigError, DataError, FeatSharpError
 from featsharp.train import main
 from featsharp.training.objectives import Losses
 from featsharp.training.trainer import Trainer
@@ -51,20 +53,23 @@ def write_tar(path: Path, numbers: range) -> Path:
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Files of a folder; what is in ``lost`` breaks off in the middle once, what is in ``busy`` answers 503 once."""
+    """Files of a folder; ``lost`` says how often one breaks off in the middle, ``busy`` how often it answers 500."""
 
-    lost: ClassVar[set[str]] = set()
-    busy: ClassVar[set[str]] = set()
+    lost: ClassVar[Counter[str]] = Counter()
+    busy: ClassVar[Counter[str]] = Counter()
     asked: ClassVar[list[str]] = []
+    user: ClassVar[str] = ""  # as the header says it
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.asked.append(self.path)
-        if path in self.busy:
-            self.busy.remove(path)
-            self.send_error(503)
-        elif path in self.lost:
-            self.lost.remove(path)
+        if self.headers.get("Authorization", "") != self.user:
+            self.send_error(401)
+        elif self.busy[path]:
+            self.busy[path] -= 1
+            self.send_error(500)
+        elif self.lost[path]:
+            self.lost[path] -= 1
             data = Path(self.translate_path(path)).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
@@ -78,13 +83,14 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Ten shards with 3, 4, 5, 3, ... images, shards/0.tar to 9.tar, over HTTP; the address of their folder."""
     first = 0
     for shard in range(10):
         write_tar(tmp_path / "www" / f"{shard}.tar", range(first, first + 3 + shard % 3))
         first += 3 + shard % 3
-    Handler.lost, Handler.busy, Handler.asked = set(), set(), []
+    Handler.lost, Handler.busy, Handler.asked, Handler.user = Counter(), Counter(), [], ""
+    monkeypatch.setattr("featsharp.data.streams.BACKOFF", 0.01)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "www"))) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, daemon=True)
         thread.start()
@@ -114,6 +120,27 @@ def test_all_readers_together_take_every_image_once_per_epoch(shards: int, reade
             for image in range(share.first, sizes[share.shard], share.every)
         )
         assert taken == Counter((shard, image) for shard in range(shards) for image in range(sizes[shard]))
+
+
+def test_shuffling_is_bounded_by_bytes_too() -> None:
+    """One image may pass the limit; even one of many times the limit leaves it."""
+    sizes = [50 + 37 * n % 100 for n in range(300)] + [5000, 10, 10]
+    held = most = 0
+
+    def images() -> Iterator[StreamImage]:
+        nonlocal held, most
+        for number, size in enumerate(sizes):
+            held += size
+            most = max(most, held if size < 5000 else 0)
+            yield StreamImage(str(number), bytes(size), [])
+
+    order = []
+    for image in shuffle(images(), 64, key=3, max_bytes=2000):
+        held -= len(image.data)
+        order.append(int(image.name))
+    assert sorted(order) == list(range(len(sizes)))
+    assert 2000 <= most < 2150
+    assert np.abs(np.diff(order)).mean() > 5
 
 
 @pytest.mark.parametrize(("shards", "readers"), [(1, 8), (3, 8), (8, 8), (17, 8)])
@@ -171,7 +198,7 @@ def test_any_place_can_be_found_again(server: str) -> None:
         assert names(ShardStream(url, buffer=8).images(place, seed=3, reader=1, readers=3), 12) == whole[place:][:12]
     stream = pickle.loads(pickle.dumps(ShardStream(url, buffer=8)))
     for place in (4, 5, 9, 2):  # onwards, and back
-        assert names(stream.images(place, seed=3, reader=1, readers=3), 3) == whole[place : place + 3]
+        assert names(stream.images(place, seed=3, reader=1, readers=3), 1) == [whole[place]]
     assert names(ShardStream(url, buffer=8).images(0, seed=4, reader=1, readers=3), 60) != whole
 
 
@@ -186,11 +213,110 @@ def test_reading_on_does_not_start_again(server: str) -> None:
 
 
 def test_a_lost_connection_is_taken_up_again(server: str) -> None:
-    Handler.lost, Handler.busy = {"/1.tar"}, {"/2.tar"}
+    Handler.lost, Handler.busy = Counter({"/1.tar": 2}), Counter({"/2.tar": 3})
     images = list(ShardStream(f"{server}/{{0..3}}.tar").scan())
     assert names(iter(images), 99) == [f"{number:03d}.png" for number in range(15)]
     assert [image.data for image in images] == [picture(number) for number in range(15)]
-    assert Handler.asked == ["/0.tar", "/1.tar", "/1.tar", "/2.tar", "/2.tar", "/3.tar"]
+    assert Handler.asked == ["/0.tar", *["/1.tar"] * 3, *["/2.tar"] * 4, "/3.tar"]
+
+
+def test_lost_connections_do_not_change_the_order(server: str) -> None:
+    url = f"{server}/{{0..9}}.tar"
+    whole = list(batches(url, StepSampler(0, 12, 3), workers=0))
+    Handler.lost = Counter({f"/{shard}.tar": 1 + shard % 3 for shard in range(10)})
+    disturbed = list(batches(url, StepSampler(0, 12, 3), workers=0))
+    assert not +Handler.lost
+    assert all(same(*pair) for pair in zip(disturbed, whole, strict=True))
+    assert all(batch.skipped == [] for batch in disturbed)
+
+
+@pytest.mark.parametrize("fault", ["lost", "busy", "missing"])
+def test_a_shard_that_fails_again_and_again_is_given_up_and_training_goes_on(
+    server: str, tmp_path: Path, fault: str
+) -> None:
+    """What of it came through is used; nobody waits for what is not there."""
+    said, attempts, used = {
+        "lost": ("connection lost 15360 bytes before the end", 4, {"003.png", "004.png"}),
+        "busy": ("HTTP Error 500: Internal Server Error", 4, set()),
+        "missing": ("HTTP Error 404: File not found", 1, set()),
+    }[fault]
+    if fault == "missing":
+        (tmp_path / "www/1.tar").unlink()
+    else:
+        setattr(Handler, fault, Counter({"/1.tar": 1000}))
+    stream = ShardStream(f"{server}/{{0..2}}.tar", buffer=1)
+    images = list(stream.scan())
+    assert [entry for image in images for entry in image.skipped] == [
+        (f"{server}/1.tar", f"shard cannot be read ({said})")
+    ]
+    assert Handler.asked.count("/1.tar") == attempts
+    found = {Path(image.name).name for image in images if image.name}
+    whole = {f"{number:03d}.png" for number in (*range(3), *range(7, 12))}
+    assert found == whole | used
+    loaded = list(batches(f"{server}/{{0..2}}.tar", StepSampler(0, 20, 1), workers=1))
+    log = SkipLog()
+    for batch in loaded:
+        log.add(batch.skipped)
+    assert log.kinds.keys() == {"shard cannot be read"}
+
+
+def test_a_password_is_sent_to_the_server_and_never_shown(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    Handler.user = "Basic " + base64.b64encode(b"me:se/cret").decode()
+    Handler.busy = Counter({"/0.tar": 1})
+    address = server.replace("//", "//me:se%2Fcret@")
+    stream = ShardStream(f"{address}/{{0..1}}.tar")
+    assert names(stream.scan(), 9) == [f"{number:03d}.png" for number in range(7)]
+    mixture = ImageMixture([stream])
+    assert mixture.load(0).name.startswith(server.replace("//", "//***@"))
+    assert "trying again" in caplog.text
+    assert "cret" not in f"{caplog.text} {stream} {stream.path}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "https://me:SECRET@127.0.0.1:9/{0..1}.tar",
+        "https://me:SEC/RET@127.0.0.1:9/x.tar",
+        "http://127.0.0.1:9/x.tar?token=SECRET",
+        "http://127.0.0.1:9/x.tar?token=a SECRET",
+        "HTTP://me:SECRET@127.0.0.1:9x/x.tar",
+        "http://[bad/x.tar?token=SECRET",
+        "http://host/{0..9.tar?token=SECRET",
+        "http://host/x.tar.zst?token=SECRET",
+        "s3://me:SECRET@bucket/x.tar",
+        "pipe:false http://me:SECRET@host/x.tar?token=SECRET",
+    ],
+)
+def test_no_message_shows_a_secret(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is wrong with the address, or with the entry."""
+    monkeypatch.setattr("featsharp.data.streams.BACKOFF", 0.0)
+    caplog.set_level("DEBUG")
+    for value in (path, [[path, -1]], [[path, 1, 2]], {path: 1}):
+        with pytest.raises(FeatSharpError) as caught:
+            ImageMixture.from_data_dir(value)
+        assert "SEC" not in str(caught.value)
+        assert "RET" not in str(caught.value)
+    assert "SEC" not in caplog.text
+
+
+def test_shards_that_differ_in_their_query_alone_are_counted_apart(server: str, tmp_path: Path) -> None:
+    """Within one entry and in several."""
+    write_tar(tmp_path / "www/0.tar", range(3))
+    with tarfile.open(tmp_path / "www/0.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("empty.png"))
+    for value in (
+        f"{server}/0.tar?part={{7..9}}",
+        [f"{server}/0.tar?part={part}" for part in range(3)],
+    ):
+        mixture = ImageMixture.from_data_dir(value)
+        log = SkipLog()
+        for n in range(40):
+            log.add(mixture.load(n).skipped)
+        (names,) = log.examples.values()
+        assert set(names) == {f"{server}/0.tar?part=*** (no. {number})/empty.png" for number in (1, 2, 3)}
 
 
 def test_missing_shards_are_counted_and_the_others_used(server: str) -> None:
@@ -308,9 +434,11 @@ def test_a_mixture_counts_the_places_of_a_stream_by_reader(server: str, tmp_path
     assert abs(len(found[0]) + len(found[1]) - 40) <= 2
 
 
-def batches(path: str, sampler: StepSampler, workers: int) -> list[ViewBatch]:
-    dataset = ViewDataset(ImageMixture.from_data_dir(path, shuffle_buffer=6), (16, 24), ViewConfig(num_views=1), seed=0)
-    return list(load_views(dataset, sampler, workers))
+def batches(
+    data: object, sampler: StepSampler, workers: int, places: Places | None = None, keep: Predicate | None = None
+) -> Generator[ViewBatch]:
+    mixture = ImageMixture.from_data_dir(data, keep=ImageFilter(predicate=keep), shuffle_buffer=6)
+    return load_views(ViewDataset(mixture, (16, 24), ViewConfig(num_views=1), seed=0), sampler, workers, places)
 
 
 def same(batch: ViewBatch, other: ViewBatch) -> bool:
@@ -321,9 +449,9 @@ def same(batch: ViewBatch, other: ViewBatch) -> bool:
 def test_batches_of_a_resumed_run_are_those_of_an_uninterrupted_one(server: str, tmp_path: Path, workers: int) -> None:
     (tmp_path / "www" / "4.tar").write_bytes(b"broken")
     url = f"{server}/{{0..9}}.tar"
-    whole = batches(url, StepSampler(0, 9, 3, rank=1, world=2), workers)
+    whole = list(batches(url, StepSampler(0, 9, 3, rank=1, world=2), workers))
     for first in (1, 4):
-        resumed = batches(url, StepSampler(first, 9, 3, rank=1, world=2), workers)
+        resumed = list(batches(url, StepSampler(first, 9, 3, rank=1, world=2), workers))
         assert len(resumed) == 9 - first
         assert all(same(*pair) for pair in zip(resumed, whole[first:], strict=True))
 
@@ -334,7 +462,7 @@ def test_fewer_shards_than_ranks_and_workers(server: str, shards: int) -> None:
     url = f"{server}/{{0..{shards - 1}}}.tar"
     total = sum(3 + shard % 3 for shard in range(shards))
     for rank in range(2):
-        assert len(batches(url, StepSampler(0, 6, 1, rank, world=2), workers=2)) == 6
+        assert len(list(batches(url, StepSampler(0, 6, 1, rank, world=2), workers=2))) == 6
     mixture = ImageMixture.from_data_dir(url)
     division = Division(batch_size=1, world=2, workers=2)
     by_reader = {
@@ -347,25 +475,61 @@ def test_fewer_shards_than_ranks_and_workers(server: str, shards: int) -> None:
         assert max(Counter(loaded).values()) < total, f"reader {reader} repeats one image"
 
 
-def test_an_unusable_image_is_replaced_by_the_next_without_moving_the_others(tmp_path: Path) -> None:
-    """So a place can be found again without decoding."""
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for number in range(12):
-            data = b"nonsense" if number == 5 else picture(number)
-            info = tarfile.TarInfo(f"{number:03d}.png")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    mixture = ImageMixture.from_data_dir(f"pipe:cat {tmp_path}/0.tar")
-    loaded = [mixture.load(n) for n in range(12)]
-    (place,) = (n for n, image in enumerate(loaded) if image.skipped)
-    assert Path(loaded[place].skipped[0][0]).name == "005.png"
-    assert len({image.name for image in loaded}) == 11
-    assert loaded[place].name == mixture.load(place + 1).name
+def every_fourth(image: Image.Image, name: str) -> bool:
+    return int(Path(name).stem) % 4 == 0
+
+
+def test_images_that_are_left_out_are_read_past_so_that_each_of_the_others_comes_once_per_epoch(server: str) -> None:
+    """Not the next one again for each that is left out."""
+    mixture = ImageMixture.from_data_dir(f"{server}/{{0..9}}.tar", keep=ImageFilter(predicate=every_fourth))
+    kept = [f"{number:03d}.png" for number in range(0, NUM_IMAGES, 4)]
+    loaded = [mixture.load(n) for n in range(3 * len(kept))]
+    for epoch in range(3):
+        used = [Path(image.name).name for image in loaded[epoch * len(kept) : (epoch + 1) * len(kept)]]
+        assert sorted(used) == kept
+    left_out = {Path(name).name for image in loaded for name, _ in image.skipped}
+    assert left_out | set(kept) == {f"{number:03d}.png" for number in range(NUM_IMAGES)}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_run_that_leaves_images_out_goes_on_with_the_very_next(server: str, tmp_path: Path, workers: int) -> None:
+    """However far the workers had read ahead, and beside local data."""
+    write_tar(tmp_path / "local.tar", range(100, 112))
+    data = [[f"{server}/{{0..9}}.tar", 2], str(tmp_path / "local.tar")]
+    first: Places = {}
+    whole = list(batches(data, StepSampler(0, 8, 3, rank=1, world=2), workers, first, every_fourth))
+    assert sum(len(batch.skipped) for batch in whole) > 40
+    for stop in (1, 4):
+        places: Places = {}
+        stopped = batches(data, StepSampler(0, 8, 3, rank=1, world=2), workers, places, every_fourth)
+        assert all(same(*pair) for pair in zip(islice(stopped, stop), whole, strict=False))
+        stopped.close()
+        assert places != first
+        resumed = list(batches(data, StepSampler(stop, 8, 3, rank=1, world=2), workers, places, every_fourth))
+        assert len(resumed) == 8 - stop
+        assert all(same(*pair) for pair in zip(resumed, whole[stop:], strict=True))
+        assert [batch.skipped for batch in resumed] == [batch.skipped for batch in whole[stop:]]
+        assert places == first
+
+
+def test_a_stream_of_which_nothing_is_left_is_an_error_and_no_endless_loop(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featsharp.data.sources.MAX_FAILURES", 50)
+    keep = ImageFilter(predicate=lambda image, name: False)
+    message = r"no usable image found \(39 rejected by data\.filter\)"
+    with pytest.raises(DataError, match=message):
+        ImageMixture.from_data_dir(f"{server}/{{0..9}}.tar", keep=keep)
+    mixture = ImageMixture([ShardStream(f"{server}/{{0..9}}.tar")], keep=keep)
+    with pytest.raises(
+        DataError, match=r"50 images in a row cannot be used \(50 rejected by data\.filter\); the last, "
+    ):
+        mixture.load(0)
 
 
 def test_repeated_samples_are_refused(server: str) -> None:
     with pytest.raises(ConfigError, match=r"feature_cache\.samples repeats samples"):
-        batches(f"{server}/0.tar", StepSampler(0, 1, 1, distinct=4), 0)
+        next(batches(f"{server}/0.tar", StepSampler(0, 1, 1, distinct=4), 0))
 
 
 # Training
