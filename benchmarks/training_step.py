@@ -1,13 +1,13 @@
 """Where the time of a training step goes, by the parts of the step.
 
     python benchmarks/training_step.py --data photos
-    python benchmarks/training_step.py --data photos --output gpu.md +model=siglip2 +upsampler=featsharp-4x
+    python benchmarks/training_step.py --data photos --output gpu.md model=dinov2-l_448px upsampler=featsharp-4x
 
 It runs the training command itself, with timers around the functions and modules that a step consists of. What it
 trains are arguments of `featsharp.train`, behind the options; without any, FeatSharp 2x for vits14-focus at batch 4.
 Every --case changes some of them (`--case "from disk=feature_cache.samples=8"`). The cases are run in turn, --rounds
 times, so that what disturbs the machine disturbs them all. A page of Markdown is written and, beside it, its figures as
-JSON.
+JSON. Without --output these are benchmarks/results/training-step.*, and docs/performance-training.md shows them, too.
 """
 
 import argparse
@@ -42,7 +42,9 @@ from featsharp.training.objectives import Objective
 from featsharp.training.trainer import Trainer
 from featsharp.upsamplers import GuidedUpsampler, Upsampler
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "training-step.md"
+PAGE = ROOT / "docs" / "performance-training.md"
 TRAINED = ["+model=vits14-focus", "+upsampler=featsharp-2x", "batch_size=4"]
 CASES = [
     "float32=model.dtype=float32 upsampler.dtype=float32",
@@ -64,6 +66,10 @@ PARTS = (
     *("downsampler, warps, losses, forward", "losses, backward to the map", "upsampler, backward"),
     *("gradients averaged over processes", "optimiser", REST),
 )
+
+EXPLANATION = """Medians in milliseconds, and as parts of the step. Decoding happens in a worker beside the step, on the
+same cores; only the wait for it is part of the step.
+"""
 
 
 class Case(NamedTuple):
@@ -248,15 +254,10 @@ def measure(
 
 
 def report(content: Mapping[str, Any]) -> str:
-    """The page in Markdown: a table of all cases, and what they depend on."""
+    """In Markdown: a table of all cases, and what they depend on."""
     cases, machine = content["cases"], content["machine"]
     cores = f"{machine['cores']} cores, {machine['threads']} threads"
     lines = [
-        "# A training step",
-        "",
-        "Medians in milliseconds, and as parts of the step. Decoding happens in a worker beside the step, on the same",
-        "cores; only the wait for it is part of the step.",
-        "",
         *table(cases),
         "",
         *(f"- {case['label']}: `{' '.join(case['overrides']) or 'nothing changed'}`" for case in cases),
@@ -271,6 +272,12 @@ def report(content: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def fill(page: str, content: Mapping[str, Any]) -> str:
+    """The page with the report in its place."""
+    before, _, rest = page.partition("<!-- measured -->\n")
+    return f"{before}<!-- measured -->\n{report(content)}<!-- end -->{rest.partition('<!-- end -->')[2]}"
 
 
 def table(cases: list[dict[str, Any]]) -> list[str]:
@@ -338,7 +345,7 @@ def main() -> None:
         action="store_true",
         help="not time on the clock (but for the wait for data): for a machine that others use, too; with --threads 1",
     )
-    parser.add_argument("--output", type=Path, default=RESULTS / "training-step.md")
+    parser.add_argument("--output", type=Path, default=RESULT)
     arguments, overrides = parser.parse_known_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
@@ -356,7 +363,9 @@ def main() -> None:
         "cases": found,
     }
     arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-    arguments.output.write_text(report(content))
+    arguments.output.write_text(f"# A training step\n\n{EXPLANATION}\n{report(content)}")
+    if arguments.output == RESULT:
+        PAGE.write_text(fill(PAGE.read_text(), content))
     print("\n".join(table(found)))
 
 
