@@ -19,7 +19,7 @@ from torch import Tensor
 
 from featsharp.data.images import image_to_tensor
 from featsharp.ops.resize import resize
-from featsharp.ops.warp import inside, warp
+from featsharp.ops.warp import grid_inside, homography_grid, sample
 
 # Part of the view size that the canvas has beyond each side of the base view.
 MARGIN = 0.125
@@ -167,12 +167,12 @@ def render_views(views: Views, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         )
     )
     homographies = (to_canvas @ views.homographies).flatten(0, 1)
-    images, masks = (
-        warp(x.repeat_interleave(count, 0), homographies, full, padding_mode="zeros")
-        for x in (views.canvas, views.mask)
-    )
+    # At full size a view's grid costs more than its sampling: one for colours, mask and border.
+    grid = homography_grid(homographies, full)
+    content = torch.cat([views.canvas, views.mask], 1).repeat_interleave(count, 0)
+    images, masks = sample(content, grid, padding_mode="zeros").split([3, 1], 1)
     # A cell counts as image only where all that it was made of is.
-    masks = (resize(masks * inside(homographies, full), size) > 0.99).to(images)
+    masks = (resize(masks * grid_inside(grid), size) > 0.99).to(images)
     return resize(images, size), masks
 
 

@@ -46,12 +46,20 @@ def warp(
     Returns:
         [B, C, h, w] in the dtype of ``base``.
     """
-    grid = homography_grid(homography, size)
+    return sample(base, homography_grid(homography, size), mode=mode, padding_mode=padding_mode)
+
+
+def sample(base: Tensor, grid: Tensor, *, mode: str = "bilinear", padding_mode: str = "reflection") -> Tensor:
+    """What ``base`` [B, C, H, W] shows at the places of :func:`homography_grid`; see :func:`warp`."""
     full = base.to(torch.promote_types(base.dtype, torch.float32))
     return F.grid_sample(full, grid.to(full), mode=mode, padding_mode=padding_mode, align_corners=False).to(base.dtype)
 
 
 def inside(homography: Tensor, size: tuple[int, int]) -> Tensor:
     """Which pixel centres of a view lie inside the base image: [B, 1, h, w], 1 or 0, dtype of ``homography``."""
-    grid = homography_grid(homography, size)
-    return (grid.abs() <= 1).all(-1)[:, None].to(homography.dtype)
+    return grid_inside(homography_grid(homography, size))
+
+
+def grid_inside(grid: Tensor) -> Tensor:
+    """:func:`inside` for the places of :func:`homography_grid`, in their dtype."""
+    return (grid.abs() <= 1).all(-1)[:, None].to(grid)

@@ -19,7 +19,8 @@ from featsharp.data.views import (
     sample_views,
     similarity,
 )
-from featsharp.ops.warp import warp
+from featsharp.ops.resize import resize
+from featsharp.ops.warp import inside, warp
 
 STILL = ViewConfig(
     num_views=2, zoom=(1.0, 1.0), jitter_zoom=(1.0, 1.0), perspective=(0.0, 0.0), rotation=0.0, shift=0.0, flip=0.0
@@ -160,6 +161,21 @@ def test_rendered_views_show_the_picture_at_the_mapped_places(size):
         difference = (image.permute(1, 2, 0).numpy() - expected)[mask[0].numpy() > 0]
         assert mask.mean() > 0.4
         assert np.abs(difference).max() < 0.012
+
+
+def test_colours_and_masks_warped_at_once_are_those_warped_one_by_one():
+    """To the last bit: stored features are found by the content of their views."""
+    rng = np.random.default_rng(5)
+    homographies = np.stack([sample_homography((112, 98), WILD, rng) for _ in range(5)])
+    views = batch_of(*cut_canvas(smooth_picture(140, 120), (112, 98)), homographies)
+    images, masks = render_views(views, (56, 42))
+    my, mx = canvas_margin((112, 98))
+    share = torch.diag(torch.tensor([98 / (98 + 2 * mx), 112 / (112 + 2 * my), 1.0]))
+    to_canvas = share @ views.homographies[0]
+    colours, seen = (warp(x.expand(5, -1, -1, -1), to_canvas, (112, 98), padding_mode="zeros") for x in views[:2])
+    assert torch.equal(images, resize(colours, (56, 42)))
+    assert torch.equal(masks, (resize(seen * inside(to_canvas, (112, 98)), (56, 42)) > 0.99).float())
+    assert 0 < masks.mean() < 1
 
 
 def test_shrunk_views_are_the_views_shrunk():

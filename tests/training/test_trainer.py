@@ -1,7 +1,11 @@
 """The training loop: it learns, ends where it should, resumes bit for bit, and loses nothing when something breaks."""
 
+import os
 import signal
 import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +57,11 @@ class Recorder(NullWriter):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+def write_photos(folder: Path) -> Path:
     """Pictures of three flat regions each, with a little noise."""
-    folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:96, :96][..., None]
     for number in range(8):
@@ -73,6 +80,7 @@ def trainer_of(
     objective: MultiViewConfig = DROPOUT,
     writer: Recorder | None = None,
     validate: object = None,
+    world: World = ALONE,
     **settings: object,
 ) -> Trainer:
     torch.manual_seed(0)
@@ -97,7 +105,7 @@ def trainer_of(
         LoopConfig(**{**defaults, **settings}),  # type: ignore[arg-type]
         folder,
         writer or Recorder(),
-        ALONE,
+        world,
         validate=validate,  # type: ignore[arg-type]
         progress=False,
     )
@@ -281,6 +289,58 @@ def test_sigterm_ends_the_run_after_its_step_and_saves(photos, tmp_path):
         trainer.run()
     assert read_checkpoint(tmp_path / "last.pth")["training"]["step"] == 3
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_during_the_last_save_costs_only_the_validation_which_comes_with_the_next_start(photos, tmp_path):
+    looks = []
+
+    def look(encoder: SharpEncoder, objective: MultiViewObjective) -> Validation:
+        looks.append(trainer.step)
+        return Validation(1.0, {}, {})
+
+    def while_saving(*_: object) -> None:
+        if trainer.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer = trainer_of(photos, tmp_path, validate=look, num_steps=2)
+    trainer.optimizer.register_state_dict_pre_hook(while_saving)
+    with pytest.raises(Terminated, match=r"after the last step, which is saved; only its validation is missing"):
+        trainer.run()
+    assert looks == []
+    assert read_checkpoint(tmp_path / "last.pth")["training"]["step"] == 2
+    trainer = trainer_of(photos, tmp_path, validate=look, num_steps=2)
+    trainer.resume(tmp_path / "last.pth")
+    trainer.run()
+    assert looks == [2]
+    assert (tmp_path / "best.pth").exists()
+
+
+@contextmanager
+def without_permissions(folder: Path) -> Iterator[None]:
+    """The folder can be read, not written to, by whoever this process is."""
+    folder.chmod(0o555)
+    is_root = os.geteuid() == 0
+    if is_root:  # to whom permissions mean nothing
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_a_folder_that_became_read_only_ends_the_run_and_keeps_the_checkpoint(photos):
+    with tempfile.TemporaryDirectory() as place:  # that of pytest is closed to others
+        Path(place).chmod(0o755)
+        folder = Path(place) / "run"
+        trainer = trainer_of(photos, folder, num_steps=2)
+        trainer.run()
+        before = (folder / "last.pth").read_bytes()
+        with without_permissions(folder), pytest.raises(CheckpointError, match=r"cannot write .*Permission denied"):
+            trainer.save()
+        assert (folder / "last.pth").read_bytes() == before
+        assert {path.name for path in folder.iterdir()} == {"last.pth"}
 
 
 def test_a_forced_resumption_takes_the_rates_of_the_new_configuration(photos, tmp_path):
