@@ -201,8 +201,8 @@ class Trainer:
                 self._report(losses)
                 if self.step < self.config.num_steps and any_process(self.term.came, self.world):
                     self._save_and_stop()
+            wait_share = max(gather_objects(self.clock.wait_share, self.world))  # before rank 0 is busy validating
             self._save_and_validate()
-        wait_share = max(gather_objects(self.clock.wait_share, self.world))
         if self.world.is_main and self.clock.works:
             logger.info(self.clock.summary(wait_share))
         if self.world.is_main and self.skipped.kinds:  # of all processes: saving has joined them
