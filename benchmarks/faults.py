@@ -3,8 +3,9 @@
     python benchmarks/faults.py --kills 50 --output benchmarks/results/faults.md
 
 One training is killed with SIGKILL at random moments and started again with the same command each time; in the end its
-checkpoints must equal those of a training that nobody disturbed, bit for bit. Then follow the cases of `CASES`, a whole
-run of the command each. Everything runs on the CPU with a toy backbone and pictures that are made here.
+checkpoints must equal those of a training that nobody disturbed, bit for bit. A second one, killed a fifth as often,
+reads shards from commands, most of whose images are left out. Then follow the cases of `CASES`, a whole run of the
+command each. Everything runs on the CPU with a toy backbone and pictures that are made here.
 """
 
 import argparse
@@ -41,9 +42,12 @@ COMMON = [
 ]
 # All that has a memory or draws random numbers: a fit before the first step, stored features, dropout, the best score.
 KILLED = [
-    *("linear_fit.samples=12", "feature_cache.samples=40", "objective.downsampler=attention"),
+    *("linear_fit.samples=12", "objective.downsampler=attention"),
     *("objective.uncertainty=true", "checkpoint_frequency=2", "val_frequency=7"),
 ]
+CACHED = ["feature_cache.samples=40"]
+# Readers that are ahead of the training, and use more images than it has samples.
+STREAMED = ["num_workers=2", "data.shuffle_buffer=5", "data.min_size=100"]
 SHORT = ["linear_fit.samples=0", "num_training_steps=2"]
 BEFORE_FIRST, STARTING, WRITING, STEPPING = (
     "before the first checkpoint",
@@ -78,8 +82,10 @@ def main() -> int:
     arguments = parser.parse_args()
     source, start = commit(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        series = kill_series(Path(folder), arguments.kills, arguments.seed)
-        print(series, flush=True)
+        series = [kill_series(Path(folder, "local"), arguments.kills, arguments.seed)]
+        print(series[0], flush=True)
+        series.append(kill_series(Path(folder, "streams"), max(1, arguments.kills // 5), arguments.seed, streams=True))
+        print(series[1], flush=True)
     seconds = time.perf_counter() - start
     found = []
     for case in CASES:
@@ -87,21 +93,26 @@ def main() -> int:
             found.append(case.found(Path(folder)))
         print(f"{case.fault}: {found[-1] or 'as expected'}", flush=True)
     arguments.output.write_text(report(series, seconds, found, source))
-    return 1 if series.different or series.leftovers or any(found) else 0
+    return 1 if any(one.different or one.leftovers for one in series) or any(found) else 0
 
 
 # The kill series
 
 
-def kill_series(folder: Path, kills: int, seed: int = 0) -> KillSeries:
+def kill_series(folder: Path, kills: int, seed: int = 0, *, streams: bool = False) -> KillSeries:
     """Train twice below ``folder``, once undisturbed and once killed ``kills`` times, and compare.
 
+    The data are photos, read by no worker or one in turn, or ``streams`` beside them, read by two workers.
     Half of the kills come after a random time from the start of the process, the others after a random time from its
     first checkpoint on. The first tenth comes within the time to the first checkpoint: in the fits before it.
     """
-    photos(folder / "photos")
+    settings = [*KILLED, *(STREAMED if streams else CACHED), f"train_data_dir={photos(folder / 'photos')}"]
+    if streams:
+        command = shards(folder / "shards")
+        settings[-1] = f"train_data_dir=[['{command}', 2], '{folder / 'photos'}']"
+        settings += [f"{key}={folder / 'photos'}" for key in ("val_data_dir", "dist_train_data_dir")]
     steps = 8 * kills
-    whole, parts = (Life(folder, name, steps) for name in ("whole", "parts"))
+    whole, parts = (Life(folder, name, steps, settings) for name in ("whole", "parts"))
     whole.start("dry_run=true").join()  # imports all; how long the next ones take is what is measured
     start = time.perf_counter()
     process = whole.start()
@@ -116,7 +127,7 @@ def kill_series(folder: Path, kills: int, seed: int = 0) -> KillSeries:
     moments: Counter[str] = Counter()
     for number in range(kills):
         before = parts.last_change()
-        process = parts.start(f"num_workers={number % 2}")
+        process = parts.start(*([] if streams else [f"num_workers={number % 2}"]))
         if number <= kills // 10:
             time.sleep(draw.uniform(0, until_first))
         elif number % 2:
@@ -145,11 +156,11 @@ def kill_series(folder: Path, kills: int, seed: int = 0) -> KillSeries:
 class Life:
     """The command of one training, to be started any number of times."""
 
-    def __init__(self, folder: Path, name: str, steps: int) -> None:
+    def __init__(self, folder: Path, name: str, steps: int, settings: list[str]) -> None:
         self.folder = folder / name
         self.last, self.log, self.cache = self.folder / "last.pth", folder / f"{name}.log", folder / f"{name}-cache"
         self.arguments = [
-            *(*COMMON, *KILLED, f"num_training_steps={steps}", f"train_data_dir={folder / 'photos'}"),
+            *(*COMMON, *settings, f"num_training_steps={steps}"),
             *(f"output_root={self.folder}", f"feature_cache.folder={folder / name}-features"),
         ]
 
@@ -194,6 +205,7 @@ def run_training(arguments: list[str], log: str, cache: str) -> None:
         os.dup2(file.fileno(), 2)
     os.environ["FEATSHARP_CACHE"] = cache
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # its workers, too, are there at once
     sys.exit(train(arguments))
 
 
@@ -226,11 +238,21 @@ def photos(folder: Path, count: int = 6) -> Path:
     return folder
 
 
-def picture(seed: int) -> bytes:
-    """A PNG of 160 x 120 pixels."""
+def shards(folder: Path) -> str:
+    """Three tars of pictures, of which two of three are small and one is none; the setting that reads them."""
+    for shard in range(3):
+        numbers = range(12 * shard, 12 * (shard + 1))
+        members = {f"{number}.png": picture(number, 1 if number % 3 == 0 else 3) for number in numbers}
+        tar_of(folder / f"{shard}.tar", {**members, "none.png": b"no picture"})
+    return f"pipe:cat {folder}/{{0..2}}.tar"
+
+
+def picture(seed: int, shrink: int = 1) -> bytes:
+    """A PNG of 160 x 120 pixels, or smaller by a factor."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(coarse).resize((160, 120), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    size = (160 // shrink, 120 // shrink)
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -415,12 +437,13 @@ CASES = [
 # The report
 
 
-def report(series: KillSeries, seconds: float, found: list[str], source: str) -> str:
+def report(series: list[KillSeries], seconds: float, found: list[str], source: str) -> str:
     """The page in Markdown."""
     machine = describe_machine(torch.device("cpu"))
-    kills = sum(series.moments.values())
-    equal = f"differ: {', '.join(series.different)}" if series.different else "equal those of the undisturbed training"
-    rows = [f"| {moment} | {count} |" for moment, count in series.moments.most_common()]
+    moments = Counter(dict.fromkeys((BEFORE_FIRST, STARTING, WRITING, STEPPING), 0))
+    for one in series:
+        moments.update(one.moments)
+    rows = [f"| {moment} | {' | '.join(str(one.moments[moment]) for one in series)} |" for moment in moments]
     cases = [
         f"| {case.fault} | {case.expected} | {'yes' if not wrong else 'no: ' + wrong.replace(chr(10), ' ')} |"
         for case, wrong in zip(CASES, found, strict=True)
@@ -429,25 +452,37 @@ def report(series: KillSeries, seconds: float, found: list[str], source: str) ->
         [
             "# Faults",
             "",
-            f"One training of {series.steps} steps, killed {kills} times with SIGKILL and started again with the same "
-            f"command: all tensors and values of `last.pth` and `best.pth` (model, optimiser, best score) {equal}, bit "
-            f"for bit. Files left behind: {', '.join(series.leftovers) or 'none'}. It took {seconds:.0f} seconds.",
+            *(
+                said_of(one, data)
+                for one, data in zip(series, ("files, stored features", "streams, most of it left out"), strict=True)
+            ),
+            f"Both took {seconds:.0f} seconds.",
             "",
-            "| killed | times |",
-            "|---|---|",
+            "| killed | times, files | times, streams |",
+            "|---|---|---|",
             *rows,
             "",
             "| fault | expected | so it was |",
             "|---|---|---|",
             *cases,
             "",
-            f"Command: `python benchmarks/faults.py {' '.join(sys.argv[1:])}`; settings of the training: "
-            f"`{' '.join([*COMMON, *KILLED])}`",
+            f"Command: `python benchmarks/faults.py {' '.join(sys.argv[1:])}`; settings of the trainings: "
+            f"`{' '.join([*COMMON, *KILLED])}` with `{' '.join(CACHED)}`, or with `{' '.join(STREAMED)}`",
             "",
             f"Machine: {machine['processor']}, {machine['cores']} cores, no GPU used. Versions: Python "
             f"{machine['python']}, torch {machine['torch']}, featsharp {machine['featsharp']}. Commit: {source}.",
             "",
         ]
+    )
+
+
+def said_of(series: KillSeries, data: str) -> str:
+    """A paragraph on one training."""
+    equal = f"differ: {', '.join(series.different)}" if series.different else "equal those of the undisturbed training"
+    return (
+        f"One training of {series.steps} steps ({data}), killed {sum(series.moments.values())} times with SIGKILL and "
+        f"started again with the same command: all tensors and values of `last.pth` and `best.pth` (model, optimiser, "
+        f"best score) {equal}, bit for bit. Files left behind: {', '.join(series.leftovers) or 'none'}.\n"
     )
 
 

@@ -25,10 +25,16 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("faults")
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])])
-def test_a_killed_training_ends_with_the_very_checkpoints_of_an_undisturbed_one(faults, tmp_path, kills):
-    """Model, optimiser, best score and best checkpoint, bit for bit, and no file is left behind."""
-    series = faults.kill_series(tmp_path, kills)
+MANY = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+@pytest.mark.parametrize(
+    ("kills", "streams"),
+    [(3, False), (2, True), pytest.param(50, False, marks=MANY), pytest.param(20, True, marks=MANY)],
+)
+def test_a_killed_training_ends_with_the_very_checkpoints_of_an_undisturbed_one(faults, tmp_path, kills, streams):
+    """Model, optimiser, best score, place in streams and best checkpoint, bit for bit, and no file is left behind."""
+    series = faults.kill_series(tmp_path, kills, streams=streams)
     assert sum(series.moments.values()) == kills
     assert series.different == []
     assert series.leftovers == []
@@ -109,6 +115,40 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(faults, tmp_path, processe
     a, b = (read_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "stopped"))
     assert list(faults.differences(a["model"], b["model"])) == []
     assert list(faults.differences(a["training"], b["training"])) == []
+
+
+NOTING = """
+import multiprocessing, os
+
+def note(image, name):
+    if "many.tar" in name and multiprocessing.parent_process() is not None:
+        with open(f"{os.environ['NOTES']}/{os.environ['RANK']}-{os.getpid()}", "a") as file:
+            print(name.rpartition("/")[2], file=file)
+    return True
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_one_shard_serves_two_processes_of_two_workers_with_different_images(faults, tmp_path, monkeypatch):
+    """Fewer shards than ranks, and than readers: nobody waits, and together they take each image once."""
+    photos = faults.photos(tmp_path / "photos")
+    names = [f"{number:02d}.png" for number in range(24)]
+    faults.tar_of(tmp_path / "many.tar", {name: faults.picture(number) for number, name in enumerate(names)})
+    (tmp_path / "noting.py").write_text(NOTING)
+    (tmp_path / "notes").mkdir()
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    data = f"train_data_dir='pipe:cat {tmp_path}/many.tar'"
+    others = (f"{key}={photos}" for key in ("val_data_dir", "dist_train_data_dir"))
+    settings = ("num_workers=2", "num_training_steps=6", "data.filter=noting:note", f"output_root={tmp_path / 'out'}")
+    process = start(tmp_path, *settings, data, *others, processes=2)
+    assert process.wait(200) == 0, finish(process)
+    notes = sorted((tmp_path / "notes").iterdir())
+    assert [path.name[0] for path in notes] == ["0", "0", "1", "1"]
+    # Two batches of one image per step and process, half of them by each worker; what follows was read ahead.
+    used = [name for path in notes for name in path.read_text().split()[:6]]
+    assert sorted(used) == names
 
 
 FAILING = """

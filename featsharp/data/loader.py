@@ -5,10 +5,16 @@ the samples ``(s * world + rank) * batch ...``, so a resumed run goes on where i
 what one would see with twice the batch. Only which image of a *stream* a sample is depends on both numbers, too.
 """
 
+import functools
 import os
 import signal
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from featsharp.data._tar import NO_IMAGE
 from featsharp.data.filters import REJECTED, TOO_SMALL, UNIFORM
 from featsharp.data.sources import Division, ImageMixture, count_kinds
+from featsharp.data.streams import end_commands
 from featsharp.data.views import ViewConfig, Views, sample_views
 from featsharp.errors import ConfigError, FeatSharpError
 
@@ -110,6 +117,8 @@ def load_views(
         places: Where the readers of streams start. It is kept up to date: it always belongs to the batches that were
             given out, however far ahead the workers are. None starts them at the image of the sample's number.
 
+    When the iterator ends, is closed or fails, so do the workers, the connections and the commands.
+
     Raises:
         DataError: When the data holds too few usable images.
         ConfigError: When samples are to be repeated that come from a stream, or when the filter fails.
@@ -122,6 +131,7 @@ def load_views(
     places = {} if places is None else places
     dataset.mixture.go_on_from(places)  # not from what was read for another purpose: this pass has readers of its own
     division = Division(sampler.batch_size, sampler.world, max(1, num_workers))
+    lifeline = Pipe(duplex=False)
     loader: DataLoader[_Loaded | FeatSharpError] = DataLoader(
         _Batches(dataset, division),
         batch_size=None,
@@ -129,16 +139,22 @@ def load_views(
         num_workers=num_workers,
         collate_fn=_as_is,
         # Workers are forked where the system forks: their threads would fight for the cores of the training process.
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=functools.partial(_prepare_worker, lifeline=lifeline),
         prefetch_factor=2 if num_workers else None,
         # Without a generator of its own the loader would draw from the global one, and a resumed run once more.
         generator=torch.Generator().manual_seed(0),
     )
-    for loaded in loader:
-        if isinstance(loaded, FeatSharpError):
-            raise loaded
-        places.update(loaded.places)
-        yield loaded.batch
+    batches = iter(loader)  # held, as letting go of it waits for the workers
+    try:
+        for loaded in batches:
+            if isinstance(loaded, FeatSharpError):
+                raise loaded
+            places.update(loaded.places)
+            yield loaded.batch
+    finally:
+        for end in lifeline:
+            end.close()
+        dataset.mixture.close()
 
 
 def collate_views(samples: list[tuple[Views, list[tuple[str, str]]]]) -> ViewBatch:
@@ -237,14 +253,26 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _prepare_worker(worker: int) -> None:
+def _end_with_the_other_end(lifeline: Connection, other: Connection) -> None:
+    """End this worker, even one that waits for data, when the training process lets go of it or is killed."""
+    other.close()  # this worker's copy
+    with suppress(EOFError, OSError):
+        lifeline.recv_bytes()
+    end_commands()
+    os._exit(0)
+
+
+def _prepare_worker(worker: int, lifeline: tuple[Connection, Connection]) -> None:
     torch.set_num_threads(1)
+    Finalize(None, end_commands, exitpriority=0)
+    Thread(target=_end_with_the_other_end, args=lifeline, daemon=True).start()
     # Schedulers send it to all processes of a group, and workers are needed until the training process has saved. The
     # second one is the loader's own, for workers that do not end.
     received: list[int] = []
 
     def on_term(number: int, frame: object) -> None:
         if received:
+            end_commands()
             os._exit(128 + number)
         received.append(number)
 

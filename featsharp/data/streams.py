@@ -43,6 +43,7 @@ ATTEMPTS = 4  # for a shard, before what is left of it is given up
 BACKOFF = 1.0  # seconds before the second attempt; twice as many before each further one
 MAX_EMPTY_SHARDS = 20  # in a row, before a reader gives up
 _OTHER_COMPRESSION = (".zst", ".tzst", ".lz4")
+_running: set[tuple[int, subprocess.Popen[bytes]]] = set()  # commands, by the process that started them
 _START = 100  # images in the shuffle buffer before the first leaves it
 _ASK_AGAIN = {408, 425, 429}  # statuses below 500 of servers that may answer later
 
@@ -366,6 +367,8 @@ def _run(command: str) -> Iterator[IO[bytes]]:
         command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
     )
     assert process.stdout is not None
+    running = (os.getpid(), process)
+    _running.add(running)
     try:
         yield process.stdout
         while process.stdout.read(1 << 20):  # what follows the end mark; a writer that is cut off would count as failed
@@ -374,9 +377,21 @@ def _run(command: str) -> Iterator[IO[bytes]]:
             raise OSError(f"the command ended with status {process.returncode}")
     finally:
         process.stdout.close()
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _end(process)
+        _running.discard(running)
+
+
+def end_commands() -> None:
+    """End all commands of this process, which itself is about to end: they would outlive it."""
+    for owner, process in list(_running):
+        if owner == os.getpid():  # others were inherited
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 class _Whole:

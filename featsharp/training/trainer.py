@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,8 +186,8 @@ class Trainer:
             disable=not (self.progress and self.world.is_main),
         )
         batches: list[Views] = []
-        with bar, self.term:
-            loaded = load_views(self.dataset, sampler, self.config.num_workers, self.places)
+        loaded = load_views(self.dataset, sampler, self.config.num_workers, self.places)
+        with closing(loaded), bar, self.term:
             for views, skipped in self.clock.batches(loaded):
                 for name, reason in self.skipped.add(skipped):
                     logger.warning("skipped %s: %s", name, reason)

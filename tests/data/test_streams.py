@@ -4,6 +4,8 @@ import base64
 import io
 import pickle
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -530,6 +532,75 @@ def test_a_stream_of_which_nothing_is_left_is_an_error_and_no_endless_loop(
 def test_repeated_samples_are_refused(server: str) -> None:
     with pytest.raises(ConfigError, match=r"feature_cache\.samples repeats samples"):
         next(batches(f"{server}/0.tar", StepSampler(0, 1, 1, distinct=4), 0))
+
+
+def fails_late(image: Image.Image, name: str) -> bool:
+    if name.endswith("/002.png"):
+        raise ValueError("a mistake of the user's")
+    return True
+
+
+processes_are_listed = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs the /proc of Linux")
+
+
+@processes_are_listed
+@pytest.mark.parametrize("end", ["closed", "failed"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_commands_end_with_the_iteration(tmp_path: Path, workers: int, end: str) -> None:
+    """However it ends: they would wait for their reader for ever, or go on."""
+    write_tar(tmp_path / "0.tar", range(2 if end == "closed" else 3))
+    command = f"pipe:echo $$ >> {tmp_path}/started; cat {tmp_path}/0.tar; head -c 100000 /dev/zero; exec sleep 1000"
+    mixture = ImageMixture([ShardStream(command, buffer=1)], keep=ImageFilter(predicate=fails_late))
+    dataset = ViewDataset(mixture, (16, 24), ViewConfig(num_views=1), seed=0)
+    loaded = load_views(dataset, StepSampler(0, 9, 1), workers)
+    next(loaded)
+    if end == "closed":
+        loaded.close()
+    else:
+        with pytest.raises(ConfigError, match="a mistake of the user's"):
+            list(loaded)
+    wait_for_the_end_of(tmp_path / "started")
+
+
+def wait_for_the_end_of(started: Path) -> None:
+    """Of the processes whose numbers a file has."""
+    begin = time.monotonic()
+    while any(alive(int(line)) for line in started.read_text().split()):
+        assert time.monotonic() - begin < 3
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    """Not so are those that ended and that nobody asks for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+KILLED = """
+import os, signal, sys
+from featsharp.data.loader import StepSampler, ViewDataset, load_views
+from featsharp.data.sources import ImageMixture
+from featsharp.data.streams import ShardStream
+from featsharp.data.views import ViewConfig
+
+mixture = ImageMixture([ShardStream(sys.argv[1], buffer=1)])
+batches = load_views(ViewDataset(mixture, (16, 24), ViewConfig(num_views=1), seed=0), StepSampler(0, 9, 1), 1)
+next(batches)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@processes_are_listed
+def test_workers_that_wait_for_data_and_their_commands_end_with_a_killed_training(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", range(2))
+    note = f"echo $$ $PPID >> {tmp_path}/started"
+    command = f"pipe:{note}; cat {tmp_path}/0.tar; head -c 100000 /dev/zero; exec sleep 1000"
+    done = subprocess.run([sys.executable, "-c", KILLED, command], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert len((tmp_path / "started").read_text().split()) == 2
+    wait_for_the_end_of(tmp_path / "started")
 
 
 # Training
