@@ -1,5 +1,6 @@
 """Training in two real processes on the CPU: one run, whatever the number of processes and the precision."""
 
+import resource
 import signal
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from featsharp.builder import create_encoder
 from featsharp.checkpoint import read_checkpoint
 from featsharp.data.loader import StepSampler, load_views
+from featsharp.errors import CheckpointError, DistributedError
 from featsharp.training.distributed import World, gather_objects
 from featsharp.training.stopping import Terminated
 from featsharp.training.trainer import Trainer
@@ -130,6 +132,31 @@ def test_two_processes_go_on_bit_for_bit(photos, tmp_path, dtype):
     contents = [read_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "parts")]
     assert contents[0]["training"]["processes"] == 2
     assert_equal(contents[1], contents[0])
+
+
+# A full disk
+
+
+def fill_disk(photos: Path, folder: Path, world: World) -> None:
+    """The main process cannot write all of its second checkpoint; the other one would wait for it."""
+    settings = {"objective": PLAIN, "num_steps": 4, "checkpoint_frequency": 1, "world": world}
+    trainer = trainer_of(photos, folder, **settings)
+    gradients_of(trainer, world)
+    if world.is_main:
+        written = trainer.save().read_bytes()
+        size = len(written) // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        with pytest.raises(CheckpointError, match=r"cannot write .* An earlier file of that name is unchanged"):
+            trainer.run()
+        assert (folder / "last.pth").read_bytes() == written
+        assert {path.name for path in folder.iterdir()} == {"last.pth"}
+    else:
+        with pytest.raises(DistributedError, match="lost another process of this run"):
+            trainer.run()
+
+
+def test_a_full_disk_ends_both_processes_and_keeps_the_checkpoint(photos, tmp_path):
+    assert together(partial(fill_disk, photos, tmp_path)) == [0, 0]
 
 
 # Batch normalisation
