@@ -42,7 +42,7 @@ def together(work: Callable[[World], None], processes: int = 2) -> list[int | No
         for process in started:
             process.start()
         for process in started:
-            process.join(60)
+            process.join(150)  # two that import torch at once on a busy machine take long
             process.kill()
             process.join()
         return [process.exitcode for process in started]

@@ -1,5 +1,6 @@
 """Training in two real processes on the CPU: one run, whatever the number of processes and the precision."""
 
+import resource
 import signal
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from featsharp.builder import create_encoder
 from featsharp.checkpoint import read_checkpoint
 from featsharp.data.loader import StepSampler, load_views
+from featsharp.errors import CheckpointError, DistributedError
 from featsharp.training.distributed import World, gather_objects
 from featsharp.training.stopping import Terminated
 from featsharp.training.trainer import Trainer
@@ -52,22 +54,37 @@ def train_part(photos: Path, folder: Path, dtype: torch.dtype | None, world: Wor
     assert_same_everywhere(trainer.objective.state_dict(), world)
     assert_same_everywhere(trainer.optimizer.state_dict(), world)
     if world.is_main:
-        torch.save({"gradients": gradients, "losses": writer.values["loss/total"]}, folder / "part.pt")
+        torch.save({"gradients": gradients, "losses": writer.values["loss/total"]}, folder / f"{dtype}.pt")
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [(None, 1e-5), (torch.bfloat16, 2e-2)])
-def test_two_processes_that_accumulate_equal_one_with_the_whole_batch(photos, tmp_path, dtype, rounding):
-    assert together(partial(train_part, photos, tmp_path, dtype)) == [0, 0]
-    found = torch.load(tmp_path / "part.pt")
+def train_parts(photos: Path, folder: Path, world: World) -> None:
+    for dtype in ROUNDING:
+        train_part(photos, folder, dtype, world)
+
+
+ROUNDING = {None: 1e-5, torch.bfloat16: 2e-2}  # of gradients, as a part of the largest
+
+
+@pytest.fixture(scope="module")
+def parts(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes found together, by type."""
+    folder = tmp_path_factory.mktemp("parts")
+    assert together(partial(train_parts, photos, folder)) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_two_processes_that_accumulate_equal_one_with_the_whole_batch(photos, parts, tmp_path, dtype):
+    found = torch.load(parts / f"{dtype}.pt")
     settings = {"objective": PLAIN, "batch_size": 4, "autocast_dtype": dtype}
     expected = gradients_of(trainer_of(photos, tmp_path, **settings), ALONE)
-    largest = expected.abs().max().item()
-    torch.testing.assert_close(found["gradients"], expected, rtol=0, atol=rounding * largest)
+    error = ROUNDING[dtype] * expected.abs().max().item()
+    torch.testing.assert_close(found["gradients"], expected, rtol=0, atol=error)
     half = gradients_of(trainer_of(photos, tmp_path, **{**settings, "batch_size": 2}), ALONE)
-    assert (half - expected).abs().max() > 10 * rounding * largest
+    assert (half - expected).abs().max() > 10 * error
     writer = Recorder()
     trainer_of(photos, tmp_path / "one", writer=writer, num_steps=3, **settings).run()
-    assert found["losses"] == pytest.approx(writer.values["loss/total"], rel=max(1e-3, rounding))
+    assert found["losses"] == pytest.approx(writer.values["loss/total"], rel=max(1e-3, ROUNDING[dtype]))
 
 
 # Float16
@@ -99,8 +116,13 @@ def test_a_gradient_that_overflows_in_one_process_skips_the_step_in_both(photos,
 # Going on
 
 
-def stop_and_go_on(photos: Path, folder: Path, dtype: torch.dtype | None, world: World) -> None:
+def stop_and_go_on(photos: Path, folder: Path, world: World) -> None:
     """SIGTERM comes to the second process alone, in the third of six steps; every process drops taps of its own."""
+    for dtype in (None, torch.float16):
+        compare_with_undisturbed(photos, folder / str(dtype), dtype, world)
+
+
+def compare_with_undisturbed(photos: Path, folder: Path, dtype: torch.dtype | None, world: World) -> None:
     settings = {"autocast_dtype": dtype, "world": world}
     whole = trainer_of(photos, folder / "whole", **settings)
     whole.run()
@@ -124,12 +146,37 @@ def stop_and_go_on(photos: Path, folder: Path, dtype: torch.dtype | None, world:
     assert_equal(resumed.encoder.state_dict(), whole.encoder.state_dict())
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_two_processes_go_on_bit_for_bit(photos, tmp_path, dtype):
-    assert together(partial(stop_and_go_on, photos, tmp_path, dtype)) == [0, 0]
-    contents = [read_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "parts")]
-    assert contents[0]["training"]["processes"] == 2
-    assert_equal(contents[1], contents[0])
+def test_two_processes_go_on_bit_for_bit(photos, tmp_path):
+    assert together(partial(stop_and_go_on, photos, tmp_path)) == [0, 0]
+    for dtype in (None, torch.float16):
+        contents = [read_checkpoint(tmp_path / str(dtype) / name / "last.pth") for name in ("whole", "parts")]
+        assert contents[0]["training"]["processes"] == 2
+        assert_equal(contents[1], contents[0])
+
+
+# A full disk
+
+
+def fill_disk(photos: Path, folder: Path, world: World) -> None:
+    """The main process cannot write all of its second checkpoint; the other one would wait for it."""
+    settings = {"objective": PLAIN, "num_steps": 4, "checkpoint_frequency": 1, "world": world}
+    trainer = trainer_of(photos, folder, **settings)
+    gradients_of(trainer, world)
+    if world.is_main:
+        written = trainer.save().read_bytes()
+        size = len(written) // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        with pytest.raises(CheckpointError, match=r"cannot write .* An earlier file of that name is unchanged"):
+            trainer.run()
+        assert (folder / "last.pth").read_bytes() == written
+        assert {path.name for path in folder.iterdir()} == {"last.pth"}
+    else:
+        with pytest.raises(DistributedError, match="lost another process of this run"):
+            trainer.run()
+
+
+def test_a_full_disk_ends_both_processes_and_keeps_the_checkpoint(photos, tmp_path):
+    assert together(partial(fill_disk, photos, tmp_path)) == [0, 0]
 
 
 # Batch normalisation
