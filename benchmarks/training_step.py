@@ -354,9 +354,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = arguments.data or make_photos(Path(folder) / "photos")
         found = measure(cases, [f"train_data_dir={data}", *overrides], arguments.steps, arguments.rounds, now)
+    # Where the photographs lie is nobody's business.
+    shown = [Path(word).name if word == arguments.data else word for word in sys.argv[1:]]
     device = "cuda" if torch.cuda.is_available() and "device=cpu" not in overrides else "cpu"
     content = {
-        "command": shlex.join(["python", "benchmarks/training_step.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/training_step.py", *shown]),
         "overrides": [*TRAINED, *overrides],
         "machine": describe_machine(torch.device(device)),
         "bfloat16": bfloat16_hardware(device),
