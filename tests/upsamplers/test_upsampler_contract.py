@@ -37,7 +37,7 @@ VARIANTS = {
     "featsharp, details": ("featsharp", {"inputs": ["bilinear", "details"], "attention": False, "ffn": False}),
     "featsharp, linear, all tile inputs": (
         "featsharp",
-        {"inputs": ["tiles", "rgb", "bilinear", "details"], "attention": False, "ffn": False},
+        {"inputs": ["tiles", "bilinear", "details"], "attention": False, "ffn": False},
     ),
     "featsharp, all tile inputs": ("featsharp", {"inputs": ["bilinear", "details", "tiles"]}),
     "featsharp, RoPE": ("featsharp", {"position": "rope"}),
