@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# A process per core, each with one thread: much faster than one process with many.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 BIN := $(VENV)/bin
 # Written last, so that an interrupted installation is taken up again.
@@ -26,10 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## run the tests, the slow ones too
-	$(BIN)/python -m pytest --runslow $(PYTEST_ARGS)
+	$(PYTEST) --runslow $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## check format, lint rules and types
 	$(BIN)/ruff format --check .

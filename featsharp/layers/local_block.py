@@ -116,16 +116,6 @@ class LocalBlock(nn.Module):
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
 
-class LinearBlock(nn.Linear):
-    """What is left of the block without attention and SwiGLU: one linear layer, [B, H, W, D] to [B, H, W, C]."""
-
-    halo = 0
-
-    def part(self, x: Tensor, box: Box) -> Tensor:
-        """The cells ``box`` of the result."""
-        return self(box.cut_channels_last(x))
-
-
 class LocalSelfAttention(nn.Module):
     """Multi-head self-attention over a clipped window, from ``dim`` to ``out_dim`` channels (None: the same).
 

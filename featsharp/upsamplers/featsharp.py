@@ -11,10 +11,15 @@ of all maps, mostly the first one, in the place of the first map; the paper's ow
 
 Tiles disagree with the low-resolution map in their coarse structure (each lacks the context of the others, which shows
 as seams) and are better in their fine one. The input "details" is that fine part alone: every tile minus its own blur.
+
+Without attention and SwiGLU the result is a linear map of the inputs. Tiles are then weighted before they are stitched:
+however many inputs are made of them, there is one map to keep.
 """
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -22,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featsharp.errors import ConfigError, unknown_name
-from featsharp.layers.local_block import LinearBlock, LocalBlock, Position
+from featsharp.layers.local_block import LocalBlock, Position
 from featsharp.ops.boxes import Box, whole
 from featsharp.ops.resize import resize, size_of
 from featsharp.ops.windows import check_window
@@ -32,11 +37,20 @@ from featsharp.upsamplers.interpolate import Bilinear
 from featsharp.upsamplers.jafar import JAFAR
 from featsharp.upsamplers.registration import register_upsampler
 from featsharp.upsamplers.resfu import ReSFU
-from featsharp.upsamplers.tile import check_tile_batch, encode_tiles, tile_map, unchanged, write_tiles
+from featsharp.upsamplers.tile import (
+    Process,
+    check_tile_batch,
+    encode_tiles,
+    fine_part,
+    tile_map,
+    unchanged,
+    write_tiles,
+)
 
-# Maps computed from the low-resolution features and the image; one of tiles, whole or their details, comes beside them.
+# Maps computed from the low-resolution features and the image.
 GUIDED_INPUTS = ("jbu", "jafar", "resfu", "bilinear", "rgb")
-TILE_INPUTS = ("tiles", "details")
+# Maps stitched from tiles: what becomes of the features of a tile.
+TILE_INPUTS: dict[str, Process] = {"tiles": unchanged, "details": fine_part}
 INPUTS = (*GUIDED_INPUTS, *TILE_INPUTS)
 # Channels of the colour input.
 RGB_DIM = 16
@@ -58,9 +72,10 @@ class FeatSharp(Upsampler):
     Args:
         embed_dim: Channels C, a multiple of 8.
         factor: f; the backbone runs 1 + f^2 times per image (f rounded up).
-        inputs: Maps to fuse, from "jbu", "jafar", "resfu", "bilinear", "rgb" (16 channels) and one of "tiles" and
-            "details" (tiles without their coarse structure); the first is the residual path and must have C channels.
-            The paper has JBU and tiles, the default; the published configurations have JAFAR and tiles.
+        inputs: Maps to fuse, from "jbu", "jafar", "resfu", "bilinear", "rgb" (16 channels), "tiles" and "details"
+            (tiles without their coarse structure; with both, attention or SwiGLU cannot work by parts). The first is
+            the residual path and must have C channels. The paper has JBU and tiles, the default; the published
+            configurations have JAFAR and tiles.
         window: Side of the attention window, odd.
         attention, ffn: Parts of the block; without both it is one linear layer (which the published code meant to have
             but cannot build).
@@ -114,17 +129,16 @@ class FeatSharp(Upsampler):
         self.branches = nn.ModuleDict(
             {name: _branch(name, embed_dim, factor, start) for name in self.inputs if name not in TILE_INPUTS}
         )
-        self.tile_input = next((name for name in self.inputs if name in TILE_INPUTS), None)
-        self.process_tiles = fine_part if self.tile_input == "details" else unchanged
+        self.tile_inputs = [name for name in self.inputs if name in TILE_INPUTS]
         # One vector per tile of the image: a tile may learn where it was cut out.
         tiles = math.ceil(factor)
         self.tile_position = nn.Parameter(torch.zeros(1, embed_dim, tiles, tiles)) if "tiles" in self.inputs else None
-        dims = {name: RGB_DIM if name == "rgb" else embed_dim for name in self.inputs}
-        in_dim = sum(dims.values())
+        self.input_dims = {name: RGB_DIM if name == "rgb" else embed_dim for name in self.inputs}
+        in_dim = sum(self.input_dims.values())
         self.mix: nn.Parameter | None = None
-        self.block: LocalBlock | LinearBlock
+        self.block: LocalBlock | nn.Linear
         if attention or ffn:
-            self.mix = nn.Parameter(_start_mix(dims)) if start == "mix" else None
+            self.mix = nn.Parameter(_start_mix(self.input_dims)) if start == "mix" else None
             self.block = LocalBlock(
                 in_dim,
                 embed_dim,
@@ -137,29 +151,32 @@ class FeatSharp(Upsampler):
                 layer_scale=None if start == "published" and not (attention and ffn) else LAYER_SCALE[start],
             )
         else:
-            self.block = LinearBlock(in_dim, embed_dim)
+            self.block = nn.Linear(in_dim, embed_dim)
             if start == "mix":
                 nn.init.zeros_(self.block.bias)
-                self.block.weight.data.copy_(_start_mix(dims))
-        self.by_parts = all(branch.by_parts for branch in self.branches.values())
-        self.halo = None if self.tile_input is None else self.block.halo
+                self.block.weight.data.copy_(_start_mix(self.input_dims))
+        one_map = isinstance(self.block, nn.Linear) or len(self.tile_inputs) <= 1
+        self.by_parts = one_map and all(branch.by_parts for branch in self.branches.values())
+        self._reach = self.block.halo if isinstance(self.block, LocalBlock) else 0
+        self.halo = self._reach if self.tile_inputs else None
 
     @property
     def input_upsample_factor(self) -> float:
-        return 1 if self.tile_input is None else self.factor
+        return self.factor if self.tile_inputs else 1
 
     def forward(
         self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
     ) -> UpsampleFeatures:
-        low_res, tiles, summary = self._encode(image, encode, low_res_size, output_size)
+        low_res, tiles, summary = self._encode(image, encode, low_res_size, output_size, self.process_tiles)
         size = self.high_res_grid(low_res, output_size)
         return UpsampleFeatures(low_res, self.fuse(low_res, image, tiles, size), summary)
 
     def linear_maps(self, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> Tensor:
         """What :attr:`linear_weight` is applied to: all inputs, [B, D, H, W]."""
-        low_res, tiles, _ = self._encode(image, encode, low_res_size, None)
-        maps = self._maps(low_res, image, tiles, self.high_res_grid(low_res))
-        return self._join(maps)
+        low_res, tiles, _ = self._encode(image, encode, low_res_size, None, self._tile_parts)
+        size = self.high_res_grid(low_res)
+        maps = {name: branch.upsample_to(low_res, image, size) for name, branch in self._branches()}
+        return self._join(maps | self._tile_maps(tiles, whole(size), size))
 
     @property
     def linear_weight(self) -> Tensor:
@@ -168,10 +185,23 @@ class FeatSharp(Upsampler):
         Raises:
             ConfigError: For the published start, which has no such map beside its block.
         """
-        weight = self.block.weight if isinstance(self.block, LinearBlock) else self.mix
+        weight = self.block.weight if isinstance(self.block, nn.Linear) else self.mix
         if weight is None:
             raise ConfigError("FeatSharp with start='published' has no linear mix of its inputs; use start='mix'")
         return weight
+
+    def process_tiles(self, tiles: Tensor) -> Tensor:
+        """What is stitched of the features of tiles.
+
+        Args:
+            tiles: [N, C, h, w].
+
+        Returns:
+            The tile inputs one after the other, [N, n C, h, w]; with a linear block their weighted sum, [N, C, h, w].
+        """
+        if isinstance(self.block, LocalBlock):
+            return self._tile_parts(tiles)
+        return reduce(operator.add, [self._weigh(name, TILE_INPUTS[name](tiles)) for name in self.tile_inputs])
 
     def fuse(self, low_res: Tensor, image: Tensor, tiles: Tensor | None, size: tuple[int, int]) -> Tensor:
         """What comes after the backbone.
@@ -179,13 +209,16 @@ class FeatSharp(Upsampler):
         Args:
             low_res: [B, C, h, w].
             image: [B, 3, height, width], any size.
-            tiles: The tile map [B, C, *size]; None where "tiles" is no input.
+            tiles: What :meth:`process_tiles` makes of the tiles, stitched: [B, ..., *size]; None without tiles.
             size: (H, W) of the result.
 
         Returns:
             [B, C, H, W].
         """
-        return self.block(self._stack(self._maps(low_res, image, tiles, size))).permute(0, 3, 1, 2)
+        maps = {name: branch.upsample_to(low_res, image, size) for name, branch in self._branches()}
+        if isinstance(self.block, nn.Linear):
+            return self._weighted_sum(maps, tiles, whole(size), size)
+        return self.block(self._stack(maps | self._tile_maps(tiles, whole(size), size))).permute(0, 3, 1, 2)
 
     def write_tiles(
         self,
@@ -204,40 +237,57 @@ class FeatSharp(Upsampler):
     def upsample_part(
         self, low_res: Tensor, guide: dict[str, Any], tiles: Tensor | None, box: Box, size: tuple[int, int]
     ) -> Tensor:
-        seen = box.grow(self.block.halo, size)
+        seen = box.grow(self._reach, size)
         maps = {name: branch.upsample_part(low_res, guide[name], None, seen, size) for name, branch in self._branches()}
-        self._add_tiles(maps, tiles, seen, size)
-        return self.block.part(self._stack(maps), box.relative_to(seen)).permute(0, 3, 1, 2)
+        if isinstance(self.block, nn.Linear):
+            return self._weighted_sum(maps, tiles, box, size)
+        stacked = self._stack(maps | self._tile_maps(tiles, seen, size))
+        return self.block.part(stacked, box.relative_to(seen)).permute(0, 3, 1, 2)
 
     def _encode(
-        self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None
+        self,
+        image: Tensor,
+        encode: Encode,
+        low_res_size: tuple[int, int],
+        output_size: tuple[int, int] | None,
+        process: Process,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Low-resolution features, the tile map where it is an input, and the summary."""
-        if self.tile_input is None:
+        """Low-resolution features, the map of processed tiles where they are an input, and the summary."""
+        if not self.tile_inputs:
             low_res, summary = encode(resize(image, low_res_size))
             return low_res, None, summary
-        return encode_tiles(
-            self,
-            image,
-            encode,
-            low_res_size,
-            output_size,
-            max_tile_batch=self.max_tile_batch,
-            process=self.process_tiles,
-        )
+        limit = self.max_tile_batch
+        return encode_tiles(self, image, encode, low_res_size, output_size, max_tile_batch=limit, process=process)
 
-    def _maps(self, low_res: Tensor, image: Tensor, tiles: Tensor | None, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Every input, [B, c, *size] each."""
-        maps = {name: branch.upsample_to(low_res, image, size) for name, branch in self._branches()}
-        self._add_tiles(maps, tiles, whole(size), size)
+    def _tile_parts(self, tiles: Tensor) -> Tensor:
+        """All tile inputs one after the other: [N, n C, h, w] of features [N, C, h, w]."""
+        parts = [TILE_INPUTS[name](tiles) for name in self.tile_inputs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _tile_maps(self, parts: Tensor | None, box: Box, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The tile inputs [B, C, *box.size] of their stitched ``parts`` there."""
+        if parts is None:
+            return {}
+        maps = dict(zip(self.tile_inputs, parts.split(self.embed_dim, 1), strict=True))
+        if self.tile_position is not None:
+            maps["tiles"] = maps["tiles"] + self._tile_positions(box, size).to(parts.dtype)
         return maps
 
-    def _add_tiles(self, maps: dict[str, Tensor], tiles: Tensor | None, box: Box, size: tuple[int, int]) -> None:
+    def _weighted_sum(self, maps: dict[str, Tensor], tiles: Tensor | None, box: Box, size: tuple[int, int]) -> Tensor:
+        """The result of a linear block, of maps [B, c, *box.size] and of tiles that are weighted already."""
+        assert isinstance(self.block, nn.Linear)
+        terms = [self._weigh(name, x) for name, x in maps.items()]
         if tiles is not None:
-            assert self.tile_input is not None
-            if self.tile_position is not None:
-                tiles = tiles + self._tile_positions(box, size).to(tiles.dtype)
-            maps[self.tile_input] = tiles
+            terms.append(tiles)
+        if self.tile_position is not None:
+            terms.append(self._weigh("tiles", self._tile_positions(box, size)))
+        return reduce(operator.add, terms) + self.block.bias[:, None, None]
+
+    def _weigh(self, name: str, x: Tensor) -> Tensor:
+        """What a linear block adds for an input [B, c, H, W]: [B, C, H, W]."""
+        assert isinstance(self.block, nn.Linear)
+        weights = dict(zip(self.inputs, self.block.weight.split(list(self.input_dims.values()), 1), strict=True))
+        return F.conv2d(x, weights[name][..., None, None])
 
     def _branches(self) -> Iterator[tuple[str, GuidedUpsampler]]:
         for name, branch in self.branches.items():
@@ -336,7 +386,7 @@ class ProgressiveFeatSharp(Upsampler):
             assert isinstance(level, FeatSharp)
             size = level.high_res_grid(features)
             tiles = None
-            if level.tile_input is not None:
+            if level.tile_inputs:
                 tiles = tile_map(
                     image,
                     encode,
@@ -371,12 +421,6 @@ class ColourMap(GuidedUpsampler):
         return self.proj(box.cut(guide)).to(low_res.dtype)
 
 
-def fine_part(tiles: Tensor) -> Tensor:
-    """Every tile [N, C, h, w] minus its own blur: the means of 2 x 2 cells, enlarged again."""
-    half = -(-tiles.shape[-2] // 2), -(-tiles.shape[-1] // 2)
-    return tiles - resize(F.adaptive_avg_pool2d(tiles, half), size_of(tiles))
-
-
 def _check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
     if isinstance(inputs, str):
         raise ConfigError(f"the inputs of FeatSharp are a list; got {inputs!r}, use [{inputs}, tiles] or the like")
@@ -385,8 +429,6 @@ def _check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
             raise unknown_name("FeatSharp input", name, INPUTS)
     if not inputs or len(set(inputs)) != len(inputs):
         raise ConfigError(f"the inputs of FeatSharp must be one or more different maps; got {list(inputs)}")
-    if set(TILE_INPUTS) <= set(inputs):
-        raise ConfigError("the inputs of FeatSharp have tiles or their details, not both; leave one of them out")
     if inputs[0] == "rgb":
         raise ConfigError("the first input of FeatSharp is its residual path and needs features; put 'rgb' behind it")
     return tuple(inputs)
@@ -406,11 +448,11 @@ def _branch(name: str, embed_dim: int, factor: float, start: Start) -> GuidedUps
 
 
 def _start_mix(dims: Mapping[str, int]) -> Tensor:
-    """[C, D] for maps of so many channels: the first, TILE_SHARE of it replaced by the tiles, or details added."""
+    """[C, D] for maps of so many channels: the first, with details added or else TILE_SHARE of it replaced by tiles."""
     first = next(iter(dims))
     share = dict.fromkeys(dims, 0.0) | {first: 1.0}
-    if "tiles" in share and first != "tiles":
-        share |= {first: 1 - TILE_SHARE, "tiles": TILE_SHARE}
-    if "details" in share and first != "details":
+    if "details" in dims and first != "details":
         share["details"] = DETAIL_GAIN
+    elif "tiles" in dims and first != "tiles":
+        share |= {first: 1 - TILE_SHARE, "tiles": TILE_SHARE}
     return torch.cat([share[name] * torch.eye(dims[first], channels) for name, channels in dims.items()], 1)

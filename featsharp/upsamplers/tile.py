@@ -10,6 +10,7 @@ are spread evenly over it, and their overlap absorbs the remainder.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from featsharp.ops.boxes import Box
@@ -25,6 +26,12 @@ Process = Callable[[Tensor], Tensor]
 def unchanged(tiles: Tensor) -> Tensor:
     """Tiles are stitched as they are."""
     return tiles
+
+
+def fine_part(tiles: Tensor) -> Tensor:
+    """Every tile [N, C, h, w] minus its own blur: the means of 2 x 2 cells, enlarged again."""
+    half = -(-tiles.shape[-2] // 2), -(-tiles.shape[-1] // 2)
+    return tiles - resize(F.adaptive_avg_pool2d(tiles, half), size_of(tiles))
 
 
 @register_upsampler("tile", "tiles of the image, encoded one by one and stitched")

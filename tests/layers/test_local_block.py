@@ -8,7 +8,6 @@ import torch
 from featsharp.errors import ConfigError
 from featsharp.layers import local_block
 from featsharp.layers.local_block import (
-    LinearBlock,
     LocalBlock,
     LocalSelfAttention,
     distance_bias,
@@ -280,9 +279,6 @@ def test_attention_alone_and_swiglu_alone():
     assert mlp.halo == 0
     with pytest.raises(ConfigError, match="needs attention or SwiGLU"):
         LocalBlock(32, 16, attention=False, mlp=False)
-    linear = LinearBlock(32, 16)
-    box = Box(1, 3, 0, 4)
-    torch.testing.assert_close(linear.part(x, box), linear(x)[:, 1:3, 0:4])
 
 
 def test_the_swiglu_of_published_widths_is_doubled_beside_attention_only():

@@ -33,6 +33,7 @@ CASES = [
     ("featsharp", 4, {"widths": "published", "start": "published"}),
     ("featsharp", 2, {"inputs": ("jafar", "tiles")}),
     ("featsharp", 2, {"attention": False, "inputs": ("bilinear", "rgb", "tiles")}),
+    ("featsharp", 2.5, {"attention": False, "ffn": False, "inputs": ("tiles", "bilinear", "details")}),
     ("anyup", 2, {}),
     ("bilinear", 2.5, {}),
     ("tile", 1.5, {}),

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from featsharp.backbones import create_backbone
 from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError
+from featsharp.ops.boxes import whole
 from featsharp.ops.resize import resize
-from featsharp.upsamplers.featsharp import FeatSharp, ProgressiveFeatSharp, fine_part
-from featsharp.upsamplers.tile import Tile, encode_tiles
+from featsharp.upsamplers.featsharp import FeatSharp, ProgressiveFeatSharp
+from featsharp.upsamplers.tile import Tile, encode_tiles, fine_part
 
 CHANNELS, SIZE = 32, (32, 48)
 
@@ -180,7 +181,6 @@ def test_the_gates_start_open_or_nearly_closed(start):
         (32, {"window": 6}, "must be odd"),
         (20, {}, "multiple of 8 channels; this backbone has 20, the nearest that works is 16"),
         (32, {"inputs": ("rgb", "tiles")}, "put 'rgb' behind it"),
-        (32, {"inputs": ("jbu", "tiles", "details")}, "tiles or their details, not both"),
         (32, {"inputs": "tiles"}, "the inputs of FeatSharp are a list; got 'tiles'"),
         (32, {"position": "sine"}, "unknown position 'sine'"),
         (32, {"max_tile_batch": 0}, "max_tile_batch must be a whole number of at least 1"),
@@ -304,7 +304,48 @@ def test_a_progressive_sharpens_with_details(backbone, image):
     assert not torch.allclose(out.high_res, resize(level, (16, 24)), atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"inputs": ("jbu", "rgb", "details")}, {"attention": False, "ffn": False}])
+def test_tiles_are_weighted_before_they_are_stitched(backbone, image):
+    """Where tiles overlap, too, and with position vectors: the same as weighting every stitched map."""
+    upsampler = FeatSharp(CHANNELS, 2.5, inputs=("tiles", "rgb", "details"), attention=False, ffn=False)
+    for parameter in upsampler.parameters():
+        torch.nn.init.normal_(parameter)
+    height, width = 10, 15
+    with torch.no_grad():
+        windows = Tile(CHANNELS, 2.5)
+        tiles = encode_tiles(windows, image, backbone, SIZE).high_res
+        tiles = tiles + upsampler._tile_positions(whole((height, width)), (height, width))
+        details = encode_tiles(windows, image, backbone, SIZE, process=fine_part).high_res
+        colour = upsampler.branches["rgb"].proj(resize(image, (height, width)))
+        stacked = torch.cat([tiles, colour, details], 1).permute(0, 2, 3, 1)
+        expected = upsampler.block(stacked).permute(0, 3, 1, 2)
+        out = upsampler(image, backbone, SIZE).high_res
+    torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_block_gets_tiles_and_details_in_their_order(backbone, image):
+    upsampler = FeatSharp(CHANNELS, 2, inputs=("bilinear", "details", "tiles"), start="published")
+    torch.nn.init.normal_(upsampler.tile_position)
+    seen = []
+    upsampler.block.register_forward_pre_hook(lambda module, args: seen.append(args[0].permute(0, 3, 1, 2)))
+    with torch.no_grad():
+        low_res = upsampler(image, backbone, SIZE).low_res
+        tiles = encode_tiles(Tile(CHANNELS, 2), image, backbone, SIZE).high_res
+        details = encode_tiles(Tile(CHANNELS, 2), image, backbone, SIZE, process=fine_part).high_res
+    positions = upsampler.tile_position.detach().repeat_interleave(4, 2).repeat_interleave(6, 3)
+    expected = torch.cat([resize(low_res, (8, 12)), details, tiles + positions], 1)
+    torch.testing.assert_close(seen[0], expected)
+    assert not upsampler.by_parts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"inputs": ("jbu", "rgb", "details")},
+        {"attention": False, "ffn": False},
+        {"inputs": ("bilinear", "tiles", "details"), "attention": False, "ffn": False},
+    ],
+)
 def test_the_linear_weight_applies_to_the_linear_maps(backbone, image, options):
     upsampler = FeatSharp(CHANNELS, 2, **options)
     with torch.no_grad():

@@ -35,6 +35,11 @@ VARIANTS = {
     "featsharp, no SwiGLU": ("featsharp", {"ffn": False, "start": "published"}),
     "featsharp, linear": ("featsharp", {"attention": False, "ffn": False}),
     "featsharp, details": ("featsharp", {"inputs": ["bilinear", "details"], "attention": False, "ffn": False}),
+    "featsharp, linear, all tile inputs": (
+        "featsharp",
+        {"inputs": ["tiles", "bilinear", "details"], "attention": False, "ffn": False},
+    ),
+    "featsharp, all tile inputs": ("featsharp", {"inputs": ["bilinear", "details", "tiles"]}),
     "featsharp, RoPE": ("featsharp", {"position": "rope"}),
     "featsharp, xPos": ("featsharp", {"position": "xpos", "window": 5}),
     "featsharp-progressive, published": ("featsharp-progressive", {"start": "published"}),
