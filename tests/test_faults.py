@@ -143,7 +143,8 @@ def test_one_shard_serves_two_processes_of_two_workers_with_different_images(fau
     others = (f"{key}={photos}" for key in ("val_data_dir", "dist_train_data_dir"))
     settings = ("num_workers=2", "num_training_steps=6", "data.filter=noting:note", f"output_root={tmp_path / 'out'}")
     process = start(tmp_path, *settings, data, *others, processes=2)
-    assert process.wait(200) == 0, finish(process)
+    said = finish(process)
+    assert process.returncode == 0, said
     notes = sorted((tmp_path / "notes").iterdir())
     assert [path.name[0] for path in notes] == ["0", "0", "1", "1"]
     # Two batches of one image per step and process, half of them by each worker; what follows was read ahead.

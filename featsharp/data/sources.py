@@ -447,14 +447,19 @@ class ImageMixture:
 
     def _try(self, name: str, read: Callable[[], bytes], skipped: list[tuple[str, str]]) -> Image.Image | None:
         """A usable image, or None and an entry in ``skipped``."""
-        try:
-            image = decode_image(read(), name=name)
-            reason = self.keep(image, name)
-        except DataError as error:
-            reason = str(error).removeprefix(f"{name}: ")
-        if not reason:
+        image = try_decode(name, read, skipped)
+        if image is None or not (reason := self.keep(image, name)):
             return image
         skipped.append((name, reason))
+        return None
+
+
+def try_decode(name: str, read: Callable[[], bytes], skipped: list[tuple[str, str]]) -> Image.Image | None:
+    """The RGB picture of the encoded bytes that ``read`` returns, or None and its name and reason in ``skipped``."""
+    try:
+        return decode_image(read(), name=name)
+    except DataError as error:
+        skipped.append((name, str(error).removeprefix(f"{name}: ")))
         return None
 
 
@@ -466,10 +471,8 @@ def first_images(stream: ShardStream, count: int) -> Iterator[tuple[str, Image.I
         skipped += image.skipped
         if not image.name:
             continue
-        try:
-            decoded = decode_image(image.data, name=image.name)
-        except DataError as error:
-            skipped.append((image.name, str(error).removeprefix(f"{image.name}: ")))
+        decoded = try_decode(image.name, functools.partial(bytes, image.data), skipped)
+        if decoded is None:
             continue
         found += 1
         yield image.name, decoded

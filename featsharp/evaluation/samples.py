@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from featsharp.data.images import decode_image
-from featsharp.data.sources import open_source
+from featsharp.data.sources import open_source, try_decode
 from featsharp.errors import ConfigError, DataError, InputError
 from featsharp.model import SharpEncoder
 
@@ -43,12 +43,9 @@ class ImageSet:
             if found == self._limit:
                 return
             name = self._source.name(index)
-            try:
-                image = decode_image(self._source.read(index), name=name)
-            except DataError as error:
-                reason = str(error).removeprefix(f"{name}: ")
-                logger.warning("%s skipped: %s", name, reason)
-                self.skipped.append((name, reason))
+            image = try_decode(name, partial(self._source.read, index), self.skipped)
+            if image is None:
+                logger.warning("%s skipped: %s", *self.skipped[-1])
                 continue
             found += 1
             yield name, image
