@@ -49,7 +49,6 @@ from featsharp.training.objectives import create_objective
 from featsharp.training.stopping import Terminated
 from featsharp.training.trainer import LAST, LoopConfig, Trainer
 from featsharp.training.writers import NullWriter, VizWriter, get_visualizer
-from featsharp.upsamplers.featsharp import FeatSharp
 from featsharp.urls import redact_url
 from featsharp.validation import ValidationSamples
 
@@ -117,7 +116,7 @@ def train(config: RunConfig) -> Trainer:
     ).to(world.device)
     objective = create_objective(encoder, config.objective)
     if config.linear_fit.samples and earlier is None:
-        _check_linear_fit(encoder, config.linear_fit.ridge)
+        LinearFit(encoder.upsampler, config.linear_fit.ridge)  # refuses before the statistics, which take long
     mixture = _open_mixture(config.train_data_dir, config)
     validate = ValidationSamples(config.val_data_dir, config.viz.num_images) if world.is_main else None
     views = dataclasses.asdict(config.views)
@@ -307,16 +306,6 @@ def _read_earlier(last: Path, config: RunConfig) -> dict[str, Any] | None:
             )
         logger.warning("force_resume: %s", problem)
     return content
-
-
-def _check_linear_fit(encoder: SharpEncoder, ridge: float) -> None:
-    """Raise ConfigError for what the linear fit cannot do before the statistics are collected, which take long."""
-    if not isinstance(encoder.upsampler, FeatSharp):
-        raise ConfigError(
-            f"linear_fit is for FeatSharp, whose inputs are mixed linearly; {type(encoder.upsampler).__name__} has no "
-            "such weight, use linear_fit.samples=0"
-        )
-    LinearFit(encoder.upsampler, ridge)
 
 
 def _whose() -> str:

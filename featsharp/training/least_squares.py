@@ -27,6 +27,7 @@ from featsharp.ops.resize import size_of
 from featsharp.ops.warp import warp
 from featsharp.training.distributed import World, add_over_processes
 from featsharp.training.objectives.multi_view import encode_views, tokens_to_compare
+from featsharp.upsamplers.base import Upsampler
 from featsharp.upsamplers.featsharp import FeatSharp
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,12 @@ class LinearFit:
             other.
     """
 
-    def __init__(self, upsampler: FeatSharp, ridge: float) -> None:
+    def __init__(self, upsampler: Upsampler, ridge: float) -> None:
+        if not isinstance(upsampler, FeatSharp):
+            raise ConfigError(
+                f"linear_fit is for FeatSharp, whose inputs are mixed linearly; {type(upsampler).__name__} has no such "
+                "weight, use linear_fit.samples=0"
+            )
         if not ridge > 0:
             raise ConfigError(f"linear_fit.ridge must be above 0; got {ridge:g}")
         self.upsampler, self.ridge = upsampler, ridge
@@ -118,15 +124,9 @@ def fit_linear(
         What was skipped: names and reasons.
 
     Raises:
-        ConfigError: When the upsampler is not FeatSharp, or has no linear weight.
+        ConfigError: See :class:`LinearFit`.
     """
-    upsampler = encoder.upsampler
-    if not isinstance(upsampler, FeatSharp):
-        raise ConfigError(
-            f"linear_fit is for FeatSharp, whose inputs are mixed linearly; {type(upsampler).__name__} has no such "
-            "weight, use linear_fit.samples=0"
-        )
-    fit = LinearFit(upsampler, ridge)
+    fit = LinearFit(encoder.upsampler, ridge)
     encoder.eval()
     skipped = []
     for views, problems in batches:
@@ -134,6 +134,6 @@ def fit_linear(
         skipped += problems
     add_over_processes([fit.inputs, fit.targets, fit.tokens], world)
     with torch.no_grad():
-        upsampler.linear_weight.copy_(fit.solve())
+        fit.upsampler.linear_weight.copy_(fit.solve())
     logger.info("linear weight fitted to %d tokens", int(fit.tokens))
     return skipped
