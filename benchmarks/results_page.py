@@ -33,6 +33,7 @@ TABLES = {
     "fidelity": Table("fidelity", {"fidelity_area": "fidelity, area pooling", "cosine": "cosine"}),
     "zoom": Table("zoom", {"zoom_cosine": "zoom cosine"}),
     "segmentation": Table("segmentation", {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}, 100, 1),
+    "segmentation-112": Table("segmentation-112", {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}, 100, 1),
     "no-retraining": Table("segmentation-low-res", {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}, 100, 1),
     "correspondence": Table("correspondence", PCK, 100, 1),
     "boundaries": Table("boundaries", {"ods_f": "best F (ODS)", "ois_f": "F, best per image (OIS)"}),
