@@ -27,7 +27,7 @@ from featsharp.configs.compose import compose, flatten, public_form, to_yaml
 from featsharp.configs.schema import RunConfig
 from featsharp.data.files import write_file
 from featsharp.data.filters import ImageFilter
-from featsharp.data.loader import StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.loader import StepSampler, ViewBatch, ViewDataset, check_repeatable, load_views
 from featsharp.data.sources import ImageMixture, ImageSource
 from featsharp.data.views import ViewConfig, base_view
 from featsharp.errors import CheckpointError, ConfigError, DataError, FeatSharpError
@@ -118,6 +118,8 @@ def train(config: RunConfig) -> Trainer:
     if config.linear_fit.samples and earlier is None:
         LinearFit(encoder.upsampler, config.linear_fit.ridge)  # refuses before the statistics, which take long
     mixture = _open_mixture(config.train_data_dir, config)
+    if config.feature_cache.samples:
+        check_repeatable(mixture)
     validate = ValidationSamples(config.val_data_dir, config.viz.num_images) if world.is_main else None
     views = dataclasses.asdict(config.views)
     views = {key: tuple(value) if isinstance(value, list) else value for key, value in views.items()}
@@ -305,6 +307,8 @@ def _read_earlier(last: Path, config: RunConfig) -> dict[str, Any] | None:
                 f"cannot resume: {problem}. Choose another output_base, move it away, or go on with force_resume=true"
             )
         logger.warning("force_resume: %s", problem)
+        if content["training"]:
+            content["training"]["places"] = {}  # perhaps of other streams
     return content
 
 

@@ -209,6 +209,8 @@ def test_view_options_of_the_library_are_those_of_the_configuration():
         (["optim.learning_rate=-1"], "optim.learning_rate must be at least 0"),
         (["optim.clip_norm=nan"], "optim.clip_norm must be at least 0 and finite; got nan"),
         (["batch_size"], "key=value"),
+        (["train_data_dir=http://host/a.tar?part=1"], "in quotes of their own"),
+        (["val_data_dir=s-000.tar", "val_data_dir=s-001.tar"], "val_data_dir is given 2 times"),
         (["viz.type=tensorbord"], "did you mean 'tensorboard'?"),
         (["viz.type=null"], "viz.type is a name or a list of names"),
         (["viz.mode=disabled"], "viz.mode must be online, offline or null; got 'disabled'"),

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -15,6 +16,9 @@ from featsharp.training.writers import writer_names
 from featsharp.urls import redact_url
 
 GROUPS = ("model", "upsampler", "datasets", "normalizer", "objective")
+
+# Whose values the shell can take for several ones.
+DATA_KEYS = ("train_data_dir", "val_data_dir", "dist_train_data_dir")
 
 # "+upsampler=featsharp-4x" is the file featsharp with upsampler.factor=4.
 FACTOR = re.compile(r"(?P<group>\+{0,2}upsampler)=(?P<name>[\w-]*\w)-(?P<factor>-?\d+(\.\d+)?)x")
@@ -147,10 +151,19 @@ def _check_overrides(overrides: Sequence[str]) -> None:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise ConfigError(f"cannot read the overrides: {str(error).splitlines()[0]}; write key=value") from error
+        raise ConfigError(
+            f"cannot read the overrides: {str(error).splitlines()[0]}; write key=value, and values that have any of "
+            "= { } , in quotes of their own: \"key='value'\""
+        ) from error
     keys = _valid_keys()
+    given = Counter(override.key_or_group for override in parsed)
     for override in parsed:
         key = override.key_or_group
+        if given[key] > 1 and key in DATA_KEYS:
+            raise ConfigError(
+                f"{key} is given {given[key]} times. If that was one value with braces, which the shell takes apart, "
+                f"quote it: \"{key}='s-{{000..009}}.tar'\""
+            )
         if key in GROUPS:
             value = str(override.value())
             if value not in options_of(key):

@@ -123,11 +123,8 @@ def load_views(
         DataError: When the data holds too few usable images.
         ConfigError: When samples are to be repeated that come from a stream, or when the filter fails.
     """
-    if sampler.distinct and dataset.mixture.has_streams:
-        raise ConfigError(
-            "feature_cache.samples repeats samples, which shards by URL or pipe cannot give again; copy them to a disk "
-            "or set feature_cache.samples=0"
-        )
+    if sampler.distinct:
+        check_repeatable(dataset.mixture)
     places = {} if places is None else places
     dataset.mixture.go_on_from(places)  # not from what was read for another purpose: this pass has readers of its own
     division = Division(sampler.batch_size, sampler.world, max(1, num_workers))
@@ -155,6 +152,15 @@ def load_views(
         for end in lifeline:
             end.close()
         dataset.mixture.close()
+
+
+def check_repeatable(mixture: ImageMixture) -> None:
+    """ConfigError where samples cannot be given again."""
+    if mixture.has_streams:
+        raise ConfigError(
+            "feature_cache.samples repeats samples, which shards by URL or pipe cannot give again; copy them to a disk "
+            "or set feature_cache.samples=0"
+        )
 
 
 def collate_views(samples: list[tuple[Views, list[tuple[str, str]]]]) -> ViewBatch:

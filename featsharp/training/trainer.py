@@ -312,7 +312,12 @@ class Trainer:
             self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_steps, self.step)
             if self.world.is_main:
                 self.skipped.add_state(state["skipped"])
-            self.places |= {name: (sample, read) for name, (sample, read) in state.get("places", {}).items()}
+            self._restore_places(state)
+
+    def _restore_places(self, state: Mapping[str, Any]) -> None:
+        """Where the readers of streams were; where there are others now, a forced run starts them by the step alone."""
+        if state["readers"] == self.readers:
+            self.places |= {name: (sample, read) for name, (sample, read) in state["places"].items()}
 
     @property
     def readers(self) -> int:
@@ -321,7 +326,7 @@ class Trainer:
 
     def _check_order(self, state: Mapping[str, Any], path: Path) -> None:
         """Raise CheckpointError where the steps to come would see other images than those of the run at ``path``."""
-        processes, readers = state.get("processes", self.world.size), state.get("readers", self.readers)
+        processes, readers = state["processes"], state["readers"]
         if processes != self.world.size:
             raise CheckpointError(
                 f"checkpoint {path} is of a run with {processes} processes, this one has {self.world.size}: the same "
@@ -354,7 +359,8 @@ class Trainer:
         """Save what all processes know; all of them must call it."""
         _, *others = gather_objects(self.skipped.state(), self.world)
         for places in gather_objects(self.places, self.world):
-            self.places |= places
+            for reader, place in places.items():  # only the process of a reader knows its latest
+                self.places[reader] = max(self.places.get(reader, place), place)
         if self.world.is_main:
             for counted in others:
                 self.skipped.add_state(counted)
