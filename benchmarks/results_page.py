@@ -37,6 +37,7 @@ TABLES = {
     "no-retraining": Table("segmentation-low-res", {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}, 100, 1),
     "correspondence": Table("correspondence", PCK, 100, 1),
     "boundaries": Table("boundaries", {"ods_f": "best F (ODS)", "ois_f": "F, best per image (OIS)"}),
+    "cka": Table("cka", {"cka": "mean", **{f"cka_{size}": f"{size} and others" for size in (56, 112, 168, 224)}}),
     "reference": Table("reference", {"cosine": "cosine", "error": "error / variance", "cka": "linear CKA"}),
 }
 
