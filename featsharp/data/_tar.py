@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, Self
 
+from featsharp.data._decompress import DAMAGE as DECOMPRESSION_DAMAGE
+from featsharp.data._decompress import Source, decompressed
 from featsharp.data.images import is_image_name
 from featsharp.errors import DataError
 
@@ -95,13 +97,14 @@ def index_tar(path: Path) -> TarIndex:
 def stream_tar(file: BinaryIO | IO[bytes]) -> Iterator[StreamMember]:
     """The images of a tar that can only be read once, in stored order, and what is wrong with it.
 
-    It may be compressed with gzip, bzip2 or xz.
+    It may be compressed with gzip, bzip2 or xz, also in several members, as when compressed tars were joined.
     The last entry has no name when it is about the tar itself. Members that are no images by name are one entry at the
     end, with their number. Errors of reading (OSError) pass through.
     """
     images = others = 0
+    source = Source(file)
     try:
-        with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as tar:
+        with tarfile.open(fileobj=decompressed(source), mode="r|", tarinfo=_Header) as tar:
             for info in _members(tar):
                 verdict = _verdict(info)
                 if verdict == _OTHER:
@@ -115,8 +118,10 @@ def stream_tar(file: BinaryIO | IO[bytes]) -> Iterator[StreamMember]:
                     images += 1
             if _ended_by(tar):
                 yield StreamMember("", b"", _ended_by(tar))
-    except _DAMAGE as error:
-        cut = images and "unexpected end" in str(error)
+    except (*_DAMAGE, *DECOMPRESSION_DAMAGE) as error:
+        if source.error:
+            raise source.error from None
+        cut = images and ("unexpected end" in str(error) or isinstance(error, EOFError))
         yield StreamMember("", b"", _cut_inside("a member") if cut else _not_a_tar(error, images))
     if others:
         yield StreamMember("*", b"", count_of_others(others))

@@ -1,6 +1,9 @@
 """Every kind of bad input is passed over, counted by its kind, and touches nothing but the archive it lies in."""
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import pickle
 import struct
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from featsharp.data._tar import stream_tar
 from featsharp.data.loader import SkipLog
 from featsharp.data.sources import ImageMixture, count_kinds, open_source
 from featsharp.data.streams import ShardStream
@@ -353,6 +357,79 @@ def test_compressed_tars_are_read_as_streams(tmp_path, mode):
         open_source(tmp_path / "bad.tar")
     for _ in ShardStream(f"pipe:cat {tmp_path}/bad.tar").scan():  # whatever it finds
         pass
+
+
+COMPRESSIONS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+def images_of(folder: Path, data: bytes) -> tuple[set[str], dict[str, int]]:
+    (folder / "bad.tar").write_bytes(data)
+    return account_of(ImageMixture.from_data_dir(f"pipe:cat {folder}/bad.tar"), 12)
+
+
+@pytest.mark.parametrize("mode", COMPRESSIONS)
+def test_compressed_tars_that_were_joined_are_read_to_their_end(tmp_path, mode):
+    tars = [tar_of((f"{n}.png", picture(n))) for n in range(3)]
+    parts = [COMPRESSIONS[mode](tar) for tar in tars]
+    everything = {"0.png", "1.png", "2.png"}
+    assert images_of(tmp_path, b"".join(parts)) == (everything, {})
+    assert images_of(tmp_path, (bytes(64)).join(parts) + bytes(64)) == (everything, {})
+    # One tar in members of any sizes, as the parallel tools write it.
+    whole = tar_of(*((f"{n}.png", picture(n)) for n in range(3)))
+    members = [COMPRESSIONS[mode](whole[at : at + 700]) for at in range(0, len(whole), 700)]
+    assert images_of(tmp_path, b"".join(members)) == (everything, {})
+
+
+@pytest.mark.parametrize("mode", COMPRESSIONS)
+def test_damage_of_a_compressed_tar_is_counted(tmp_path, mode):
+    parts = [COMPRESSIONS[mode](tar_of((f"{n}.png", picture(n)))) for n in range(3)]
+    damage = {"not readable as a tar file": 1}
+    assert images_of(tmp_path, b"".join(parts) + b"something else") == ({"0.png", "1.png", "2.png"}, damage)
+    broken = bytearray(parts[1])
+    broken[20:40] = b"\xa5" * 20
+    assert images_of(tmp_path, parts[0] + broken + parts[2]) == ({"0.png"}, damage)
+    assert images_of(tmp_path, parts[0] + parts[1][: len(parts[1]) // 2]) == ({"0.png"}, {"cut short": 1})
+    (tmp_path / "good.tar").write_bytes(tar_of(("good.png", picture(7))))
+    for bad in (parts[0][:100], bytes(broken)):
+        (tmp_path / "bad.tar").write_bytes(bad)
+        used, kinds = account_of(ImageMixture.from_data_dir(f"pipe:cat {tmp_path}/{{good,bad}}.tar"), 4)
+        assert used == {"good.png"}
+        assert kinds == damage
+
+
+class _Lossy(io.RawIOBase):
+    """A connection that is lost after some bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = io.BytesIO(data)
+
+    def read(self, size: int = -1) -> bytes:
+        if not (data := self.data.read(size)):
+            raise ConnectionResetError("lost")
+        return data
+
+
+@pytest.mark.parametrize("mode", ["plain", *COMPRESSIONS])
+def test_a_lost_connection_is_no_damage(mode):
+    """It is tried again, even where the errors of damaged data are of the same class."""
+    whole = tar_of(*((f"{n}.png", picture(n, side=64)) for n in range(3)))
+    whole = COMPRESSIONS.get(mode, bytes)(whole)
+    with pytest.raises(ConnectionResetError):
+        list(stream_tar(_Lossy(whole[: len(whole) // 2])))
+
+
+@pytest.mark.parametrize("mode", COMPRESSIONS)
+def test_a_compressed_stream_takes_bounded_memory(mode):
+    """Of 64 MiB of zeros in few bytes, and of all of them before the first image."""
+    big = tarfile.TarInfo("big.txt")
+    big.size = 1 << 26
+    data = COMPRESSIONS[mode](big.tobuf() + bytes(big.size) + tar_of(("x.png", picture())))
+    tracemalloc.start()
+    members = list(stream_tar(io.BytesIO(data)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [member.name for member in members if member.data] == ["x.png"]
+    assert peak < 1 << 24  # xz keeps 8 MiB by itself
 
 
 def test_other_compression_is_an_error_that_says_what_to_do(tmp_path):

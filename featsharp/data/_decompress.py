@@ -1,0 +1,96 @@
+"""Streams that may be compressed with gzip, bzip2 or xz, in any number of members (``cat a.gz b.gz``)."""
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable
+from typing import IO, BinaryIO, Protocol, cast
+
+# What damaged data raises. OSError may also come from the stream below: see ``Source.error``.
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, OSError)
+
+_MAX_XZ_MEMORY = 1 << 28  # a header may claim any; xz -9 needs 65 MiB
+_CHUNK = 1 << 16
+
+
+class _Decoder(Protocol):
+    """What ``bz2.BZ2Decompressor`` and ``lzma.LZMADecompressor`` are: for one member."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def needs_input(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int = -1) -> bytes: ...
+
+
+class Source:
+    """A stream from its start on, although its first bytes were looked at.
+
+    Attributes:
+        head: Those first bytes.
+        error: What the stream itself raised, as that is no damage of the data.
+    """
+
+    def __init__(self, file: BinaryIO | IO[bytes]) -> None:
+        self._file = file
+        self.head = self._unread = file.read(512)
+        self.error: OSError | None = None
+
+    def read(self, size: int) -> bytes:
+        """At most ``size`` bytes; none at the end."""
+        if self._unread:
+            data, self._unread = self._unread[:size], self._unread[size:]
+            return data
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def decompressed(source: Source) -> IO[bytes]:
+    """What a stream holds, by its first bytes; what is not compressed as it is. Only for ``read(size)``."""
+    head = source.head
+    if head.startswith(b"\x1f\x8b\x08"):
+        return cast(IO[bytes], gzip.GzipFile(fileobj=cast(BinaryIO, source), mode="rb"))  # only reads
+    if head.startswith(b"BZh") and head[4:10] == b"1AY&SY":
+        return io.BufferedReader(_Members(source, bz2.BZ2Decompressor))
+    if head.startswith((b"\xfd7zXZ\x00", b"\x5d\x00\x00\x80")):
+        return io.BufferedReader(_Members(source, lambda: lzma.LZMADecompressor(memlimit=_MAX_XZ_MEMORY)))
+    return cast(IO[bytes], source)
+
+
+class _Members(io.RawIOBase):
+    """The members of a bzip2 or xz stream. ``BZ2File`` and ``LZMAFile`` take a damaged one for the end of the file."""
+
+    def __init__(self, source: Source, new: Callable[[], _Decoder]) -> None:
+        self._source, self._new = source, new
+        self._decoder = new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        data = b""
+        while not data:
+            compressed = b""
+            if self._decoder.eof:
+                if not (compressed := self._next_member()):
+                    return 0
+                self._decoder = self._new()
+            elif self._decoder.needs_input and not (compressed := self._source.read(_CHUNK)):
+                raise EOFError("unexpected end of compressed data")
+            data = self._decoder.decompress(compressed, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _next_member(self) -> bytes:
+        """The first bytes behind a member and its padding with zeros; none at the end."""
+        data = self._decoder.unused_data
+        while not (start := data.lstrip(b"\0")) and (data := self._source.read(_CHUNK)):
+            pass
+        return start
