@@ -199,9 +199,16 @@ def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str]
 def _open_shards(pattern: Path) -> ImageSource:
     """The tars that a name with braces stands for, as a source of their folder."""
     source = ImageSource(pattern.parent)
-    for name in expand_braces(pattern.name):
+    names = expand_braces(pattern.name)
+    for name in names:
         if not name.lower().endswith(".tar"):
             raise DataError(f"{pattern}: stands for {name}, which is no .tar file; write shard-{{000..099}}.tar")
+    if missing := [name for name in names if not (source.path / name).exists()]:
+        raise DataError(
+            f"{pattern}: {len(missing)} of {len(names)} files are missing, the first {source.path / missing[0]}; "
+            "name the shards that are there"
+        )
+    for name in names:
         source._append_tar(source.path / name, f"{name}/")
     return source
 
