@@ -361,7 +361,8 @@ def _open(address: str) -> Iterator[IO[bytes]]:
 def _run(command: str) -> Iterator[IO[bytes]]:
     """The output of a shell command; OSError when it fails. It is ended when its output is no longer wanted.
 
-    With all that it started, and without asking: workers ignore SIGTERM, and what they start inherits that.
+    With all that it started, and by SIGKILL: nothing that it could still do is wanted, and a command may ignore SIGTERM,
+    also because what started the training does, as that is inherited.
     """
     process = subprocess.Popen(
         command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
@@ -389,7 +390,8 @@ def end_commands() -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
+    # Where the command has ended by itself, its group is gone, or macOS says that it may not be signalled.
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

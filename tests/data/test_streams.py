@@ -363,8 +363,23 @@ def test_a_command_that_is_no_longer_wanted_is_ended(tmp_path: Path) -> None:
     stream.close()
 
 
+def test_a_group_that_may_not_be_signalled_any_more_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As macOS says of a command that has ended; other systems say that there is none."""
+
+    def refuse(*_: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.killpg", refuse)
+    write_tar(tmp_path / "0.tar", range(3))
+    images = list(ShardStream(f"pipe:cat {tmp_path}/0.tar").scan())
+    assert [entry for image in images for entry in image.skipped] == []
+    assert len(images) == 3
+
+
 def test_a_stalled_command_ends_with_all_that_it_started_even_where_sigterm_is_ignored(tmp_path: Path) -> None:
-    """As in a data worker. A child of the shell would outlive it."""
+    """Which is inherited by all that is started. A child of the shell would outlive it."""
     write_tar(tmp_path / "0.tar", range(3))
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
