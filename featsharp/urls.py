@@ -4,11 +4,16 @@ import re
 
 HIDDEN = "***"
 
-# A quote belongs to the URL unless something follows that would not: hiding too much is better than too little.
-_URL = re.compile(r"""(?P<scheme>[A-Za-z][\w+.-]*:/{1,2})(?P<rest>(?:[^\s'"]|['"](?![\s,;:|&)\]}]|$))+)""")
+# Quotes and the marks of a sentence belong to the URL unless something follows that would not: hiding too much is
+# better than too little, but what a message says behind a URL has to stay.
+_URL = re.compile(
+    r"""(?P<scheme>[A-Za-z][\w+.-]*:/{1,2})"""
+    r"""(?P<rest>(?:[^\s'":,;]|[:,;](?![:,;]*(?:\s|$))|['"](?![\s,;:|&)\]}]|$))+)"""
+)
+_WHOLE = re.compile(r"""(?P<scheme>['"]?[A-Za-z][\w+.-]+://)(?P<rest>.+)""", re.DOTALL)
 # Up to the last @ before the path; behind a colon that starts no port, up to the last @ at all, as passwords may
 # hold any of / ? #.
-_USER = re.compile(r"^(?:[^/?#@]*:(?!\d+(?:[/?#]|$)).*@|[^/?#]*@)")
+_USER = re.compile(r"^(?:[^/?#@]*:(?!\d+(?:[/?#]|$)).*@|[^/?#]*@)", re.DOTALL)
 _VALUE = re.compile(r"([^=&;]+=)[^&;]*|[^&;]+")
 
 
@@ -23,6 +28,15 @@ def redact_url(text: str) -> str:
         "pipe:curl -s 'https://***@host/a.tar?token=***&part=***' | cat"
     """
     return _URL.sub(lambda url: url["scheme"] + _redact(url["rest"]), text)
+
+
+def redact_setting(value: str) -> str:
+    """A value of the configuration without the secrets of the URLs in it.
+
+    Where it is one URL as a whole, blanks belong to that; a reader of text, as :func:`redact_url` is, would stop there.
+    """
+    url = _WHOLE.fullmatch(value)
+    return url["scheme"] + _redact(url["rest"]) if url else redact_url(value)
 
 
 def _redact(rest: str) -> str:

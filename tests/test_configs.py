@@ -264,3 +264,12 @@ def test_unknown_names_end_the_command_with_the_valid_ones(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("featsharp train: unknown upsampler 'featshap'")
     assert all(name in line for name in options_of("upsampler"))
+
+
+def test_the_saved_form_shows_no_secret_of_an_address_with_blanks():
+    address = "https://u:SEC RET@h/a.tar?sig=SEC RET"
+    for data in (f"'{address}'", f"[['{address}', 2], photos]"):
+        saved = to_yaml(compose(["+model=toy-vit", "+upsampler=featup-2x", f"train_data_dir={data}"]))
+        assert "https://***@h/a.tar?sig=***" in saved
+        assert "SEC" not in saved
+        assert "RET" not in saved

@@ -1,8 +1,11 @@
 """No part of a URL that may be secret is shown, wherever in a text it stands."""
 
+import sys
+
 import pytest
 
-from featsharp.urls import redact_url
+from featsharp.training.writers.wandb import _public_command_line
+from featsharp.urls import redact_setting, redact_url
 
 
 @pytest.mark.parametrize(
@@ -30,3 +33,35 @@ def test_names_passwords_queries_and_fragments_are_hidden(text: str, shown: str)
     assert redact_url(text) == shown
     assert "SEC" not in shown
     assert redact_url(shown) == shown
+    assert redact_url(shown + ": y") == shown + ": y"
+    assert redact_url(shown + "; y, z") == shown + "; y, z"
+    assert redact_setting(text) == shown
+
+
+def test_what_is_said_about_a_url_stays_when_a_message_is_redacted_again() -> None:
+    said = "no usable image on http://***@127.0.0.1:8765/s-000.tar?sig=*** p00.jpg: KeyError, http://h/x?t=***; why"
+    assert redact_url(said) == said
+    assert redact_url("http://me:SECRET:@h/x?t=SECRET:: y") == "http://***@h/x?t=***:: y"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("https://u:SEC RET@h/a.tar?sig=SEC RET", "https://***@h/a.tar?sig=***"),
+        ("https://u:SEC\nRET@h/my photos/a.tar#SEC RET", "https://***@h/my photos/a.tar#***"),
+        ("'https://u:SEC RET@h/a.tar'", "'https://***@h/a.tar'"),
+        ("s3://u:SEC RET@h/a.tar", "s3://***@h/a.tar"),
+        ("C:/my photos", "C:/my photos"),
+    ],
+)
+def test_blanks_belong_to_a_setting_that_is_a_url(value: str, shown: str) -> None:
+    assert redact_setting(value) == shown
+    assert redact_setting(shown) == redact_url(shown) == shown
+
+
+def test_trackers_note_down_a_command_line_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["train", "train_data_dir=https://u:SEC RET@h/a.tar?sig=SEC RET", "batch_size=2"]
+    monkeypatch.setattr("sys.argv", given)
+    with _public_command_line():
+        assert sys.argv == ["train", "train_data_dir=https://***@h/a.tar?sig=***", "batch_size=2"]
+    assert sys.argv == given

@@ -13,7 +13,7 @@ from featsharp.configs.schema import RunConfig
 from featsharp.errors import ConfigError, MissingDependencyError, unknown_name
 from featsharp.training.objectives import OBJECTIVES, ObjectiveConfig, config_type
 from featsharp.training.writers import writer_names
-from featsharp.urls import redact_url
+from featsharp.urls import redact_setting
 
 GROUPS = ("model", "upsampler", "datasets", "normalizer", "objective")
 
@@ -136,7 +136,7 @@ def to_yaml(config: RunConfig) -> str:
 
 def _without_secrets(value: Any) -> Any:
     if isinstance(value, str):
-        return redact_url(value)
+        return redact_setting(value)
     if isinstance(value, Mapping):
         return {key: _without_secrets(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

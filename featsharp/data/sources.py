@@ -32,10 +32,10 @@ from featsharp.data.streams import (
     StreamPlace,
     expand_braces,
     is_stream,
-    shown,
     told_apart,
 )
 from featsharp.errors import ConfigError, DataError, InputError
+from featsharp.urls import redact_setting
 
 logger = logging.getLogger(__name__)
 
@@ -333,9 +333,9 @@ class ImageMixture:
             DataError: Also when one of the sources has no usable image among the first 10,000 tried.
         """
         entries = parse_data_dir(value)
-        labels = told_apart(shown(str(entry.path)) for entry in entries)
+        labels = told_apart(redact_setting(str(entry.path)) for entry in entries)
         sources = [
-            ShardStream(entry.path, shuffle_buffer, label.removeprefix(shown(entry.path)))
+            ShardStream(entry.path, shuffle_buffer, label.removeprefix(redact_setting(entry.path)))
             if isinstance(entry.path, str)
             else open_source(entry.path)
             for entry, label in zip(entries, labels, strict=True)
@@ -563,7 +563,7 @@ def _visible(names: Iterable[str]) -> list[str]:
 def _given(value: object) -> str:
     """A setting as it was given, but for secrets."""
     if isinstance(value, str):
-        return repr(shown(value))
+        return repr(redact_setting(value))
     if isinstance(value, Sequence):
         return f"[{', '.join(map(_given, value))}]"
     return repr(value) if isinstance(value, (int, float, type(None))) else f"a {type(value).__name__}"
@@ -573,14 +573,16 @@ def _weighted_path(path: object, weight: object) -> WeightedPath:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ConfigError(f"data entry with path {path!r}: a folder, a .tar file, a URL or pipe:COMMAND is needed")
     if not _is_weight(weight):
-        raise ConfigError(f"data entry {shown(str(path))!r} has weight {weight!r}; a positive number is needed")
+        raise ConfigError(
+            f"data entry {redact_setting(str(path))!r} has weight {weight!r}; a positive number is needed"
+        )
     share = float(weight)  # type: ignore[arg-type]
     text = os.fspath(path)
     if text.startswith(PIPE):
         return WeightedPath(text, share)
     text = os.path.expandvars(text)
     if not is_stream(text) and (scheme := re.match(r"([A-Za-z][\w+.-]+)://", text)):
-        address = shown(text)
+        address = redact_setting(text)
         advice = {
             "s3": f"pipe:aws s3 cp {address} -",
             "gs": f"pipe:gsutil cat {address}",

@@ -31,7 +31,7 @@ from typing import IO, NamedTuple
 from featsharp.data._order import hash_bits, shuffled
 from featsharp.data._tar import stream_tar
 from featsharp.errors import ConfigError, DataError, MissingDependencyError
-from featsharp.urls import redact_url
+from featsharp.urls import redact_setting, redact_url
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class ShardStream:
         MissingDependencyError: For braces without the package braceexpand.
 
     Attributes:
-        path: As given, but for what may be a secret (see :func:`featsharp.urls.redact_url`).
+        path: As given, but for what may be a secret (see :func:`featsharp.urls.redact_setting`).
         num_shards: After the expansion of braces.
         skipped: Always empty: what is damaged shows when it is read.
         num_others: 0, for the same reason.
@@ -92,12 +92,13 @@ class ShardStream:
     def __init__(self, path: str, buffer: int = SHUFFLE_BUFFER, tag: str = "") -> None:
         if buffer < 1:
             raise ConfigError(f"a shuffle buffer of {buffer} images cannot work; 1 is the least, 1000 is usual")
-        self.path = shown(path) + tag
+        self.path = redact_setting(path) + tag
         self.skipped: list[tuple[str, str]] = []
         self.num_others = 0
         shards = expand_braces(path)
         self._shards = [
-            Shard(shard, label + tag) for shard, label in zip(shards, told_apart(map(shown, shards)), strict=True)
+            Shard(shard, label + tag)
+            for shard, label in zip(shards, told_apart(map(redact_setting, shards)), strict=True)
         ]
         if (shard := _plain(shards[0])).lower().endswith(_OTHER_COMPRESSION):
             tool = "lz4" if shard.lower().endswith(".lz4") else "zstd"
@@ -258,18 +259,13 @@ def expand_braces(path: str) -> list[str]:
     try:
         return list(braceexpand(path))
     except ValueError as error:
-        raise ConfigError(redact_url(f"data entry {path!r}: {error}; write ranges as {{000..099}}")) from None
+        said = str(error).partition(":")[0]  # the entry follows
+        raise ConfigError(f"data entry {redact_setting(path)!r}: {said}; write ranges as {{000..099}}") from None
 
 
 def _plain(shard: str) -> str:
     """An address without query and fragment; empty for a command."""
     return "" if shard.startswith(PIPE) else re.split("[?#]", shard, maxsplit=1)[0]
-
-
-def shown(path: str) -> str:
-    """An entry of a ``*_data_dir`` setting without its secrets."""
-    # A blank would end the address for a reader of text, and what follows it would not be hidden.
-    return redact_url(path if path.startswith(PIPE) else re.sub(r"\s", "%20", path))
 
 
 def told_apart(names: Iterable[str]) -> list[str]:
@@ -313,13 +309,15 @@ def _read_shard(shard: Shard) -> Iterator[StreamImage]:
     A connection that breaks is opened again, and what was read before is passed over, so that the order of the images
     is the same. When that fails too often, what is left of the shard is given up.
     """
+    # Beside a query or fragment the name would be hidden with it, wherever the text is shown.
+    between = " " if re.search("[?#]", shard.label) else "/"
     done = 0
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with _open(shard.address) as file:
                 for member in itertools.islice(stream_tar(file), done, None):
                     done += 1
-                    name = f"{shard.label}/{member.name}" if member.name else shard.label
+                    name = shard.label + between + member.name if member.name else shard.label
                     if member.reason:
                         yield StreamImage("", b"", [(name, member.reason)])
                     else:
@@ -361,8 +359,8 @@ def _open(address: str) -> Iterator[IO[bytes]]:
 def _run(command: str) -> Iterator[IO[bytes]]:
     """The output of a shell command; OSError when it fails. It is ended when its output is no longer wanted.
 
-    With all that it started, and by SIGKILL: nothing that it could still do is wanted, and a command may ignore SIGTERM,
-    also because what started the training does, as that is inherited.
+    With all that it started, and by SIGKILL: nothing that it could still do is wanted, and it may ignore SIGTERM, also
+    because whatever started the training does, as that is inherited.
     """
     process = subprocess.Popen(
         command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True

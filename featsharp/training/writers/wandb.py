@@ -1,5 +1,6 @@
 """Weights & Biases (extra ``wandb``)."""
 
+import re
 import secrets
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 from featsharp.data.files import write_file
 from featsharp.errors import MissingDependencyError
 from featsharp.training.writers.base import VizWriter
-from featsharp.urls import redact_url
+from featsharp.urls import redact_setting
 
 # Keeps the run's id beside the checkpoint, so that a resumed training goes on in the same run.
 ID_FILE = "wandb-id.txt"
@@ -94,7 +95,7 @@ class WandbWriter(VizWriter):
 def _public_command_line() -> Iterator[None]:
     """While wandb notes down the command line, URLs in it are without their secrets."""
     given = sys.argv
-    sys.argv = [redact_url(argument) for argument in given]
+    sys.argv = ["".join(map(redact_setting, re.split("(?<==)", argument, maxsplit=1))) for argument in given]
     try:
         yield
     finally:
