@@ -539,7 +539,7 @@ def _files(root: Path, exclude: Path | None, skipped: list[tuple[str, str]]) -> 
     seen: set[str] = set()
 
     def note(error: OSError) -> None:
-        skipped.append((str(error.filename), f"folder cannot be listed ({error.strerror})"))
+        skipped.append((str(error.filename), f"cannot be listed ({error.strerror})"))
 
     for folder, folders, files in os.walk(root, followlinks=True, onerror=note):
         real = os.path.realpath(folder)

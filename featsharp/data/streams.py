@@ -16,6 +16,7 @@ import itertools
 import logging
 import os
 import re
+import selectors
 import signal
 import subprocess
 import time
@@ -325,7 +326,7 @@ def _read_shard(shard: Shard) -> Iterator[StreamImage]:
             return
         except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is none
             if attempt == ATTEMPTS or shard.address.startswith(PIPE) or not _may_pass(error):
-                yield StreamImage("", b"", [(shard.label, f"shard cannot be read ({_said(error)})")])
+                yield StreamImage("", b"", [(shard.label, f"cannot be fetched ({_said(error)})")])
                 return
             logger.info("%s: %s; trying again", shard.label, _said(error))
             time.sleep(BACKOFF * 2 ** (attempt - 1))
@@ -369,6 +370,7 @@ def _run(command: str) -> Iterator[IO[bytes]]:
     running = (os.getpid(), process)
     _running.add(running)
     try:
+        _wait_for_output(process.stdout, command)
         yield process.stdout
         while process.stdout.read(1 << 20):  # what follows the end mark; a writer that is cut off would count as failed
             pass
@@ -378,6 +380,14 @@ def _run(command: str) -> Iterator[IO[bytes]]:
         process.stdout.close()
         _end(process)
         _running.discard(running)
+
+
+def _wait_for_output(output: IO[bytes], command: str) -> None:
+    """Wait for the first bytes or the end, without limit: a command may have to wait for a tape. But not in silence."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while not selector.select(TIMEOUT):
+            logger.info("%s%s: still waiting for the first bytes", PIPE, redact_url(command))
 
 
 def end_commands() -> None:

@@ -250,7 +250,7 @@ def test_a_shard_that_fails_again_and_again_is_given_up_and_training_goes_on(
     stream = ShardStream(f"{server}/{{0..2}}.tar", buffer=1)
     images = list(stream.scan())
     assert [entry for image in images for entry in image.skipped] == [
-        (f"{server}/1.tar", f"shard cannot be read ({said})")
+        (f"{server}/1.tar", f"cannot be fetched ({said})")
     ]
     assert Handler.asked.count("/1.tar") == attempts
     found = {Path(image.name).name for image in images if image.name}
@@ -260,7 +260,7 @@ def test_a_shard_that_fails_again_and_again_is_given_up_and_training_goes_on(
     log = SkipLog()
     for batch in loaded:
         log.add(batch.skipped)
-    assert log.kinds.keys() == {"shard cannot be read"}
+    assert log.kinds.keys() == {"cannot be fetched"}
 
 
 def test_a_password_is_sent_to_the_server_and_never_shown(server: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -333,7 +333,7 @@ def test_missing_shards_are_counted_and_the_others_used(server: str) -> None:
     }
     skipped = dict(entry for image in loaded for entry in image.skipped)
     assert set(skipped) == {f"{server}/10.tar", f"{server}/11.tar"}
-    assert all("shard cannot be read (HTTP Error 404" in reason for reason in skipped.values())
+    assert all("cannot be fetched (HTTP Error 404" in reason for reason in skipped.values())
 
 
 def test_a_query_is_sent_but_never_shown(server: str) -> None:
@@ -352,11 +352,24 @@ def test_a_command_is_run_by_the_shell(tmp_path: Path, monkeypatch: pytest.Monke
     assert names(images, 9) == ["000.png", "001.png", "002.png"]
 
 
+def test_a_command_that_keeps_quiet_is_waited_for_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("featsharp.data.streams.TIMEOUT", 0.2)
+    caplog.set_level("INFO")
+    write_tar(tmp_path / "0.tar", range(3))
+    images = ShardStream(f"pipe:sleep 0.7; cat {tmp_path}/0.tar # http://h/x?t=SECRET").scan()
+    assert [image.name[-7:] for image in images] == ["000.png", "001.png", "002.png"]
+    said = f"pipe:sleep 0.7; cat {tmp_path}/0.tar # http://h/x?t=***: still waiting for the first bytes"
+    assert 1 <= caplog.messages.count(said) <= 3
+    assert set(caplog.messages) == {said}
+
+
 def test_a_failing_command_is_counted(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", range(3))
     mixture = ImageMixture.from_data_dir([f"pipe:cat {tmp_path}/0.tar; exit 3"])
     skipped = [entry for n in range(9) for entry in mixture.load(n).skipped]
-    assert skipped[0][1] == "shard cannot be read (the command ended with status 3)"
+    assert skipped[0][1] == "cannot be fetched (the command ended with status 3)"
 
 
 def test_a_command_that_is_no_longer_wanted_is_ended(tmp_path: Path) -> None:
@@ -399,7 +412,7 @@ def test_a_stalled_command_ends_with_all_that_it_started_even_where_sigterm_is_i
 
 
 def test_an_address_that_is_none_is_one_clear_error() -> None:
-    with pytest.raises(DataError, match="shard cannot be read"):
+    with pytest.raises(DataError, match="cannot be fetched"):
         ImageMixture.from_data_dir("http://[bad/x.tar")
 
 
