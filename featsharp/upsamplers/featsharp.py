@@ -175,7 +175,7 @@ class FeatSharp(Upsampler):
         """What :attr:`linear_weight` is applied to: all inputs, [B, D, H, W]."""
         low_res, tiles, _ = self._encode(image, encode, low_res_size, None, self._tile_parts)
         size = self.high_res_grid(low_res)
-        maps = {name: branch.upsample_to(low_res, image, size) for name, branch in self._branches()}
+        maps = self._guided_maps(low_res, image, size)
         return self._join(maps | self._tile_maps(tiles, whole(size), size))
 
     @property
@@ -215,7 +215,7 @@ class FeatSharp(Upsampler):
         Returns:
             [B, C, H, W].
         """
-        maps = {name: branch.upsample_to(low_res, image, size) for name, branch in self._branches()}
+        maps = self._guided_maps(low_res, image, size)
         if isinstance(self.block, nn.Linear):
             return self._weighted_sum(maps, tiles, whole(size), size)
         return self.block(self._stack(maps | self._tile_maps(tiles, whole(size), size))).permute(0, 3, 1, 2)
@@ -258,6 +258,10 @@ class FeatSharp(Upsampler):
             return low_res, None, summary
         limit = self.max_tile_batch
         return encode_tiles(self, image, encode, low_res_size, output_size, max_tile_batch=limit, process=process)
+
+    def _guided_maps(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The inputs that need no tiles, [B, c, *size] each."""
+        return {name: branch.upsample_to(low_res, image, size) for name, branch in self._branches()}
 
     def _tile_parts(self, tiles: Tensor) -> Tensor:
         """All tile inputs one after the other: [N, n C, h, w] of features [N, C, h, w]."""
