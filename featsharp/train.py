@@ -293,7 +293,7 @@ def _read_earlier(last: Path, config: RunConfig) -> dict[str, Any] | None:
     # A setting that is younger than the checkpoint had its default's effect then.
     content = read_checkpoint(last)
     with restoring(last):
-        saved = flatten(dataclasses.asdict(RunConfig())) | flatten(public_form(content["config"] or {}))
+        saved = flatten(dataclasses.asdict(RunConfig())) | flatten(content["config"] or {})
     present = flatten(public_form(config))
     different = [
         f"{key} {present[key]!r} instead of {saved.get(key)!r}"

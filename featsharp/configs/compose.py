@@ -121,10 +121,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def public_form(config: RunConfig | Mapping[str, Any]) -> dict[str, Any]:
+def public_form(config: RunConfig) -> dict[str, Any]:
     """The configuration as it is saved, reported, compared and shown: plain values, URLs without their secrets."""
-    plain = config if isinstance(config, Mapping) else dataclasses.asdict(config)
-    return {key: _without_secrets(value) for key, value in plain.items()}
+    return {key: _without_secrets(value) for key, value in dataclasses.asdict(config).items()}
 
 
 def to_yaml(config: RunConfig) -> str:
