@@ -20,7 +20,7 @@ from torch import Tensor
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
-from featsharp.benchmark.measure import describe_machine
+from featsharp.bench.measure import describe_machine
 
 Call = Callable[[Tensor], object]
 

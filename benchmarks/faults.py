@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featsharp.benchmark.measure import describe_machine
+from featsharp.bench.measure import describe_machine
 from featsharp.checkpoint import read_checkpoint
 from featsharp.train import main as train
 

@@ -20,17 +20,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from featsharp.benchmark.measure import processor
+from featsharp.bench.measure import processor
 from featsharp.builder import create_encoder, load_from_file
 from featsharp.cli.eval import own_downsampler
 from featsharp.configs.compose import compose
 from featsharp.data.images import is_image_name
+from featsharp.device import autocast_dtype
 from featsharp.evaluation.fidelity import FidelityMeter
 from featsharp.evaluation.samples import Estimate, ImageSet, bootstrap
 from featsharp.evaluation.zoom import ZoomMeter
+from featsharp.memory import keep_freed_memory
 from featsharp.model import SharpEncoder
-from featsharp.ops.device import autocast_dtype
-from featsharp.ops.memory import keep_freed_memory
 from featsharp.ops.resize import size_of
 from featsharp.train import train
 from featsharp.upsamplers import create_upsampler

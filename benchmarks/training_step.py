@@ -32,11 +32,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from featsharp.backbones.base import Backbone
-from featsharp.benchmark.measure import describe_machine, summarize
+from featsharp.bench.measure import describe_machine, summarize
 from featsharp.configs.compose import compose
 from featsharp.layers.bias_buffer import BiasBuffer
+from featsharp.memory import keep_freed_memory
 from featsharp.normalizers import Normalizer
-from featsharp.ops.memory import keep_freed_memory
 from featsharp.train import train
 from featsharp.training.objectives import Objective
 from featsharp.training.trainer import Trainer

@@ -19,11 +19,11 @@ import featsharp
 from featsharp.backbones.base import Backbone
 from featsharp.configs.compose import compose
 from featsharp.data.images import decode_image
+from featsharp.device import autocast_dtype
 from featsharp.evaluation.fidelity import FidelityMeter
 from featsharp.evaluation.zoom import ZoomMeter
+from featsharp.memory import keep_freed_memory
 from featsharp.model import SharpEncoder
-from featsharp.ops.device import autocast_dtype
-from featsharp.ops.memory import keep_freed_memory
 from featsharp.train import train
 from featsharp.visualization.figures.pca import draw_pca, pca_row
 from featsharp.visualization.style import save

@@ -6,6 +6,8 @@ Importing this package starts nothing, not even torch: the public names below lo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from featsharp import _moved
+
 if TYPE_CHECKING:
     from featsharp.backbones import create_backbone, from_callable, list_backbones, register_backbone
     from featsharp.builder import create_encoder, load_from_file, save_checkpoint
@@ -34,6 +36,8 @@ __all__ = [
     "register_upsampler",
     "save_checkpoint",
 ]
+
+_moved.install()
 
 _HOMES = {
     "SharpEncoder": "featsharp.model",

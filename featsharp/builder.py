@@ -13,8 +13,8 @@ from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
 from featsharp.backbones.common import runs_code
 from featsharp.checkpoint import ENCODER_FILE, WEIGHTS_SUFFIX, read_checkpoint, restoring, write_checkpoint
-from featsharp.data.files import write_file
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError
+from featsharp.files import write_file
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.spectral import folded_state
 from featsharp.model import SharpEncoder

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import pickle
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +21,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from featsharp.atomic import replacing
 from featsharp.errors import CheckpointError, FeatSharpError
+from featsharp.files import replacing
 
 VERSION = 1
 WEIGHTS_SUFFIX = ".safetensors"
@@ -66,19 +65,6 @@ def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any], kind
             f"cannot write checkpoint {path}: {_first_line(error)}. An earlier file of that name is unchanged; free "
             "some space or choose another folder"
         ) from error
-
-
-def remove_leftovers(folder: Path, older_than: float = 0) -> None:
-    """Delete the unfinished files of writers that were killed in ``folder``.
-
-    Args:
-        older_than: In seconds. Where others may be writing just now, more than any file takes.
-    """
-    latest = time.time() - older_than
-    for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError):  # gone, or not ours to delete
-            if path.stat().st_mtime <= latest:
-                path.unlink()
 
 
 def read_checkpoint(path: str | os.PathLike[str], kind: FileKind = ENCODER_FILE) -> dict[str, Any]:

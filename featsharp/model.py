@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.errors import ConfigError, InputError
 from featsharp.layers.bias_buffer import BiasBuffer
+from featsharp.memory import parse_memory
 from featsharp.normalizers import Normalizer
-from featsharp.ops.peak import parse_memory
 from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import UpsampleFeatures, Upsampler, scale_length
-from featsharp.upsamplers.bounded import Allocate, allocate_beside, upsample_within
+from featsharp.upsamplers.chunked import Allocate, allocate_beside, upsample_within
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -196,7 +196,7 @@ class SharpEncoder(nn.Module):
                 ``upsampler.input_upsample_factor``, to whole patches, or the one size of a fixed-size backbone.
             output_size: (H, W) of ``high_res`` in cells, where the upsampler takes any size; None: by the factor.
             allocate: Called with ``low_res`` and the shape and dtype of ``high_res``, returns the tensor to write that
-                to: see :class:`featsharp.data.mapped.MappedFeatures` for one in a file. Only with :attr:`max_memory`.
+                to: see ``featsharp.extraction.MappedFeatures`` for one in a file. Only with :attr:`max_memory`.
 
         Returns:
             ``low_res`` [B, C, h, w], ``high_res`` [B, C, factor * h, factor * w] or of ``output_size`` (S2 has several

@@ -22,19 +22,19 @@ import torch
 
 from featsharp.backbones import create_backbone
 from featsharp.builder import create_encoder
-from featsharp.checkpoint import read_checkpoint, remove_leftovers, restoring
+from featsharp.checkpoint import read_checkpoint, restoring
 from featsharp.configs.compose import compose, flatten, public_form, to_yaml
 from featsharp.configs.schema import RunConfig
-from featsharp.data.files import write_file
 from featsharp.data.filters import ImageFilter
 from featsharp.data.loader import StepSampler, ViewBatch, ViewDataset, check_repeatable, load_views
 from featsharp.data.sources import ImageMixture, ImageSource
 from featsharp.data.views import ViewConfig, base_view
+from featsharp.device import autocast_dtype
 from featsharp.errors import CheckpointError, ConfigError, DataError, FeatSharpError
+from featsharp.files import remove_leftovers, write_file
+from featsharp.memory import keep_freed_memory
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics, StatisticsKey, fit_with_cache
-from featsharp.ops.device import autocast_dtype
-from featsharp.ops.memory import keep_freed_memory
 from featsharp.training.distributed import (
     World,
     copy_from_main,
@@ -45,10 +45,10 @@ from featsharp.training.distributed import (
 )
 from featsharp.training.feature_cache import remember_features
 from featsharp.training.least_squares import LinearFit, fit_linear
+from featsharp.training.loggers import NullWriter, VizWriter, get_visualizer
 from featsharp.training.objectives import create_objective
-from featsharp.training.stopping import Terminated
+from featsharp.training.signals import Terminated
 from featsharp.training.trainer import LAST, LoopConfig, Trainer
-from featsharp.training.writers import NullWriter, VizWriter, get_visualizer
 from featsharp.urls import redact_url
 from featsharp.validation import ValidationSamples
 

@@ -17,7 +17,8 @@ PACKAGE = ROOT / "featsharp"
 # Lowest first. A unit (a package or module directly in featsharp/) may import itself and units of lower levels only,
 # so two units of one level never import each other. featsharp/__init__.py, the public face, stands above all.
 LEVELS = (
-    ("errors", "urls", "atomic"),
+    ("errors", "_moved"),
+    ("urls", "device", "files", "memory"),
     ("registry", "checkpoint", "progress", "settings", "table", "weights"),
     ("ops",),
     ("layers", "normalizers"),
@@ -25,7 +26,7 @@ LEVELS = (
     ("model",),
     ("builder",),
     ("published", "testing"),
-    ("training", "evaluation", "visualization", "benchmark"),
+    ("training", "evaluation", "visualization", "bench", "extraction"),
     ("configs", "validation", "implicit"),
     ("train",),
     ("cli",),

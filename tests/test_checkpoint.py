@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from featsharp.checkpoint import VERSION, read_checkpoint, remove_leftovers, write_checkpoint
+from featsharp.checkpoint import VERSION, read_checkpoint, write_checkpoint
 from featsharp.errors import CheckpointError
+from featsharp.files import remove_leftovers
 
 CONTENT = {
     "encoder": {"recipe": {"upsampler": "featup", "factor": 2, "options": {"inputs": ["jbu"]}}},

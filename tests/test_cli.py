@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from featsharp import __version__
 from featsharp.backbones import create_backbone, list_backbones
-from featsharp.benchmark.cost import count_cost
+from featsharp.bench.cost import count_cost
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint
 from featsharp.cli.main import COMMANDS, main
 from featsharp.configs.compose import options_of
@@ -390,8 +390,8 @@ def test_too_little_memory_names_the_least_that_works(photos, checkpoint, tmp_pa
 
 
 def test_bench_writes_what_it_prints(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("featsharp.benchmark.measure.CASE_SECONDS", 0.01)
-    monkeypatch.setattr("featsharp.benchmark.ops.SIDES", (4, 8))
+    monkeypatch.setattr("featsharp.bench.measure.CASE_SECONDS", 0.01)
+    monkeypatch.setattr("featsharp.bench.ops.SIDES", (4, 8))
     file = tmp_path / "new" / "ops.json"
     assert run("bench", "ops", "--factors", "2", "--repeat", "2", "--backbone", "toy-vit", "--json", file) == 0
     printed, content = capsys.readouterr().out, json.loads(file.read_text())
@@ -410,7 +410,7 @@ def test_bench_writes_what_it_prints(tmp_path, capsys, monkeypatch):
 
 
 def test_bench_of_an_encoder(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("featsharp.benchmark.measure.CASE_SECONDS", 0.01)
+    monkeypatch.setattr("featsharp.bench.measure.CASE_SECONDS", 0.01)
     file = tmp_path / "encode.json"
     arguments = ("bench", "encode", "--backbone", "toy-vit", "--factors", "1", "2", "--repeat", "2", "--json", file)
     assert run(*arguments) == 0

@@ -16,9 +16,9 @@ from featsharp.errors import ConfigError
 from featsharp.normalizers import NORMALIZERS
 from featsharp.train import main
 from featsharp.training.downsamplers import DOWNSAMPLERS
+from featsharp.training.loggers import WRITERS
 from featsharp.training.objectives import config_type
 from featsharp.training.objectives.multi_view import DISTANCES
-from featsharp.training.writers import WRITERS
 from featsharp.upsamplers import UPSAMPLERS
 
 CONFIGS = Path(compose.__code__.co_filename).parent

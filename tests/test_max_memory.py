@@ -13,8 +13,8 @@ CODE = """
 import resource, sys
 import torch
 from featsharp.builder import create_encoder
-from featsharp.data.mapped import MappedFeatures
-from featsharp.ops.peak import parse_memory, predict
+from featsharp.extraction.mapped import MappedFeatures
+from featsharp.memory import parse_memory, predict
 
 upsampler, factor, height, width, limit, file = sys.argv[1:]
 torch.set_num_threads(2)

@@ -30,7 +30,7 @@ from featsharp.checkpoint import read_checkpoint
 from featsharp.configs.compose import compose, options_of
 from featsharp.errors import InputError
 from featsharp.train import main
-from featsharp.training.writers import VizWriter
+from featsharp.training.loggers import VizWriter
 from featsharp.upsamplers import UPSAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]

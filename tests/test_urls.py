@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from featsharp.training.writers.wandb import _public_command_line
+from featsharp.training.loggers.wandb import _public_command_line
 from featsharp.urls import redact_setting, redact_url
 
 

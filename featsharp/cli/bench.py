@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from featsharp.benchmark.encode import UPSAMPLERS, benchmark_encode
-from featsharp.benchmark.measure import describe_machine
-from featsharp.benchmark.ops import benchmark_ops, benchmark_scaling
-from featsharp.data.files import write_file
+from featsharp.bench.encode import UPSAMPLERS, benchmark_encode
+from featsharp.bench.measure import describe_machine
+from featsharp.bench.ops import benchmark_ops, benchmark_scaling
+from featsharp.device import find_device
 from featsharp.errors import ConfigError
-from featsharp.ops.device import find_device
-from featsharp.ops.memory import keep_freed_memory
+from featsharp.files import write_file
+from featsharp.memory import keep_freed_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from featsharp import __version__
+from featsharp.device import find_device
 from featsharp.ops import local_attention, local_filter  # noqa: F401 (they register their backends)
 from featsharp.ops.backends import Problem, choose_backend, list_backends
-from featsharp.ops.device import find_device
 
 if TYPE_CHECKING:
     from featsharp.backbones import Backbone
@@ -126,7 +126,7 @@ def _other_sizes(backbone: "Backbone") -> str:
 
 def _measurements(backbone: "Backbone", device: torch.device, repeat: int) -> Iterator[tuple[str, str]]:
     """What running a backbone shows."""
-    from featsharp.benchmark.measure import time_interleaved
+    from featsharp.bench.measure import time_interleaved
     from featsharp.evaluation.position_bias import position_bias
 
     like = next((value for value in backbone.state_dict().values() if value.is_floating_point()), torch.empty(0))

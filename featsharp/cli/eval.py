@@ -22,19 +22,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from featsharp.benchmark.measure import describe_machine
+from featsharp.bench.measure import describe_machine
 from featsharp.builder import load_from_file
 from featsharp.checkpoint import read_checkpoint, restoring
 from featsharp.cli.results import add_backbone, parse_count, parse_size
-from featsharp.data.files import write_file
+from featsharp.device import autocast_dtype, find_device
 from featsharp.errors import ConfigError
 from featsharp.evaluation.fidelity import FidelityTask
 from featsharp.evaluation.samples import Estimate
 from featsharp.evaluation.task import Journal, Subject, Task, evaluate, from_json
 from featsharp.evaluation.zoom import ZoomTask
+from featsharp.files import write_file
+from featsharp.memory import keep_freed_memory
 from featsharp.model import SharpEncoder
-from featsharp.ops.device import autocast_dtype, find_device
-from featsharp.ops.memory import keep_freed_memory
 from featsharp.settings import setting_fields, settings_of, split_label
 
 # Task -> where it is defined. Only the chosen one is imported; the help of them all needs their titles.
@@ -49,9 +49,9 @@ TASKS = {
     "small-objects": "featsharp.evaluation.objects:SmallObjectTask",
     "segmentation": "featsharp.evaluation.segmentation.task:SegmentationTask",
     "delta-m": "featsharp.evaluation.delta_m:DeltaMTask",
-    "throughput": "featsharp.benchmark.throughput:ThroughputTask",
-    "flops": "featsharp.benchmark.flops:FlopsTask",
-    "recommend": "featsharp.benchmark.recommend:RecommendTask",
+    "throughput": "featsharp.bench.throughput:ThroughputTask",
+    "flops": "featsharp.bench.flops:FlopsTask",
+    "recommend": "featsharp.bench.recommend:RecommendTask",
 }
 
 # What a task's setting calls the kinds of numbers that argparse has no name for.

@@ -28,11 +28,11 @@ from featsharp.backbones.base import Backbone
 from featsharp.builder import load_from_file
 from featsharp.cli.results import parse_count
 from featsharp.data.images import decode_image, image_to_tensor
+from featsharp.device import find_device
 from featsharp.errors import ConfigError
 from featsharp.evaluation.position_bias import explained_by_position, random_images
+from featsharp.memory import keep_freed_memory
 from featsharp.model import InputConditioner, SharpEncoder
-from featsharp.ops.device import find_device
-from featsharp.ops.memory import keep_freed_memory
 from featsharp.settings import split_label
 from featsharp.visualization.figures.bias import Pattern, draw_bias, learned_pattern, mean_pattern
 from featsharp.visualization.figures.cka import draw_cka, read_cka

@@ -18,11 +18,11 @@ from pathlib import Path
 from featsharp.backbones import create_backbone
 from featsharp.cli.results import parse_count, parse_size, save_comparison, save_features
 from featsharp.data.images import decode_image
+from featsharp.device import find_device
 from featsharp.errors import ConfigError, InputError
 from featsharp.implicit.fit import FitConfig, Fitter
 from featsharp.implicit.reconstruction import Reconstruction, reconstruction
-from featsharp.ops.device import find_device
-from featsharp.ops.memory import keep_freed_memory
+from featsharp.memory import keep_freed_memory
 from featsharp.ops.resize import resize
 from featsharp.progress import with_progress
 

@@ -62,7 +62,7 @@ def backbone_rows() -> Iterable[tuple[str, ...]]:
 
 def upsampler_rows() -> Iterable[tuple[str, ...]]:
     """One row of text for every upsampler, as :data:`COLUMNS`."""
-    from featsharp.benchmark.cost import EMBED_DIM, count_cost
+    from featsharp.bench.cost import EMBED_DIM, count_cost
     from featsharp.errors import ConfigError
     from featsharp.upsamplers import UPSAMPLERS, Upsampler
 

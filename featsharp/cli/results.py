@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from featsharp.data.files import write_file
 from featsharp.data.images import image_to_tensor
 from featsharp.errors import InputError
+from featsharp.files import write_file
 from featsharp.ops.resize import resize
 from featsharp.visualization.panels import panel, save_picture
 from featsharp.visualization.pca import FeaturePCA

@@ -18,11 +18,11 @@ from pathlib import Path
 from featsharp.builder import load_from_file
 from featsharp.cli.results import add_backbone, check_finite, metadata_of, parse_size, save_comparison, save_features
 from featsharp.data.images import decode_image, is_image_name
-from featsharp.data.mapped import MappedFeatures
+from featsharp.device import find_device
 from featsharp.errors import ConfigError, DataError, InputError
+from featsharp.extraction.mapped import MappedFeatures
+from featsharp.memory import keep_freed_memory
 from featsharp.model import SharpEncoder
-from featsharp.ops.device import find_device
-from featsharp.ops.memory import keep_freed_memory
 from featsharp.weights import DEFAULT
 
 

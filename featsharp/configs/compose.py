@@ -11,8 +11,8 @@ from typing import Any
 
 from featsharp.configs.schema import RunConfig
 from featsharp.errors import ConfigError, MissingDependencyError, unknown_name
+from featsharp.training.loggers import writer_names
 from featsharp.training.objectives import OBJECTIVES, ObjectiveConfig, config_type
-from featsharp.training.writers import writer_names
 from featsharp.urls import redact_setting
 
 GROUPS = ("model", "upsampler", "datasets", "normalizer", "objective")

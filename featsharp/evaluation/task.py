@@ -20,10 +20,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from featsharp.data.files import write_file
 from featsharp.errors import DataError, FeatSharpError, InputError
 from featsharp.evaluation.identity import digest, encoder_key
 from featsharp.evaluation.samples import Estimate
+from featsharp.files import write_file
 from featsharp.model import SharpEncoder
 from featsharp.progress import with_progress
 from featsharp.settings import setting_fields, settings_of

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from featsharp.atomic import replacing
 from featsharp.errors import InputError, MissingDependencyError
+from featsharp.files import replacing
 from featsharp.normalizers.base import Normalizer
 from featsharp.normalizers.statistics import FeatureStatistics
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featsharp.errors import InputError
+from featsharp.memory import register_scratch
 from featsharp.ops.boxes import Box, whole
-from featsharp.ops.peak import register_scratch
 
 
 def size_of(x: Tensor) -> tuple[int, int]:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from featsharp.device import find_device
 from featsharp.errors import DistributedError
 from featsharp.normalizers import FeatureStatistics
-from featsharp.ops.device import find_device
 
 T = TypeVar("T")
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone, BackboneOutput
-from featsharp.checkpoint import remove_leftovers
-from featsharp.data.files import write_file
+from featsharp.files import remove_leftovers, write_file
 
 
 def remember_features(backbone: Backbone, folder: Path) -> None:

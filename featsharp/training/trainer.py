@@ -29,6 +29,7 @@ from featsharp.training.distributed import (
     gather_objects,
     object_from_main,
 )
+from featsharp.training.loggers import VizWriter
 from featsharp.training.objectives import Losses, Objective
 from featsharp.training.objectives.base import weighted_sum
 from featsharp.training.optim import (
@@ -39,9 +40,8 @@ from featsharp.training.optim import (
     load_optimizer,
     optimizer_step,
 )
-from featsharp.training.stopping import Terminated, TermSignal
+from featsharp.training.signals import Terminated, TermSignal
 from featsharp.training.usage import StepClock, peak_memory
-from featsharp.training.writers import VizWriter
 
 logger = logging.getLogger(__name__)
 

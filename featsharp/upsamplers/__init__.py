@@ -9,13 +9,13 @@ from typing import Any, Protocol
 from featsharp.upsamplers import (  # noqa: F401  (registers them)
     anyup,
     carafe,
+    custom,
     featsharp,
     featup,
     interpolate,
     jafar,
     larger_input,
     lift,
-    own,
     resfu,
     resize_conv,
     s2,
@@ -24,7 +24,7 @@ from featsharp.upsamplers import (  # noqa: F401  (registers them)
     tile,
 )
 from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler
-from featsharp.upsamplers.own import from_function
+from featsharp.upsamplers.custom import from_function
 from featsharp.upsamplers.registration import (
     UPSAMPLERS,
     build_upsampler,

@@ -58,7 +58,7 @@ class Upsampler(nn.Module):
         function_options: Options that may name code to be imported, as "module:function".
         window: Side in cells of the largest window that the method looks through; None without one.
         by_parts: Whether ``upsample_part`` is implemented (``prepare`` where needed, ``write_tiles`` with tiles),
-            so that a map can be made piece by piece where memory is scarce (:mod:`featsharp.upsamplers.bounded`).
+            so that a map can be made piece by piece where memory is scarce (:mod:`featsharp.upsamplers.chunked`).
         halo: How many cells of the tile map around its own, in each direction, a cell of the result depends on; None
             for an upsampler that looks at no tiles.
     """

@@ -14,7 +14,7 @@ from featsharp.errors import ConfigError, InputError
 from featsharp.ops.resize import resize, size_of
 from featsharp.registry import load_function
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
-from featsharp.upsamplers.own import name_of
+from featsharp.upsamplers.custom import name_of
 from featsharp.upsamplers.registration import register_upsampler
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

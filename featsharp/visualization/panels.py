@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from featsharp.data.files import write_file
+from featsharp.files import write_file
 
 
 def panel(pictures: list[Tensor], size: tuple[int, int]) -> Tensor:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featsharp.data.files import write_file
 from featsharp.errors import ConfigError, MissingDependencyError
+from featsharp.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -29,10 +29,10 @@ from featsharp.evaluation.fidelity import FidelityMeter
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
 from featsharp.training.distributed import World
+from featsharp.training.loggers import NullWriter
 from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
 from featsharp.training.optim import OptimConfig
 from featsharp.training.trainer import LoopConfig, Trainer
-from featsharp.training.writers import NullWriter
 
 VIEWS = ViewConfig(num_views=2, jitter_zoom=(0.9, 1.6), rotation=8.0, shift=0.15)
 LOW_RES, SIZE = (64, 64), (128, 128)

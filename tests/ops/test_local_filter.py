@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from featsharp.errors import ConfigError, InputError
+from featsharp.memory import PeakMeter
 from featsharp.ops import blocks
 from featsharp.ops.local_filter import local_filter
-from featsharp.ops.peak import PeakMeter
 from featsharp.ops.windows import border_cells
 
 BACKENDS = ["blocked", "reference"]

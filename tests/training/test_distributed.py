@@ -26,10 +26,10 @@ from featsharp.training.distributed import (
     merge_statistics,
     object_from_main,
 )
+from featsharp.training.loggers import NullWriter
 from featsharp.training.objectives import Losses
 from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
 from featsharp.training.trainer import LoopConfig, Trainer, average_losses
-from featsharp.training.writers import NullWriter
 
 ALONE = World(0, 1, torch.device("cpu"))
 

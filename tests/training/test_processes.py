@@ -19,7 +19,7 @@ from featsharp.checkpoint import read_checkpoint
 from featsharp.data.loader import StepSampler, load_views
 from featsharp.errors import CheckpointError, DistributedError
 from featsharp.training.distributed import World, gather_objects
-from featsharp.training.stopping import Terminated
+from featsharp.training.signals import Terminated
 from featsharp.training.trainer import Trainer
 
 

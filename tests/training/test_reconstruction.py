@@ -18,11 +18,11 @@ from featsharp.errors import ConfigError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
 from featsharp.training.distributed import World
+from featsharp.training.loggers import NullWriter
 from featsharp.training.objectives import create_objective
 from featsharp.training.objectives.reconstruction import ReconstructionConfig, ReconstructionObjective
 from featsharp.training.optim import OptimConfig
 from featsharp.training.trainer import LoopConfig, Trainer
-from featsharp.training.writers import NullWriter
 from featsharp.upsamplers import GuidedUpsampler
 
 LOW_RES = (32, 48)

@@ -27,11 +27,11 @@ from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.resize import resize
 from featsharp.training.distributed import World
+from featsharp.training.loggers import NullWriter
 from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
 from featsharp.training.optim import OptimConfig
-from featsharp.training.stopping import Terminated
+from featsharp.training.signals import Terminated
 from featsharp.training.trainer import LoopConfig, Trainer, Validation
-from featsharp.training.writers import NullWriter
 
 ALONE = World(0, 1, torch.device("cpu"))
 VIEWS = ViewConfig(num_views=3, jitter_zoom=(0.9, 1.6), rotation=8.0, shift=0.15)

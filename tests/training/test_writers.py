@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from featsharp.errors import ConfigError, MissingDependencyError
-from featsharp.training.writers import NullWriter, VizWriter, Writers, get_visualizer, writer_names
-from featsharp.training.writers.wandb import ID_FILE
+from featsharp.training.loggers import NullWriter, VizWriter, Writers, get_visualizer, writer_names
+from featsharp.training.loggers.wandb import ID_FILE
 
 CONFIG = {"optim": {"learning_rate": 0.5}, "views": {"zoom": [1.0, 2.0]}, "viz": {"entity": None}}
 PICTURE = torch.linspace(0, 1, 3 * 4 * 6).reshape(3, 4, 6)
@@ -282,6 +282,6 @@ def test_a_writer_that_cannot_be_closed_does_not_hide_the_error_of_the_run():
 
 
 def test_importing_the_writers_imports_no_tracker():
-    code = "import sys, featsharp.training.writers; print({'wandb', 'tensorboard', 'omegaconf'} & set(sys.modules))"
+    code = "import sys, featsharp.training.loggers; print({'wandb', 'tensorboard', 'omegaconf'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from featsharp.errors import ConfigError
-from featsharp.ops.peak import PeakMeter
+from featsharp.memory import PeakMeter
 from featsharp.upsamplers.resfu import (
     PairedContrast,
     ReSFU,

@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from featsharp.data.files import write_file
 from featsharp.data.images import decode_image, image_to_tensor
 from featsharp.errors import FeatSharpError
 from featsharp.evaluation.identity import digest, encoder_key, file_key
 from featsharp.evaluation.samples import check_finite
 from featsharp.evaluation.segmentation.readers import Pair
+from featsharp.files import write_file
+from featsharp.memory import format_memory
 from featsharp.model import SharpEncoder
-from featsharp.ops.peak import format_memory
 from featsharp.ops.resize import resize
 
 logger = logging.getLogger(__name__)

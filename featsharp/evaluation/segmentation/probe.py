@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from featsharp.data.files import write_file
 from featsharp.evaluation.segmentation.labels import VOID
+from featsharp.files import write_file
 from featsharp.ops.resize import resize, size_of
 
 logger = logging.getLogger(__name__)

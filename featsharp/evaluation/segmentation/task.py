@@ -44,9 +44,9 @@ from featsharp.evaluation.segmentation.readers import (
 from featsharp.evaluation.segmentation.scores import confusion, image_row, pool_rows
 from featsharp.evaluation.sizes import find_low_res_size, shown_size
 from featsharp.evaluation.task import Item, Row, Subject, Summary, Task
+from featsharp.memory import parse_memory
 from featsharp.model import SharpEncoder
 from featsharp.ops.boxes import Box
-from featsharp.ops.peak import parse_memory
 from featsharp.ops.resize import enlarge, resize
 from featsharp.settings import setting
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from featsharp.errors import InputError
+from featsharp.memory import register_scratch
 from featsharp.ops.backends import Backend, Problem, choose_backend, register_backends, wanted_backend
 from featsharp.ops.local_filter import reference
-from featsharp.ops.peak import register_scratch
 from featsharp.ops.windows import Border, check_window
 
 OP = "local_filter"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone
-from featsharp.benchmark.measure import measure_memory, time_interleaved
-from featsharp.benchmark.workloads import backbone_passes, build_encoder
+from featsharp.bench.measure import measure_memory, time_interleaved
+from featsharp.bench.workloads import backbone_passes, build_encoder
 
 UPSAMPLERS = ("identity", "bilinear", "tile", "featup", "jafar", "featsharp")
 

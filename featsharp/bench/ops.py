@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from featsharp.backbones import create_backbone
-from featsharp.benchmark.measure import measure_memory, time_interleaved
+from featsharp.bench.measure import measure_memory, time_interleaved
 from featsharp.layers.local_block import LocalBlock
 from featsharp.ops.backends import Problem, list_backends
 from featsharp.ops.local_attention import local_attention

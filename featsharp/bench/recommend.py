@@ -19,14 +19,14 @@ from torch import Tensor
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
-from featsharp.benchmark.labels import label_files
-from featsharp.benchmark.measure import describe_noise, find_failure, measure_memory, noise, time_interleaved
-from featsharp.benchmark.workloads import build_encoder, needs_function, needs_training
+from featsharp.bench.labels import label_files
+from featsharp.bench.measure import describe_noise, find_failure, measure_memory, noise, time_interleaved
+from featsharp.bench.workloads import build_encoder, needs_function, needs_training
 from featsharp.builder import load_from_file
 from featsharp.data import open_source
 from featsharp.errors import ConfigError, FeatSharpError
+from featsharp.memory import format_memory, parse_memory
 from featsharp.model import SharpEncoder
-from featsharp.ops.peak import format_memory, parse_memory
 from featsharp.progress import with_progress
 from featsharp.settings import setting
 from featsharp.table import align

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
-from featsharp.benchmark.counting import counting
-from featsharp.benchmark.measure import find_failure, noise
-from featsharp.benchmark.workloads import (
+from featsharp.bench.counting import counting
+from featsharp.bench.measure import find_failure, noise
+from featsharp.bench.workloads import (
     CurvesTask,
     Workload,
     backbone_passes,

@@ -6,8 +6,8 @@ from torch import nn
 
 from featsharp.errors import ConfigError
 from featsharp.layers.local_block import LocalBlock
+from featsharp.memory import PeakMeter, format_memory, parse_memory, predict
 from featsharp.ops.local_attention import local_attention
-from featsharp.ops.peak import PeakMeter, format_memory, parse_memory, predict
 
 
 @pytest.mark.parametrize(

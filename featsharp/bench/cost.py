@@ -2,7 +2,7 @@
 
 The measure of everything is one pass of a ViT-S/14 (12 layers, 384 channels) over 224 x 224 pixels. Products are
 counted, in the upsampler and in the passes that it asks for; interpolation, norms and activations are not. For times
-see :mod:`featsharp.benchmark.encode`.
+see :mod:`featsharp.bench.encode`.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from featsharp.benchmark.counting import counting
+from featsharp.bench.counting import counting
 from featsharp.upsamplers.base import Upsampler
 
 LAYERS, EMBED_DIM, PATCH, SIDE = 12, 384, 14, 224

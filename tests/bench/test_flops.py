@@ -9,9 +9,9 @@ from torch import nn
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.from_callable import from_callable
-from featsharp.benchmark.counting import counting, may_multiply
-from featsharp.benchmark.flops import FlopsTask, count_operations
-from featsharp.benchmark.workloads import build_encoder
+from featsharp.bench.counting import counting, may_multiply
+from featsharp.bench.flops import FlopsTask, count_operations
+from featsharp.bench.workloads import build_encoder
 from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError
 from featsharp.layers.local_block import LocalBlock

@@ -11,7 +11,7 @@ from featsharp.errors import ConfigError, InputError
 from featsharp.ops.resize import resize
 from featsharp.registry import load_function
 from featsharp.upsamplers import create_upsampler, from_function
-from featsharp.upsamplers.own import FromFunction
+from featsharp.upsamplers.custom import FromFunction
 
 
 def nearest(image, features, size):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.backbones import create_backbone
-from featsharp.benchmark.counting import counting
-from featsharp.benchmark.measure import (
+from featsharp.bench.counting import counting
+from featsharp.bench.measure import (
     Timing,
     describe_noise,
     find_failure,
@@ -23,7 +23,7 @@ from featsharp.benchmark.measure import (
     noise,
     time_interleaved,
 )
-from featsharp.benchmark.workloads import (
+from featsharp.bench.workloads import (
     DIRECT,
     CurvesTask,
     Workload,
@@ -34,7 +34,7 @@ from featsharp.benchmark.workloads import (
     skip,
 )
 from featsharp.errors import ConfigError
-from featsharp.ops.peak import format_memory
+from featsharp.memory import format_memory
 from featsharp.progress import with_progress
 from featsharp.settings import setting
 from featsharp.table import align

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from featsharp.errors import ConfigError, FeatSharpError, unknown_name
 from featsharp.registry import import_named
-from featsharp.training.writers.base import NullWriter, VizWriter
-from featsharp.training.writers.tensorboard import TensorBoardWriter
-from featsharp.training.writers.wandb import WandbWriter
+from featsharp.training.loggers.base import NullWriter, VizWriter
+from featsharp.training.loggers.tensorboard import TensorBoardWriter
+from featsharp.training.loggers.wandb import WandbWriter
 
 __all__ = ["WRITERS", "NullWriter", "VizWriter", "Writers", "get_visualizer", "writer_names"]
 
@@ -77,7 +77,7 @@ def get_visualizer(
         kind: "tensorboard", "wandb", "none", ``"module:Class"`` of your own (imported, and called with the folder), or
             a list of these.
         folder: Of the run.
-        entity, project, mode: See :class:`~featsharp.training.writers.wandb.WandbWriter`.
+        entity, project, mode: See :class:`~featsharp.training.loggers.wandb.WandbWriter`.
         step: The last step that the run has done before; what was reported of later ones was lost.
 
     Raises:
@@ -114,7 +114,7 @@ def _own_class(name: str) -> Callable[[Path], VizWriter]:
     if not callable(found) or missing:
         lacks = f"it lacks {', '.join(missing)}" if missing else "it is no class"
         raise ConfigError(
-            f"viz.type={name!r} is no VizWriter: {lacks}; derive it from featsharp.training.writers.VizWriter"
+            f"viz.type={name!r} is no VizWriter: {lacks}; derive it from featsharp.training.loggers.VizWriter"
         )
     return found
 

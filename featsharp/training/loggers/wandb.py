@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featsharp.data.files import write_file
 from featsharp.errors import MissingDependencyError
-from featsharp.training.writers.base import VizWriter
+from featsharp.files import write_file
+from featsharp.training.loggers.base import VizWriter
 from featsharp.urls import redact_setting
 
 # Keeps the run's id beside the checkpoint, so that a resumed training goes on in the same run.

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from featsharp.errors import MissingDependencyError
-from featsharp.training.writers.base import VizWriter
+from featsharp.training.loggers.base import VizWriter
 
 
 class TensorBoardWriter(VizWriter):

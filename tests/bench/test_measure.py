@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from featsharp.benchmark.measure import (
+from featsharp.bench.measure import (
     describe_machine,
     describe_noise,
     device_name,
@@ -24,7 +24,7 @@ def test_summary():
 
 
 def test_cases_take_turns_and_slow_ones_run_less(monkeypatch):
-    monkeypatch.setattr("featsharp.benchmark.measure.CASE_SECONDS", 0.2)
+    monkeypatch.setattr("featsharp.bench.measure.CASE_SECONDS", 0.2)
     calls = []
 
     def case(name, seconds):
@@ -41,7 +41,7 @@ def test_cases_take_turns_and_slow_ones_run_less(monkeypatch):
 
 @pytest.mark.parametrize("repeat", [1, 20])
 def test_the_least_number_of_runs_wins_over_time_and_repeat(monkeypatch, repeat):
-    monkeypatch.setattr("featsharp.benchmark.measure.CASE_SECONDS", 0.01)
+    monkeypatch.setattr("featsharp.bench.measure.CASE_SECONDS", 0.01)
     timings = time_interleaved({"slow": lambda: time.sleep(0.02)}, CPU, repeat=repeat, least=5)
     assert timings["slow"].runs == 5
 

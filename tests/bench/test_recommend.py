@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from featsharp.benchmark.labels import label_files
-from featsharp.benchmark.recommend import RecommendTask, rank, shipped_weights
+from featsharp.bench.labels import label_files
+from featsharp.bench.recommend import RecommendTask, rank, shipped_weights
 from featsharp.builder import create_encoder, save_checkpoint, save_weights
 from featsharp.errors import ConfigError, DataError, InputError
 from featsharp.ops.boxes import whole
@@ -61,7 +61,7 @@ class Patient(Hungry):
 def planted(monkeypatch):
     """Four planted upsamplers beside five real ones; two are no candidates: identity at 2x, custom without function."""
     real = ("bilinear", "tile", "sapa", "identity", "custom")
-    monkeypatch.setattr("featsharp.benchmark.measure.CASE_SECONDS", 0.5)
+    monkeypatch.setattr("featsharp.bench.measure.CASE_SECONDS", 0.5)
     monkeypatch.setattr(UPSAMPLERS, "_entries", {name: UPSAMPLERS[name] for name in real})
     for kind in (Sleeper, Learner, Hungry, Patient):
         register_upsampler(kind.__name__.lower(), "planted")(kind)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from featsharp.errors import FeatSharpError
-from featsharp.ops.memory import return_freed_memory, trim_memory
-from featsharp.ops.peak import PeakMeter
+from featsharp.memory import PeakMeter, return_freed_memory, trim_memory
 from featsharp.progress import with_progress
 
 # Time that the runs of one case should not exceed, in seconds, beyond the least number of runs.

@@ -9,9 +9,9 @@ import torch
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.toy import ToyViT
-from featsharp.benchmark.measure import find_failure
-from featsharp.benchmark.throughput import ThroughputTask
-from featsharp.benchmark.workloads import list_workloads
+from featsharp.bench.measure import find_failure
+from featsharp.bench.throughput import ThroughputTask
+from featsharp.bench.workloads import list_workloads
 from featsharp.errors import ConfigError, InputError
 from featsharp.settings import settings_of
 
@@ -120,7 +120,7 @@ def test_the_table_says_what_the_figures_depend_on(found):
 
 
 def test_slow_cases_run_five_times(monkeypatch):
-    monkeypatch.setattr("featsharp.benchmark.measure.CASE_SECONDS", 0.001)
+    monkeypatch.setattr("featsharp.bench.measure.CASE_SECONDS", 0.001)
     result = ThroughputTask("toy-vit", ("tile",), (2,), repeat=20).run(CPU, None, progress=False)
     assert {row["time"]["runs"] for row in result["rows"]} == {5}
 

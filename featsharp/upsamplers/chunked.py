@@ -2,7 +2,7 @@
 
 The low-resolution pass comes first and shows what one pass through the backbone costs. Then the tiles go through it, as
 many at a time as fit, straight into the map that is to be returned, and the upsampler turns that map part by part into
-the result, in parts as large as fit. What a part costs is predicted from shapes alone (:mod:`featsharp.ops.peak`).
+the result, in parts as large as fit. What a part costs is predicted from shapes alone (:mod:`featsharp.memory`).
 """
 
 from collections.abc import Callable
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from featsharp.errors import ConfigError, InputError
+from featsharp.memory import PeakMeter, format_memory, predict, return_freed_memory
 from featsharp.ops.boxes import Box
-from featsharp.ops.memory import return_freed_memory
-from featsharp.ops.peak import PeakMeter, format_memory, predict
 from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
 

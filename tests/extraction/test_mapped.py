@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 from featsharp.builder import create_encoder
-from featsharp.data.mapped import MappedFeatures
 from featsharp.errors import ConfigError, FeatSharpError
+from featsharp.extraction.mapped import MappedFeatures
 
 SHAPE = (1, 3, 4, 6)
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from featsharp.backbones import from_callable
 from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError, InputError
-from featsharp.ops.peak import PeakMeter, parse_memory
+from featsharp.memory import PeakMeter, parse_memory
 from featsharp.ops.resize import resize
 from featsharp.upsamplers import GuidedUpsampler, bounded
-from featsharp.upsamplers.bounded import upsample_within
+from featsharp.upsamplers.chunked import upsample_within
 from featsharp.upsamplers.featsharp import FeatSharp
 
 CASES = [

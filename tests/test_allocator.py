@@ -4,7 +4,7 @@ import platform
 import subprocess
 import sys
 
-CODE = "from featsharp.ops.memory import keep_freed_memory; print(keep_freed_memory(), keep_freed_memory())"
+CODE = "from featsharp.memory import keep_freed_memory; print(keep_freed_memory(), keep_freed_memory())"
 
 
 def test_the_allocator_takes_the_settings_where_it_is_glibc():
@@ -16,7 +16,7 @@ def test_the_allocator_takes_the_settings_where_it_is_glibc():
 RETURNS = """
 import ctypes
 import torch
-from featsharp.ops.memory import keep_freed_memory, return_freed_memory
+from featsharp.memory import keep_freed_memory, return_freed_memory
 
 def resident():
     with open("/proc/self/status") as status:

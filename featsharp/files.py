@@ -1,0 +1,59 @@
+"""Writing of files that are replaced whole or not at all."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from featsharp.errors import FeatSharpError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of ``path`` at the end of the block.
+
+    Where the block, or anything else, fails, what was at ``path`` is still there, and nothing beside it. A process that
+    is killed leaves a hidden ``.NAME.PID.tmp``. The folder is made. Nothing is synced to the disk.
+
+    Raises:
+        OSError: When it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # renamed, or never made
+            temporary.unlink()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, making its folder, so that a full disk costs neither what was there before nor leaves half a file.
+
+    Raises:
+        FeatSharpError: When it cannot be written. It is no DataError: unlike a bad image, the next one will fail too.
+    """
+    try:
+        with replacing(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise FeatSharpError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
+
+
+def remove_leftovers(folder: Path, older_than: float = 0) -> None:
+    """Delete the unfinished files of writers that were killed in ``folder``.
+
+    Args:
+        older_than: In seconds. Where others may be writing just now, more than any file takes.
+    """
+    latest = time.time() - older_than
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # gone, or not ours to delete
+            if path.stat().st_mtime <= latest:
+                path.unlink()
