@@ -1,19 +1,41 @@
-"""Pictures side by side, as tensors."""
+"""Pictures side by side with captions, as tensors; matplotlib is not needed."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from featsharp.files import write_file
 
+# Pixels: white between captioned pictures, and letters at their largest and smallest.
+GAP, LETTERS, LEAST_LETTERS = 8, 20, 8
 
-def panel(pictures: list[Tensor], size: tuple[int, int]) -> Tensor:
-    """Join RGB pictures [3, h, w] in [0, 1] in a row, each enlarged to ``size`` with visible cells: [3, H, n * W]."""
-    return torch.cat([F.interpolate(picture[None].cpu().float(), size, mode="nearest")[0] for picture in pictures], -1)
+
+def panel(pictures: Sequence[Tensor], size: tuple[int, int], captions: Sequence[str] = ()) -> Tensor:
+    """Join RGB pictures in a row, each enlarged to one size with visible cells.
+
+    Args:
+        pictures: [3, h, w] each, in [0, 1]; h and w need not agree.
+        size: (H, W) in pixels of each picture.
+        captions: Texts, one a picture, for a white line above the pictures, which then stand apart; () for none.
+
+    Returns:
+        [3, H, n * W] in [0, 1], float32 on the CPU; with captions [3, H + line, n * W + (n - 1) * GAP].
+    """
+    enlarged = [F.interpolate(picture[None].cpu().float(), size, mode="nearest")[0] for picture in pictures]
+    if not captions:
+        return torch.cat(enlarged, -1)
+    height = _font_size(captions, size[1])
+    columns: list[Tensor] = []
+    for picture, text in zip(enlarged, captions, strict=True):
+        columns += [torch.cat([_line_of_text(text, size[1], height), picture], 1), torch.ones(3, 1, GAP)]
+    total = columns[0].shape[1]
+    return torch.cat([column.expand(3, total, -1) for column in columns[:-1]], -1)
 
 
 def save_picture(picture: Tensor, path: Path) -> None:
@@ -22,3 +44,19 @@ def save_picture(picture: Tensor, path: Path) -> None:
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, "PNG")
     write_file(path, encoded.getvalue())
+
+
+def _font_size(captions: Sequence[str], width: int) -> int:
+    """Pixels of the largest letters in which every caption is at most ``width`` pixels wide."""
+    sizes = range(LETTERS, LEAST_LETTERS, -1)
+    fonts = {size: ImageFont.load_default(size) for size in sizes}
+    fitting = (size for size in sizes if all(fonts[size].getlength(text) <= width for text in captions))
+    return next(fitting, LEAST_LETTERS)
+
+
+def _line_of_text(text: str, width: int, size: int) -> Tensor:
+    """Black text in the middle of a white line [3, 1.5 * size, width]; what is wider is cut off."""
+    line = Image.new("RGB", (width, round(1.5 * size)), "white")
+    middle = (width / 2, line.height / 2)
+    ImageDraw.Draw(line).text(middle, text, fill="black", font=ImageFont.load_default(size), anchor="mm")
+    return torch.from_numpy(np.array(line)).permute(2, 0, 1).float() / 255
