@@ -44,7 +44,7 @@ from featsharp.training.distributed import (
     stop_world,
 )
 from featsharp.training.feature_cache import remember_features
-from featsharp.training.least_squares import LinearFit, fit_linear
+from featsharp.training.least_squares import check_linear_fit, fit_linear
 from featsharp.training.loggers import NullWriter, VizWriter, get_visualizer
 from featsharp.training.objectives import create_objective
 from featsharp.training.signals import Terminated
@@ -116,7 +116,7 @@ def train(config: RunConfig) -> Trainer:
     ).to(world.device)
     objective = create_objective(encoder, config.objective)
     if config.linear_fit.samples and earlier is None:
-        LinearFit(encoder.upsampler, config.linear_fit.ridge)  # refuses before the statistics, which take long
+        check_linear_fit(encoder.upsampler, config.linear_fit.ridge)  # before the statistics, which take long
     mixture = _open_mixture(config.train_data_dir, config)
     if config.feature_cache.samples:
         check_repeatable(mixture)

@@ -28,7 +28,6 @@ from featsharp.ops.warp import warp
 from featsharp.training.distributed import World, add_over_processes
 from featsharp.training.objectives.multi_view import encode_views, tokens_to_compare
 from featsharp.upsamplers.base import Upsampler
-from featsharp.upsamplers.featsharp import FeatSharp
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +45,24 @@ class LinearFitConfig:
     ridge: float = 0.1
 
 
+def check_linear_fit(upsampler: Upsampler, ridge: float) -> Tensor:
+    """The weight [C, D] of an upsampler that can be fitted in closed form.
+
+    Raises:
+        ConfigError: For an upsampler without such a weight, or a ridge that is not above 0: inputs may depend on each
+            other.
+    """
+    weight = upsampler.linear_weight
+    if weight is None:
+        raise ConfigError(
+            f"linear_fit is for FeatSharp, whose inputs are mixed linearly; {type(upsampler).__name__} has no such "
+            "weight, use linear_fit.samples=0"
+        )
+    if not ridge > 0:
+        raise ConfigError(f"linear_fit.ridge must be above 0; got {ridge:g}")
+    return weight
+
+
 class LinearFit:
     """Sums over samples that decide the weight: 8 D (D + C) bytes, however many samples there are.
 
@@ -54,20 +71,13 @@ class LinearFit:
         ridge: See :class:`LinearFitConfig`.
 
     Raises:
-        ConfigError: For an upsampler without such a weight, or a ridge that is not above 0: inputs may depend on each
-            other.
+        ConfigError: See :func:`check_linear_fit`.
     """
 
     def __init__(self, upsampler: Upsampler, ridge: float) -> None:
-        if not isinstance(upsampler, FeatSharp):
-            raise ConfigError(
-                f"linear_fit is for FeatSharp, whose inputs are mixed linearly; {type(upsampler).__name__} has no such "
-                "weight, use linear_fit.samples=0"
-            )
-        if not ridge > 0:
-            raise ConfigError(f"linear_fit.ridge must be above 0; got {ridge:g}")
         self.upsampler, self.ridge = upsampler, ridge
-        self.start = upsampler.linear_weight.detach().double().clone()
+        self.weight = check_linear_fit(upsampler, ridge)
+        self.start = self.weight.detach().double().clone()
         out_dim, in_dim = self.start.shape
         self.inputs = self.start.new_zeros(in_dim, in_dim)  # sum of x x^T
         self.targets = self.start.new_zeros(in_dim, out_dim)  # sum of x y^T
@@ -124,7 +134,7 @@ def fit_linear(
         What was skipped: names and reasons.
 
     Raises:
-        ConfigError: See :class:`LinearFit`.
+        ConfigError: See :func:`check_linear_fit`.
     """
     fit = LinearFit(encoder.upsampler, ridge)
     encoder.eval()
@@ -134,6 +144,6 @@ def fit_linear(
         skipped += problems
     add_over_processes([fit.inputs, fit.targets, fit.tokens], world)
     with torch.no_grad():
-        fit.upsampler.linear_weight.copy_(fit.solve())
+        fit.weight.copy_(fit.solve())
     logger.info("linear weight fitted to %d tokens", int(fit.tokens))
     return skipped

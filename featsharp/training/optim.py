@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from featsharp.errors import ConfigError, InputError
 from featsharp.layers.spectral import SpectralScale
+from featsharp.model import SharpEncoder
 from featsharp.training.objectives import Objective
-from featsharp.upsamplers.featsharp import FeatSharp
-from featsharp.upsamplers.featup import JBULevel
 
 
 @dataclass
@@ -36,20 +35,17 @@ class OptimConfig:
     clip_norm: float = 5.0
 
 
-def parameter_groups(encoder_parts: nn.Module, objective: Objective, config: OptimConfig) -> list[dict[str, object]]:
+def parameter_groups(encoder: SharpEncoder, objective: Objective, config: OptimConfig) -> list[dict[str, object]]:
     """Groups of every trainable parameter, each in exactly one.
 
     Args:
-        encoder_parts: Holds the upsampler and the bias buffer.
-        objective: With the parameters that it has itself, of a downsampler or an uncertainty network.
+        encoder: Of its upsampler, which says what is special about its parameters, and its bias buffer.
+        objective: Of a downsampler or an uncertainty network.
     """
-    special: dict[int, str] = {}
-    for module in encoder_parts.modules():
+    special = {id(p): name for name, params in encoder.upsampler.parameter_groups().items() for p in params}
+    for module in encoder.upsampler.modules():
         if isinstance(module, SpectralScale):
             special |= {id(p): "spectral" for p in module.parameters()}
-        if isinstance(module, FeatSharp):
-            levels = (m for m in module.modules() if isinstance(m, JBULevel))
-            special |= {id(p): "jbu" for level in levels for p in level.parameters()}
     if objective.uncertainty is not None:
         special |= {id(p): "uncertainty" for p in objective.uncertainty.parameters()}
     settings = {
@@ -59,20 +55,30 @@ def parameter_groups(encoder_parts: nn.Module, objective: Objective, config: Opt
         "uncertainty": (config.uncertainty_learning_rate, 0.0),
     }
     members: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
-    for parameter in [*encoder_parts.parameters(), *objective.parameters()]:
+    for parameter in [*_encoder_parameters(encoder), *objective.parameters()]:
         if parameter.requires_grad:
-            members[special.get(id(parameter), "main")].append(parameter)
-    return [
-        {"name": name, "params": params, "lr": settings[name][0], "weight_decay": settings[name][1]}
-        for name, params in members.items()
-        if params
-    ]
+            members.setdefault(special.get(id(parameter), "main"), []).append(parameter)
+    groups: list[dict[str, object]] = []
+    for name, params in members.items():
+        rate, decay = settings.get(name, settings["main"])
+        if params:
+            groups.append({"name": name, "params": params, "lr": rate, "weight_decay": decay})
+    return groups
 
 
-def build_optimizer(encoder_parts: nn.Module, objective: Objective, config: OptimConfig) -> torch.optim.NAdam:
-    """NAdam with its default betas over :func:`parameter_groups`."""
-    groups = parameter_groups(encoder_parts, objective, config)
-    if not any(parameter.requires_grad for parameter in encoder_parts.parameters()):
+def _encoder_parameters(encoder: SharpEncoder) -> list[nn.Parameter]:
+    bias = [] if encoder.bias_buffer is None else encoder.bias_buffer.parameters()
+    return [*encoder.upsampler.parameters(), *bias]
+
+
+def build_optimizer(encoder: SharpEncoder, objective: Objective, config: OptimConfig) -> torch.optim.NAdam:
+    """NAdam with its default betas over :func:`parameter_groups`.
+
+    Raises:
+        ConfigError: For an encoder without anything to train.
+    """
+    groups = parameter_groups(encoder, objective, config)
+    if not any(parameter.requires_grad for parameter in _encoder_parameters(encoder)):
         raise ConfigError(
             "there is nothing to train: this upsampler has no parameters; turn on bias_buffer, or use it untrained "
             "(load_from_file('bilinear-2x', featurizer=...))"

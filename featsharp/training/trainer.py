@@ -17,7 +17,6 @@ from featsharp.checkpoint import read_checkpoint, restoring
 from featsharp.data.loader import Places, SkipLog, StepSampler, ViewDataset, load_views
 from featsharp.data.views import Views
 from featsharp.errors import CheckpointError, unknown_name
-from featsharp.layers.local_block import LocalBlock
 from featsharp.layers.spectral import add_spectral, spectral_norms
 from featsharp.model import SharpEncoder
 from featsharp.training.distributed import (
@@ -129,15 +128,13 @@ class Trainer:
         self.folder, self.writer, self.world = folder, writer, world
         self.run_config, self.validate, self.progress = run_config, validate, progress
         if config.spectral:
-            # Of the local block alone, as published in effect: elsewhere a norm of 1 would undo the start.
-            for module in encoder.upsampler.modules():
-                if isinstance(module, LocalBlock):
-                    add_spectral(module)
+            for module in encoder.upsampler.spectral_modules():
+                add_spectral(module)
         self.trained = nn.ModuleDict({"upsampler": encoder.upsampler})
         if encoder.bias_buffer is not None:
             self.trained["bias_buffer"] = encoder.bias_buffer
         copy_from_main([*self.trained.parameters(), *objective.parameters()], world)
-        self.optimizer = build_optimizer(self.trained, objective, config.optim)
+        self.optimizer = build_optimizer(encoder, objective, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, config.num_steps)
         self.scaler = build_scaler(world.device, config.autocast_dtype)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -153,6 +153,30 @@ class Upsampler(nn.Module):
             )
         return height, width
 
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the group whose learning rate training gives them; those in no group belong to "main".
+
+        Names that training knows: "main" and "jbu" (``optim.jbu_learning_rate``).
+        """
+        return {"main": list(self.parameters())}
+
+    def spectral_modules(self) -> list[nn.Module]:
+        """Modules whose linear layers are trained under spectral reparametrisation: see ``layers.spectral``."""
+        return []
+
+    @property
+    def linear_weight(self) -> Tensor | None:
+        """[C, D], the parameter that mixes :meth:`linear_maps` linearly, for a fit in closed form; None without one.
+
+        Raises:
+            ConfigError: Where the method has one, but not with these options.
+        """
+        return None
+
+    def linear_maps(self, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> Tensor:
+        """Maps [B, D, H, W] that :attr:`linear_weight` is applied to."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, factor={self.factor}"
 

@@ -171,6 +171,15 @@ class FeatSharp(Upsampler):
         size = self.high_res_grid(low_res, output_size)
         return UpsampleFeatures(low_res, self.fuse(low_res, image, tiles, size), summary)
 
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """JBU inside FeatSharp may learn at a rate of its own."""
+        jbu = list(self.branches["jbu"].parameters()) if "jbu" in self.branches else []
+        return super().parameter_groups() | {"jbu": jbu}
+
+    def spectral_modules(self) -> list[nn.Module]:
+        """The local block alone, as published in effect: elsewhere a norm of 1 would undo the start."""
+        return [self.block] if isinstance(self.block, LocalBlock) else []
+
     def linear_maps(self, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> Tensor:
         """What :attr:`linear_weight` is applied to: all inputs, [B, D, H, W]."""
         low_res, tiles, _ = self._encode(image, encode, low_res_size, None, self._tile_parts)
@@ -380,14 +389,25 @@ class ProgressiveFeatSharp(Upsampler):
     def input_upsample_factor(self) -> float:
         return self.factor
 
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        jbu = [p for level in self._levels() for p in level.parameter_groups()["jbu"]]
+        return super().parameter_groups() | {"jbu": jbu}
+
+    def spectral_modules(self) -> list[nn.Module]:
+        return [module for level in self._levels() for module in level.spectral_modules()]
+
+    def _levels(self) -> Iterator[FeatSharp]:
+        for level in self.levels:
+            assert isinstance(level, FeatSharp)
+            yield level
+
     def forward(
         self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
     ) -> UpsampleFeatures:
         low_res, summary = encode(resize(image, low_res_size))
         self.high_res_grid(low_res, output_size)  # refuses another size
         features = low_res
-        for level in self.levels:
-            assert isinstance(level, FeatSharp)
+        for level in self._levels():
             size = level.high_res_grid(features)
             tiles = None
             if level.tile_inputs:

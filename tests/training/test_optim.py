@@ -9,6 +9,7 @@ from torch import nn
 from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError
 from featsharp.layers.spectral import SpectralScale, add_spectral
+from featsharp.model import SharpEncoder
 from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
 from featsharp.training.optim import OptimConfig, build_optimizer, build_schedule, parameter_groups
 
@@ -17,35 +18,34 @@ RATES = OptimConfig(
 )
 
 
-def parts_of(upsampler: str, *, spectral: bool = True) -> tuple[nn.ModuleDict, MultiViewObjective]:
+def parts_of(upsampler: str, *, spectral: bool = True) -> tuple[SharpEncoder, MultiViewObjective]:
     encoder = create_encoder("toy-vit", upsampler, 2, bias_buffer=True)
     if spectral:
         add_spectral(encoder.upsampler)
-    assert encoder.bias_buffer is not None
-    parts = nn.ModuleDict({"upsampler": encoder.upsampler, "bias_buffer": encoder.bias_buffer})
     settings = MultiViewConfig(downsampler="attention", kernel_size=3, uncertainty=True)
-    return parts, MultiViewObjective(encoder.embed_dim, 2, settings)
+    return encoder, MultiViewObjective(encoder.embed_dim, 2, settings)
 
 
-@pytest.mark.parametrize("upsampler", ["featsharp", "featup", "bilinear"])
+@pytest.mark.parametrize("upsampler", ["featsharp", "featsharp-progressive", "featup", "bilinear"])
 @pytest.mark.parametrize("spectral", [True, False])
 def test_every_parameter_is_in_exactly_one_group_with_its_rate(upsampler, spectral):
-    parts, objective = parts_of(upsampler, spectral=spectral)
+    encoder, objective = parts_of(upsampler, spectral=spectral)
     rate_of: dict[int, tuple[float, float]] = {}
-    for group in parameter_groups(parts, objective, RATES):
+    for group in parameter_groups(encoder, objective, RATES):
         assert group["params"]
         for parameter in group["params"]:
             assert id(parameter) not in rate_of
             rate_of[id(parameter)] = (group["lr"], group["weight_decay"])
-    named = [*parts.named_parameters(), *((f"objective.{n}", p) for n, p in objective.named_parameters())]
+    trained = [(n, p) for n, p in encoder.named_parameters() if n.startswith(("upsampler.", "bias_buffer."))]
+    named = [*trained, *((f"objective.{n}", p) for n, p in objective.named_parameters())]
     assert len(rate_of) == len(named)
-    scales = {id(p) for m in parts.modules() if isinstance(m, SpectralScale) for p in m.parameters()}
-    assert bool(scales) == (spectral and upsampler == "featsharp")
+    scales = {id(p) for m in encoder.modules() if isinstance(m, SpectralScale) for p in m.parameters()}
+    assert bool(scales) == (spectral and "featsharp" in upsampler)
     for name, parameter in named:
         expected = (1.0, 0.0)
         if id(parameter) in scales:
             expected = (0.2, 0.01)
-        elif upsampler == "featsharp" and ".jbu." in name:
+        elif "featsharp" in upsampler and ".jbu." in name:
             expected = (0.3, 0.0)
         elif name.startswith("objective.uncertainty."):
             expected = (0.05, 0.0)
@@ -53,11 +53,11 @@ def test_every_parameter_is_in_exactly_one_group_with_its_rate(upsampler, spectr
 
 
 def test_frozen_parameters_are_left_out():
-    parts, objective = parts_of("featup")
-    parts["bias_buffer"].requires_grad_(False)
-    optimizer = build_optimizer(parts, objective, RATES)
+    encoder, objective = parts_of("featup")
+    encoder.bias_buffer.requires_grad_(False)
+    optimizer = build_optimizer(encoder, objective, RATES)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert id(parts["bias_buffer"].buffer) not in held
+    assert id(encoder.bias_buffer.buffer) not in held
 
 
 def rates_of_run(total: int, warmup: int) -> list[float]:
@@ -110,4 +110,4 @@ def test_resumed_schedule_continues():
 def test_nothing_to_train_is_said():
     objective = MultiViewObjective(32, 2, MultiViewConfig(downsampler="area", uncertainty=False))
     with pytest.raises(ConfigError, match="nothing to train"):
-        build_optimizer(create_encoder("toy-vit", "bilinear", 2).upsampler, objective, OptimConfig())
+        build_optimizer(create_encoder("toy-vit", "bilinear", 2), objective, OptimConfig())
