@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from featsharp.errors import CheckpointError, FeatSharpError
+from featsharp.errors import CheckpointError, FeatSharpError, missing_checkpoint
 from featsharp.files import replacing
 
 VERSION = 1
@@ -75,7 +75,7 @@ def read_checkpoint(path: str | os.PathLike[str], kind: FileKind = ENCODER_FILE)
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist{_beside(path)}")
+        raise missing_checkpoint(path)
     if path.suffix == WEIGHTS_SUFFIX and kind is ENCODER_FILE:
         content = _read_weights(path)
         _check_kind(path, content, kind)
@@ -172,12 +172,6 @@ def _check_sums(path: Path) -> None:
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-
-
-def _beside(path: Path) -> str:
-    """The checkpoints in the folder of a missing one."""
-    found = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
-    return f"; that folder has {', '.join(found[:5])}" if found else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ else is a defect of ours and keeps its traceback.
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class FeatSharpError(Exception):
@@ -46,3 +47,11 @@ def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> ConfigError:
     nearest = difflib.get_close_matches(given, allowed, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(repr(name) for name in nearest)}?" if nearest else "."
     return ConfigError(f"unknown {kind} {given!r}{hint} Available: {', '.join(allowed) or 'none'}")
+
+
+def missing_checkpoint(path: Path) -> CheckpointError:
+    """Make the error for a checkpoint that does not exist, with those beside it."""
+    others = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
+    return CheckpointError(
+        f"checkpoint {path} does not exist" + (f"; that folder has {', '.join(others[:5])}" if others else "")
+    )
