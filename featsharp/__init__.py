@@ -3,8 +3,9 @@
 Importing this package starts nothing, not even torch: the public names below load their module when first used.
 """
 
+import logging
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from featsharp import _moved
 
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 _moved.install()
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # who uses the package decides what is shown
 
 _HOMES = {
     "SharpEncoder": "featsharp.model",
@@ -57,12 +59,14 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # to a type checker a mistyped name stays one
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
