@@ -35,6 +35,7 @@ from featsharp.files import remove_leftovers, write_file
 from featsharp.memory import keep_freed_memory
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics, StatisticsKey, fit_with_cache
+from featsharp.terminal import parse_verbosity, set_up_terminal
 from featsharp.training.distributed import (
     World,
     copy_from_main,
@@ -66,8 +67,8 @@ FREE_TO_CHANGE = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compose, build, train; returns the exit status: 1 for an error, 130 for Ctrl-C, 143 for SIGTERM."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verbosity, arguments = parse_verbosity(sys.argv[1:] if arguments is None else arguments)
+    set_up_terminal(verbosity, usual=logging.INFO)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0

@@ -1,7 +1,9 @@
 """What all tests share: options, fixed seeds and visible skips."""
 
+import logging
 import os
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -34,6 +36,13 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (third parties draw from the global generator)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def usual_log_level() -> Iterator[None]:
+    """A command that a test runs here sets the level of the package's log messages for that test alone."""
+    yield
+    logging.getLogger("featsharp").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "featsharp"
 LEVELS = (
     ("errors", "_moved"),
     ("urls", "device", "files", "memory"),
-    ("registry", "checkpoint", "progress", "settings", "table", "weights"),
+    ("registry", "checkpoint", "settings", "terminal", "weights"),
     ("ops",),
     ("layers", "normalizers"),
     ("backbones", "upsamplers", "data"),

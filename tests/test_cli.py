@@ -23,6 +23,7 @@ from featsharp.configs.compose import options_of
 from featsharp.normalizers import NORMALIZERS, FeatureStatistics
 from featsharp.training.downsamplers import create_downsampler
 from featsharp.upsamplers import UPSAMPLERS, create_upsampler
+from featsharp.visualization.panels import GAP
 
 TILE = ["--checkpoint", "tile-2x", "--backbone", "toy-vit"]
 
@@ -81,9 +82,11 @@ def test_upsample_of_an_image_and_a_folder(photos, checkpoint, tmp_path, capsys)
     assert run("upsample", image, photos, "--checkpoint", checkpoint, "-o", out) == 0
     results = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     assert results == sorted(f"{n}.{s}" for n in ("tall", "a", "deep/b") for s in ("png", "safetensors"))
-    assert sorted(capsys.readouterr().out.split()) == sorted(
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[0] for line in lines) == sorted(
         str(out / f"{n}.safetensors") for n in ("tall", "a", "deep/b")
     )
+    assert re.search(r"tall.safetensors  90x30 pixels -> 14x5 tokens -> 28x10 cells  \(for more: --size HxW\)$", lines[0])
     tensors, metadata = read_features(out / "tall.safetensors")
     assert metadata == {"image_size": "90x30", "layout": "CHW"}
     assert {name: value.dtype for name, value in tensors.items()} == dict.fromkeys(
@@ -94,7 +97,8 @@ def test_upsample_of_an_image_and_a_folder(photos, checkpoint, tmp_path, capsys)
     assert torch.equal(tensors["low_res"], expected.low_res[0])
     assert torch.equal(tensors["high_res"], expected.high_res[0])
     with Image.open(out / "tall.png") as picture:
-        assert picture.size == (3 * 149, 448)
+        width, height = picture.size
+        assert (width, height > 448) == (3 * 149 + 2 * GAP, True)  # a line of captions above
 
 
 def test_upsample_at_a_given_size(photos, tmp_path):
@@ -115,7 +119,7 @@ def test_one_bad_image_does_not_end_the_work_on_others(photos, tmp_path, capsys)
     (photos / "aa.png").write_bytes(b"")
     assert run("upsample", photos, *TILE, "-o", tmp_path / "out") == 1
     captured = capsys.readouterr()
-    assert len(captured.out.split()) == 2
+    assert len(captured.out.splitlines()) == 2
     (line,) = captured.err.splitlines()
     assert line == f"featsharp upsample: {photos / 'aa.png'}: the file is empty (0 bytes)"
 
@@ -128,10 +132,12 @@ def nearest(image, features, size):
     return torch.nn.functional.interpolate(features, size)
 
 
-def test_ls_prints_every_name_with_a_description(capsys):
+def test_ls_prints_every_name_with_a_description(capsys, monkeypatch):
     """U28."""
+    monkeypatch.setenv("COLUMNS", "200")
     assert run("ls") == 0
     lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
     names = [*list_backbones(), *UPSAMPLERS.names(), *NORMALIZERS.names()]
     names += [f"+model={n}" for n in options_of("model")] + [f"+upsampler={n}-FACTORx" for n in options_of("upsampler")]
     names += [f"objective={n}" for n in options_of("objective")]
@@ -139,8 +145,8 @@ def test_ls_prints_every_name_with_a_description(capsys):
     assert set(names) <= described
     assert run("ls", "upsamplers") == 0
     text = capsys.readouterr().out
-    assert re.search(r"featsharp +image, tiles +yes +nearly +any +4,630,434 +5.80 ", text)
-    assert re.search(r"identity +nothing +no +yes +one +0 +1.00 ", text)
+    assert re.search(r"featsharp +yes +nearly +any +4,630,434 +5.80\n +FeatSharp: JBU[^;]+;\s+needs image, tiles\n", text)
+    assert re.search(r"identity +no +yes +one +0 +1.00\n[^;]+; needs nothing\n", text)
     assert "backbones:" not in text
 
 

@@ -1,6 +1,6 @@
 """Tables as lines of text."""
 
-from featsharp.table import align
+from featsharp.terminal import align
 
 ROWS = [("a", "1"), ("longer", "2.25")]
 

@@ -32,8 +32,7 @@ from featsharp.bench.workloads import (
 )
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.model import SharpEncoder
-from featsharp.progress import with_progress
-from featsharp.table import align
+from featsharp.terminal import align, with_progress
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from featsharp.errors import FeatSharpError
 from featsharp.memory import PeakMeter, return_freed_memory, trim_memory
-from featsharp.progress import with_progress
+from featsharp.terminal import with_progress
 
 # Time that the runs of one case should not exceed, in seconds, beyond the least number of runs.
 CASE_SECONDS = 6.0

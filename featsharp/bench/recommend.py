@@ -27,9 +27,8 @@ from featsharp.data import open_source
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.memory import format_memory, parse_memory
 from featsharp.model import SharpEncoder
-from featsharp.progress import with_progress
 from featsharp.settings import setting
-from featsharp.table import align
+from featsharp.terminal import align, with_progress
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import UpsampleFeatures, check_factor, scale_length
 from featsharp.weights import list_weights

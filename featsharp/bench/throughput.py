@@ -35,9 +35,8 @@ from featsharp.bench.workloads import (
 )
 from featsharp.errors import ConfigError
 from featsharp.memory import format_memory
-from featsharp.progress import with_progress
 from featsharp.settings import setting
-from featsharp.table import align
+from featsharp.terminal import align, with_progress
 
 # Quartiles of fewer say nothing.
 LEAST_RUNS = 5

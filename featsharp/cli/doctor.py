@@ -1,4 +1,4 @@
-"""What this machine has, and which implementation of each operation runs on it; or what a backbone is like here.
+"""Packages, devices and backends of operations on this machine; or properties and speed of one backbone.
 
 featsharp doctor
 featsharp doctor --backbone dinov2-s            builds it and measures it: sizes, whitening, speed, position bias
@@ -15,14 +15,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
 from featsharp import __version__
-from featsharp.device import find_device
-from featsharp.ops import local_attention, local_filter  # noqa: F401 (they register their backends)
-from featsharp.ops.backends import Problem, choose_backend, list_backends
+from featsharp.cli.arguments import add_device
 
 if TYPE_CHECKING:
+    import torch
+
     from featsharp.backbones import Backbone
 
 OPTIONAL = (
@@ -42,7 +40,7 @@ OPTIONAL = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", help="build this one and say what it is like (see featsharp ls backbones)")
-    parser.add_argument("--device", default="auto", help="where --backbone runs: auto, cpu, cuda, ...")
+    add_device(parser, "where --backbone runs: auto, cpu, cuda, ...")
     parser.add_argument("--repeat", type=int, default=5, help="most timed passes of --backbone")
 
 
@@ -51,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         _print_machine()
         return
     from featsharp.backbones import create_backbone
+    from featsharp.device import find_device
 
     device = find_device(arguments.device)
     backbone = create_backbone(arguments.backbone).to(device)
@@ -61,6 +60,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _print_machine() -> None:
+    import torch
+
+    from featsharp.ops import local_attention, local_filter  # noqa: F401 (they register their backends)
+    from featsharp.ops.backends import list_backends
+
     print(f"featsharp {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     for name in OPTIONAL:
@@ -75,7 +79,11 @@ def _print_machine() -> None:
 
 
 def _states(op: str, device: str) -> Iterator[tuple[str, str]]:
-    """Backends of an operation with what to expect of them, for float32."""
+    """Yield the backends of an operation with what to expect of each, for float32."""
+    import torch
+
+    from featsharp.ops.backends import Problem, choose_backend, list_backends
+
     problem = Problem(device, (torch.float32,))
     chosen = choose_backend(op, problem)
     for backend in list_backends(op):
@@ -90,7 +98,7 @@ def _states(op: str, device: str) -> Iterator[tuple[str, str]]:
 
 
 def _facts(backbone: "Backbone") -> Iterator[tuple[str, str]]:
-    """What a backbone says about itself."""
+    """Yield the properties of a backbone that it has without being run."""
     from featsharp.backbones import ALIASES
     from featsharp.backbones.names import resolve_alias
 
@@ -124,8 +132,10 @@ def _other_sizes(backbone: "Backbone") -> str:
     return "no other: images are resized to it, or with ?other_sizes=tile covered with windows of it"
 
 
-def _measurements(backbone: "Backbone", device: torch.device, repeat: int) -> Iterator[tuple[str, str]]:
-    """What running a backbone shows."""
+def _measurements(backbone: "Backbone", device: "torch.device", repeat: int) -> Iterator[tuple[str, str]]:
+    """Yield time and position bias of a backbone, measured here."""
+    import torch
+
     from featsharp.bench.measure import time_interleaved
     from featsharp.evaluation.position_bias import position_bias
 

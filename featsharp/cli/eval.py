@@ -25,7 +25,7 @@ from torch import nn
 from featsharp.bench.measure import describe_machine
 from featsharp.builder import load_from_file
 from featsharp.checkpoint import read_checkpoint, restoring
-from featsharp.cli.results import add_backbone, parse_count, parse_size
+from featsharp.cli.arguments import add_backbone, parse_count, parse_size
 from featsharp.device import autocast_dtype, find_device
 from featsharp.errors import ConfigError
 from featsharp.evaluation.fidelity import FidelityTask

@@ -9,8 +9,7 @@ It loads like the checkpoint. The weights of the backbone are in neither; their 
 import argparse
 from pathlib import Path
 
-from featsharp.builder import load_from_file, save_weights
-from featsharp.cli.results import add_backbone
+from featsharp.cli.arguments import add_backbone, check_inputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_inputs([], arguments.checkpoint)
+    from featsharp.builder import load_from_file, save_weights
+
     encoder = load_from_file(
         arguments.checkpoint, featurizer=arguments.backbone, allow_functions=arguments.allow_functions
     )

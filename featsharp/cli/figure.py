@@ -26,7 +26,7 @@ import torch
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
 from featsharp.builder import load_from_file
-from featsharp.cli.results import parse_count
+from featsharp.cli.arguments import parse_count
 from featsharp.data.images import decode_image, image_to_tensor
 from featsharp.device import find_device
 from featsharp.errors import ConfigError

@@ -14,42 +14,49 @@ Prints how well the map, and a bilinear one of the same size, explain views that
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from featsharp.backbones import create_backbone
-from featsharp.cli.results import parse_count, parse_size, save_comparison, save_features
-from featsharp.data.images import decode_image
-from featsharp.device import find_device
+from featsharp.cli.arguments import add_device, check_inputs, parse_count, parse_size
 from featsharp.errors import ConfigError, InputError
-from featsharp.implicit.fit import FitConfig, Fitter
-from featsharp.implicit.reconstruction import Reconstruction, reconstruction
-from featsharp.memory import keep_freed_memory
-from featsharp.ops.resize import resize
-from featsharp.progress import with_progress
+from featsharp.terminal import with_progress
+
+if TYPE_CHECKING:
+    from featsharp.implicit.reconstruction import Reconstruction
 
 HELD_OUT_VIEWS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    config = FitConfig()
+    # Defaults are those of featsharp.implicit.FitConfig, whose module imports torch.
     parser.add_argument("image", type=Path, metavar="IMAGE")
     parser.add_argument("--backbone", required=True, help="name of the backbone (see featsharp ls backbones)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--steps", type=parse_count, default=400, help="of the fit (%(default)s; published: 1200)")
-    parser.add_argument("--views", type=parse_count, default=config.views, help="crops (%(default)s; published: 3000)")
-    parser.add_argument("--dim", type=parse_count, default=config.dim, help="principal components (%(default)s)")
-    parser.add_argument("--render", type=parse_count, default=config.render, help="cells per token (%(default)s)")
-    parser.add_argument("--downsampler", default=config.downsampler, help="simple, attention (published, slow) or area")
-    parser.add_argument("--frequencies", default=config.frequencies, help="resolved or published")
-    parser.add_argument("--start", default=config.start, help="bilinear, or nothing (published)")
+    parser.add_argument("--views", type=parse_count, default=150, help="crops (%(default)s; published: 3000)")
+    parser.add_argument("--dim", type=parse_count, default=128, help="principal components (%(default)s)")
+    parser.add_argument("--render", type=parse_count, default=4, help="cells per token (%(default)s)")
+    parser.add_argument("--downsampler", default="simple", help="simple, attention (published, slow) or area")
+    parser.add_argument("--frequencies", default="resolved", help="resolved or published")
+    parser.add_argument("--start", default="bilinear", help="bilinear, or nothing (published)")
     parser.add_argument("--size", type=parse_size, metavar="HxW", help="scale the image to this many pixels first")
     parser.add_argument("--query", type=parse_size, metavar="HxW", help="cells of high_res (one per pixel fitted)")
-    parser.add_argument("--seed", type=int, default=config.seed, help="of everything random (%(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.seed < 0:
         raise ConfigError(f"--seed must be at least 0; got {arguments.seed}")
+    check_inputs([arguments.image])
+    from featsharp.backbones import create_backbone
+    from featsharp.cli.results import save_comparison, save_features
+    from featsharp.data.images import decode_image
+    from featsharp.device import find_device
+    from featsharp.implicit.fit import FitConfig, Fitter
+    from featsharp.implicit.reconstruction import reconstruction
+    from featsharp.memory import keep_freed_memory
+    from featsharp.ops.resize import resize
+
     keep_freed_memory()
     config = FitConfig(
         **{
@@ -73,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     low_res, high_res = fitter.low_res(), fitter.fitted.features(arguments.query)
     save_features(features_file, image, low_res, high_res)
     try:
-        save_comparison(picture_file, image, low_res, high_res)
+        save_comparison(picture_file, image, low_res, high_res, "fitted")
     except InputError as error:
         raise InputError(f"{features_file} is written, but there is no picture: {error}") from error
     print(features_file)
@@ -85,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-def _line(label: str, found: Reconstruction) -> str:
+def _line(label: str, found: "Reconstruction") -> str:
     return f"{label} fidelity {found.fidelity:.3f}, cosine {found.cosine:.4f}"
 
 

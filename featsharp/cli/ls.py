@@ -1,4 +1,4 @@
-"""List what exists.
+"""List backbones, upsamplers, weights, normalizers and configurations.
 
 featsharp ls                         everything
 featsharp ls backbones               with whether the weights are on this machine; --markdown for the table of the docs
@@ -15,10 +15,10 @@ operations in units of one pass of a ViT-S/14 over 224 x 224 pixels.
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from featsharp.table import align
+from featsharp.terminal import align, wrap
 
 KINDS = ("backbones", "upsamplers", "weights", "normalizers", "models", "configs", "objectives")
 BACKBONE_COLUMNS = ("name", "what it is", "stands for", "why these options")
@@ -32,21 +32,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     for kind in [arguments.kind] if arguments.kind else KINDS:
-        if kind == "backbones":
-            _print_backbones(markdown=arguments.markdown)
+        if arguments.markdown and kind in ("backbones", "upsamplers"):
+            columns, rows = (BACKBONE_COLUMNS, backbone_rows()) if kind == "backbones" else (COLUMNS, upsampler_rows())
+            for row in (columns, ("---",) * len(columns), *rows):
+                print(f"| {' | '.join(row)} |")
             continue
-        if kind == "upsamplers":
-            _print_table(kind, COLUMNS, list(upsampler_rows()), markdown=arguments.markdown)
-            continue
-        rows = list(_rows(kind))
-        width = max((len(name) for name, _ in rows), default=0)
         print(f"{kind}:")
-        for name, description in rows:
-            print(f"  {name:{width}}  {description}")
+        print(*_lines(kind), sep="\n")
+
+
+def _lines(kind: str) -> Iterator[str]:
+    """Yield the lines about one kind for a terminal: names and facts in columns, then text, below it a note."""
+    facts: list[tuple[str, ...]]
+    if kind == "backbones":
+        found = list(backbone_rows())
+        facts = [("name", "weights"), *((name, _weights_text(name)) for name, *_ in found)]
+        texts = ["what it is (= what the name stands for)", *(description for _, description, *_ in found)]
+        notes = ["", *("" if target == "-" else f"= {target}" for _, _, target, _ in found)]
+    elif kind == "upsamplers":
+        found = list(upsampler_rows())
+        facts = [(row[0], *row[2:7]) for row in (COLUMNS, *found)]
+        texts = [""] * len(facts)
+        notes = ["", *(f"{does} ({source}); needs {needs}".replace(" (-)", "") for _, needs, *_, does, source in found)]
+    else:
+        facts = [(name,) for name, _ in _rows(kind)]
+        texts = [text for _, text in _rows(kind)]
+        notes = [""] * len(facts)
+    heads = align(facts[0], facts[1:], numbers=False)
+    indent = 4 + max(map(len, heads))
+    for head, text, note in zip(heads, texts, notes, strict=True):
+        yield from wrap(text, f"  {head}", indent) or [f"  {head}"]
+        yield from wrap(note, indent=6)
 
 
 def backbone_rows() -> Iterable[tuple[str, ...]]:
-    """One row of text for every short name and every ``prefix:`` form, as :data:`BACKBONE_COLUMNS`."""
+    """Yield a row of text for every short name and every ``prefix:`` form, as :data:`BACKBONE_COLUMNS`."""
     from featsharp.backbones import ALIASES, BACKBONES, PREFIXES, list_backbones
 
     for name in list_backbones():
@@ -61,7 +81,7 @@ def backbone_rows() -> Iterable[tuple[str, ...]]:
 
 
 def upsampler_rows() -> Iterable[tuple[str, ...]]:
-    """One row of text for every upsampler, as :data:`COLUMNS`."""
+    """Yield a row of text for every upsampler, as :data:`COLUMNS`."""
     from featsharp.bench.cost import EMBED_DIM, count_cost
     from featsharp.errors import ConfigError
     from featsharp.upsamplers import UPSAMPLERS, Upsampler
@@ -82,31 +102,12 @@ def upsampler_rows() -> Iterable[tuple[str, ...]]:
         )
 
 
-def _print_backbones(*, markdown: bool) -> None:
-    """The rows; on a terminal with what is found on this machine in place of the explanations."""
-    rows = list(backbone_rows())
-    if not markdown:
-        rows = [(name, _weights_text(name), description, target) for name, description, target, _ in rows]
-    columns = BACKBONE_COLUMNS if markdown else ("name", "weights", *BACKBONE_COLUMNS[1:3])
-    _print_table("backbones", columns, rows, markdown=markdown)
-
-
 def _weights_text(name: str) -> str:
     from featsharp.backbones.local_weights import has_local_weights
 
     if ":" in name:
         return "-"
     return {True: "here", False: "no", None: "?"}[has_local_weights(name)]
-
-
-def _print_table(kind: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], *, markdown: bool) -> None:
-    if markdown:
-        for row in (columns, ("---",) * len(columns), *rows):
-            print(f"| {' | '.join(row)} |")
-        return
-    print(f"{kind}:")
-    for line in align(columns, rows, numbers=False):
-        print(f"  {line}")
 
 
 def _rows(kind: str) -> Iterable[tuple[str, str]]:

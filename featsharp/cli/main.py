@@ -1,17 +1,20 @@
-"""The ``featsharp`` command: one module per sub-command, each with ``add_arguments`` and ``run``."""
+"""The ``featsharp`` command: one module per sub-command, each with ``add_arguments`` and ``run``.
+
+A module imports nothing large before ``run``: help is instant, and a missing file is noticed at once.
+"""
 
 import argparse
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from featsharp import __version__
 from featsharp.errors import FeatSharpError
+from featsharp.terminal import add_verbosity, set_up_terminal, verbosity_of
 
-# Sub-command -> its line in the help. Modules are imported when used, so that help is instant.
+# Sub-command -> its line in the help.
 COMMANDS = {
     "upsample": "sharp features of images: PCA pictures and raw features",
     "fit": "sharp features of one image by a network fitted to it (FeatUp's implicit upsampler)",
@@ -29,17 +32,13 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    set_up_terminal()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where "module:function" is looked for last, as python -m does first
-    if arguments and arguments[0] == "train":
-        from featsharp.train import main as train
-
-        return train(arguments[1:])
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     parser = _Parser(prog="featsharp", description="Sharp feature maps of vision foundation models.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    chosen = arguments[0] if arguments else ""
+    chosen = next((word for word in arguments if not word.startswith("-")), "")
     for name, line in COMMANDS.items():
         sub = commands.add_parser(name, help=line, description=line)
         if name == chosen:
@@ -47,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"featsharp.cli.{name}")
             sub.description, sub.formatter_class = module.__doc__, argparse.RawDescriptionHelpFormatter
             module.add_arguments(sub)
-    parsed = parser.parse_args(arguments)
+    parsed, others = parser.parse_known_args(arguments)
+    if others and parsed.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    set_up_terminal(verbosity_of(parsed))
     try:
         return int(importlib.import_module(f"featsharp.cli.{parsed.command}").run(parsed) or 0)
     except FeatSharpError as error:
@@ -62,7 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; ``--help`` gives the usage."""
+    """Every parser and sub-parser: takes -v and -q, and says what is wrong in one line; ``--help`` gives the usage."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        add_verbosity(self)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")

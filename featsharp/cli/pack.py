@@ -4,8 +4,9 @@ featsharp pack photos shards
 """
 
 import argparse
+from pathlib import Path
 
-from featsharp.data.pack import pack_images
+from featsharp.cli.arguments import check_inputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_inputs([Path(arguments.images)])
+    from featsharp.data.pack import pack_images
+
     report = pack_images(
         arguments.images, arguments.out, images_per_shard=arguments.images_per_shard, overwrite=arguments.overwrite
     )

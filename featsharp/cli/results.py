@@ -1,6 +1,5 @@
-"""What the sub-commands that make features of a picture write, and how they are told sizes."""
+"""Files that the sub-commands which make features of a picture write."""
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -18,18 +17,8 @@ from featsharp.visualization.pca import FeaturePCA
 PICTURE_SIDE = 448
 
 
-def add_backbone(parser: argparse.ArgumentParser, text: str = "default: the checkpoint's own") -> None:
-    """The flags --backbone and --allow-functions of everything that loads encoders."""
-    parser.add_argument("--backbone", help=f"name of the backbone; {text}")
-    parser.add_argument(
-        "--allow-functions",
-        action="store_true",
-        help="let the checkpoint import functions that it names; runs their code",
-    )
-
-
 def metadata_of(image: Image.Image) -> dict[str, str]:
-    """The texts in a file of features."""
+    """Texts for the header of a file of features."""
     return {"image_size": f"{image.height}x{image.width}", "layout": "CHW"}
 
 
@@ -42,10 +31,17 @@ def save_features(path: Path, image: Image.Image, low_res: Tensor, high_res: Ten
     write_file(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata_of(image)))
 
 
-def save_comparison(path: Path, image: Image.Image, low_res: Tensor, high_res: Tensor) -> None:
+def save_comparison(path: Path, image: Image.Image, low_res: Tensor, high_res: Tensor, label: str) -> None:
     """Write image, low-resolution and sharp features side by side as PNG, in the PCA basis of the first map.
 
     Of several maps stacked on the channel axis (S2) the last one, of the largest scale, is drawn.
+
+    Args:
+        path: Of the PNG.
+        image: The picture.
+        low_res: [1, C, h, w].
+        high_res: [1, n * C, H, W].
+        label: Caption of the sharp features, beside their size.
 
     Raises:
         InputError: Where there are too few features to find colours from.
@@ -54,7 +50,14 @@ def save_comparison(path: Path, image: Image.Image, low_res: Tensor, high_res: T
     shape = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))
     colours = FeaturePCA(low_res)
     photo = resize(image_to_tensor(image)[None], shape)[0]
-    save_picture(panel([photo, colours(low_res)[0], colours(high_res[:, -low_res.shape[1] :])[0]], shape), path)
+    pictures = [photo, colours(low_res)[0], colours(high_res[:, -low_res.shape[1] :])[0]]
+    captions = ["image", f"low resolution {size_text(low_res)}", f"{label} {size_text(high_res)}"]
+    save_picture(panel(pictures, shape, captions), path)
+
+
+def size_text(features: Tensor) -> str:
+    """Format the size of a map [..., h, w] as ``hxw``."""
+    return "x".join(map(str, features.shape[-2:]))
 
 
 def check_finite(features: Tensor) -> None:
@@ -62,18 +65,3 @@ def check_finite(features: Tensor) -> None:
     # Channel by channel, since the map may be larger than memory.
     if not all(torch.isfinite(channel).all() for channel in features.unbind(1)):
         raise InputError("the features hold NaN or infinite values; nothing was written")
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """``448x672`` to (448, 672), for argparse."""
-    height, _, width = text.lower().partition("x")
-    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write HEIGHTxWIDTH, for example 448x672")
-    return int(height), int(width)
-
-
-def parse_count(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count; give a whole number of at least 1")
-    return int(text)

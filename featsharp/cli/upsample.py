@@ -8,22 +8,25 @@ For each image NAME, writes NAME.png (image, low-resolution and sharp features i
 with low_res [C, h, w] and high_res [C, H, W], float32, in the backbone's own space (in normalised space where the
 normalizer has no inverse). Both cover the whole image: cell (y, x) of an (H, W) map is centred at pixel
 ((y + 0.5) / H, (x + 0.5) / W) of the image's height and width.
+
+An image of any size and shape is scaled as a whole, never cropped, so that the low-resolution pass has about as many
+tokens as at the backbone's native size; the line printed for each image says how many, and how many cells the sharp map
+has. For more tokens and cells give --size: the image's size in pixels keeps every detail. --output-size changes the
+cells alone.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from featsharp.builder import load_from_file
-from featsharp.cli.results import add_backbone, check_finite, metadata_of, parse_size, save_comparison, save_features
-from featsharp.data.images import decode_image, is_image_name
-from featsharp.device import find_device
+from featsharp.cli.arguments import add_backbone, add_device, check_inputs, parse_size
 from featsharp.errors import ConfigError, DataError, InputError
-from featsharp.extraction.mapped import MappedFeatures
-from featsharp.memory import keep_freed_memory
-from featsharp.model import SharpEncoder
 from featsharp.weights import DEFAULT
+
+if TYPE_CHECKING:
+    from featsharp.model import SharpEncoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_backbone(parser)
     parser.add_argument("-o", "--output", type=Path, default=Path("features"), metavar="DIR", help="default: features")
-    parser.add_argument("--size", type=parse_size, metavar="HxW", help="scale the image to this many pixels first")
+    parser.add_argument(
+        "--size", type=parse_size, metavar="HxW", help="pixels to scale images to, for more tokens and cells"
+    )
     parser.add_argument(
         "--output-size", type=parse_size, metavar="HxW", help="cells of the sharp map; default: by the factor"
     )
@@ -44,10 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="AMOUNT",
         help="most memory to encode in, for example 2GiB; features go straight to disk",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_inputs(arguments.images, arguments.checkpoint)
+    from featsharp.builder import load_from_file
+    from featsharp.device import find_device
+    from featsharp.memory import keep_freed_memory
+
     if arguments.max_memory is None:
         keep_freed_memory()
     encoder = load_from_file(
@@ -61,27 +71,33 @@ def run(arguments: argparse.Namespace) -> int:
         raise DataError(f"no image in {', '.join(map(str, arguments.images))}")
     _protect_files(jobs)
     failed = 0
+    hint = "  (for more: --size HxW)" if arguments.size is None else ""
     for source, target in jobs:
         try:
-            upsample_file(encoder, source, target, size=arguments.size, output_size=arguments.output_size)
+            grids = upsample_file(encoder, source, target, size=arguments.size, output_size=arguments.output_size)
         except (DataError, InputError) as error:
             # One bad image never ends the work on the others.
             print(f"featsharp upsample: {source}: {str(error).removeprefix(f'{source}: ')}", file=sys.stderr)
             failed += 1
         else:
-            print(f"{target}.safetensors")
+            print(f"{target}.safetensors  {grids}{hint}", flush=True)
+            hint = ""
     return 1 if failed else 0
 
 
 def upsample_file(
-    encoder: SharpEncoder,
+    encoder: "SharpEncoder",
     source: Path,
     target: Path,
     *,
     size: tuple[int, int] | None = None,
     output_size: tuple[int, int] | None = None,
-) -> None:
-    """Write ``target``.safetensors and ``target``.png for one image file."""
+) -> str:
+    """Write ``target``.safetensors and ``target``.png for one image file; returns the sizes of image and maps."""
+    from featsharp.cli.results import check_finite, metadata_of, save_comparison, save_features, size_text
+    from featsharp.data.images import decode_image
+    from featsharp.extraction.mapped import MappedFeatures
+
     image = decode_image(source)
     picture_file, features_file = _results(target)
     if encoder.max_memory is None:
@@ -93,13 +109,17 @@ def upsample_file(
             check_finite(out.high_res)
     try:
         low_res = out.low_res.to(out.high_res.device)  # a file is mapped on the CPU
-        save_comparison(picture_file, image, low_res, out.high_res)
+        label = f"{encoder.recipe['upsampler']} {encoder.factor:g}x"
+        save_comparison(picture_file, image, low_res, out.high_res, label)
     except InputError as error:
         raise InputError(f"{features_file} is written, but there is no picture: {error}") from error
+    return f"{image.height}x{image.width} pixels -> {size_text(out.low_res)} tokens -> {size_text(out.high_res)} cells"
 
 
 def _jobs(paths: list[Path], output: Path) -> Iterator[tuple[Path, Path]]:
-    """Image files with where their results go; folders keep their structure below ``output``."""
+    """Yield image files with the stems of their results; folders keep their structure below ``output``."""
+    from featsharp.data.images import is_image_name
+
     taken: dict[Path, Path] = {}
     for path in paths:
         if path.is_dir():
@@ -107,10 +127,8 @@ def _jobs(paths: list[Path], output: Path) -> Iterator[tuple[Path, Path]]:
             if not found:
                 raise DataError(f"{path} holds no image; it should contain .jpg, .png or other pictures")
             pairs = [(p, output / p.relative_to(path)) for p in found]
-        elif path.exists():
-            pairs = [(path, output / path.name)]
         else:
-            raise DataError(f"{path} does not exist")
+            pairs = [(path, output / path.name)]
         for source, target in pairs:
             # photo.jpg and photo.png must not share a result.
             short = target.with_suffix("")
@@ -137,5 +155,5 @@ def _protect_files(jobs: list[tuple[Path, Path]]) -> None:
 
 
 def _results(target: Path) -> tuple[Path, Path]:
-    """Where picture and features of a job go."""
+    """Name the files of picture and features of a job."""
     return target.with_name(target.name + ".png"), target.with_name(target.name + ".safetensors")

@@ -16,7 +16,7 @@ import torch
 
 from featsharp.errors import ConfigError, DataError, unknown_name
 from featsharp.settings import setting
-from featsharp.table import align
+from featsharp.terminal import align
 
 __all__ = ["Benchmark", "DeltaMTask", "Scores", "delta_m", "group_changes", "read_scores", "relative_change"]
 

@@ -25,8 +25,8 @@ from featsharp.evaluation.identity import digest, encoder_key
 from featsharp.evaluation.samples import Estimate
 from featsharp.files import write_file
 from featsharp.model import SharpEncoder
-from featsharp.progress import with_progress
 from featsharp.settings import setting_fields, settings_of
+from featsharp.terminal import with_progress
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,112 @@
+"""What commands show in a terminal: log messages, progress bars, tables."""
+
+import argparse
+import logging
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# Most characters of a line of wrapped text, and fewest of the text in it.
+LINE, LEAST_TEXT = 100, 30
+
+
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """Add the flags ``-v`` and ``-q``, which every parser of a command has, at any place."""
+    for flags, step, text in (
+        (("-v", "--verbose"), 1, "say more of what happens; twice: details for bug reports"),
+        (("-q", "--quiet"), -1, "errors and results only"),
+    ):
+        parser.add_argument(
+            *flags, dest="verbosity", action="append_const", const=step, default=argparse.SUPPRESS, help=text
+        )
+
+
+def parse_verbosity(arguments: Sequence[str]) -> tuple[int, list[str]]:
+    """Split ``-v`` and ``-q`` off arguments that are otherwise not argparse's, such as overrides of Hydra.
+
+    Returns:
+        The verbosity (+1 for each ``-v``, -1 for each ``-q``) and all other arguments in their order.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_verbosity(parser)
+    parsed, rest = parser.parse_known_args(arguments)
+    return verbosity_of(parsed), rest
+
+
+def verbosity_of(parsed: argparse.Namespace) -> int:
+    """Sum up the flags ``-v`` (+1 each) and ``-q`` (-1 each)."""
+    return sum(getattr(parsed, "verbosity", []))
+
+
+def set_up_terminal(verbosity: int = 0, *, usual: int = logging.WARNING) -> None:
+    """Send log messages of the package to stderr, and let no name that the terminal cannot write end a command.
+
+    Args:
+        verbosity: Negative for errors only, 0 for the ``usual`` level, 1 for INFO, 2 or more for DEBUG.
+        usual: Level of :mod:`logging` without ``-v`` and ``-q``.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where another program has put a stream of its own in its place
+            stream.reconfigure(errors="backslashreplace")
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    level = usual if verbosity == 0 else {-1: logging.ERROR, 1: logging.INFO}.get(max(verbosity, -1), logging.DEBUG)
+    logging.getLogger("featsharp").setLevel(level)
+
+
+def with_progress(items: Sequence[T], label: str, wanted: bool = True) -> Iterator[T]:
+    """Iterate over the items, with a bar on stderr.
+
+    There is none unless ``wanted``, under ``-q``, where stderr is no terminal, and without tqdm (of the extra
+    ``train``).
+    """
+    if wanted and logging.getLogger("featsharp").isEnabledFor(logging.WARNING):
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            pass
+        else:
+            yield from tqdm(items, desc=label, file=sys.stderr, disable=None, leave=False)
+            return
+    yield from items
+
+
+def align(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> list[str]:
+    """Format a head and rows of text in columns, two spaces apart.
+
+    Args:
+        columns: The head.
+        rows: As many cells each.
+        numbers: Whether all columns but the first are flush right; otherwise all are flush left.
+    """
+    lines = [columns, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    pads = [str.ljust, *[str.rjust if numbers else str.ljust] * (len(columns) - 1)]
+    return [
+        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+
+
+def wrap(text: str, head: str = "", indent: int = 4) -> list[str]:
+    """Break text into lines of at most :data:`LINE` characters, or fewer on a narrower terminal.
+
+    Args:
+        text: A longer word than a line holds is cut.
+        head: Stands before the first line.
+        indent: Columns before the text, in every line.
+
+    Returns:
+        The lines; none for empty text.
+    """
+    width = max(min(LINE, shutil.get_terminal_size((LINE, 0)).columns), indent + LEAST_TEXT)
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=head.ljust(indent),
+        subsequent_indent=" " * indent,
+        break_on_hyphens=False,
+    )
