@@ -53,7 +53,7 @@ from featsharp.training.trainer import LAST, LoopConfig, Trainer
 from featsharp.urls import redact_url
 from featsharp.validation import ValidationSamples
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("featsharp.train")  # also where this module is __main__
 
 # Keys that a resumed run may change: they change how long, where and how closely watched, not what a step does. Workers
 # do where there are streams, which the trainer looks after.
