@@ -22,7 +22,7 @@ from featsharp.training.objectives.multi_view import DISTANCES
 from featsharp.upsamplers import UPSAMPLERS
 
 CONFIGS = Path(compose.__code__.co_filename).parent
-README = Path(__file__).resolve().parents[1] / "README.md"
+DIFFERENCES = Path(__file__).resolve().parents[1] / "docs" / "upsamplers.md"
 # What has to be given to upsamplers that are a function of the user's.
 OWN_FUNCTIONS = {
     "custom": {"function": lambda image, features, size: features},
@@ -234,8 +234,8 @@ def test_options_of_an_upsampler_need_no_mark():
     ["upsampler.options.widths=published", "views.jitter_zoom=[0.95,1.0526]", "objective.downsampler=attention",
      "objective.uncertainty=true"],
 )  # fmt: skip
-def test_overrides_of_the_readme_compose(override):
-    assert override in README.read_text(encoding="utf-8")
+def test_overrides_that_restore_what_was_published_compose(override):
+    assert override in DIFFERENCES.read_text(encoding="utf-8")
     compose([*BASE, override])
 
 
