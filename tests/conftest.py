@@ -10,22 +10,14 @@ import pytest
 import torch
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--runslow", action="store_true", help="run the tests marked slow too")
-
-
 def pytest_report_header(config: pytest.Config) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only, tests marked gpu are skipped"
-    slow = "run" if config.getoption("--runslow") else "skipped (--runslow runs them)"
-    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}; slow tests: {slow}"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}; tests: {config.getoption('-m')}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    skip_slow = pytest.mark.skip(reason="slow: run with --runslow (make test-slow)")
     skip_gpu = pytest.mark.skip(reason="gpu: no CUDA device")
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--runslow"):
-            item.add_marker(skip_slow)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip_gpu)
 
