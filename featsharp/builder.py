@@ -1,7 +1,6 @@
 """From names and files to sharp encoders, and back to files."""
 
 import json
-import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -9,23 +8,20 @@ from typing import Any
 
 import torch
 
-from featsharp.backbones import create_backbone
+from featsharp.backbones import create_backbone, runs_code
 from featsharp.backbones.base import Backbone
-from featsharp.backbones.common import runs_code
 from featsharp.checkpoint import ENCODER_FILE, WEIGHTS_SUFFIX, read_checkpoint, restoring, write_checkpoint
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError
 from featsharp.files import write_file
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.spectral import folded_state
 from featsharp.model import SharpEncoder
+from featsharp.names import parse_upsampler, resolve_upsampler
 from featsharp.normalizers import create_normalizer
 from featsharp.upsamplers import UPSAMPLERS, create_upsampler
 from featsharp.upsamplers.base import Upsampler
 from featsharp.upsamplers.registration import plain_options
 from featsharp.weights import find_weights, list_weights
-
-# "tile-4x" where a path is expected builds that upsampler untrained; "module:function-2x" one from a function.
-PSEUDO_PATH = re.compile(r"(?P<name>[\w.:-]*\w)-(?P<factor>-?\d+(\.\d+)?)x")
 
 
 def create_encoder(
@@ -42,9 +38,10 @@ def create_encoder(
 
     Args:
         backbone: A name of ``list_backbones()`` or a backbone (see ``from_callable`` for your own model).
-        upsampler: A name of ``list_upsamplers()`` or an upsampler built for that backbone.
-        factor: Gain in each direction, fractions for methods that allow them; needed with a name, refused if it
-            contradicts an object.
+        upsampler: A name of ``list_upsamplers()``, also with its factor as "bilinear-2x", or an upsampler built for
+            that backbone.
+        factor: Factor in each direction, fractions for methods that allow them; needed where the name has none, refused
+            if it contradicts the name or the object.
         upsampler_options: Keyword arguments of the upsampler's class; only with a name.
         normalizer: "none", or one of ``featsharp.normalizers.list_normalizers()``, to be fitted before use.
         bias_buffer: Whether to add a bias buffer (zero until trained).
@@ -67,11 +64,8 @@ def create_encoder(
             )
         module, name = upsampler, None
     else:
-        if factor is None:
-            raise ConfigError(
-                f"which factor should {upsampler!r} have? For example create_encoder(..., {upsampler!r}, 2)"
-            )
-        module, name = create_upsampler(upsampler, backbone, factor, options=options), upsampler
+        name, factor = resolve_upsampler(upsampler, factor, UPSAMPLERS)
+        module = create_upsampler(name, backbone, factor, options=options)
     grid = backbone.grid_size(backbone.input_size)
     encoder = SharpEncoder(
         backbone,
@@ -118,14 +112,14 @@ def load_from_file(
         CheckpointError: When the file is missing, damaged or unsafe, or its tensors do not fit.
         BackboneMismatchError: When the backbone at hand is not the one the checkpoint was trained for.
     """
-    pseudo = PSEUDO_PATH.fullmatch(str(path))
-    if pseudo and (":" in pseudo["name"] or pseudo["name"] in UPSAMPLERS) and not Path(path).exists():
+    name, factor = parse_upsampler(str(path), UPSAMPLERS)
+    if (name in UPSAMPLERS or (":" in name and factor is not None)) and not Path(path).exists():
         if featurizer is None:
             raise ConfigError(
                 f"{path} is no file but an untrained upsampler; give it a backbone: featurizer='vits14-focus' "
                 "(--backbone on the command line)"
             )
-        return _untrained_encoder(featurizer, pseudo["name"], float(pseudo["factor"]), max_memory)
+        return _untrained_encoder(featurizer, name, factor, max_memory)
     path = _find_file(path)
     content = read_checkpoint(path)
     with restoring(path):
@@ -166,9 +160,10 @@ def _find_file(path: str | PathLike[str]) -> str | PathLike[str]:
 
 
 def _untrained_encoder(
-    featurizer: str | Backbone, name: str, factor: float, max_memory: int | str | None
+    featurizer: str | Backbone, name: str, factor: float | None, max_memory: int | str | None
 ) -> SharpEncoder:
     """The encoder of a pseudo-path."""
+    name, factor = resolve_upsampler(name, factor, UPSAMPLERS)
     options = {}
     if ":" in name:
         name, options = "custom", {"function": name}

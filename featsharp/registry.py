@@ -25,40 +25,38 @@ class Entry(Generic[T]):
     description: str
 
 
-class Registry(Generic[T]):
-    """Maps a name to a factory and knows the nearest name to a mistyped one."""
+class Registry(dict[str, Entry[T]]):
+    """Entries by name; the error for an unknown name gives the nearest ones.
+
+    Args:
+        kind: What is registered, for messages.
+    """
 
     def __init__(self, kind: str) -> None:
+        super().__init__()
         self.kind = kind
-        self._entries: dict[str, Entry[T]] = {}
 
     def register(self, name: str, description: str) -> Callable[[F], F]:
         """Decorator: make ``name`` build what the decorated callable returns."""
 
         def add(factory: F) -> F:
-            if name in self._entries:
+            if name in self:
                 raise AssertionError(f"{self.kind} {name!r} is registered twice")
-            self._entries[name] = Entry(name, factory, description)
+            self[name] = Entry(name, factory, description)
             return factory
 
         return add
 
-    def __getitem__(self, name: str) -> Entry[T]:
-        """The entry of ``name``; raises ConfigError with the nearest names when there is none."""
-        if name not in self._entries:
-            raise unknown_name(self.kind, name, self._entries)
-        return self._entries[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
+    def __missing__(self, name: str) -> Entry[T]:
+        raise unknown_name(self.kind, name, self)
 
     def entries(self) -> list[Entry[T]]:
         """All entries, by name."""
-        return [self._entries[name] for name in sorted(self._entries)]
+        return [self[name] for name in sorted(self)]
 
     def names(self) -> list[str]:
         """All names, sorted."""
-        return sorted(self._entries)
+        return sorted(self)
 
 
 def import_named(text: str, option: str, kind: str) -> object:

@@ -1,4 +1,4 @@
-"""Settings of tasks: dataclass fields that know their line in the help of the command; labels of what is compared."""
+"""Settings of tasks: dataclass fields that know their line in the help of the command."""
 
 import dataclasses
 from pathlib import Path
@@ -21,14 +21,6 @@ def setting_fields(task: Any) -> "list[dataclasses.Field[Any]]":
 def settings_of(task: Any) -> dict[str, Any]:
     """All settings of a task as JSON values."""
     return {field.name: _plain(getattr(task, field.name)) for field in setting_fields(task)}
-
-
-def split_label(text: str) -> tuple[str, str]:
-    """``LABEL=NAME`` to both; the label is "" where there is none, because the "=" belongs to a path or is missing."""
-    label, separator, name = text.partition("=")
-    if not separator or "/" in label or Path(text).is_file():
-        return "", text
-    return label, name
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "featsharp"
 # so two units of one level never import each other. featsharp/__init__.py, the public face, stands above all.
 LEVELS = (
     ("errors", "_moved"),
-    ("urls", "device", "files", "memory"),
+    ("urls", "names", "device", "files", "memory"),
     ("registry", "checkpoint", "settings", "terminal", "weights"),
     ("ops",),
     ("layers", "normalizers"),

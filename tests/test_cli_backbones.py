@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from featsharp.backbones import ALIASES, create_backbone, list_backbones
+from featsharp.backbones import MODELS, Model, create_backbone, list_backbones
 from featsharp.backbones.local_weights import has_local_weights
 from featsharp.cli.main import main
 from featsharp.evaluation.position_bias import position_bias
@@ -116,7 +116,7 @@ def test_the_table_in_the_documentation_is_the_one_of_the_command(caches, capsys
     assert capsys.readouterr().out == table
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
     assert {row[0] for row in rows} >= set(list_backbones())
-    assert ["dfn-clip", ALIASES["dfn-clip"].description, ALIASES["dfn-clip"].target, "-"] in rows
+    assert ["dfn-clip", MODELS["dfn-clip"].description, MODELS["dfn-clip"].target, "-"] in rows
 
 
 # featsharp doctor --backbone
@@ -156,10 +156,8 @@ def test_doctor_of_one_size_only_and_of_windows(capsys):
 
 def test_doctor_of_a_short_name_with_prefix_tokens(capsys, monkeypatch):
     pytest.importorskip("timm")
-    from featsharp.backbones.names import Alias
-
     target = "timm:vit_tiny_patch16_224?pretrained=false&img_size=32"
-    monkeypatch.setitem(ALIASES, "short", Alias(target, "tiny: for this test"))
+    monkeypatch.setitem(MODELS, "short", Model(target, "tiny: for this test", "short"))
     found = doctor(capsys, "short")
     assert found["stands for"] == target
     assert found["features"] == "192 channels, 2x2 tokens of 16 pixels after 1 prefix tokens"

@@ -1,14 +1,13 @@
 """Every configuration file composes with every other, and a mistake in one key is answered at once and in one line."""
 
 import dataclasses
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from featsharp.backbones import ALIASES, BACKBONES
+from featsharp.backbones import MODELS
 from featsharp.configs.compose import GROUPS, compose, flatten, options_of, to_yaml
 from featsharp.configs.schema import RunConfig, ViewsConfig
 from featsharp.data.views import ViewConfig
@@ -43,20 +42,23 @@ def fields_of(schema: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("model", options_of("model"))
 def test_every_model_composes_and_names_a_backbone(model):
     config = compose([f"+model={model}", "+upsampler=bilinear-2x", "train_data_dir=x"])
-    assert config.model.name in BACKBONES or config.model.name in ALIASES
-    assert config.output_root == f"outputs/{config.output_subdir}"
+    assert config.model.name == model
+    assert config.output_root == f"outputs/{MODELS[model].folder}"
 
 
-def test_every_short_name_has_a_file_that_says_the_same():
-    """Names that mean the same share the one of the published configurations."""
-    published = {"dinov2-g": "dinov2-g_448px", "dinov2-l": "dinov2-l_448px", "radio-l": "radio-l_512px"}
-    files = options_of("model")
-    written = {name: yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text()) for name in files}
-    for name, alias in ALIASES.items():
-        file = published.get(name, name)
-        assert files[file] == f"{alias.description}."
-        assert written[file]["model"] == {"name": file}
-    assert len({content["output_subdir"] for content in written.values()}) == len(files)
+def test_every_short_name_is_a_model_with_a_folder_of_its_own():
+    """Names of the published configurations share that of the name that means the same."""
+    models = options_of("model")
+    assert models == {name: f"{model.description}." for name, model in sorted(MODELS.items())}
+    folders = {model.folder for name, model in MODELS.items() if not name.endswith("px")}
+    assert len(folders) == len(MODELS) - 3
+
+
+def test_a_model_given_twice_or_beside_its_keys():
+    config = compose([*BASE, "model.name=timm:vit_tiny_patch16_224", "output_subdir=mine"])
+    assert (config.model.name, config.output_subdir) == ("timm:vit_tiny_patch16_224", "mine")
+    with pytest.raises(ConfigError, match="the model is given twice, toy-vit and siglip2; choose one"):
+        compose([*BASE, "+model=siglip2"])
 
 
 @pytest.mark.parametrize("upsampler", options_of("upsampler"))
@@ -83,7 +85,10 @@ def test_any_factor_can_be_named():
     assert factor("+upsampler=tile") == 2
     assert factor("+upsampler=tile-1.5x") == 1.5
     assert factor("+upsampler=featsharp-jafar-12x") == 12
-    assert factor("+upsampler=tile-3x", "upsampler.factor=3.5") == 3.5
+    assert factor("+upsampler=tile", "upsampler.factor=3.5") == 3.5
+    assert factor("+upsampler=tile-3x", "upsampler.factor=3") == 3
+    with pytest.raises(ConfigError, match=r"\+upsampler=tile-3x and upsampler.factor=3.5 differ; give one factor"):
+        factor("+upsampler=tile-3x", "upsampler.factor=3.5")
 
 
 @pytest.mark.parametrize("normalizer", options_of("normalizer"))
@@ -92,17 +97,10 @@ def test_every_normalizer_composes_and_exists(normalizer):
     assert normalizer in NORMALIZERS
 
 
-def test_all_pairs_of_models_and_upsamplers_compose_without_conflict():
-    """Files of one group never write keys of the other, so that each pair is the union of both."""
-    written = {
-        group: {
-            name: set(flatten(yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text()))) - {"defaults"}
-            for name in options_of(group)
-        }
-        for group in ("model", "upsampler")
-    }
-    for model, upsampler in product(written["model"].values(), written["upsampler"].values()):
-        assert not model & upsampler
+def test_no_upsampler_writes_what_a_model_does():
+    for name in options_of("upsampler"):
+        written = set(flatten(yaml.safe_load((CONFIGS / "upsampler" / f"{name}.yaml").read_text())))
+        assert not written & {"model.name", "output_subdir"}
 
 
 def test_published_presets_override_views_and_objective():
@@ -122,7 +120,7 @@ def test_every_file_describes_itself():
 def test_names_of_the_readme_resolve():
     """U2, U3."""
     config = compose(["+model=siglip2", "+upsampler=featsharp-4x", "num_training_steps=9000", "train_data_dir=x"])
-    assert (config.model.name, ALIASES["siglip2"].target) == ("siglip2", "hf:google/siglip2-so400m-patch16-512")
+    assert (config.model.name, MODELS["siglip2"].target) == ("siglip2", "hf:google/siglip2-so400m-patch16-512")
     assert (config.upsampler.name, config.upsampler.factor) == ("featsharp", 4)
     assert config.num_training_steps == 9000
 

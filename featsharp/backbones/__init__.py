@@ -1,42 +1,39 @@
 """Frozen vision encoders by name: ``create_backbone("vits14-focus")``, or any module through ``from_callable``."""
 
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, TypeVar
+
 import torch
 
-from featsharp.backbones import (  # noqa: F401  (imported to register)
-    from_hub,
-    from_open_clip,
-    from_timm,
-    from_transformers,
-    toy,
-    vits14_focus,
-)
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput
-from featsharp.backbones.common import apply_common, feature_options, split_common
 from featsharp.backbones.from_callable import from_callable
-from featsharp.backbones.names import ALIASES, resolve_alias
-from featsharp.backbones.options import COMMON, with_options
-from featsharp.backbones.registration import BACKBONES, PREFIXES, register_backbone, register_prefix
+from featsharp.backbones.models import FAMILIES, MODELS, Family, Model
+from featsharp.backbones.options import COMMON, FEATURES, parse_options
 from featsharp.errors import ConfigError, unknown_name
+from featsharp.names import BackboneName, parse_backbone
 
 __all__ = [
-    "ALIASES",
-    "BACKBONES",
+    "FAMILIES",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
-    "PREFIXES",
+    "MODELS",
     "Backbone",
     "BackboneOutput",
+    "Family",
+    "Model",
     "create_backbone",
     "from_callable",
     "list_backbones",
     "register_backbone",
-    "register_prefix",
+    "resolve_backbone",
 ]
 
 AUTOCAST_DTYPES = (None, torch.bfloat16, torch.float16)
+Factory = TypeVar("Factory", bound=Callable[[], Backbone])
 
 
-def create_backbone(name: str | Backbone, *, autocast_dtype: torch.dtype | None = None, **options: object) -> Backbone:
+def create_backbone(name: str | Backbone, *, autocast_dtype: torch.dtype | None = None, **options: Any) -> Backbone:
     """Build a frozen backbone; the same name gives the same weights, and the global random state is not touched.
 
     Args:
@@ -44,13 +41,8 @@ def create_backbone(name: str | Backbone, *, autocast_dtype: torch.dtype | None 
             ``hub:OWNER/REPO/ENTRY``, a local file or directory in their place; with options ``?layer=9&facet=key``. Or
             a Backbone, which is returned itself.
         autocast_dtype: Run the encoder under autocast to bfloat16 or float16; None leaves what the backbone has.
-        options: As in the name: ``create_backbone("dinov2-s", layer=9, facet="key")``. See
-            :class:`featsharp.backbones.options.Choices` for those of the adapters, and for every backbone:
-
-            - ``dtype``: as ``autocast_dtype``, "float32", "bfloat16" or "float16".
-            - ``compile``: True compiles the encoder with ``torch.compile``.
-            - ``other_sizes``: what a backbone of one size does with images of another: "resize" (the default) lets the
-              caller resize them, "tile" covers them with windows of its size.
+        options: Those of :class:`featsharp.backbones.options.Options`, as in the name:
+            ``create_backbone("dinov2-s", layer=9, facet="key")``.
 
     Returns:
         The backbone, on the CPU if it was built here.
@@ -69,8 +61,13 @@ def create_backbone(name: str | Backbone, *, autocast_dtype: torch.dtype | None 
         if options:
             raise ConfigError(f"a Backbone brings its own options; leave out {', '.join(options)}")
         backbone = name
+    elif isinstance(name, str):
+        backbone = _build(parse_backbone(name).with_options(**options))
     else:
-        backbone = _build(with_options(name, options) if isinstance(name, str) else name)
+        raise ConfigError(
+            f"a backbone is a name or a Backbone; got {type(name).__name__}; wrap a module of your own with "
+            f"featsharp.backbones.from_callable(module)"
+        )
     if autocast_dtype is not None:
         backbone.autocast_dtype = autocast_dtype
     return backbone
@@ -78,33 +75,76 @@ def create_backbone(name: str | Backbone, *, autocast_dtype: torch.dtype | None 
 
 def list_backbones() -> list[str]:
     """All short names, sorted. ``timm:MODEL`` and its like are beside these."""
-    return sorted([*BACKBONES.names(), *ALIASES])
+    return sorted(MODELS)
 
 
-def _build(name: str) -> Backbone:
-    if not isinstance(name, str):
-        raise ConfigError(
-            f"a backbone is a name or a Backbone; got {type(name).__name__}; wrap a module of your own with "
-            f"featsharp.backbones.from_callable(module)"
-        )
-    bare, common = split_common(name)
-    target = resolve_alias(bare) if bare.partition("?")[0] in ALIASES else bare
-    backbone = apply_common(_build_target(target), common)
-    backbone.name, backbone.feature_options = name, feature_options(target)
+def register_backbone(name: str, description: str) -> Callable[[Factory], Factory]:
+    """Decorator: make ``create_backbone(name)`` call the decorated factory, which takes no argument.
+
+    Args:
+        name: What users write.
+        description: One line for ``featsharp ls``.
+    """
+
+    def add(factory: Factory) -> Factory:
+        if name in MODELS:
+            raise AssertionError(f"backbone {name!r} is registered twice")
+        MODELS[name] = Model("", description, name, build=factory)
+        return factory
+
+    return add
+
+
+def resolve_backbone(name: str | BackboneName) -> BackboneName:
+    """The name that a short one stands for; options of the short name go before those of the table."""
+    parsed = parse_backbone(name) if isinstance(name, str) else name
+    model = MODELS.get(parsed.model)
+    if model is None or not model.target:
+        return parsed
+    target = parse_backbone(model.target)
+    return BackboneName(target.model, {**target.options, **parsed.options})
+
+
+def runs_code(name: str) -> bool:
+    """Whether building a backbone of this name may run code that is in no installed package."""
+    target = resolve_backbone(name)
+    return target.prefix == "hub" or "trust" in target.options
+
+
+def _build(name: BackboneName) -> Backbone:
+    target = resolve_backbone(name)
+    texts: Mapping[str, str] = target.options
+    if target.prefix:
+        if target.prefix not in FAMILIES:
+            raise unknown_name("backbone prefix", f"{target.prefix}:", [f"{known}:" for known in sorted(FAMILIES)])
+        family = FAMILIES[target.prefix]
+        model = target.model.partition(":")[2]
+        options = parse_options(model, texts, family.options)
+        label = str(BackboneName(target.model, {key: text for key, text in texts.items() if key not in COMMON}))
+        backbone = _load(family.build)(label, model, options)
+    else:
+        if target.model not in MODELS:
+            forms = [FAMILIES[prefix].form for prefix in sorted(FAMILIES)]
+            raise unknown_name("backbone", target.model, [*list_backbones(), *forms])
+        options = parse_options(target.model, texts)
+        backbone = _load(MODELS[target.model].build)()
+    if options.other_sizes == "tile":
+        from featsharp.backbones.windowed import WindowedBackbone
+
+        backbone = WindowedBackbone(backbone)
+    if options.dtype is not None:
+        backbone.autocast_dtype = options.dtype
+    if options.compile:
+        backbone.compile()
+    backbone.name = str(name)
+    backbone.feature_options = {key: text for key, text in texts.items() if key in FEATURES}
     return backbone
 
 
-def _build_target(name: str) -> Backbone:
-    """The backbone of a name that is no short one, without the options that every backbone has."""
-    model, mark, _ = name.partition("?")
-    prefix, colon, _ = model.partition(":")
-    if colon:
-        if prefix not in PREFIXES:
-            raise unknown_name("backbone prefix", f"{prefix}:", [f"{known}:" for known in PREFIXES.names()])
-        return PREFIXES[prefix].factory(name)
-    if model not in BACKBONES:
-        forms = [entry.description.split()[0] for entry in PREFIXES.entries()]
-        raise unknown_name("backbone", model, [*list_backbones(), *forms])
-    if mark:
-        raise ConfigError(f"backbone {model!r} has no options but {', '.join(COMMON)}; got {name!r}")
-    return BACKBONES[model].factory()
+def _load(build: str | Callable[..., Backbone]) -> Callable[..., Backbone]:
+    """A function, or the one that "module:function" of a table names."""
+    if not isinstance(build, str):
+        return build
+    module, _, function = build.partition(":")
+    factory: Callable[..., Backbone] = getattr(import_module(module), function)
+    return factory

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.backbones._probing import MIN_PROBE_GRID, Probe, check_grid_order
-from featsharp.backbones._weights import first_line
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput, embeds_patches
-from featsharp.backbones.options import Choices, captured, chosen_blocks
+from featsharp.backbones.blocks import captured, chosen_blocks
+from featsharp.backbones.loading import first_line
+from featsharp.backbones.options import Options
 from featsharp.errors import ConfigError
 from featsharp.ops.resize import size_of
 
@@ -54,7 +55,7 @@ class DinoBackbone(Backbone):
         self,
         name: str,
         model: nn.Module,
-        choices: Choices,
+        choices: Options,
         *,
         input_size: tuple[int, int] | None = None,
         mean: Sequence[float] | None = None,
@@ -66,7 +67,7 @@ class DinoBackbone(Backbone):
             raise ConfigError(f"backbone {name!r} has {patch_size[0]}x{patch_size[1]} patches; only square ones work")
         _check_summary(name, choices, ("default", "cls", "mean", "none"))
         blocks = _flat(vit.blocks)
-        layers = chosen_blocks(blocks, choices.layers, name)
+        layers = chosen_blocks(blocks, choices.layer, name)
         if choices.facet != "token":
             _check_packed(name, [blocks[layer] for layer in layers])
         width = vit.embed_dim
@@ -148,13 +149,13 @@ class RadioBackbone(Backbone):
         self,
         name: str,
         model: nn.Module,
-        choices: Choices,
+        choices: Options,
         *,
         adaptor_names: Sequence[str] = (),
         input_size: tuple[int, int] | None = None,
     ) -> None:
         radio: Any = model
-        if choices.layers is not None or choices.facet != "token":
+        if choices.layer is not None or choices.facet != "token":
             raise ConfigError(
                 f"backbone {name!r} shows its final features only; leave out layer and facet, or take a RADIO model of "
                 f"timm (timm.list_models('*radio*'))"
@@ -244,7 +245,7 @@ def _as_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
     return features if features.ndim == 4 else features.transpose(1, 2).unflatten(2, grid)
 
 
-def _check_summary(name: str, choices: Choices, known: Sequence[str]) -> None:
+def _check_summary(name: str, choices: Options, known: Sequence[str]) -> None:
     if choices.summary not in known:
         raise ConfigError(f"backbone {name!r} has no summary {choices.summary!r}; it has {', '.join(known)}")
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featsharp.backbones.base import Backbone, BackboneOutput, embeds_patches
-from featsharp.backbones.options import Choices, captured, chosen_blocks
+from featsharp.backbones.blocks import captured, chosen_blocks
+from featsharp.backbones.options import Options
 from featsharp.errors import ConfigError
 from featsharp.ops.resize import size_of
 
@@ -49,7 +50,7 @@ class TransformerTower(Backbone):
     """
 
     def __init__(
-        self, name: str, visual: nn.Module, choices: Choices, *, mean: Sequence[float], std: Sequence[float]
+        self, name: str, visual: nn.Module, choices: Options, *, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         tower: Any = visual
         blocks = tower.transformer.resblocks
@@ -62,7 +63,7 @@ class TransformerTower(Backbone):
                 f"backbone {name!r} pools with learned queries, which give patches no place in the space of its text; "
                 f"leave out project"
             )
-        layers = chosen_blocks(blocks, choices.layers, name)
+        layers = chosen_blocks(blocks, choices.layer, name)
         width = tower.proj.shape[1] if choices.project else tower.conv1.out_channels
         patch_size = tower.patch_size[0]
         summary_dims = {
@@ -156,7 +157,7 @@ class ResNetTower(Backbone):
     """
 
     def __init__(
-        self, name: str, visual: nn.Module, choices: Choices, *, mean: Sequence[float], std: Sequence[float]
+        self, name: str, visual: nn.Module, choices: Options, *, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         tower: Any = visual
         stages = [tower.layer1, tower.layer2, tower.layer3, tower.layer4]
@@ -229,7 +230,7 @@ class TrunkTower(Backbone):
         self,
         name: str,
         visual: nn.Module,
-        choices: Choices,
+        choices: Options,
         *,
         mean: Sequence[float],
         std: Sequence[float],
@@ -245,7 +246,7 @@ class TrunkTower(Backbone):
         if choices.project and choices.facet != "token":
             raise ConfigError(f"backbone {name!r}: project goes with facet token only; got {choices.facet!r}")
         if tokens:
-            layers_taken = chosen_blocks(trunk.blocks, choices.layers, name)
+            layers_taken = chosen_blocks(trunk.blocks, choices.layer, name)
             patch_size, width = stride, trunk.num_features
             sources = [_facet_source(name, trunk.blocks[layer], choices.facet) for layer in layers_taken]
         else:
@@ -253,7 +254,7 @@ class TrunkTower(Backbone):
             stage = _one_stage(name, stages, choices)
             layers_taken, info = [stage], trunk.feature_info[stage]
             # Without a layer the trunk ends as it likes; some add a convolution to their last stage.
-            patch_size, width = info["reduction"], trunk.num_features if choices.layers is None else info["num_chs"]
+            patch_size, width = info["reduction"], trunk.num_features if choices.layer is None else info["num_chs"]
             sources = [stages[stage]]
             if choices.project and width != trunk.num_features:
                 raise ConfigError(f"backbone {name!r} projects its last stage only; leave out layer or project")
@@ -286,7 +287,7 @@ class TrunkTower(Backbone):
 
     def extract(self, images: Tensor) -> BackboneOutput:
         trunk, grid = self.visual.trunk, self.grid_size(size_of(images))
-        if self.choices.layers is None and self.choices.facet == "token":
+        if self.choices.layer is None and self.choices.facet == "token":
             x = last = trunk.forward_features(images)
             parts = [last]
         else:
@@ -368,10 +369,10 @@ def to_map(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     return patches.transpose(1, 2).unflatten(2, grid)
 
 
-def _one_stage(name: str, stages: Sequence[nn.Module], choices: Choices) -> int:
+def _one_stage(name: str, stages: Sequence[nn.Module], choices: Options) -> int:
     if choices.facet != "token":
         raise ConfigError(f"backbone {name!r} is convolutional: it has no attention with a {choices.facet}")
-    chosen = chosen_blocks(stages, choices.layers, name)
+    chosen = chosen_blocks(stages, choices.layer, name)
     if len(chosen) > 1:
         raise ConfigError(
             f"the stages of backbone {name!r} have different strides and cannot be concatenated; name one layer, "

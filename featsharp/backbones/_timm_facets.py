@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featsharp.backbones.options import Facet, captured
+from featsharp.backbones.blocks import captured
+from featsharp.backbones.options import Facet
 from featsharp.errors import ConfigError
 
 Projection = tuple[Tensor, Tensor | None]  # weight [C, width], bias [C]

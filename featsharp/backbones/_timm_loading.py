@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from featsharp.backbones._weights import first_line
-from featsharp.backbones.options import Choices
-from featsharp.backbones.registration import import_optional
+from featsharp.backbones.loading import first_line, import_optional
+from featsharp.backbones.options import Options
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, MissingDependencyError
 
 INSTALL_TIMM = 'pip install "featsharp[timm]"'
@@ -25,7 +24,7 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 RESAMPLING_MODULES = ["vision_transformer_sam", "naflexvit"]
 
 
-def load_timm_model(spec: str, choices: Choices) -> nn.Module:
+def load_timm_model(spec: str, choices: Options) -> nn.Module:
     """The timm model without a classifier, able to change its size where its class can, filled as ``choices`` say.
 
     Args:
@@ -133,7 +132,7 @@ def _path(text: str) -> Path:
     return Path(os.path.expanduser(text))  # that of Path raises for an unknown user
 
 
-def _find_weights(source: str, choices: Choices) -> Path | None:
+def _find_weights(source: str, choices: Options) -> Path | None:
     """The local file to load, None for weights that timm finds."""
     if choices.weights is None and not source.startswith("local-dir:"):
         return None

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.backbones.base import Backbone, BackboneOutput, embeds_patches
-from featsharp.backbones.options import Choices, captured, chosen_blocks
+from featsharp.backbones.blocks import captured, chosen_blocks
+from featsharp.backbones.options import Options
 from featsharp.errors import ConfigError
 from featsharp.ops.resize import size_of
 
-DEFAULTS = Choices()
+DEFAULTS = Options()
 # The linear layers of an attention, by the names that transformers gives them.
 PROJECTIONS = {"query": ("q_proj", "query"), "key": ("k_proj", "key"), "value": ("v_proj", "value")}
 # A side that the strides of all convolutional networks divide.
@@ -52,7 +53,7 @@ class TransformersViT(Backbone):
         name: What ``create_backbone`` builds it from, or a label.
         model: The vision model, with weights.
         preprocessing: Whitening and native size.
-        choices: Layers, facet, projection, summary and size; see :class:`featsharp.backbones.options.Choices`.
+        choices: Layers, facet, projection, summary and size; see :class:`featsharp.backbones.options.Options`.
 
     Raises:
         ConfigError: For a choice that this model does not have, or patches that are not square.
@@ -62,7 +63,7 @@ class TransformersViT(Backbone):
     # Whether positions are resampled for other grids.
     resamples: bool = True
 
-    def __init__(self, name: str, model: nn.Module, preprocessing: Preprocessing, choices: Choices = DEFAULTS) -> None:
+    def __init__(self, name: str, model: nn.Module, preprocessing: Preprocessing, choices: Options = DEFAULTS) -> None:
         _check_projection(name, model, choices)
         config = self.trunk_of(model).config
         patch_size = _patch_size(name, config)
@@ -83,9 +84,9 @@ class TransformersViT(Backbone):
         self.trunk: Any = self.trunk_of(model)
         self.facet, self.project = choices.facet, choices.project
         blocks = _module_list(self.trunk, config.num_hidden_layers)
-        self.layers = chosen_blocks(blocks, choices.layers, name)
+        self.layers = chosen_blocks(blocks, choices.layer, name)
         # The model itself ends with the last block and the norm.
-        self.takes_end = choices.layers is None and self.facet == "token"
+        self.takes_end = choices.layer is None and self.facet == "token"
         self._blocks = [] if self.takes_end else [blocks[layer] for layer in sorted(set(self.layers))]
         self._taps = self._blocks if self.facet == "token" else [self._projection(block) for block in self._blocks]
         self.embed_dim = len(self.layers) * self._width()
@@ -192,7 +193,7 @@ class DinoV3ViT(TransformersViT):
 class MaskedAutoencoderViT(TransformersViT):
     """The encoder of a masked autoencoder that masks nothing and leaves the patches in their order."""
 
-    def __init__(self, name: str, model: nn.Module, preprocessing: Preprocessing, choices: Choices = DEFAULTS) -> None:
+    def __init__(self, name: str, model: nn.Module, preprocessing: Preprocessing, choices: Options = DEFAULTS) -> None:
         super().__init__(name, model, preprocessing, choices)
         self.trunk.config.mask_ratio = 0.0
 
@@ -242,7 +243,7 @@ class NaFlexViT(SiglipViT):
     The images of a batch have one size, so there is no padding, and attention without a mask is exact.
     """
 
-    def __init__(self, name: str, model: nn.Module, preprocessing: Preprocessing, choices: Choices = DEFAULTS) -> None:
+    def __init__(self, name: str, model: nn.Module, preprocessing: Preprocessing, choices: Options = DEFAULTS) -> None:
         super().__init__(name, model, preprocessing, choices)
         self.embeds_patches = True  # by a linear layer
 
@@ -266,7 +267,7 @@ class SamViT(TransformersViT):
     final_norm = None
     resamples = False
 
-    def __init__(self, name: str, model: nn.Module, preprocessing: Preprocessing, choices: Choices = DEFAULTS) -> None:
+    def __init__(self, name: str, model: nn.Module, preprocessing: Preprocessing, choices: Options = DEFAULTS) -> None:
         self.trunk_of(model).neck = nn.Identity()
         super().__init__(name, model, preprocessing, choices)
 
@@ -309,12 +310,12 @@ class TransformersConvNet(Backbone):
         ConfigError: For a choice that such a network does not have, or stages of several strides.
     """
 
-    def __init__(self, name: str, model: nn.Module, preprocessing: Preprocessing, choices: Choices = DEFAULTS) -> None:
+    def __init__(self, name: str, model: nn.Module, preprocessing: Preprocessing, choices: Options = DEFAULTS) -> None:
         _check_projection(name, model, choices)
         if choices.facet != "token":
             raise ConfigError(f"backbone {name!r} is a convolutional network without attention; leave out facet")
         stages = _module_list(model, len(model.config.depths))  # type: ignore[union-attr, arg-type]
-        layers = chosen_blocks(stages, choices.layers, name)
+        layers = chosen_blocks(stages, choices.layer, name)
         maps = _stage_maps(model, stages)
         strides = {layer: PROBE_SIDE // maps[layer].shape[2] for layer in layers}
         if len(set(strides.values())) > 1:
@@ -331,7 +332,7 @@ class TransformersConvNet(Backbone):
         )
         self.model: Any = model
         self.layers = layers
-        self.takes_end = choices.layers is None
+        self.takes_end = choices.layer is None
         self._last_stride = PROBE_SIDE // maps[-1].shape[2]
         self._stages = [] if self.takes_end else [stages[layer] for layer in sorted(set(layers))]
         self.summary = _chosen_summary(name, choices.summary, ["pool", "mean", "none"])
@@ -400,7 +401,7 @@ def _native_size(
     return asked
 
 
-def _check_projection(name: str, model: nn.Module, choices: Choices) -> None:
+def _check_projection(name: str, model: nn.Module, choices: Options) -> None:
     if choices.project and not hasattr(model, "visual_projection"):
         raise ConfigError(
             f"backbone {name!r} has no projection into the space of text; leave out project, or take a checkpoint of "

@@ -24,24 +24,20 @@ import torch
 from torch import nn
 
 from featsharp.backbones._hub_models import DinoBackbone, RadioBackbone, is_dino, is_radio
-from featsharp.backbones._weights import fill, first_line
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from featsharp.backbones.from_callable import from_callable
-from featsharp.backbones.options import Choices, parse_choices, parse_flag, parse_whitening
-from featsharp.backbones.registration import register_prefix
+from featsharp.backbones.loading import fill, first_line
+from featsharp.backbones.options import Options
 from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError, unknown_name
 
-SUPPORTED = ("layer", "facet", "summary", "pretrained", "img_size", "weights")
-OWN = ("trust", "version", "adaptor_names", "mean", "std")
 DEFAULT_SIZE = (224, 224)  # for modules that do not say theirs
 
 
-@register_prefix("hub", "hub:OWNER/REPO[:REF]/ENTRY a module of a torch.hub repository, or hub:DIR/ENTRY")
-def create_hub_backbone(name: str) -> Backbone:
+def build(name: str, spec: str, choices: Options) -> Backbone:
     """Build ``hub:OWNER/REPO[:REF]/ENTRY``.
 
     Options: ``layer``, ``facet``, ``summary``, ``pretrained``, ``img_size``, ``weights`` as in
-    :class:`featsharp.backbones.options.Choices`, and
+    :class:`featsharp.backbones.options.Options`, and
 
     - ``trust=true``: fetch and run the code of the repository.
     - ``version``, ``adaptor_names``: handed to the entry (RADIO); ``version`` may be a local checkpoint.
@@ -55,21 +51,19 @@ def create_hub_backbone(name: str) -> Backbone:
         CheckpointError: For weights that do not fill the module exactly.
         MissingDependencyError: When the code, a package that it needs, or the weights cannot be had.
     """
-    spec, choices = parse_choices(name.removeprefix("hub:"), supported=SUPPORTED, extra=OWN)
     repository, slash, entry = spec.rpartition("/")
     if not (slash and entry):
         raise ConfigError(f"write hub:OWNER/REPO[:REF]/ENTRY or hub:DIR/ENTRY; got 'hub:{spec}'")
-    extra = choices.extra
-    adaptors = extra["adaptor_names"].split(",") if "adaptor_names" in extra else []
+    adaptors = list(choices.adaptor_names)
     arguments: dict[str, Any] = {}
-    if "version" in extra:
-        arguments["version"] = extra["version"]
+    if choices.version is not None:
+        arguments["version"] = choices.version
     if adaptors:
         arguments["adaptor_names"] = adaptors
     if not choices.pretrained or choices.weights is not None:
         arguments["pretrained"] = False
     folder = _local_folder(repository)
-    if folder is None and not parse_flag("trust", extra.get("trust", "false")):
+    if folder is None and not choices.trust:
         raise ConfigError(
             f"hub:{spec} runs code of the repository https://github.com/{repository.partition(':')[0]} on this "
             f"machine; if you trust it add ?trust=true, or clone it, look at it, and write hub:DIR/{entry}"
@@ -170,9 +164,9 @@ def _fill_from(model: nn.Module, path: Path, spec: str) -> None:
     fill(model, state, f"{path} is not a checkpoint of hub:{spec}")
 
 
-def _wrap(name: str, model: nn.Module, choices: Choices, adaptors: list[str]) -> Backbone:
+def _wrap(name: str, model: nn.Module, choices: Options, adaptors: list[str]) -> Backbone:
     """The module as a backbone of the kind that its methods tell."""
-    whitening = {key: parse_whitening(key, choices.extra[key]) for key in ("mean", "std") if key in choices.extra}
+    whitening = {key: value for key in ("mean", "std") if (value := getattr(choices, key)) is not None}
     backbone: Backbone
     if is_radio(model):
         if whitening:
@@ -190,8 +184,8 @@ def _wrap(name: str, model: nn.Module, choices: Choices, adaptors: list[str]) ->
     return backbone
 
 
-def _by_trial(name: str, model: Any, choices: Choices, whitening: dict[str, tuple[float, float, float]]) -> Backbone:
-    if choices.layers is not None or choices.facet != "token" or choices.summary != "default":
+def _by_trial(name: str, model: Any, choices: Options, whitening: dict[str, tuple[float, float, float]]) -> Backbone:
+    if choices.layer is not None or choices.facet != "token" or choices.summary != "default":
         raise ConfigError(
             f"backbone {name!r} ({type(model).__name__}) is of no kind that is known, so layer, facet and summary do "
             f"not apply; load it with torch.hub and wrap what you want with featsharp.backbones.from_callable"

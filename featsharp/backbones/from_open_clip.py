@@ -25,10 +25,9 @@ import torch
 from torch import nn
 
 from featsharp.backbones._open_clip_towers import ResNetTower, TransformerTower, TrunkTower
-from featsharp.backbones._weights import fill, first_line
 from featsharp.backbones.base import Backbone
-from featsharp.backbones.options import CHOICES, Choices, parse_choices, parse_whitening
-from featsharp.backbones.registration import import_optional, register_prefix
+from featsharp.backbones.loading import fill, first_line, import_optional
+from featsharp.backbones.options import Options, parse_whitening
 from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError, unknown_name
 
 INSTALL_OPEN_CLIP = 'pip install "featsharp[open_clip]"'
@@ -56,12 +55,11 @@ class Source:
     place: str = "open_clip"
 
 
-@register_prefix("open_clip", "open_clip:MODEL/TAG any CLIP-type model of open_clip, or a local directory of one")
-def create_open_clip_backbone(name: str) -> Backbone:
+def build(name: str, spec: str, choices: Options) -> Backbone:
     """Build ``open_clip:MODEL/TAG``.
 
     Options: ``layer``, ``facet``, ``project``, ``summary``, ``pretrained``, ``img_size``, ``weights`` as in
-    :class:`featsharp.backbones.options.Choices`; the classes of :mod:`featsharp.backbones._open_clip_towers` say what
+    :class:`featsharp.backbones.options.Options`; the classes of :mod:`featsharp.backbones._open_clip_towers` say what
     they mean for each kind of tower. ``img_size`` is the size that the backbone then calls its own; the weights stay.
 
     Raises:
@@ -70,7 +68,6 @@ def create_open_clip_backbone(name: str) -> Backbone:
         MissingDependencyError: When open_clip or the weights are absent and the weights cannot be fetched.
     """
     open_clip = import_optional("open_clip", f"backbone {name!r}", INSTALL_OPEN_CLIP)
-    spec, choices = parse_choices(name.removeprefix("open_clip:"), supported=CHOICES)
     source = _find(open_clip, spec, choices)
     model = _build(open_clip, source)
     if choices.pretrained:
@@ -80,7 +77,7 @@ def create_open_clip_backbone(name: str) -> Backbone:
     return _with_native_size(backbone, choices.img_size)
 
 
-def _find(open_clip: Any, spec: str, choices: Choices) -> Source:
+def _find(open_clip: Any, spec: str, choices: Options) -> Source:
     """The source that ``spec`` and the option ``weights`` mean."""
     folder = Path(spec.removeprefix(DIRECTORY)).expanduser()
     if spec.startswith(HUB):
@@ -101,7 +98,7 @@ def _find(open_clip: Any, spec: str, choices: Choices) -> Source:
     return replace(source, weights=path)
 
 
-def _from_list(open_clip: Any, spec: str, choices: Choices) -> Source:
+def _from_list(open_clip: Any, spec: str, choices: Options) -> Source:
     """``MODEL[/TAG]`` of open_clip's own lists."""
     architecture, slash, tag = spec.partition("/")
     config = open_clip.get_model_config(architecture)
@@ -240,7 +237,7 @@ def _load_visual(model: Any, path: Path, spec: str) -> None:
     fill(model.visual, given, f"{path} is not a checkpoint of open_clip model {spec!r}: its visual tower differs")
 
 
-def _wrap(open_clip: Any, name: str, visual: nn.Module, source: Source, choices: Choices) -> Backbone:
+def _wrap(open_clip: Any, name: str, visual: nn.Module, source: Source, choices: Options) -> Backbone:
     defaults = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     whitening = {key: _whitening(source, key) or default for key, default in defaults.items()}
     if isinstance(visual, open_clip.transformer.VisionTransformer):

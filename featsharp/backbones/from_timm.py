@@ -26,24 +26,18 @@ from torch import Tensor, nn
 
 from featsharp.backbones._timm_facets import inputs_of, project, projection
 from featsharp.backbones._timm_loading import load_timm_model
-from featsharp.backbones._weights import first_line
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput, embeds_patches
-from featsharp.backbones.options import Choices, Facet, chosen_blocks, parse_choices
-from featsharp.backbones.registration import register_prefix
+from featsharp.backbones.blocks import chosen_blocks
+from featsharp.backbones.loading import first_line
+from featsharp.backbones.options import Facet, Options
 from featsharp.errors import ConfigError
 
-OPTIONS = ("layer", "facet", "summary", "pretrained", "img_size", "weights")
-OWN_OPTIONS = ("mean", "std")
 
-
-@register_prefix(
-    "timm", "timm:MODEL[.TAG] any vision transformer or CNN of timm, or timm:DIR with its config and weights"
-)
-def create_timm_backbone(name: str) -> Backbone:
+def build(name: str, spec: str, choices: Options) -> Backbone:
     """Build ``timm:MODEL[.TAG]``; the directory that ``timm.models.save_for_hf`` writes can take the place of MODEL.
 
     Options, beside those of every backbone:
-        ``layer``, ``facet``, ``summary``: see :class:`featsharp.backbones.options.Choices` and the classes here.
+        ``layer``, ``facet``, ``summary``: see :class:`featsharp.backbones.options.Options` and the classes here.
         ``pretrained=false``: seeded random weights.
         ``img_size=448x224``: the native size, whole patches.
         ``weights``: a file that timm can read (``.safetensors``, ``.pth``, ``.bin``; timm's own keys or those of the
@@ -56,10 +50,6 @@ def create_timm_backbone(name: str) -> Backbone:
         CheckpointError: For a weight file that cannot be read.
         BackboneMismatchError: For one that does not fill the model.
     """
-    spec, choices = parse_choices(name.removeprefix("timm:"), OPTIONS, OWN_OPTIONS)
-    whitening = {key: _channel_values(key, text) for key, text in choices.extra.items()}
-    if any(value <= 0 for value in whitening.get("std", ())):
-        raise ConfigError(f"option std of backbone {name!r} has to be above zero; got {choices.extra['std']!r}")
     model = load_timm_model(spec, choices)
     if not hasattr(model, "forward_features"):
         raise ConfigError(f"timm model {name!r} ({type(model).__name__}) gives no features")
@@ -69,7 +59,7 @@ def create_timm_backbone(name: str) -> Backbone:
         kind = TimmViT if _has_tokens(model) else TimmStages
     # A model with a token grid may be native at less: it was built for img_size.
     size = None if hasattr(_embedding(model), "grid_size") and kind is TimmViT else choices.img_size
-    backbone = kind(name, model, choices=choices, input_size=size, **whitening)
+    backbone = kind(name, model, choices=choices, input_size=size, mean=choices.mean, std=choices.std)
     if choices.img_size is not None and backbone.input_size != choices.img_size:
         height, width = backbone.input_size
         which = "smallest near it" if min(choices.img_size) < backbone.patch_size else "nearest below"
@@ -111,7 +101,7 @@ class TimmViT(Backbone):
         name: str,
         model: nn.Module,
         *,
-        choices: Choices = Choices(),  # noqa: B008  (frozen)
+        choices: Options = Options(),  # noqa: B008  (frozen)
         input_size: tuple[int, int] | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
@@ -142,7 +132,7 @@ class TimmViT(Backbone):
         self.facet: Facet = choices.facet
         self.summary_kind = summary
         # Without these the model runs to its end, as it is.
-        self.inner = choices.layers is not None or choices.facet != "token"
+        self.inner = choices.layer is not None or choices.facet != "token"
         self.embeds_patches = embeds_patches(getattr(embedding, "proj", None), patch_size)
         self.freeze()
 
@@ -198,7 +188,7 @@ class TimmSAM(Backbone):
         name: str,
         model: nn.Module,
         *,
-        choices: Choices = Choices(),  # noqa: B008  (frozen)
+        choices: Options = Options(),  # noqa: B008  (frozen)
         input_size: tuple[int, int] | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
@@ -250,7 +240,7 @@ class TimmStages(Backbone):
     of stride 2 with symmetric padding (ResNet) are centred on the first pixel of theirs, (s - 1) / 2 pixels above and
     left of the centre: 15.5 of 32 pixels at the last stage of a ResNet. That is the model's own, and is left as it is.
 
-    Args: As :class:`TimmViT`; of ``choices.layers`` one.
+    Args: As :class:`TimmViT`; of ``choices.layer`` one.
 
     Raises:
         ConfigError: Also for a model whose map is not image / stride (no padding, as in Inception), found by a pass.
@@ -261,7 +251,7 @@ class TimmStages(Backbone):
         name: str,
         model: nn.Module,
         *,
-        choices: Choices = Choices(),  # noqa: B008  (frozen)
+        choices: Options = Options(),  # noqa: B008  (frozen)
         input_size: tuple[int, int] | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
@@ -276,9 +266,9 @@ class TimmStages(Backbone):
             raise ConfigError(
                 f"timm model {name!r} ({type(model).__name__}) has no facet {choices.facet!r}; only token"
             )
-        if choices.layers is not None and len(choices.layers) > 1:
+        if choices.layer is not None and len(choices.layer) > 1:
             raise ConfigError(f"the stages of timm model {name!r} differ in stride; choose one layer")
-        (stage,) = chosen_blocks(stages, choices.layers, name)
+        (stage,) = chosen_blocks(stages, choices.layer, name)
         config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
         size = input_size or _configured_size(model)
         stride = int(stages[stage]["reduction"])
@@ -384,13 +374,13 @@ def _square_patch(name: str, patch_embed: Any) -> int:
     return int(height)
 
 
-def _chosen(model: nn.Module, choices: Choices, name: str) -> list[int]:
+def _chosen(model: nn.Module, choices: Options, name: str) -> list[int]:
     """Blocks whose features are taken; ConfigError where the model has none to choose from."""
     blocks: Any = getattr(model, "blocks", [])
-    inner = choices.layers is not None or choices.facet != "token"
+    inner = choices.layer is not None or choices.facet != "token"
     if inner and not (len(blocks) and hasattr(model, "forward_intermediates")):
         raise ConfigError(f"timm model {name!r} ({type(model).__name__}) shows no blocks; leave out layer and facet")
-    return chosen_blocks(blocks, choices.layers, name)
+    return chosen_blocks(blocks, choices.layer, name)
 
 
 def _channels(model: nn.Module, blocks: Sequence[int], facet: Facet, width: int) -> int:
@@ -442,16 +432,6 @@ def _configured_values(config: dict[str, Any], key: str, default: tuple[float, .
 def _whole_patches(size: Sequence[int], patch_size: int) -> tuple[int, int]:
     height, width = (max(1, side // patch_size) * patch_size for side in size)
     return height, width
-
-
-def _channel_values(option: str, text: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != 3 or not all(map(math.isfinite, values)):
-        raise ConfigError(f"option {option} is three numbers with commas, such as 0.485,0.456,0.406; got {text!r}")
-    return values
 
 
 def _int(model: nn.Module, attribute: str) -> int:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.backbones._transformers_families import FAMILIES, Preprocessing, pair
-from featsharp.backbones._weights import first_line
 from featsharp.backbones.base import Backbone
 from featsharp.backbones.from_callable import from_callable
-from featsharp.backbones.options import CHOICES, Choices, parse_choices, parse_flag, parse_whitening
-from featsharp.backbones.registration import import_optional, register_prefix
+from featsharp.backbones.loading import first_line, import_optional
+from featsharp.backbones.options import Options, parse_whitening
 from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError
 
 INSTALL_HF = 'pip install "featsharp[hf]"'
@@ -26,12 +25,11 @@ HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
 SHOWN_KEYS = 6
 
 
-@register_prefix("hf", "hf:ORG/MODEL any vision model of transformers, or hf:DIRECTORY (options: layer, facet, ...)")
-def create_transformers_backbone(name: str) -> Backbone:
+def build(name: str, source: str, choices: Options) -> Backbone:
     """Build ``hf:ORG/MODEL`` or ``hf:DIRECTORY``, whose ``save_pretrained`` files lie there.
 
     Of a model with a language part only the vision tower is built and read. Options beside those of
-    :class:`featsharp.backbones.options.Choices`: ``mean`` and ``std``, a number or three with commas, for a model
+    :class:`featsharp.backbones.options.Options`: ``mean`` and ``std``, a number or three with commas, for a model
     without an image processor; ``trust=true`` runs the model code that comes with the weights, which is otherwise
     refused. Models outside :data:`FAMILIES`, and those with code of their own, go through
     :func:`featsharp.backbones.from_callable`, which finds out their facts; of the choices these have only ``img_size``,
@@ -44,12 +42,11 @@ def create_transformers_backbone(name: str) -> Backbone:
         MissingDependencyError: When transformers or the weights are absent and the weights cannot be fetched.
     """
     transformers = import_optional("transformers", f"backbone {name!r}", INSTALL_HF)
-    source, choices = parse_choices(name.removeprefix("hf:"), CHOICES, extra=("mean", "std", "trust"))
     source = os.path.expanduser(source)
-    trust = parse_flag("trust", choices.extra.get("trust", "false"))
+    trust = choices.trust
     with _quiet(transformers):
         place, config = _read_config(transformers, name, source, choices.weights, trust)
-        preprocessing = _read_preprocessing(name, place, choices.extra)
+        preprocessing = _read_preprocessing(name, place, choices)
         vision = config if _is_foreign(config) else getattr(config, "vision_config", None) or config
         family = None if _is_foreign(config) else FAMILIES.get(vision.model_type)
         model = _build_model(transformers, name, place, config, vision, choices, trust)
@@ -96,7 +93,7 @@ def _read_config(transformers: Any, name: str, source: str, weights: str | None,
 
 
 def _build_model(
-    transformers: Any, name: str, place: str, config: Any, vision: Any, choices: Choices, trust: bool
+    transformers: Any, name: str, place: str, config: Any, vision: Any, choices: Options, trust: bool
 ) -> nn.Module:
     """The vision model in float32, with weights or seeded random ones."""
     arguments: dict[str, Any] = {"dtype": torch.float32}
@@ -137,7 +134,7 @@ def _is_foreign(config: Any) -> bool:
     return not type(config).__module__.startswith("transformers.")
 
 
-def _wants_projection(config: Any, choices: Choices) -> bool:
+def _wants_projection(config: Any, choices: Options) -> bool:
     """Whether CLIP's projection into the space of text is there and used."""
     has = config.model_type == "clip" or "CLIPVisionModelWithProjection" in (config.architectures or ())
     return has and (choices.project or choices.summary not in ("cls", "mean", "none"))
@@ -181,9 +178,9 @@ def _read_file(path: str) -> dict[str, Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _found_out(name: str, model: nn.Module, config: Any, preprocessing: Preprocessing, choices: Choices) -> Backbone:
+def _found_out(name: str, model: nn.Module, config: Any, preprocessing: Preprocessing, choices: Options) -> Backbone:
     """A model that this module does not know, as ``from_callable`` understands it."""
-    if choices.layers is not None or choices.facet != "token" or choices.project or choices.summary != "default":
+    if choices.layer is not None or choices.facet != "token" or choices.project or choices.summary != "default":
         raise ConfigError(
             f"the insides of {name!r} ({type(model).__name__}) are not known; leave out layer, facet, project and "
             f"summary, or wrap the model with featsharp.backbones.from_callable"
@@ -207,11 +204,11 @@ class _Interpolating(nn.Module):
         return self.model(images, interpolate_pos_encoding=True)
 
 
-def _read_preprocessing(name: str, place: str, told: Mapping[str, str]) -> Preprocessing:
-    """From the image processor's file, where ``mean`` and ``std`` are not told."""
+def _read_preprocessing(name: str, place: str, choices: Options) -> Preprocessing:
+    """From the image processor's file, where the options give no ``mean`` and ``std``."""
     from transformers.models.auto.image_processing_auto import get_image_processor_config
 
-    mean, std = (parse_whitening(key, told[key], single=True) if key in told else None for key in ("mean", "std"))
+    mean, std = choices.mean, choices.std
     try:
         config = get_image_processor_config(place, local_files_only=os.path.isdir(place))
         size = _processor_size(config)
@@ -239,7 +236,7 @@ def _processor_whitening(config: Mapping[str, Any]) -> tuple[tuple[float, ...], 
     # The processor multiplies pixels from 0 to 255 first.
     scale = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
     mean, std = (config["image_mean"], config["image_std"]) if whitens else (0.0, 1.0)
-    mean, std = parse_whitening("image_mean", mean, single=True), parse_whitening("image_std", std, single=True)
+    mean, std = parse_whitening("image_mean", mean), parse_whitening("image_std", std)
     return tuple(value / scale for value in mean), tuple(value / scale for value in std)
 
 

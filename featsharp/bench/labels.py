@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from featsharp.errors import ConfigError
-from featsharp.settings import split_label
+from featsharp.names import split_label
 
 
 def label_files(texts: Sequence[str]) -> dict[str, str]:

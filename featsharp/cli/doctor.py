@@ -99,8 +99,7 @@ def _states(op: str, device: str) -> Iterator[tuple[str, str]]:
 
 def _facts(backbone: "Backbone") -> Iterator[tuple[str, str]]:
     """Yield the properties of a backbone that it has without being run."""
-    from featsharp.backbones import ALIASES
-    from featsharp.backbones.names import resolve_alias
+    from featsharp.backbones import resolve_backbone
 
     rows, cols = backbone.grid_size(backbone.input_size)
     prefix = getattr(backbone, "num_prefix_tokens", None)
@@ -109,8 +108,8 @@ def _facts(backbone: "Backbone") -> Iterator[tuple[str, str]]:
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters}) or ["none"]
     autocast = backbone.autocast_dtype
     yield "backbone", backbone.name
-    if backbone.name.partition("?")[0] in ALIASES:
-        yield "stands for", resolve_alias(backbone.name)
+    if (target := str(resolve_backbone(backbone.name))) != backbone.name:
+        yield "stands for", target
     yield "features", f"{backbone.embed_dim} channels, {rows}x{cols} tokens of {backbone.patch_size} pixels{before}"
     yield "summary", "none" if backbone.summary_dim is None else f"{backbone.summary_dim} channels"
     yield "whitening", f"mean {_numbers(backbone.mean)}, std {_numbers(backbone.std)}"

@@ -35,7 +35,8 @@ from featsharp.evaluation.zoom import ZoomTask
 from featsharp.files import write_file
 from featsharp.memory import keep_freed_memory
 from featsharp.model import SharpEncoder
-from featsharp.settings import setting_fields, settings_of, split_label
+from featsharp.names import split_label
+from featsharp.settings import setting_fields, settings_of
 
 # Task -> where it is defined. Only the chosen one is imported; the help of them all needs their titles.
 TASKS = {

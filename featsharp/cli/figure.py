@@ -33,7 +33,7 @@ from featsharp.errors import ConfigError
 from featsharp.evaluation.position_bias import explained_by_position, random_images
 from featsharp.memory import keep_freed_memory
 from featsharp.model import InputConditioner, SharpEncoder
-from featsharp.settings import split_label
+from featsharp.names import split_label
 from featsharp.visualization.figures.bias import Pattern, draw_bias, learned_pattern, mean_pattern
 from featsharp.visualization.figures.cka import draw_cka, read_cka
 from featsharp.visualization.figures.cost import draw_cost, read_cost

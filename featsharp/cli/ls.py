@@ -67,17 +67,12 @@ def _lines(kind: str) -> Iterator[str]:
 
 def backbone_rows() -> Iterable[tuple[str, ...]]:
     """Yield a row of text for every short name and every ``prefix:`` form, as :data:`BACKBONE_COLUMNS`."""
-    from featsharp.backbones import ALIASES, BACKBONES, PREFIXES, list_backbones
+    from featsharp.backbones import FAMILIES, MODELS
 
-    for name in list_backbones():
-        if name in ALIASES:
-            alias = ALIASES[name]
-            yield name, alias.description, alias.target, alias.source or "-"
-        else:
-            yield name, BACKBONES[name].description, "-", "-"
-    for entry in PREFIXES.entries():
-        form, _, description = entry.description.partition(" ")
-        yield form, description, "-", "-"
+    for name, model in sorted(MODELS.items()):
+        yield name, model.description, model.target or "-", model.source or "-"
+    for _, family in sorted(FAMILIES.items()):
+        yield family.form, family.description, "-", "-"
 
 
 def upsampler_rows() -> Iterable[tuple[str, ...]]:

@@ -3,14 +3,15 @@
 import dataclasses
 import difflib
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from featsharp.backbones.models import MODELS
 from featsharp.configs.schema import RunConfig
 from featsharp.errors import ConfigError, MissingDependencyError, unknown_name
+from featsharp.names import parse_upsampler
 from featsharp.training.loggers import writer_names
 from featsharp.training.objectives import OBJECTIVES, ObjectiveConfig, config_type
 from featsharp.urls import redact_setting
@@ -19,9 +20,6 @@ GROUPS = ("model", "upsampler", "datasets", "normalizer", "objective")
 
 # Whose values the shell can take for several ones.
 DATA_KEYS = ("train_data_dir", "val_data_dir", "dist_train_data_dir")
-
-# "+upsampler=featsharp-4x" is the file featsharp with upsampler.factor=4.
-FACTOR = re.compile(r"(?P<group>\+{0,2}upsampler)=(?P<name>[\w-]*\w)-(?P<factor>-?\d+(\.\d+)?)x")
 
 # The least that numbers may be, and the least low end of [low, high] ranges.
 AT_LEAST = {
@@ -79,7 +77,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     except ImportError as error:
         raise MissingDependencyError('training needs: pip install "featsharp[train]"') from error
 
-    overrides = [part for override in overrides for part in _split_factor(override)]
+    overrides = _expand_names(overrides)
     _check_overrides(overrides)
     try:
         GlobalHydra.instance().clear()
@@ -101,9 +99,10 @@ def compose(overrides: Sequence[str]) -> RunConfig:
 
 
 def options_of(group: str) -> dict[str, str]:
-    """Files of a config group with the description in their comment, by name."""
-    found = {}
-    for file in files("featsharp.configs").joinpath(group).iterdir():
+    """What a config group offers, with descriptions: its files, and for models the short names of backbones too."""
+    found = {name: f"{model.description}." for name, model in MODELS.items()} if group == "model" else {}
+    folder = files("featsharp.configs").joinpath(group)
+    for file in folder.iterdir() if folder.is_dir() else ():
         if file.name.endswith(".yaml"):
             comments = [line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")]
             found[file.name.removesuffix(".yaml")] = " ".join(c for c in comments if not c.startswith("@"))
@@ -173,10 +172,31 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             raise ConfigError(f"unknown configuration key {key!r}; {hint}")
 
 
-def _split_factor(override: str) -> list[str]:
-    """``+upsampler=NAME-FACTORx`` as its two overrides; any other as it is."""
-    match = FACTOR.fullmatch(override)
-    return [f"{match['group']}={match['name']}", f"upsampler.factor={match['factor']}"] if match else [override]
+def _expand_names(overrides: Sequence[str]) -> list[str]:
+    """``+upsampler=NAME-FACTORx`` and ``+model=NAME`` as the overrides that they stand for; all others as they are.
+
+    What stands for a model comes first, so that explicit values go before it.
+    """
+    models: list[str] = []
+    others: list[str] = []
+    given = dict(override.partition("=")[::2] for override in overrides)
+    folder = files("featsharp.configs").joinpath("model")
+    for override in overrides:
+        key, _, value = override.partition("=")
+        name, factor = parse_upsampler(value) if key.lstrip("+") == "upsampler" else (value, None)
+        if key in ("+model", "++model") and value in MODELS and not folder.joinpath(f"{value}.yaml").is_file():
+            if models:
+                raise ConfigError(f"the model is given twice, {models[0].partition('=')[2]} and {value}; choose one")
+            models = [f"++model.name={value}", f"++output_subdir={MODELS[value].folder}"]
+        elif factor is None:
+            others.append(override)
+        else:
+            if given.get("upsampler.factor", f"{factor:g}") not in (f"{factor:g}", str(factor)):
+                raise ConfigError(
+                    f"{override} and upsampler.factor={given['upsampler.factor']} differ; give one factor"
+                )
+            others += [f"{key}={name}", f"upsampler.factor={factor:.15g}"]
+    return [*models, *others]
 
 
 def _objective_type(settings: Mapping[str, Any]) -> type[ObjectiveConfig]:

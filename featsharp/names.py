@@ -1,0 +1,121 @@
+"""Names in text, as command lines, configurations and checkpoints write them: the one place that takes them apart.
+
+=========  ==============================  =============================================================
+backbone   ``MODEL?key=value&key=value``   ``dinov2-l``, ``timm:vit_base_patch16_224.dino?layer=-2``
+upsampler  ``NAME[-FACTORx]``              ``bilinear``, ``tile-1.5x``, ``my_module:my_function-2x``
+labelled   ``[LABEL=]NAME``                ``ours=runs/last.pth``
+=========  ==============================  =============================================================
+
+In Python the parts are arguments: ``create_backbone("dinov2-l", layer=-2)``, ``create_encoder(b, "tile", 1.5)``.
+"""
+
+import re
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from featsharp.errors import ConfigError
+
+_UPSAMPLER = re.compile(r"(?P<name>[\w.:-]*\w)-(?P<factor>-?\d+(\.\d+)?)x")
+# Signs that paths may have and that mean something among the options of a backbone.
+_ESCAPES = str.maketrans({"%": "%25", "&": "%26", "+": "%2B"})
+
+
+@dataclass(frozen=True)
+class BackboneName:
+    """A backbone: a short name or ``prefix:model``, and its options as text.
+
+    >>> str(parse_backbone("hf:x?facet=key").with_options(layer=[3, -1], pretrained=False, weights=None))
+    'hf:x?facet=key&layer=3,-1&pretrained=false'
+    """
+
+    model: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def prefix(self) -> str:
+        """The part of the model before its first colon, "" without one."""
+        return self.model.partition(":")[0] if ":" in self.model else ""
+
+    def with_options(self, **options: Any) -> "BackboneName":
+        """This name with further options; None leaves one out.
+
+        Sequences are written with commas, a ``torch.dtype`` by its name, True and False in lower case.
+
+        Raises:
+            ConfigError: For an option that the name has already.
+        """
+        texts = {key: _option_text(value) for key, value in options.items() if value is not None}
+        for key in texts:
+            if key in self.options:
+                raise ConfigError(f"option {key} of backbone {str(self)!r} is given twice; give it once")
+        return BackboneName(self.model, {**self.options, **texts})
+
+    def __str__(self) -> str:
+        """The name as it is stored, with ``& + %`` in values as ``%26 %2B %25``."""
+        query = "&".join(f"{key}={value.translate(_ESCAPES)}" for key, value in self.options.items())
+        return f"{self.model}?{query}" if query else self.model
+
+
+def parse_backbone(text: str) -> BackboneName:
+    """Take ``MODEL?key=value&key=value`` apart.
+
+    Raises:
+        ConfigError: For a repeated key, or options that are not ``key=value``.
+    """
+    model, _, query = text.partition("?")
+    try:
+        # A plus is a plus, in paths above all, not a space.
+        pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=True) if query else []
+    except ValueError:
+        raise ConfigError(f"options of a backbone are written ?key=value&key=value; got {text!r}") from None
+    if len(dict(pairs)) < len(pairs):
+        raise ConfigError(f"an option is given twice in {text!r}; give it once")
+    return BackboneName(model, dict(pairs))
+
+
+def parse_upsampler(text: str, known: Container[str] = ()) -> tuple[str, float | None]:
+    """Take ``NAME[-FACTORx]`` apart into the name and the factor, None without one.
+
+    Args:
+        text: What the user wrote.
+        known: Names that stay whole, although they end like a factor.
+
+    >>> parse_upsampler("tile-1.5x"), parse_upsampler("bilinear")
+    (('tile', 1.5), ('bilinear', None))
+    """
+    match = None if text in known else _UPSAMPLER.fullmatch(text)
+    return (match["name"], float(match["factor"])) if match else (text, None)
+
+
+def resolve_upsampler(text: str, factor: float | None, known: Container[str] = ()) -> tuple[str, float]:
+    """The name and the factor of an upsampler, of which the text or the argument gives the factor.
+
+    Raises:
+        ConfigError: For no factor, or two different ones.
+    """
+    name, named = parse_upsampler(text, known)
+    if named is not None and factor is not None and named != factor:
+        raise ConfigError(f"{text!r} has factor {named:g}, but factor={factor:g} is given too; leave one of them out")
+    factor = named if factor is None else factor
+    if factor is None:
+        raise ConfigError(f"which factor should {name!r} have? Write {name}-2x, or give factor=2 beside the name")
+    return name, factor
+
+
+def split_label(text: str) -> tuple[str, str]:
+    """``LABEL=NAME`` to both; the label is "" where there is none, because the "=" belongs to a path or is missing."""
+    label, separator, name = text.partition("=")
+    if not separator or "/" in label or Path(text).is_file():
+        return "", text
+    return label, name
+
+
+def _option_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else str(value)

@@ -1,0 +1,83 @@
+"""Names in text are taken apart in one way, wherever they are written."""
+
+import pytest
+import torch
+
+from featsharp import create_backbone, create_encoder, create_upsampler, load_from_file
+from featsharp.cli.main import main
+from featsharp.configs.compose import compose
+from featsharp.errors import ConfigError
+from featsharp.names import BackboneName, parse_backbone, parse_upsampler, resolve_upsampler
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "prefix", "options"),
+    [
+        ("dinov2-l", "dinov2-l", "", {}),
+        ("timm:a_b.c?layer=-2&facet=key", "timm:a_b.c", "timm", {"layer": "-2", "facet": "key"}),
+        ("hf:/a%20b?weights=/c%26d+e", "hf:/a%20b", "hf", {"weights": "/c&d+e"}),
+        ("hub:o/r:main/entry?version=", "hub:o/r:main/entry", "hub", {"version": ""}),
+    ],
+)
+def test_backbones(text, model, prefix, options):
+    name = parse_backbone(text)
+    assert name == BackboneName(model, options)
+    assert name.prefix == prefix
+    assert parse_backbone(str(name)) == name
+
+
+def test_options_are_arguments_and_go_into_the_name():
+    name = parse_backbone("m?facet=key").with_options(layer=[3, -1], pretrained=False, dtype=torch.bfloat16, mean=None)
+    assert str(name) == "m?facet=key&layer=3,-1&pretrained=false&dtype=bfloat16"
+    with pytest.raises(ConfigError, match="option facet of .* is given twice"):
+        parse_backbone("m?facet=key").with_options(facet="key")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("bilinear", ("bilinear", None)),
+        ("bilinear-2x", ("bilinear", 2)),
+        ("featsharp-jafar-12x", ("featsharp-jafar", 12)),
+        ("my.module:function-1.5x", ("my.module:function", 1.5)),
+        ("tile--1x", ("tile", -1)),
+        ("tile-x", ("tile-x", None)),
+        ("tile-2X", ("tile-2X", None)),
+    ],
+)
+def test_upsamplers(text, expected):
+    assert parse_upsampler(text) == expected
+
+
+def test_a_known_name_stays_whole():
+    assert parse_upsampler("mine-2x", known=["mine-2x"]) == ("mine-2x", None)
+
+
+def test_a_factor_is_given_once():
+    assert resolve_upsampler("tile", 2) == resolve_upsampler("tile-2x", None) == resolve_upsampler("tile-2x", 2)
+    with pytest.raises(ConfigError, match="'tile-2x' has factor 2, but factor=3 is given too"):
+        resolve_upsampler("tile-2x", 3)
+    with pytest.raises(ConfigError, match=r"which factor should 'tile' have\? Write tile-2x"):
+        resolve_upsampler("tile", None)
+
+
+def test_bilinear_with_its_factor_is_taken_everywhere(tmp_path, capsys):
+    backbone = create_backbone("toy-vit")
+    assert create_encoder(backbone, "bilinear-3x").factor == create_encoder(backbone, "bilinear", 3).factor == 3
+    assert create_encoder(backbone, "bilinear-3x").recipe == create_encoder(backbone, "bilinear", 3).recipe
+    assert create_upsampler("bilinear-3x", backbone).factor == create_upsampler("bilinear", backbone, 3).factor == 3
+    assert load_from_file("bilinear-3x", featurizer=backbone).factor == 3
+    assert compose(["+model=toy-vit", "+upsampler=bilinear-3x", "train_data_dir=x"]).upsampler.factor == 3
+    assert compose(["+model=toy-vit", "+upsampler=bilinear", "train_data_dir=x"]).upsampler.factor == 2  # its default
+    for attempt in (
+        lambda: create_encoder(backbone, "bilinear"),
+        lambda: create_upsampler("bilinear", backbone),
+        lambda: load_from_file("bilinear", featurizer=backbone),
+    ):
+        with pytest.raises(ConfigError, match=r"which factor should 'bilinear' have\? Write bilinear-2x"):
+            attempt()
+    images = tmp_path / "photo.png"
+    images.write_bytes(b"")
+    command = ["upsample", str(images), "--backbone", "toy-vit", "--checkpoint", "bilinear", "-o", str(tmp_path)]
+    assert main(command) == 1
+    assert "which factor should 'bilinear' have? Write bilinear-2x" in capsys.readouterr().err
