@@ -29,7 +29,7 @@ def test_backbones(text, model, prefix, options):
 def test_options_are_arguments_and_go_into_the_name():
     name = parse_backbone("m?facet=key").with_options(layer=[3, -1], pretrained=False, dtype=torch.bfloat16, mean=None)
     assert str(name) == "m?facet=key&layer=3,-1&pretrained=false&dtype=bfloat16"
-    with pytest.raises(ConfigError, match="option facet of .* is given twice"):
+    with pytest.raises(ConfigError, match=r"option facet of .* is given twice"):
         parse_backbone("m?facet=key").with_options(facet="key")
 
 
