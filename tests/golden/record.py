@@ -20,7 +20,7 @@ from golden_cases import CASES, Values, run_case
 from torch import Tensor
 
 RECORD = Path(__file__).with_name("record.json")
-SAMPLES = 64  # values that are kept of a tensor, evenly spaced
+SAMPLES = 48  # values that are kept of a tensor, evenly spaced
 LIBRARIES = ("numpy", "open_clip_torch", "pillow", "timm", "torch", "torchvision", "transformers")
 
 
