@@ -86,7 +86,9 @@ def test_upsample_of_an_image_and_a_folder(photos, checkpoint, tmp_path, capsys)
     assert sorted(line.split()[0] for line in lines) == sorted(
         str(out / f"{n}.safetensors") for n in ("tall", "a", "deep/b")
     )
-    assert re.search(r"tall.safetensors  90x30 pixels -> 14x5 tokens -> 28x10 cells  \(for more: --size HxW\)$", lines[0])
+    assert re.search(
+        r"tall.safetensors  90x30 pixels -> 14x5 tokens -> 28x10 cells  \(for more: --size HxW\)$", lines[0]
+    )
     tensors, metadata = read_features(out / "tall.safetensors")
     assert metadata == {"image_size": "90x30", "layout": "CHW"}
     assert {name: value.dtype for name, value in tensors.items()} == dict.fromkeys(
@@ -145,7 +147,9 @@ def test_ls_prints_every_name_with_a_description(capsys, monkeypatch):
     assert set(names) <= described
     assert run("ls", "upsamplers") == 0
     text = capsys.readouterr().out
-    assert re.search(r"featsharp +yes +nearly +any +4,630,434 +5.80\n +FeatSharp: JBU[^;]+;\s+needs image, tiles\n", text)
+    assert re.search(
+        r"featsharp +yes +nearly +any +4,630,434 +5.80\n +FeatSharp: JBU[^;]+;\s+needs image, tiles\n", text
+    )
     assert re.search(r"identity +no +yes +one +0 +1.00\n[^;]+; needs nothing\n", text)
     assert "backbones:" not in text
 

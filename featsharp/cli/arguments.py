@@ -39,12 +39,12 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-def check_inputs(paths: Iterable[Path], checkpoint: str | Path | None = None) -> None:
+def check_inputs(paths: Iterable[Path], checkpoints: Iterable[str | Path] = ()) -> None:
     """Refuse files that are absent before anything large is imported for them.
 
     Args:
         paths: Files or folders that a command reads.
-        checkpoint: A checkpoint; other names of encoders are left to the builder.
+        checkpoints: Names of encoders, of which those of files are checked.
 
     Raises:
         DataError: For the first of ``paths`` that does not exist.
@@ -53,5 +53,6 @@ def check_inputs(paths: Iterable[Path], checkpoint: str | Path | None = None) ->
     for path in paths:
         if not path.exists():
             raise DataError(f"{path} does not exist")
-    if checkpoint is not None and str(checkpoint).endswith(CHECKPOINT_ENDINGS) and not Path(checkpoint).exists():
-        raise missing_checkpoint(Path(checkpoint))
+    for name in checkpoints:
+        if str(name).endswith(CHECKPOINT_ENDINGS) and not Path(name).exists():
+            raise missing_checkpoint(Path(name))

@@ -13,17 +13,14 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from featsharp.bench.encode import UPSAMPLERS, benchmark_encode
-from featsharp.bench.measure import describe_machine
-from featsharp.bench.ops import benchmark_ops, benchmark_scaling
-from featsharp.device import find_device
+from featsharp.cli.arguments import add_device
 from featsharp.errors import ConfigError
 from featsharp.files import write_file
-from featsharp.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    import torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,11 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="vits14-focus", help="name; for ops, whose passes are timed beside")
     parser.add_argument("--normalizer", default="phi-s", help="for encode")
     parser.add_argument(
-        "--upsamplers", nargs="+", default=UPSAMPLERS, metavar="NAME", help="for encode: names, or module:function"
+        "--upsamplers",
+        nargs="+",
+        metavar="NAME",
+        help="for encode: names, or module:function; default: those that differ",
     )
     parser.add_argument("--repeat", type=int, default=15, help="most runs of a case; slow ones get fewer")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch; default: its own choice")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    add_device(parser)
     parser.add_argument("--no-scaling", action="store_true", help="for ops: leave out the outputs of growing size")
     parser.add_argument(
         "--keep-freed-memory", action="store_true", help="set the C allocator as the other commands do: faster"
@@ -50,6 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
     threads = 1 if arguments.threads is None else arguments.threads
     if arguments.repeat < 2 or min(arguments.factors or [1]) < 1 or threads < 1:
         raise ConfigError("--repeat must be at least 2, --factors and --threads at least 1")
+    import torch
+
+    from featsharp.bench.measure import describe_machine
+    from featsharp.device import find_device
+    from featsharp.memory import keep_freed_memory
+
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = find_device(arguments.device)
@@ -73,7 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _bench_ops(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def _bench_ops(arguments: argparse.Namespace, device: "torch.device") -> list[dict[str, Any]]:
+    from featsharp.bench.ops import benchmark_ops
+
     print("16x16 features of 384 channels; rows appear when all are timed")
     print(f"{'':44} {'forward ms':>11} {'quartiles':>17} {'backward ms':>12} {'memory':>9}")
     rows = []
@@ -89,7 +97,9 @@ def _bench_ops(arguments: argparse.Namespace, device: torch.device) -> list[dict
     return rows
 
 
-def _bench_scaling(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def _bench_scaling(arguments: argparse.Namespace, device: "torch.device") -> list[dict[str, Any]]:
+    from featsharp.bench.ops import benchmark_scaling
+
     print(f"{'cost per output cell':44} {'microseconds':>12}")
     rows = []
     for row in benchmark_scaling(device, repeat=arguments.repeat):
@@ -99,7 +109,11 @@ def _bench_scaling(arguments: argparse.Namespace, device: torch.device) -> list[
     return rows
 
 
-def _bench_encode(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def _bench_encode(arguments: argparse.Namespace, device: "torch.device") -> list[dict[str, Any]]:
+    import torch
+
+    from featsharp.bench.encode import UPSAMPLERS, benchmark_encode
+
     columns = f"{'encode ms':>10} {'quartiles':>17} {'passes':>6} {'alone ms':>9} {'ratio':>6} {'memory':>9}"
     print(f"{arguments.backbone:39} {columns}")
     rows = []
@@ -109,7 +123,7 @@ def _bench_encode(arguments: argparse.Namespace, device: torch.device) -> list[d
         device,
         repeat=arguments.repeat,
         normalizer=arguments.normalizer,
-        upsamplers=arguments.upsamplers,
+        upsamplers=arguments.upsamplers or UPSAMPLERS,
         autocast=(None, torch.bfloat16),
     ):
         encode, alone = row["encode"], row["backbone"]["median"]

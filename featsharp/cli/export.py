@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    check_inputs([], arguments.checkpoint)
+    check_inputs([], [arguments.checkpoint])
     from featsharp.builder import load_from_file, save_weights
 
     encoder = load_from_file(

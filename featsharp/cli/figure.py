@@ -21,37 +21,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
-from featsharp.backbones import create_backbone
-from featsharp.backbones.base import Backbone
-from featsharp.builder import load_from_file
-from featsharp.cli.arguments import parse_count
-from featsharp.data.images import decode_image, image_to_tensor
-from featsharp.device import find_device
+from featsharp.cli.arguments import add_device, check_inputs, parse_count
 from featsharp.errors import ConfigError
-from featsharp.evaluation.position_bias import explained_by_position, random_images
-from featsharp.memory import keep_freed_memory
-from featsharp.model import InputConditioner, SharpEncoder
 from featsharp.names import split_label
-from featsharp.visualization.figures.bias import Pattern, draw_bias, learned_pattern, mean_pattern
-from featsharp.visualization.figures.cka import draw_cka, read_cka
-from featsharp.visualization.figures.cost import draw_cost, read_cost
-from featsharp.visualization.figures.maps import feature_maps
-from featsharp.visualization.figures.miou import draw_miou, read_miou
-from featsharp.visualization.figures.pca import draw_pca, pca_row
-from featsharp.visualization.figures.pr import draw_pr, read_pr
-from featsharp.visualization.figures.results import read_result
-from featsharp.visualization.figures.similarity import CENTRE, draw_similarity
-from featsharp.visualization.figures.throughput import draw_throughput, read_throughput
 from featsharp.visualization.style import check_output, save
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
+
+    from featsharp.backbones.base import Backbone
+    from featsharp.model import SharpEncoder
+    from featsharp.visualization.figures.bias import Pattern
 
 DEFAULT_BACKBONE = "vits14-focus"
 # Encoders by label, those of one backbone together.
-Encoders = dict[str, SharpEncoder]
+Encoders = dict[str, "SharpEncoder"]
 
 
 class Kind(NamedTuple):
@@ -71,9 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    keep_freed_memory()
-    check_output(arguments.output)  # before any work
+    check_output(arguments.output)
     protect_inputs(arguments)
+    check_inputs(_files(arguments), _encoders(arguments))
+    from featsharp.memory import keep_freed_memory
+
+    keep_freed_memory()
     save(FIGURES[arguments.figure].draw(arguments), arguments.output)
     print(arguments.output)
 
@@ -85,19 +73,22 @@ def protect_inputs(arguments: argparse.Namespace) -> None:
         ConfigError: When the output is one of the images, results or checkpoints.
     """
     target = arguments.output.resolve()
-    for path in _inputs(arguments):
+    for path in (*_files(arguments), *map(Path, _encoders(arguments))):
         if path.resolve() == target:
             raise ConfigError(f"the figure would overwrite its input {path}; choose another file with -o")
 
 
-def _inputs(arguments: argparse.Namespace) -> Iterator[Path]:
-    """Every file that a command reads."""
-    given = vars(arguments)
-    for name, value in given.items():
+def _files(arguments: argparse.Namespace) -> Iterator[Path]:
+    """Yield the images and results that a command reads."""
+    for name, value in vars(arguments).items():
         values = value if isinstance(value, list) else [value]
         yield from (path for path in values if isinstance(path, Path) and name != "output")
-    for text in [*(given.get("checkpoint") or []), *(given.get("upsampler") or [])]:
-        yield Path(split_label(text)[1])
+
+
+def _encoders(arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield the encoders that a command names, without their labels."""
+    for name in ("checkpoint", "upsampler"):
+        yield from (split_label(text)[1] for text in getattr(arguments, name, None) or [])
 
 
 def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:
@@ -106,6 +97,10 @@ def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:
     Training-free upsamplers are built for every --backbone, or for those of the checkpoints. One label may stand for
     checkpoints of several backbones: they share a column.
     """
+    from featsharp.backbones import create_backbone
+    from featsharp.builder import load_from_file
+    from featsharp.device import find_device
+
     backbones: list[str] = arguments.backbone or []
     wanted = backbones[0] if len(backbones) == 1 else None
     device = find_device(arguments.device)
@@ -135,6 +130,9 @@ def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:
 
 
 def _pca(arguments: argparse.Namespace) -> "Figure":
+    from featsharp.data.images import decode_image
+    from featsharp.visualization.figures.pca import draw_pca, pca_row
+
     by_backbone = load_encoders(arguments)
     return draw_pca(
         [
@@ -146,17 +144,25 @@ def _pca(arguments: argparse.Namespace) -> "Figure":
 
 
 def _similarity(arguments: argparse.Namespace) -> "Figure":
+    from featsharp.data.images import decode_image, image_to_tensor
+    from featsharp.visualization.figures.maps import feature_maps
+    from featsharp.visualization.figures.similarity import CENTRE, draw_similarity
+
     by_backbone = load_encoders(arguments)
     if len(by_backbone) > 1:
         raise ConfigError(f"a similarity figure is about one backbone; got {', '.join(by_backbone)}")
     (encoders,) = by_backbone.values()
     image = decode_image(arguments.image)
     maps = feature_maps(image, encoders, real=arguments.real)
-    return draw_similarity(image_to_tensor(image), maps, at=arguments.at, colour_map=arguments.colours)
+    return draw_similarity(image_to_tensor(image), maps, at=arguments.at or CENTRE, colour_map=arguments.colours)
 
 
-@torch.inference_mode()
 def _bias(arguments: argparse.Namespace) -> "Figure":
+    from featsharp.backbones import create_backbone
+    from featsharp.builder import load_from_file
+    from featsharp.device import find_device
+    from featsharp.visualization.figures.bias import Pattern, draw_bias, learned_pattern
+
     device = find_device(arguments.device)
     learned: list[Pattern] = []
     measured: dict[str, Pattern] = {}
@@ -179,44 +185,68 @@ def _bias(arguments: argparse.Namespace) -> "Figure":
     return draw_bias({"learned bias buffers": learned, average: list(measured.values())})
 
 
-def _random_features(backbone: Backbone, count: int, device: torch.device) -> torch.Tensor:
-    """What a backbone says about random images of its native size, [n, C, h, w] on the CPU."""
+def _random_features(backbone: "Backbone", count: int, device: "torch.device") -> "torch.Tensor":
+    """Compute the features of random images of a backbone's native size, [n, C, h, w] on the CPU."""
+    import torch
+
+    from featsharp.evaluation.position_bias import random_images
+    from featsharp.model import InputConditioner
+
     images = InputConditioner(backbone.mean, backbone.std)(random_images(count, backbone.input_size))
-    return torch.cat([backbone(image[None].to(device)).features.float().cpu() for image in images])
+    with torch.inference_mode():
+        return torch.cat([backbone(image[None].to(device)).features.float().cpu() for image in images])
 
 
-def _measured_pattern(name: str, features: torch.Tensor) -> Pattern:
+def _measured_pattern(name: str, features: "torch.Tensor") -> "Pattern":
+    from featsharp.evaluation.position_bias import explained_by_position
+    from featsharp.visualization.figures.bias import Pattern, mean_pattern
+
     return Pattern(name, mean_pattern(features), {"position bias": explained_by_position(features)})
 
 
 def _miou(arguments: argparse.Namespace) -> "Figure":
+    from featsharp.visualization.figures.miou import draw_miou, read_miou
+    from featsharp.visualization.figures.results import read_result
+
     results = [read_result(path, "segmentation") for path in arguments.results]
     return draw_miou(read_miou(results, arguments.metric), arguments.metric)
 
 
 def _pr(arguments: argparse.Namespace) -> "Figure":
+    from featsharp.visualization.figures.pr import draw_pr, read_pr
+    from featsharp.visualization.figures.results import read_result
+
     return draw_pr(read_pr([read_result(path, "boundaries") for path in arguments.results]))
 
 
 def _cka(arguments: argparse.Namespace) -> "Figure":
+    from featsharp.visualization.figures.cka import draw_cka, read_cka
+    from featsharp.visualization.figures.results import read_result
+
     return draw_cka(read_cka([read_result(path, "cka") for path in arguments.results]))
 
 
 def _throughput(arguments: argparse.Namespace) -> "Figure":
+    from featsharp.visualization.figures.results import read_result
+    from featsharp.visualization.figures.throughput import draw_throughput, read_throughput
+
     return draw_throughput(*read_throughput(read_result(arguments.result, "throughput")))
 
 
 def _cost(arguments: argparse.Namespace) -> "Figure":
+    from featsharp.visualization.figures.cost import draw_cost, read_cost
+    from featsharp.visualization.figures.results import read_result
+
     costs = [read_result(path, "flops", "throughput") for path in arguments.results]
     quality = [read_result(path) for path in arguments.accuracy]
     return draw_cost(*read_cost(costs, quality, arguments.metric), arguments.metric)
 
 
-def _caption(encoder: SharpEncoder) -> str:
+def _caption(encoder: "SharpEncoder") -> str:
     return f"{encoder.recipe['upsampler']} {encoder.factor:g}x"
 
 
-def _add(encoders: Encoders, label: str, encoder: SharpEncoder) -> None:
+def _add(encoders: Encoders, label: str, encoder: "SharpEncoder") -> None:
     if label in encoders:
         raise ConfigError(f"two encoders are called {label!r}; name them: LABEL=FILE")
     encoders[label] = encoder
@@ -245,7 +275,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let a checkpoint import functions that it names; runs their code",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    add_device(parser)
 
 
 def _add_pca(parser: argparse.ArgumentParser) -> None:
@@ -255,9 +285,7 @@ def _add_pca(parser: argparse.ArgumentParser) -> None:
 
 def _add_similarity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, metavar="IMAGE")
-    parser.add_argument(
-        "--at", type=_parse_point, default=CENTRE, metavar="Y,X", help="the point, from 0 to 1; default: the centre"
-    )
+    parser.add_argument("--at", type=_parse_point, metavar="Y,X", help="the point, from 0 to 1; default: the centre")
     parser.add_argument("--colours", choices=("viridis", "gray"), default="viridis")
     _add_encoders(parser)
 

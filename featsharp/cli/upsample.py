@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    check_inputs(arguments.images, arguments.checkpoint)
+    check_inputs(arguments.images, [arguments.checkpoint])
     from featsharp.builder import load_from_file
     from featsharp.device import find_device
     from featsharp.memory import keep_freed_memory
