@@ -9,12 +9,12 @@ import importlib.util
 import json
 from typing import Any
 
-import golden_cases
 import pytest
 from golden_cases import CASES, run_case
 from record import RECORD, describe_machine, summarise_all
 
 import featsharp
+from featsharp.normalizers import list_normalizers
 
 SAVED = json.loads(RECORD.read_text())
 SAME_MACHINE = describe_machine() == SAVED["machine"]
@@ -67,5 +67,5 @@ def test_the_record_has_every_case_and_no_other():
 def test_every_upsampler_and_normalizer_has_a_case():
     for name in featsharp.list_upsamplers():
         assert any(case.startswith(f"upsampler/{name}-") for case in CASES), name
-    for entry in golden_cases.list_normalizers():
+    for entry in list_normalizers():
         assert f"normalizer/{entry.name}" in CASES, entry.name

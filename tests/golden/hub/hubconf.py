@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from golden_cases import fill
+from golden_base import fill
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
