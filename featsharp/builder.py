@@ -1,5 +1,6 @@
 """From names and files to sharp encoders, and back to files."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from os import PathLike
@@ -271,6 +272,23 @@ def model_state(encoder: SharpEncoder) -> dict[str, torch.Tensor]:
     if encoder.bias_buffer is not None:
         state |= {f"bias_buffer.{key}": value for key, value in encoder.bias_buffer.state_dict().items()}
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+
+def content_key(encoder: SharpEncoder) -> str:
+    """Digest of what an encoder computes: its backbone with its weights, its recipe, its own weights.
+
+    Encoders of one key give the same features, but for autocast. Code of the user's is not part of it.
+
+    Returns:
+        SHA-256, 64 hexadecimal digits.
+    """
+    known = hashlib.sha256()
+    recipe = encoder.recipe | {"upsampler": encoder.recipe.get("upsampler") or repr(encoder.upsampler)}
+    known.update(json.dumps([encoder.backbone.describe(), recipe], sort_keys=True, default=str).encode())
+    for name, value in sorted(model_state(encoder).items()):
+        known.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        known.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return known.hexdigest()
 
 
 def load_model_state(encoder: SharpEncoder, state: Mapping[str, torch.Tensor], source: object) -> None:

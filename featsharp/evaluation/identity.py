@@ -4,28 +4,20 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
-
 from featsharp import __version__
-from featsharp.builder import model_state
+from featsharp.builder import content_key
 from featsharp.model import SharpEncoder
 
 
 def encoder_key(encoder: SharpEncoder) -> str:
-    """Changes when the features of an encoder do: a digest of its backbone, recipe, own weights and our version.
+    """Changes when the features of an encoder do: a digest of its content, autocast, classes and our version.
 
     Code of the user's is not part of it: not that of a function that an upsampler was made from, nor weights behind a
     function that a backbone was made from.
     """
-    known = hashlib.sha256()
     backbone = encoder.backbone
     kinds = [type(backbone).__qualname__, repr(encoder.upsampler), repr(encoder.normalizer), __version__]
-    about = [backbone.describe(), backbone.autocast_dtype, encoder.recipe, kinds]
-    known.update(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, value in sorted(model_state(encoder).items()):
-        known.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        known.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return known.hexdigest()
+    return digest(content_key(encoder), str(backbone.autocast_dtype), kinds)
 
 
 def file_key(root: Path, name: str) -> tuple[str, int, int]:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from featsharp.builder import content_key
 from featsharp.errors import DataError, FeatSharpError, InputError
 from featsharp.evaluation.identity import digest, encoder_key
 from featsharp.evaluation.samples import Estimate
@@ -256,6 +257,7 @@ def describe_encoder(encoder: SharpEncoder) -> dict[str, Any]:
         "backbone": encoder.backbone.name,
         "upsampler": encoder.recipe.get("upsampler", type(encoder.upsampler).__name__),
         "factor": encoder.factor,
+        "key": content_key(encoder),
         "backbone_autocast": None if dtype is None else str(dtype).removeprefix("torch."),
     }
 
