@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from featsharp import __version__
 from featsharp.backbones import create_backbone, list_backbones
-from featsharp.bench.cost import count_cost
+from featsharp.bench.counting import count_cost
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint
 from featsharp.cli.main import COMMANDS, main
 from featsharp.configs.compose import options_of

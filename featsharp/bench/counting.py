@@ -1,45 +1,50 @@
-"""Counting the floating-point operations of products, and naming those that the count misses."""
+"""Floating-point operations of modules, by PyTorch's FlopCounterMode.
 
+Convention: a multiply-add is two operations. Counted are linear layers, products of matrices, convolutions, attention,
+and our local attention and local filter. Not counted are element-wise functions, norms, softmax, interpolation, and
+products for which PyTorch has no formula: of a matrix and a vector, Fourier transforms, recurrent layers.
+"""
+
+import copy
+import logging
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
-# The operators whose products are counted below.
+# The operators whose formulas are below.
 import featsharp.ops.local_attention
 import featsharp.ops.local_filter  # noqa: F401
+from featsharp.backbones.base import Backbone
+from featsharp.bench.measure import find_failure, noise
+from featsharp.bench.workloads import backbone_passes, is_foreign
+from featsharp.errors import ConfigError, FeatSharpError
+from featsharp.model import SharpEncoder
+from featsharp.upsamplers.base import Upsampler
 
-# Libraries of PyTorch most of whose operators multiply no matrices. Of any other library nobody knows.
-PLAIN_LIBRARIES = {"aten", "prim", "prims", "profiler"}
+logger = logging.getLogger(__name__)
 
-# Parts, between underscores, of the names of PyTorch's operators that multiply matrices or do as much work.
-_PRODUCT = re.compile(
-    r"\w*mm|\w*mv|v?dot|vecdot|addr|matmul|(bi|tri)?linear|attention|conv(\dd)?|convolution"
-    r"|transformer|lstm|gru|rnn|cdist|pdist|euclidean|fft|linalg|cholesky|matrix|combination"
-    r"|inverse|(sp)?solve|lu|svd|geqrf|orgqr|ormqr"
-)
-# Operators named so that do not.
-_NO_PRODUCT = re.compile(
-    r"_?linalg_(check_errors|cross|diagonal|_?powsum|vector_norm)|_thnn_fused_\w+|lu_unpack|slice_inverse"
-    r"|fft_r?fftfreq|mkldnn_reorder_\w+|\w+_flatten_weight"
-)
+# Libraries of operators whose products PyTorch's counter knows. Of any other nobody knows.
+KNOWN_LIBRARIES = {"aten", "prim", "prims", "profiler"}
+# The yardstick of Cost.relative: a ViT-S/14 over 224 x 224 pixels.
+LAYERS, EMBED_DIM, PATCH, SIDE = 12, 384, 14, 224
 
 
 @dataclass(frozen=True)
 class Counter:
-    """What :func:`counting` found, complete when its context ends.
+    """Result of :func:`counting`, complete when its context ends.
 
     Attributes:
         flops: PyTorch's counter.
-        uncounted: Operators without a formula, as "library::name": PyTorch's whose names say that they multiply
-            matrices, and all of other libraries. What is no operator (NumPy, a bare kernel) is neither counted nor
-            named.
+        uncounted: Operators of other libraries without a formula, as "library::name". What is no operator (NumPy, a
+            bare kernel) is neither counted nor named.
     """
 
     flops: FlopCounterMode
@@ -48,39 +53,124 @@ class Counter:
 
 @contextmanager
 def counting() -> Iterator[Counter]:
-    """Count the floating-point operations of products within this context, without gradients: 2 per multiply-add."""
-    watch = _OperatorsWithoutFormula()
+    """Count the floating-point operations within this context, without gradients."""
+    watch = _OtherLibraries()
     fused = torch.backends.mha.get_fastpath_enabled()
     # The fused operator of nn.MultiheadAttention hides its products.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with watch, FlopCounterMode(display=False) as flops, torch.no_grad():
-            yield Counter(flops, watch.found)
+            yield Counter(flops, watch.names)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def may_multiply(library: str, name: str) -> bool:
-    """Whether an operator may multiply matrices, by its name: "aten" and "mv", say."""
-    if library not in PLAIN_LIBRARIES:
-        return True
-    return not _NO_PRODUCT.fullmatch(name) and any(_PRODUCT.fullmatch(part) for part in name.split("_"))
+@dataclass(frozen=True)
+class Operations:
+    """Count of one call.
+
+    Attributes:
+        total: Floating-point operations.
+        passes: Shapes [B, 3, H, W] of the batches that go through the backbone.
+        uncounted: Operators of other libraries without a formula.
+    """
+
+    total: int
+    passes: list[tuple[int, ...]]
+    uncounted: list[str]
 
 
-class _OperatorsWithoutFormula(TorchDispatchMode):
-    """Collects names of operators that a count misses."""
+def count_operations(module: Backbone | SharpEncoder, shape: tuple[int, ...], device: torch.device) -> Operations:
+    """Count what a backbone or an encoder computes for images of a shape.
+
+    Shapes alone are enough for most modules; one that looks at values is run, with a warning.
+
+    Args:
+        module: In eval mode, on the device. It is left as it is.
+        shape: [B, 3, H, W].
+        device: Decides which operators run.
+
+    Raises:
+        FeatSharpError: As the module raises them; ConfigError when memory runs out, or a function of the user's fails.
+    """
+    try:
+        mode = FakeTensorMode()
+        with FakeCopyMode(mode):
+            # What the copy keeps for later calls goes with it.
+            twin = copy.deepcopy(module)
+        with mode:
+            return _count(twin, torch.empty(shape, device=device))
+    except FeatSharpError:
+        raise
+    except Exception as error:  # of any kind: foreign code that looks at values, or cannot be copied
+        logger.warning(
+            "counting on real tensors, which takes time and memory, since shapes alone do not do: %s: %s",
+            type(error).__name__,
+            error,
+        )
+    counts: list[Operations] = []
+    images = noise(shape, device)
+    failure = find_failure(lambda: counts.append(_count(module, images)), foreign=is_foreign(module))
+    if failure is not None:
+        raise ConfigError(failure)
+    return counts[0]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of sharp features of one picture of 224 x 224 pixels by a ViT-S/14."""
+
+    parameters: int  # of the upsampler
+    passes: int  # images that go through the backbone, of whatever size
+    relative: float  # operations of passes and upsampler, in units of one backbone pass
+
+
+def count_cost(upsampler: Upsampler) -> Cost:
+    """Cost of an upsampler that was built for 384 channels, from shapes alone."""
+    passes, operations = 0, 0.0
+
+    def encode(images: Tensor, *, patch_stride: int | None = None) -> tuple[Tensor, None]:
+        nonlocal passes, operations
+        stride = patch_stride or PATCH
+        grid = [(side - PATCH) // stride + 1 for side in images.shape[-2:]]
+        passes += len(images)
+        operations += len(images) * _vit_operations(grid[0] * grid[1])
+        return images.new_empty(len(images), EMBED_DIM, *grid), None
+
+    side = int(SIDE * upsampler.input_upsample_factor)
+    with FakeTensorMode(allow_non_fake_inputs=True), counting() as counter:
+        upsampler.eval()(torch.empty(1, 3, side, side), encode, (SIDE, SIDE))
+    total = operations + counter.flops.get_total_flops()
+    parameters = sum(p.numel() for p in upsampler.parameters())
+    return Cost(parameters, passes, total / _vit_operations((SIDE // PATCH) ** 2))
+
+
+def _vit_operations(tokens: int) -> float:
+    """Operations of one pass: linear layers 24 T C^2 and attention 4 T^2 C per layer."""
+    return LAYERS * (24.0 * tokens * EMBED_DIM**2 + 4.0 * tokens**2 * EMBED_DIM)
+
+
+def _count(module: Backbone | SharpEncoder, images: Tensor) -> Operations:
+    backbone = module if isinstance(module, Backbone) else module.backbone
+    with counting() as counter:
+        batches = backbone_passes(backbone, lambda: module(images))
+    shapes = [tuple(batch.shape) for batch in batches]
+    return Operations(counter.flops.get_total_flops(), shapes, sorted(counter.uncounted))
+
+
+class _OtherLibraries(TorchDispatchMode):
+    """Collects the names of operators that neither PyTorch nor we have a formula for."""
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[str] = set()
+        self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().rpartition("::")[2].partition(".")[0]
         # A higher-order operator, such as flex_attention, has no overloads.
-        if getattr(func, "_overloadpacket", func) not in flop_registry and may_multiply(func.namespace, name):
-            self.found.add(f"{func.namespace}::{name}")
+        if func.namespace not in KNOWN_LIBRARIES and getattr(func, "_overloadpacket", func) not in flop_registry:
+            self.names.add(f"{func.namespace}::{func.name().rpartition('::')[2].partition('.')[0]}")
         return func(*args, **(kwargs or {}))
 
 
@@ -94,9 +184,11 @@ def _local_attention(
     *rest: object,
     **out: object,
 ) -> int:
+    """Keys and values of a window for every query: query [B, H, W, heads, C], value [..., D]."""
     return 2 * math.prod(query[:4]) * window**2 * (query[4] + value[4])
 
 
 @register_flop_formula(torch.ops.featsharp.local_filter)
 def _local_filter(weights: Sequence[int], value: Sequence[int], *rest: object, **out: object) -> int:
+    """Every weight times all channels of a value: weights [B, H, W, groups, k, k], value [..., C]."""
     return 2 * math.prod(weights) * value[4]

@@ -1,76 +1,126 @@
-"""What sharp features cost on top of the backbone passes that they are made from."""
+"""Times and memory of whole encoders beside those of the backbone passes that they are made from."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
-from featsharp.bench.measure import measure_memory, time_interleaved
-from featsharp.bench.workloads import backbone_passes, build_encoder
+from featsharp.bench.measure import Timing, find_failure, measure_memory, noise, time_interleaved
+from featsharp.bench.workloads import Workload, backbone_passes, is_foreign, list_workloads, skip
+from featsharp.progress import with_progress
 
-UPSAMPLERS = ("identity", "bilinear", "tile", "featup", "jafar", "featsharp")
+
+@dataclass(frozen=True)
+class Measurement:
+    """Time and memory of a workload."""
+
+    workload: Workload
+    time: Timing
+    backbone: Timing  # of its backbone passes alone
+    passes: int  # images that go through the backbone
+    peak_bytes: int  # beside weights and input
 
 
-def benchmark_encode(
+def measure_workloads(
+    workloads: Sequence[Workload], device: torch.device, *, repeat: int, least: int = 2, progress: bool = False
+) -> tuple[list[Measurement], list[dict[str, Any]]]:
+    """Time workloads in turn, each beside its backbone passes, then measure their memory.
+
+    Args:
+        workloads: On the device; the same work of a backbone is timed once.
+        device: Where they compute.
+        repeat: Most runs of a case; slow ones get fewer.
+        least: Fewest runs of a case, two or more.
+        progress: Whether to show bars on stderr.
+
+    Returns:
+        The measurements, and what cannot be measured, as {"curve", "factor", "reason"}.
+    """
+    calls: dict[str, Callable[[], object]] = {}
+    cases: list[tuple[Workload, str, str, int]] = []
+    skipped = []
+    for workload in with_progress(workloads, "first runs", progress):
+        call = partial(_run, workload.module, [noise(workload.input_shape, device)], workload.autocast)
+        batches = _first_run(workload, call)
+        if isinstance(batches, str):
+            skipped.append(skip(workload.curve, workload.factor, batches))
+            continue
+        alone = whole = f"backbone {workload.autocast} {[tuple(batch.shape) for batch in batches]}"
+        calls.setdefault(alone, partial(_run, workload.backbone, batches, workload.autocast))
+        if workload.module is not workload.backbone:
+            whole = f"{workload.curve} {workload.factor} {workload.autocast}"
+            calls[whole] = call
+        cases.append((workload, whole, alone, sum(map(len, batches))))
+    timings = time_interleaved(calls, device, repeat=repeat, least=least, progress=progress)
+    # Afterwards, because measuring changes how the allocator works.
+    wholes = list(dict.fromkeys(whole for _, whole, _, _ in cases))
+    peaks = {whole: measure_memory(calls[whole], device) for whole in with_progress(wholes, "memory", progress)}
+    return [
+        Measurement(workload, timings[whole], timings[alone], passes, peaks[whole])
+        for workload, whole, alone, passes in cases
+    ], skipped
+
+
+def bench_encode(
     backbone: str | Backbone,
-    factors: tuple[float, ...],
+    upsamplers: Sequence[str],
+    factors: Sequence[float],
     device: torch.device,
     *,
     repeat: int,
     normalizer: str = "phi-s",
-    upsamplers: Sequence[str] = UPSAMPLERS,
-    autocast: tuple[torch.dtype | None, ...] = (None,),
-) -> Iterator[dict[str, Any]]:
-    """Rows with upsampler, factor, dtype, and times of the whole encoding and of its own backbone passes alone.
+    autocast: Sequence[torch.dtype | None] = (None,),
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows with upsampler, factor, dtype, and times of the whole encoding and of its backbone passes alone.
 
     Args:
         backbone: Name or object.
-        factors: Gains.
-        repeat: Most runs of a case.
-        normalizer: Its name; fitted to random vectors, which cost what others do.
         upsamplers: Their names, or ``module:function`` for one made of a function; identity only at factor 1.
-        autocast: Dtypes to run under; None for float32.
+        factors: In each direction.
+        device: Where.
+        repeat: Most runs of a case.
+        normalizer: Its name; fitted to random vectors, which cost as much as others.
+        autocast: Types to run under; None for none.
+
+    Returns:
+        The rows, and what cannot be measured, as {"curve", "factor", "reason"}.
     """
-    groups = []
-    for factor in factors:
-        encoders = {
-            name: build_encoder(backbone, name, factor, normalizer).to(device)
-            for name in upsamplers
-            if name != "identity" or factor == 1
+    workloads, skipped = list_workloads(create_backbone(backbone), upsamplers, factors, device, normalizer=normalizer)
+    workloads = [replace(workload, autocast=dtype) for dtype in autocast for workload in workloads]
+    measurements, failed = measure_workloads(workloads, device, repeat=repeat)
+    rows = [
+        {
+            "upsampler": found.workload.curve,
+            "factor": found.workload.factor,
+            "dtype": f"{found.workload.autocast} autocast".removeprefix("torch.")
+            if found.workload.autocast
+            else "float32",
+            "passes": found.passes,
+            "encode": asdict(found.time),
+            "backbone": asdict(found.backbone),
+            "peak_bytes": found.peak_bytes,
         }
-        for dtype in autocast:
-            cases: dict[str, Callable[[], object]] = {}
-            passes: dict[str, list[Tensor]] = {}
-            for name, encoder in encoders.items():
-                images = torch.randn(1, 3, *encoder.input_size, device=device)
-                passes[name] = backbone_passes(encoder.backbone, _call(None, encoder, images))
-                cases[name] = _call(dtype, encoder, images)
-                cases[f"{name}, backbone"] = _call(dtype, encoder.backbone, *passes[name])
-            counts = {name: sum(map(len, batches)) for name, batches in passes.items()}
-            groups.append((factor, dtype, encoders, cases, counts, time_interleaved(cases, device, repeat=repeat)))
-    # Afterwards, because measuring changes how the allocator works.
-    for factor, dtype, encoders, cases, counts, timings in groups:
-        for name in encoders:
-            yield {
-                "upsampler": name,
-                "factor": factor,
-                "dtype": "float32" if dtype is None else f"{dtype} autocast".removeprefix("torch."),
-                "passes": counts[name],
-                "encode": asdict(timings[name]),
-                "backbone": asdict(timings[f"{name}, backbone"]),
-                "peak_bytes": measure_memory(cases[name], device),
-            }
+        for found in sorted(measurements, key=lambda found: found.workload.factor)
+    ]
+    return rows, [entry for entry in skipped if entry["curve"] != "identity"] + failed
 
 
-def _call(dtype: torch.dtype | None, module: torch.nn.Module, *batches: Tensor) -> Callable[[], object]:
-    """One batch after the other, without gradients, under autocast to ``dtype`` or none."""
+def _first_run(workload: Workload, call: Callable[[], object]) -> list[Tensor] | str:
+    """The batches that go through the backbone, or why the workload cannot run."""
+    batches: list[Tensor] = []
+    failure = find_failure(
+        lambda: batches.extend(backbone_passes(workload.backbone, call)), foreign=is_foreign(workload.module)
+    )
+    return batches if failure is None else failure
 
-    def call() -> None:
-        with torch.no_grad(), torch.autocast(batches[0].device.type, dtype, enabled=dtype is not None):
-            for batch in batches:
-                module(batch)
 
-    return call
+def _run(module: nn.Module, batches: Sequence[Tensor], autocast: torch.dtype | None) -> None:
+    """One batch after the other, without gradients."""
+    with torch.no_grad(), torch.autocast(batches[0].device.type, autocast, enabled=autocast is not None):
+        for batch in batches:
+            module(batch)

@@ -17,7 +17,6 @@ from featsharp.errors import FeatSharpError
 from featsharp.memory import PeakMeter, return_freed_memory, trim_memory
 from featsharp.terminal import with_progress
 
-# Time that the runs of one case should not exceed, in seconds, beyond the least number of runs.
 CASE_SECONDS = 6.0
 # Quartiles further apart than this part of the median say that something else ran, too.
 NOISY = 0.2
@@ -41,7 +40,9 @@ def time_interleaved(
     *,
     repeat: int = 15,
     least: int = 2,
+    seconds: float = CASE_SECONDS,
     progress: bool = False,
+    wait: Callable[[torch.device], None] | None = None,
 ) -> dict[str, Timing]:
     """Time cases in turn, so that what disturbs the machine disturbs them all.
 
@@ -49,23 +50,34 @@ def time_interleaved(
         cases: Functions by name; each is run twice before, uncounted.
         device: Where they compute: an accelerator is waited for.
         repeat: Most runs of a case; slow ones get fewer.
-        least: Fewest runs of a case, two or more; it wins over ``repeat``.
-        progress: Whether to show a bar on stderr.
+        least: Fewest runs of a case, two or more; it wins over ``repeat`` and ``seconds``.
+        seconds: Time that the runs of one case should not exceed.
+        progress: Whether to show bars on stderr.
+        wait: Called around every run to wait for the device; None: what PyTorch has for it.
     """
+
+    def milliseconds(function: Callable[[], object]) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        return 1000 * (time.perf_counter() - start)
+
+    synchronize = wait or _wait
     runs: dict[str, int] = {}
-    for name, function in cases.items():
-        function()  # what is compiled or loaded once
-        runs[name] = max(least, min(repeat, int(1000 * CASE_SECONDS / _milliseconds(function, device))))
+    for name in with_progress(list(cases), "warming up", progress):
+        cases[name]()  # what is compiled or loaded once
+        runs[name] = max(least, min(repeat, int(1000 * seconds / milliseconds(cases[name]))))
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in with_progress(range(max(runs.values(), default=0)), "timing", progress):
         for name, function in cases.items():
             if turn < runs[name]:
-                times[name].append(_milliseconds(function, device))
+                times[name].append(milliseconds(function))
     return {name: summarize(values) for name, values in times.items()}
 
 
 def find_failure(function: Callable[[], object], *, foreign: bool = False) -> str | None:
-    """Why a call cannot be measured: its FeatSharpError, or "out of memory"; None where it works.
+    """Run a call and return why it cannot be measured: its FeatSharpError, or "out of memory"; None where it works.
 
     Args:
         function: The call.
@@ -86,7 +98,7 @@ def find_failure(function: Callable[[], object], *, foreign: bool = False) -> st
 
 
 def noise(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Seeded numbers in place of whitened images: what they show changes no time."""
+    """Seeded random numbers in place of whitened images [B, 3, H, W]; times do not depend on them."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
@@ -105,7 +117,7 @@ def describe_noise(timings: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def measure_memory(function: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call takes at its peak beside what is there already, its result included.
+    """Measure the bytes that a call takes at its peak beside what is there already, its result included.
 
     Of a CUDA device what PyTorch's allocator hands out; otherwise on Linux what the process occupies, everything
     counted; elsewhere the tensors that are made.
@@ -132,7 +144,7 @@ def measure_memory(function: Callable[[], object], device: torch.device) -> int:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on: hardware, threads and versions."""
+    """Hardware, threads and versions, which figures depend on."""
     from featsharp import __version__
 
     return {
@@ -144,14 +156,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "featsharp": __version__,
     }
-
-
-def _milliseconds(function: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    function()
-    _wait(device)
-    return 1000 * (time.perf_counter() - start)
 
 
 def _wait(device: torch.device) -> None:
@@ -167,13 +171,13 @@ def _status(field: str) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """What the maker calls an accelerator, as far as PyTorch tells; otherwise its type, such as "cpu" or "mps"."""
+    """Model name of an accelerator where PyTorch knows it; otherwise its type, such as "cpu" or "mps"."""
     name = getattr(torch.get_device_module(device), "get_device_name", None)
     return str(name(device)) if name else device.type
 
 
 def processor() -> str:
-    """Model name of the CPU, as far as the system tells."""
+    """Model name of the CPU where the system knows it; otherwise its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

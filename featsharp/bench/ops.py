@@ -19,7 +19,7 @@ from featsharp.upsamplers.interpolate import Bilinear
 from featsharp.upsamplers.jafar import JAFAR
 
 CHANNELS, GRID, IMAGE = 384, 16, 224
-# Largest gain whose backward passes are measured: at 16x the graphs of all cases take more than 20 GiB.
+# Largest factor whose backward passes are measured: at 16x the graphs of all cases take more than 20 GiB.
 MAX_BACKWARD_FACTOR = 4
 # Sides of the outputs whose cost per cell is compared.
 SIDES = (32, 64, 128, 256, 512)
@@ -35,13 +35,13 @@ class Case:
     inputs: tuple[Tensor, ...]
 
 
-def benchmark_ops(
+def bench_ops(
     factors: tuple[int, ...], device: torch.device, *, repeat: int, backbone: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """Rows with name, factor, forward times (milliseconds) and memory (bytes); up to 4x of the backward pass too.
 
     Args:
-        factors: Gains.
+        factors: Whole, in each direction.
         repeat: Most runs of a case.
         backbone: Name of one whose passes for a set of tiles are timed beside, up to 4x.
     """
@@ -75,7 +75,7 @@ def benchmark_ops(
             yield row
 
 
-def benchmark_scaling(device: torch.device, *, repeat: int) -> Iterator[dict[str, Any]]:
+def bench_scaling(device: torch.device, *, repeat: int) -> Iterator[dict[str, Any]]:
     """Cost per output cell of one JBU level and of the FeatSharp block on outputs of growing size."""
     block, level = LocalBlock(2 * CHANNELS, CHANNELS).to(device).eval(), JBULevel(2).to(device).eval()
     for side in SIDES:

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
-from featsharp.bench.labels import label_files
 from featsharp.bench.measure import describe_noise, find_failure, measure_memory, noise, time_interleaved
-from featsharp.bench.workloads import build_encoder, needs_function, needs_training
+from featsharp.bench.workloads import build_encoder, label_files, needs_function, needs_training
 from featsharp.builder import load_from_file
 from featsharp.data import open_source
 from featsharp.errors import ConfigError, FeatSharpError

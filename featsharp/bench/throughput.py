@@ -5,34 +5,16 @@ paper argues that a larger image leaves that line, because attention grows with 
 tiles stay on it. Here it is drawn for whatever backbone and machine are at hand.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
 
 from featsharp.backbones import create_backbone
 from featsharp.bench.counting import counting
-from featsharp.bench.measure import (
-    Timing,
-    describe_noise,
-    find_failure,
-    measure_memory,
-    noise,
-    time_interleaved,
-)
-from featsharp.bench.workloads import (
-    DIRECT,
-    CurvesTask,
-    Workload,
-    backbone_passes,
-    describe_skipped,
-    is_foreign,
-    list_workloads,
-    skip,
-)
+from featsharp.bench.encode import Measurement, measure_workloads
+from featsharp.bench.measure import describe_noise, noise
+from featsharp.bench.workloads import DIRECT, CurvesTask, Workload, describe_skipped
 from featsharp.errors import ConfigError
 from featsharp.memory import format_memory
 from featsharp.settings import setting
@@ -46,9 +28,9 @@ LEAST_RUNS = 5
 class ThroughputTask(CurvesTask):
     """Time per image and per token, actual and linear, and peak memory against the upsampling factor.
 
-    "direct" is the backbone on a larger image, "passes" the backbone on the image and its tiles, and each upsampler is
-    measured from image to sharp features, untrained. Times are medians of interleaved runs, at least 5 of each case.
-    Run it while the machine does nothing else.
+    "direct" is the backbone on a larger image, "passes" the backbone on the image and its tiles. Upsamplers are measured
+    from image to sharp features, untrained, and checkpoints with their weights. Times are medians of interleaved runs,
+    at least 5 of each case. Run it while the machine does nothing else.
     """
 
     name: ClassVar[str] = "throughput"
@@ -69,8 +51,8 @@ class ThroughputTask(CurvesTask):
             "rows", one per curve and factor: "cells" of the result and "passes" through the backbone per image;
             "time", milliseconds of a batch with quartiles and runs; "ms_per_image", "us_per_token" (microseconds per
             cell), "linear_ms_per_image"; "backbone_ms_per_image", of its own passes alone; "peak_bytes" of a batch
-            beside weights and input; "normalizer" and "options" of the upsampler. "skipped", what could not be
-            measured and why. And what the figures depend on.
+            beside weights and input; "normalizer" and "options" of the upsampler, "key" of the encoder's
+            content. "skipped": points that could not be measured, with the reason. And what the figures depend on.
 
         Raises:
             ConfigError: When not even the backbone at its native size can be measured.
@@ -78,40 +60,27 @@ class ThroughputTask(CurvesTask):
         backbone = create_backbone(self.backbone)
         backbone.autocast_dtype = dtype
         # The linear curve starts from factor 1.
-        workloads, skipped = list_workloads(
-            backbone, self.upsampler, (1, *self.factors), device, batch_size=self.batch_size
+        workloads, skipped = self.workloads(backbone, device, factors=(1,), batch_size=self.batch_size)
+        measurements, failed = measure_workloads(
+            workloads, device, repeat=self.repeat, least=LEAST_RUNS, progress=progress
         )
-        cases = _Cases(device)
-        measured: list[tuple[Workload, _Names]] = []
-        for workload in with_progress(workloads, "first runs", progress):
-            names = cases.add(workload)
-            if not isinstance(names, str):
-                measured.append((workload, names))
-            elif (workload.curve, workload.factor) == (DIRECT, 1):
-                raise ConfigError(f"backbone {self.backbone!r} cannot be measured at its native size: {names}")
-            else:
-                skipped.append(skip(workload.curve, workload.factor, names))
-        timings = time_interleaved(cases.calls, device, repeat=self.repeat, least=LEAST_RUNS, progress=progress)
-        # Afterwards, because measuring changes how the allocator works.
-        peaks = {
-            case: measure_memory(cases.calls[case], device)
-            for case in with_progress(sorted({names.call for _, names in measured}), "memory", progress)
-        }
-        rows = [
-            self._row(workload, timings[names.call], timings[names.backbone], names.passes, peaks[names.call])
-            for workload, names in measured
-        ]
+        for entry in failed:
+            if (entry["curve"], entry["factor"]) == (DIRECT, 1):
+                raise ConfigError(
+                    f"backbone {backbone.name!r} cannot be measured at its native size: {entry['reason']}"
+                )
+        rows = [self._row(measurement) for measurement in measurements]
         base = rows[0]["us_per_token"]
         for row in rows:
             row["linear_ms_per_image"] = base * row["cells"] / 1000
         return {
-            "backbone": self.backbone,
+            "backbone": backbone.name,
             "native_size": list(backbone.input_size),
             "batch_size": self.batch_size,
             "autocast": None if dtype is None else str(dtype).removeprefix("torch."),
             "attention": find_attention(workloads[0], device),
             "rows": rows,
-            "skipped": skipped,
+            "skipped": skipped + failed,
         }
 
     def table(self, result: dict[str, Any]) -> list[str]:
@@ -129,19 +98,19 @@ class ThroughputTask(CurvesTask):
             *describe_skipped(result["skipped"]),
         ]
 
-    def _row(self, workload: Workload, time: Timing, alone: Timing, passes: int, peak: int) -> dict[str, Any]:
-        per_image = time.median / self.batch_size
+    def _row(self, found: Measurement) -> dict[str, Any]:
+        per_image = found.time.median / self.batch_size
         return {
-            "curve": workload.curve,
-            "factor": workload.factor,
-            "cells": workload.cells,
-            "passes": passes // self.batch_size,
-            "time": asdict(time),
+            "curve": found.workload.curve,
+            "factor": found.workload.factor,
+            "cells": found.workload.cells,
+            "passes": found.passes // self.batch_size,
+            "time": asdict(found.time),
             "ms_per_image": per_image,
-            "us_per_token": 1000 * per_image / workload.cells,
-            "backbone_ms_per_image": alone.median / self.batch_size,
-            "peak_bytes": peak,
-            **workload.recipe,
+            "us_per_token": 1000 * per_image / found.workload.cells,
+            "backbone_ms_per_image": found.backbone.median / self.batch_size,
+            "peak_bytes": found.peak_bytes,
+            **found.workload.recipe,
         }
 
 
@@ -152,48 +121,6 @@ def find_attention(workload: Workload, device: torch.device) -> list[str]:
         workload.module(images)
     names = (str(operator).rpartition(".")[2] for operator in counter.flops.get_flop_counts()["Global"])
     return sorted(name.strip("_") for name in names if "attention" in name)
-
-
-@dataclass(frozen=True)
-class _Names:
-    """Names of the calls that are timed for one workload."""
-
-    call: str
-    backbone: str  # its backbone passes alone
-    passes: int  # images that go through the backbone
-
-
-class _Cases:
-    """The calls to be timed, by name; the same work of the backbone is there once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.calls: dict[str, Callable[[], object]] = {}
-
-    def add(self, workload: Workload) -> _Names | str:
-        """Run a workload once and add its cases, or say why it does not run."""
-        images = noise(workload.input_shape, self.device)
-        batches: list[Tensor] = []
-        call = torch.no_grad()(partial(workload.module, images))
-        failure = find_failure(
-            lambda: batches.extend(backbone_passes(workload.backbone, call)), foreign=is_foreign(workload.module)
-        )
-        if failure is not None:
-            return failure
-        shapes = [tuple(batch.shape) for batch in batches]
-        alone = f"backbone {shapes}"
-        if workload.module is workload.backbone:
-            self.calls.setdefault(alone, call)
-            return _Names(alone, alone, len(images))
-        self.calls.setdefault(alone, torch.no_grad()(partial(_run_all, workload.backbone, batches)))
-        whole = f"{workload.curve} {workload.factor}"
-        self.calls[whole] = call
-        return _Names(whole, alone, sum(map(len, batches)))
-
-
-def _run_all(module: nn.Module, batches: Sequence[Tensor]) -> None:
-    for batch in batches:
-        module(batch)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -219,6 +146,6 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _share(row: dict[str, Any]) -> str:
-    """Of the backbone; two medians that were not taken at once may give more than all."""
+    """Share of the backbone in the time; medians of different runs may give more than all."""
     share = row["backbone_ms_per_image"] / row["ms_per_image"]
     return f"{share:.0%}" if share <= 1 else "~100%"

@@ -1,26 +1,29 @@
-"""What curves of cost over the upsampling factor are made of (FeatSharp, arXiv 2502.16025, figure 14).
+"""Workloads of the curves of cost over the upsampling factor (FeatSharp, arXiv 2502.16025, figure 14).
 
 direct      the backbone on an image of factor x its native size, in one pass
 passes      the backbone on the image and on the tiles that cover it: 1 + f^2 passes at the native size
-UPSAMPLER   a whole sharp encoder, its low-resolution pass at the native size, untrained: weights change no cost; with
-            default options and, where there is something to learn, the normalizer that it is trained with by default
+UPSAMPLER   a sharp encoder with the upsampler's default options, untrained, its low-resolution pass at the native size;
+            where there is something to learn, with the normalizer that training gives it by default
+CHECKPOINT  a sharp encoder with its weights, at its factor
 
-All three give the same number of cells at a factor, factor x the tokens of the native size in each direction.
+All give the same number of cells at a factor, factor x the tokens of the native size in each direction.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone
-from featsharp.builder import create_encoder
+from featsharp.builder import content_key, create_encoder, load_from_file
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.model import SharpEncoder
+from featsharp.names import split_label
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.tiling import window_starts
 from featsharp.settings import setting
@@ -36,22 +39,40 @@ TRAINING_NORMALIZER = "phi-s"
 class CurvesTask:
     """Settings of tasks that draw curves of cost."""
 
-    backbone: str = setting("vits14-focus", "name of the backbone")
+    backbone: str | Backbone = setting("vits14-focus", "name of the backbone")
     upsampler: tuple[str, ...] = setting(
         ("featsharp", "tile", "bilinear"), "names, or module:function", nargs="+", metavar="NAME"
     )
-    factors: tuple[float, ...] = setting((1, 1.5, 2, 3, 4), "gains", type=float, nargs="+", metavar="F")
+    factors: tuple[float, ...] = setting((1, 1.5, 2, 3, 4), "upsampling factors", type=float, nargs="+", metavar="F")
+    checkpoint: Sequence[str] | None = setting(
+        None, "trained files and shipped weights, each at its factor", nargs="+", metavar="[LABEL=]FILE"
+    )
+
+    def workloads(
+        self, backbone: Backbone, device: torch.device, *, factors: Sequence[float] = (), batch_size: int = 1
+    ) -> "tuple[list[Workload], list[dict[str, Any]]]":
+        """The points of all curves, at more ``factors`` than the settings have; see :func:`list_workloads`."""
+        return list_workloads(
+            backbone,
+            (DIRECT, PASSES, *self.upsampler),
+            (*factors, *self.factors),
+            device,
+            checkpoints=self.checkpoint or (),
+            batch_size=batch_size,
+        )
 
 
 @dataclass(frozen=True)
 class Workload:
     """A point of a curve, not yet measured."""
 
-    curve: str  # DIRECT, PASSES or the name of an upsampler
+    curve: str  # DIRECT, PASSES, the name of an upsampler or the label of a checkpoint
     factor: float
     module: Backbone | SharpEncoder
     input_shape: tuple[int, ...]  # [B, 3, H, W] of the images that it is given
     cells: int  # of the result, per image
+    key: str | None = None  # of the encoder's content (content_key); None of a backbone alone and of random weights
+    autocast: torch.dtype | None = None  # of a call as a whole, beside what the backbone does by itself
 
     @property
     def backbone(self) -> Backbone:
@@ -60,48 +81,68 @@ class Workload:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What results say about the encoder: "normalizer" and "options" of the upsampler; None of a backbone alone."""
+        """Entries of a result: "normalizer", all "options" of the upsampler, "key"; None of a backbone alone."""
         if isinstance(self.module, Backbone):
-            return {"normalizer": None, "options": None}
-        return describe_recipe(self.module)
+            return {"normalizer": None, "options": None, "key": None}
+        recipe = self.module.recipe
+        parameters = signature(UPSAMPLERS[recipe["upsampler"]].factory).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        options = plain_options(defaults | recipe["options"])
+        return {"normalizer": recipe["normalizer"], "options": options, "key": self.key}
 
 
 def list_workloads(
     backbone: Backbone,
-    upsamplers: Sequence[str],
+    curves: Sequence[str],
     factors: Sequence[float],
     device: torch.device,
     *,
+    checkpoints: Sequence[str] = (),
     batch_size: int = 1,
+    normalizer: str | None = None,
 ) -> tuple[list[Workload], list[dict[str, Any]]]:
     """The points of all curves, by factor, and those that cannot be, as {"curve", "factor", "reason"}.
 
     Args:
         backbone: Shared by all.
-        upsamplers: Names, or ``module:function`` for one made of a function.
-        factors: Gains in each direction.
+        curves: :data:`DIRECT`, :data:`PASSES`, names of upsamplers, ``module:function`` for one made of a function.
+        factors: In each direction; of all curves but checkpoints, which have their own.
         device: Where everything is put.
+        checkpoints: ``[LABEL=]FILE`` each, trained for that backbone.
         batch_size: Images at a time.
+        normalizer: Of untrained encoders; see :func:`build_encoder`.
 
     Raises:
-        ConfigError: For an unknown upsampler, or factors below 1.
+        ConfigError: For an unknown upsampler, factors below 1, two curves of one name.
+        CheckpointError: For a file that cannot be read, or was trained for another backbone.
     """
-    for name in upsamplers:
-        if ":" not in name:
+    for name in curves:
+        if ":" not in name and name not in (DIRECT, PASSES):
             UPSAMPLERS[name]  # unknown ones are refused before anything is measured
+    points, skipped = [], []
+    for label, path in label_files(checkpoints).items():
+        if label in curves:
+            raise ConfigError(f"two curves are called {label!r}; name the checkpoint: LABEL={path}")
+        encoder = load_from_file(path, featurizer=backbone).to(device)
+        points.append(_encoder_workload(label, encoder, batch_size, content_key(encoder)))
     backbone.to(device)
-    found, skipped = [], []
     for factor in sorted({check_factor(factor, "any", "a curve of cost") for factor in factors}):
-        for curve in (DIRECT, PASSES, *dict.fromkeys(upsamplers)):
+        for curve in dict.fromkeys(curves):
             try:
-                found.append(_workload(backbone, curve, factor, device, batch_size))
+                if curve in (DIRECT, PASSES):
+                    points.append(_backbone_workload(backbone, curve, factor, batch_size))
+                else:
+                    encoder = build_encoder(backbone, curve, factor, normalizer).to(device)
+                    random = encoder.upsampler.trainable or encoder.normalizer.needs_fit
+                    key = None if random else content_key(encoder)
+                    points.append(_encoder_workload(curve, encoder, batch_size, key))
             except FeatSharpError as error:
                 skipped.append(skip(curve, factor, str(error)))
-    return found, skipped
+    return sorted(points, key=lambda point: (point.factor, point.curve != DIRECT)), skipped
 
 
 def skip(curve: str, factor: float, reason: str) -> dict[str, Any]:
-    """What results say about a point that is not there."""
+    """Entry of a result for a point that is not there."""
     return {"curve": curve, "factor": factor, "reason": reason}
 
 
@@ -113,12 +154,12 @@ def describe_skipped(skipped: Sequence[Mapping[str, Any]]) -> list[str]:
 def build_encoder(
     backbone: str | Backbone, upsampler: str, factor: float, normalizer: str | None = None
 ) -> SharpEncoder:
-    """An untrained encoder, whose normalizer is fitted to random vectors, which cost what others do.
+    """Build an untrained encoder, whose normalizer is fitted to random vectors, which cost as much as others.
 
     Args:
         backbone: Name or object.
         upsampler: Name, or ``module:function`` for one made of a function.
-        factor: Gain.
+        factor: In each direction.
         normalizer: Name; None: PHI-S, the default of training, where there is something to learn, otherwise none.
     """
     options = {"function": upsampler} if ":" in upsampler else {}
@@ -145,21 +186,13 @@ def needs_function(upsampler: str) -> bool:
     return bool(getattr(UPSAMPLERS[upsampler].factory, "function_options", ()))
 
 
-def describe_recipe(encoder: SharpEncoder) -> dict[str, Any]:
-    """The "normalizer" and all "options" of the upsampler, those left at their defaults included."""
-    parameters = signature(UPSAMPLERS[encoder.recipe["upsampler"]].factory).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    options = defaults | encoder.recipe["options"]
-    return {"normalizer": encoder.recipe["normalizer"], "options": plain_options(options)}
-
-
 def is_foreign(module: Backbone | SharpEncoder) -> bool:
     """Whether a function of the user's runs in it."""
     return isinstance(module, SharpEncoder) and bool(module.upsampler.function_options)
 
 
 def backbone_passes(backbone: Backbone, function: Callable[[], object]) -> list[Tensor]:
-    """The batches that go through a backbone during a call."""
+    """Collect the batches that go through a backbone during a call."""
     batches: list[Tensor] = []
     hook = backbone.register_forward_pre_hook(lambda module, arguments: batches.append(arguments[0]))
     try:
@@ -169,23 +202,49 @@ def backbone_passes(backbone: Backbone, function: Callable[[], object]) -> list[
     return batches
 
 
-def _workload(backbone: Backbone, curve: str, factor: float, device: torch.device, batch_size: int) -> Workload:
+def label_files(texts: Sequence[str]) -> dict[str, str]:
+    """Files by label: the given one of ``LABEL=FILE``, otherwise the shortest end of the path that no other file has.
+
+    Raises:
+        ConfigError: For a file that is there twice, and for two of one label.
+    """
+    labels, paths = zip(*map(split_label, texts), strict=True) if texts else ((), ())
+    parts = [Path(path).parts for path in paths]
+    files: dict[str, str] = {}
+    for index, (label, path) in enumerate(zip(labels, paths, strict=True)):
+        others = [other for i, other in enumerate(parts) if i != index and not labels[i]]
+        name = label or _shortest_end(parts[index], others)
+        if name in files:
+            raise ConfigError(f"two files are called {name!r}; name them apart: LABEL={path}")
+        files[name] = path
+    return files
+
+
+def _shortest_end(parts: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
+    """The last parts of a path, as few as tell it from the others; all of them where none do."""
+    count = next((n for n in range(1, len(parts)) if all(parts[-n:] != other[-n:] for other in others)), len(parts))
+    return PurePath(*parts[-count:]).as_posix()
+
+
+def _backbone_workload(backbone: Backbone, curve: str, factor: float, batch_size: int) -> Workload:
     native, patch = backbone.grid_size(backbone.input_size), backbone.patch_size
     grid = scale_length(native[0], factor), scale_length(native[1], factor)
-    module: Backbone | SharpEncoder = backbone
     images, size = batch_size, backbone.input_size
-    if curve == DIRECT:
+    if curve == PASSES:
+        tiles = math.prod(len(window_starts(*sides, overlap=0)) for sides in zip(grid, native, strict=True))
+        # A single tile is the image itself.
+        images *= 1 if tiles == 1 else 1 + tiles
+    else:
         size = grid[0] * patch, grid[1] * patch
         if grid != native and not backbone.flexible:
             raise ConfigError(
                 f"backbone {backbone.name!r} takes {native[0] * patch}x{native[1] * patch} pixels only, not "
                 f"{size[0]}x{size[1]}"
             )
-    elif curve == PASSES:
-        tiles = math.prod(len(window_starts(*sides, overlap=0)) for sides in zip(grid, native, strict=True))
-        # A single tile is the image itself.
-        images *= 1 if tiles == 1 else 1 + tiles
-    else:
-        module = build_encoder(backbone, curve, factor).to(device)
-        size = module.input_size
-    return Workload(curve, factor, module, (images, 3, *size), math.prod(grid))
+    return Workload(curve, factor, backbone, (images, 3, *size), math.prod(grid))
+
+
+def _encoder_workload(curve: str, encoder: SharpEncoder, batch_size: int, key: str | None) -> Workload:
+    native = encoder.backbone.grid_size(encoder.backbone.input_size)
+    cells = scale_length(native[0], encoder.factor) * scale_length(native[1], encoder.factor)
+    return Workload(curve, encoder.factor, encoder, (batch_size, 3, *encoder.input_size), cells, key)

@@ -22,19 +22,21 @@ from featsharp.files import write_file
 if TYPE_CHECKING:
     import torch
 
+UPSAMPLERS = ("identity", "bilinear", "tile", "featup", "jafar", "featsharp")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("ops", "encode"))
     parser.add_argument(
-        "--factors", type=float, nargs="+", help="gains, whole for ops; default: 2 4 16 for ops, 2 4 for encode"
+        "--factors",
+        type=float,
+        nargs="+",
+        help="upsampling factors, whole for ops; default: 2 4 16 for ops, 2 4 for encode",
     )
     parser.add_argument("--backbone", default="vits14-focus", help="name; for ops, whose passes are timed beside")
     parser.add_argument("--normalizer", default="phi-s", help="for encode")
     parser.add_argument(
-        "--upsamplers",
-        nargs="+",
-        metavar="NAME",
-        help="for encode: names, or module:function; default: those that differ",
+        "--upsamplers", nargs="+", default=UPSAMPLERS, metavar="NAME", help="for encode: names, or module:function"
     )
     parser.add_argument("--repeat", type=int, default=15, help="most runs of a case; slow ones get fewer")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch; default: its own choice")
@@ -50,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     threads = 1 if arguments.threads is None else arguments.threads
     if arguments.repeat < 2 or min(arguments.factors or [1]) < 1 or threads < 1:
         raise ConfigError("--repeat must be at least 2, --factors and --threads at least 1")
+
     import torch
 
     from featsharp.bench.measure import describe_machine
@@ -80,12 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _bench_ops(arguments: argparse.Namespace, device: "torch.device") -> list[dict[str, Any]]:
-    from featsharp.bench.ops import benchmark_ops
+    from featsharp.bench.ops import bench_ops
 
     print("16x16 features of 384 channels; rows appear when all are timed")
     print(f"{'':44} {'forward ms':>11} {'quartiles':>17} {'backward ms':>12} {'memory':>9}")
     rows = []
-    for row in benchmark_ops(
+    for row in bench_ops(
         tuple(map(int, arguments.factors or (2, 4, 16))), device, repeat=arguments.repeat, backbone=arguments.backbone
     ):
         line = f"{row['name']:40} {row['factor']:2}x {row['forward']['median']:11.1f} {_quartiles(row['forward']):>17}"
@@ -98,11 +101,11 @@ def _bench_ops(arguments: argparse.Namespace, device: "torch.device") -> list[di
 
 
 def _bench_scaling(arguments: argparse.Namespace, device: "torch.device") -> list[dict[str, Any]]:
-    from featsharp.bench.ops import benchmark_scaling
+    from featsharp.bench.ops import bench_scaling
 
     print(f"{'cost per output cell':44} {'microseconds':>12}")
     rows = []
-    for row in benchmark_scaling(device, repeat=arguments.repeat):
+    for row in bench_scaling(device, repeat=arguments.repeat):
         cost = 1000 * row["forward"]["median"] / row["side"] ** 2
         print(f"{row['name']:34} {row['side']:4}x{row['side']:<4} {cost:12.1f}", flush=True)
         rows.append(row)
@@ -112,28 +115,28 @@ def _bench_scaling(arguments: argparse.Namespace, device: "torch.device") -> lis
 def _bench_encode(arguments: argparse.Namespace, device: "torch.device") -> list[dict[str, Any]]:
     import torch
 
-    from featsharp.bench.encode import UPSAMPLERS, benchmark_encode
+    from featsharp.bench.encode import bench_encode
+    from featsharp.bench.workloads import describe_skipped
 
-    columns = f"{'encode ms':>10} {'quartiles':>17} {'passes':>6} {'alone ms':>9} {'ratio':>6} {'memory':>9}"
-    print(f"{arguments.backbone:39} {columns}")
-    rows = []
-    for row in benchmark_encode(
+    rows, skipped = bench_encode(
         arguments.backbone,
-        tuple(arguments.factors or (2, 4)),
+        arguments.upsamplers,
+        arguments.factors or (2, 4),
         device,
         repeat=arguments.repeat,
         normalizer=arguments.normalizer,
-        upsamplers=arguments.upsamplers or UPSAMPLERS,
         autocast=(None, torch.bfloat16),
-    ):
+    )
+    columns = f"{'encode ms':>10} {'quartiles':>17} {'passes':>6} {'alone ms':>9} {'ratio':>6} {'memory':>9}"
+    print(f"{arguments.backbone:39} {columns}")
+    for row in rows:
         encode, alone = row["encode"], row["backbone"]["median"]
         print(
             f"{row['upsampler']:14} {row['factor']:3g}x {row['dtype']:19} {encode['median']:10.0f} "
             f"{_quartiles(encode):>17} {row['passes']:6} {alone:9.0f} {encode['median'] / alone:6.3f} "
-            f"{row['peak_bytes'] / 2**20:5.0f} MiB",
-            flush=True,
+            f"{row['peak_bytes'] / 2**20:5.0f} MiB"
         )
-        rows.append(row)
+    print(*describe_skipped(skipped), sep="\n", end="\n" * bool(skipped))
     return rows
 
 

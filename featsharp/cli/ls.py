@@ -77,7 +77,7 @@ def backbone_rows() -> Iterable[tuple[str, ...]]:
 
 def upsampler_rows() -> Iterable[tuple[str, ...]]:
     """Yield a row of text for every upsampler, as :data:`COLUMNS`."""
-    from featsharp.bench.cost import EMBED_DIM, count_cost
+    from featsharp.bench.counting import EMBED_DIM, count_cost
     from featsharp.errors import ConfigError
     from featsharp.upsamplers import UPSAMPLERS, Upsampler
 

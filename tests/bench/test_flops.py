@@ -9,14 +9,15 @@ from torch import nn
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.from_callable import from_callable
-from featsharp.bench.counting import counting, may_multiply
-from featsharp.bench.flops import FlopsTask, count_operations
+from featsharp.bench.counting import count_operations, counting
+from featsharp.bench.flops import FlopsTask
 from featsharp.bench.workloads import build_encoder
-from featsharp.builder import create_encoder
+from featsharp.builder import content_key, create_encoder, load_from_file, save_checkpoint
 from featsharp.errors import ConfigError
 from featsharp.layers.local_block import LocalBlock
 from featsharp.ops.backends import use_backend
 from featsharp.ops.local_attention import local_attention
+from featsharp.upsamplers.base import GuidedUpsampler
 
 CPU = torch.device("cpu")
 WIDTH = 32  # channels of the toy backbones
@@ -84,76 +85,21 @@ def test_the_featsharp_block():
     assert count(block, torch.randn(1, 6, 9, wide)) == attention + mlp
 
 
-SQUARE = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
-SQUARE = SQUARE @ SQUARE.T + torch.eye(5)
-BYTES = torch.ones(32, 32, dtype=torch.int8)
-
-
-@pytest.mark.parametrize(
-    ("name", "function"),
-    [
-        ("mv", lambda: torch.mv(SQUARE, SQUARE[0])),
-        ("dot", lambda: torch.dot(SQUARE[0], SQUARE[0])),
-        ("addr", lambda: torch.addr(SQUARE, SQUARE[0], SQUARE[0])),
-        ("addbmm", lambda: torch.addbmm(SQUARE, SQUARE[None], SQUARE[None])),
-        ("_trilinear", lambda: nn.Bilinear(5, 5, 2)(SQUARE, SQUARE)),
-        ("_int_mm", lambda: torch._int_mm(BYTES, BYTES)),
-        ("_weight_int8pack_mm", lambda: torch._weight_int8pack_mm(BYTES.bfloat16(), BYTES, BYTES[0].bfloat16())),
-        ("conv_tbc", lambda: torch.conv_tbc(torch.ones(6, 2, 3), torch.ones(3, 3, 4), torch.ones(4))),
-        ("mkldnn_rnn_layer", lambda: nn.LSTM(5, 4).eval()(SQUARE[None])),
-        ("_cdist_forward", lambda: torch.cdist(SQUARE, SQUARE)),
-        ("_cdist_forward", lambda: torch.cdist(SQUARE, SQUARE, p=1)),
-        ("_euclidean_dist", lambda: torch.cdist(SQUARE.repeat(6, 1), SQUARE)),
-        ("_pdist_forward", lambda: torch.pdist(SQUARE)),
-        ("_fft_c2c", lambda: torch.fft.fft2(SQUARE)),
-        ("_fft_r2c", lambda: torch.fft.rfft(SQUARE)),
-        ("_fft_c2r", lambda: torch.fft.irfft(SQUARE.cfloat())),
-        ("linalg_cholesky_ex", lambda: torch.linalg.cholesky(SQUARE)),
-        ("cholesky_inverse", lambda: torch.cholesky_inverse(SQUARE)),
-        ("linalg_matrix_exp", lambda: torch.matrix_exp(SQUARE)),
-        ("linalg_inv_ex", lambda: torch.linalg.inv(SQUARE)),
-        ("linalg_qr", lambda: torch.linalg.qr(SQUARE)),
-        ("_linalg_solve_ex", lambda: torch.linalg.solve(SQUARE, SQUARE)),
-        ("_linalg_eigh", lambda: torch.linalg.eigh(SQUARE)),
-        ("_linalg_svd", lambda: torch.linalg.svd(SQUARE)),
-        ("_linalg_det", lambda: torch.linalg.det(SQUARE)),
-        ("linalg_lstsq", lambda: torch.linalg.lstsq(SQUARE, SQUARE)),
-        ("_sparse_addmm", lambda: torch.sparse.mm(SQUARE.to_sparse(), SQUARE)),
-        ("_sparse_sparse_matmul", lambda: torch.sparse.mm(SQUARE.to_sparse(), SQUARE.to_sparse())),
-    ],
-)
-def test_an_operator_without_a_formula_is_named(name, function):
-    with counting() as counter:
-        function()
-    assert counter.uncounted == {f"aten::{name}"}
-
-
-@pytest.mark.parametrize("name", ["_scaled_mm_v2", "_weight_int4pack_mm_for_cpu", "_cudnn_rnn", "hspmm", "_lstm_mps"])
-def test_so_are_those_of_other_hardware(name):
-    assert hasattr(torch.ops.aten, name)
-    assert may_multiply("aten", name)
-
-
 def test_an_operator_of_another_library_is_named_whatever_it_is_called():
     with torch.library._scoped_library("featsharp_test", "DEF") as library:
         library.define("mystery(Tensor x) -> Tensor")
         library.impl("mystery", lambda x: x + 1, "CPU")
         with counting() as counter:
-            torch.ops.featsharp_test.mystery(SQUARE)
+            torch.ops.featsharp_test.mystery(torch.ones(3))
     assert counter.uncounted == {"featsharp_test::mystery"}
 
 
-def test_what_multiplies_no_matrices_is_not_named():
-    """Names that look like products, among others."""
-    maps = SQUARE.expand(1, 3, 5, 5)
+def test_what_multiplies_no_matrices_counts_nothing():
+    maps = torch.randn(1, 3, 5, 5)
     with counting() as counter:
-        nn.functional.normalize(maps)
-        nn.functional.cosine_similarity(maps, maps)
         nn.functional.interpolate(maps, scale_factor=2, mode="bilinear")
-        nn.functional.interpolate(maps[0], scale_factor=2, mode="linear")
         nn.functional.grid_sample(maps, maps[:, 0, :, :2, None].expand(1, 5, 2, 2), align_corners=False)
         nn.functional.layer_norm(maps, (5,)).lgamma().cummax(-1)
-        torch.linalg.cross(SQUARE[:, :3], SQUARE[:, 2:])
     assert not counter.uncounted
     assert counter.flops.get_total_flops() == 0
 
@@ -204,14 +150,14 @@ def test_a_function_of_the_users_that_fails_is_skipped_with_its_reason():
     assert any(line.startswith("not measured: json:dumps 2x: TypeError") for line in task.table(result))
 
 
-def test_a_defect_of_ours_is_no_reason(monkeypatch):
-    def broken(*arguments):
+class Broken(GuidedUpsampler):
+    def upsample_to(self, features, image, size):
         raise TypeError("a defect")
 
-    encoder = create_encoder("toy-vit", "bilinear", 2)
-    monkeypatch.setattr(type(encoder.upsampler), "upsample_to", broken)
+
+def test_a_defect_of_ours_is_no_reason():
     with pytest.raises(TypeError, match="a defect"):
-        count_operations(encoder, (1, 3, 64, 64), CPU)
+        count_operations(create_encoder("toy-vit", Broken(WIDTH, 2)), (1, 3, 64, 64), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -287,5 +233,23 @@ def test_the_table_states_the_convention_and_what_is_missing(result):
     assert any(line.startswith("tile 3x") and line.endswith("10.000") for line in lines)
     assert any(line.startswith("not measured: sapa 1.5x: SAPA") for line in lines)
     assert not any("no formula" in line for line in lines)
-    result["rows"][0]["uncounted"].append("aten::mv")
-    assert "more than that: no formula for aten::mv" in task.table(result)
+    result["rows"][0]["uncounted"].append("mine::mv")
+    assert "more than that: no formula for mine::mv" in task.table(result)
+
+
+def test_a_checkpoint_is_counted_with_the_options_and_weights_it_has(tmp_path):
+    """Two encoders of one upsampler and factor: a linear map, and the block."""
+    for name, options in (("linear", {"attention": False, "ffn": False}), ("block", {})):
+        encoder = create_encoder("toy-vit", "featsharp", 2, upsampler_options=options)
+        save_checkpoint(encoder, tmp_path / f"{name}.pth")
+    files = [str(tmp_path / "linear.pth"), f"mine={tmp_path / 'block.pth'}"]
+    result = FlopsTask("toy-vit", ("bilinear", "featsharp"), (2,), files).run(CPU, None, progress=False)
+    linear, block = row_of(result, "linear.pth", 2), row_of(result, "mine", 2)
+    assert linear["total"] < block["total"] < row_of(result, "featsharp", 2)["total"]  # which has a normalizer
+    assert linear["options"]["ffn"] is False
+    assert linear["key"] == content_key(load_from_file(tmp_path / "linear.pth")) != block["key"]
+    # What has no weights of its own has a key, too; what is measured with random ones has none.
+    assert row_of(result, "bilinear", 2)["key"] == content_key(create_encoder("toy-vit", "bilinear", 2))
+    assert row_of(result, "featsharp", 2)["key"] is row_of(result, "direct", 2)["key"] is None
+    with pytest.raises(ConfigError, match="two curves are called 'bilinear'"):
+        FlopsTask("toy-vit", ("bilinear",), (2,), [f"bilinear={files[0]}"]).run(CPU, None, progress=False)

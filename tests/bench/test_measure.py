@@ -23,15 +23,15 @@ def test_summary():
     assert (timing.low, timing.median, timing.high, timing.runs) == (2.0, 3.0, 4.0, 5)
 
 
-def test_cases_take_turns_and_slow_ones_run_less(monkeypatch):
-    monkeypatch.setattr("featsharp.bench.measure.CASE_SECONDS", 0.2)
+def test_cases_take_turns_and_slow_ones_run_less():
     calls = []
 
     def case(name, seconds):
         calls.append(name)
         time.sleep(seconds)
 
-    timings = time_interleaved({"fast": lambda: case("fast", 0.001), "slow": lambda: case("slow", 0.1)}, CPU, repeat=6)
+    cases = {"fast": lambda: case("fast", 0.001), "slow": lambda: case("slow", 0.1)}
+    timings = time_interleaved(cases, CPU, repeat=6, seconds=0.2)
     # Twice each, uncounted; then in turn.
     assert calls == ["fast", "fast", "slow", "slow", "fast", "slow", "fast", "slow", *4 * ["fast"]]
     assert timings["fast"].runs == 6
@@ -40,22 +40,16 @@ def test_cases_take_turns_and_slow_ones_run_less(monkeypatch):
 
 
 @pytest.mark.parametrize("repeat", [1, 20])
-def test_the_least_number_of_runs_wins_over_time_and_repeat(monkeypatch, repeat):
-    monkeypatch.setattr("featsharp.bench.measure.CASE_SECONDS", 0.01)
-    timings = time_interleaved({"slow": lambda: time.sleep(0.02)}, CPU, repeat=repeat, least=5)
+def test_the_least_number_of_runs_wins_over_time_and_repeat(repeat):
+    timings = time_interleaved({"slow": lambda: time.sleep(0.02)}, CPU, repeat=repeat, least=5, seconds=0.01)
     assert timings["slow"].runs == 5
 
 
-def test_an_accelerator_of_any_kind_is_waited_for_before_and_after(monkeypatch):
-    """The order of calls, since no such device is here; tests marked gpu have one."""
+def test_the_device_is_waited_for_before_and_after_every_run():
+    """The order of calls, since no accelerator is here; tests marked gpu have one."""
     events = []
-    monkeypatch.setattr(torch.accelerator, "synchronize", events.append)
-    mps = torch.device("mps")
-    time_interleaved({"case": lambda: events.append("run")}, mps, repeat=2)
-    assert events == ["run", *3 * [mps, "run", mps]]
-    events.clear()
-    time_interleaved({"case": lambda: events.append("run")}, CPU, repeat=2)
-    assert events == 4 * ["run"]
+    time_interleaved({"case": lambda: events.append("run")}, CPU, repeat=2, wait=events.append)
+    assert events == ["run", *3 * [CPU, "run", CPU]]
 
 
 @pytest.mark.gpu

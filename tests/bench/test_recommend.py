@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from featsharp.bench.labels import label_files
 from featsharp.bench.recommend import RecommendTask, rank, shipped_weights
+from featsharp.bench.workloads import label_files
 from featsharp.builder import create_encoder, save_checkpoint, save_weights
 from featsharp.errors import ConfigError, DataError, InputError
 from featsharp.ops.boxes import whole
