@@ -1,10 +1,9 @@
-"""Which upsampler: all that there are, measured on the user's backbone, picture size, memory and machine.
+"""Ranking of the upsamplers on the user's backbone, picture size, memory and machine, measured when asked for.
 
 Candidates are the registered upsamplers that have the factor, the weights that come with the package for this backbone
 and factor, and the user's checkpoints. Upsamplers made of a function of the user's are none: nobody knows the function.
 
-Every figure is measured when asked for; none is remembered. Quality is measured by whoever calls, on the user's images,
-with a function that is handed in; without it the candidates are ranked by time.
+Quality is measured by the caller's function, on the user's images; without it the candidates are ranked by time.
 """
 
 import math
@@ -55,7 +54,8 @@ class RecommendTask:
     needs_quality: ClassVar[bool] = True  # with ``data``, whoever calls hands in ``quality``
 
     backbone: str = setting("vits14-focus", "name of the backbone")
-    factor: float = setting(2.0, "gain", type=float, metavar="F")
+    factor: float = setting(2.0, "upsampling factor", type=float, metavar="F")
+    upsampler: Sequence[str] | None = setting(None, "names to compare; default: all", nargs="+", metavar="NAME")
     size: tuple[int, int] | None = setting(
         None, "size of the picture in pixels; default: factor x the backbone's native size", type="size", metavar="HxW"
     )
@@ -167,29 +167,29 @@ class RecommendTask:
         return self.size, backbone.fit_size(self.size[0] / self.factor, self.size[1] / self.factor)
 
     def _candidates(self, backbone: Backbone) -> dict[str, tuple[str, Callable[[], SharpEncoder]]]:
-        """Kind and what builds it, by name, of all upsamplers, shipped weights and checkpoints."""
-        found: dict[str, tuple[str, Callable[[], SharpEncoder]]] = {}
-        for entry in UPSAMPLERS.entries():
-            only_one = getattr(entry.factory, "factors", "any") == "one"
-            if not needs_function(entry.name) and (self.factor == 1 or not only_one):
-                kind = NEEDS_TRAINING if needs_training(entry.name) else READY
-                found[entry.name] = kind, partial(build_encoder, backbone, entry.name, self.factor)
+        """Kind and builder by name: upsamplers, shipped weights, checkpoints."""
+        candidates: dict[str, tuple[str, Callable[[], SharpEncoder]]] = {}
+        for name in sorted(self.upsampler or UPSAMPLERS.names()):
+            only_one = getattr(UPSAMPLERS[name].factory, "factors", "any") == "one"
+            if not needs_function(name) and (self.factor == 1 or not only_one):
+                kind = NEEDS_TRAINING if needs_training(name) else READY
+                candidates[name] = kind, partial(build_encoder, backbone, name, self.factor)
         for name in shipped_weights(self.backbone, self.factor):
-            found[name] = SHIPPED, partial(load_from_file, name, featurizer=backbone)
+            candidates[name] = SHIPPED, partial(load_from_file, name, featurizer=backbone)
         for name, path in label_files(self.checkpoint or ()).items():
-            if name in found:
+            if name in candidates:
                 raise ConfigError(f"two candidates are called {name!r}; name the checkpoint: LABEL={path}")
-            found[name] = CHECKPOINT, partial(load_from_file, path, featurizer=backbone)
-        return found
+            candidates[name] = CHECKPOINT, partial(load_from_file, path, featurizer=backbone)
+        return candidates
 
 
 def shipped_weights(backbone: str, factor: float) -> list[str]:
-    """Names of the weights that come with the package for a backbone and a factor."""
+    """Names of the shipped weights for a backbone and a factor."""
     return [name for name in list_weights() if name.startswith(f"{backbone}/") and name.endswith(f"-{factor:g}x")]
 
 
 def rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows in order, with "rank": by the first score, where there is one, then by time; those that need training last.
+    """Order rows and give each its "rank": by the first score, where there is one, then by time; those that need training last.
 
     Args:
         rows: With "kind", "quality" and "time", as :meth:`RecommendTask.run` describes them.
@@ -208,7 +208,7 @@ def rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _fit(
     encoder: SharpEncoder, call: Callable[[], UpsampleFeatures], limit: int | None, device: torch.device
 ) -> dict[str, Any]:
-    """Peak memory of one picture; over the limit, the encoder is made to work in parts.
+    """Measure the peak memory of one picture; over the limit, make the encoder work in parts.
 
     Raises:
         FeatSharpError: Where it does not run, or not within the limit.
@@ -233,7 +233,7 @@ def _fit(
 
 
 def _measure_quality(row: dict[str, Any], encoder: SharpEncoder, quality: Quality | None) -> dict[str, Any]:
-    """The scores of a candidate, "quality", and why there are none, "note"."""
+    """Measure the scores of a candidate, "quality"; where there are none, "note" has the reason."""
     scores, note = None, ""
     if quality is not None and row["kind"] != NEEDS_TRAINING:
         try:
@@ -246,7 +246,7 @@ def _measure_quality(row: dict[str, Any], encoder: SharpEncoder, quality: Qualit
 
 
 def _score(row: dict[str, Any]) -> float:
-    """The one that decides; NaN where there is none."""
+    """The score that decides; NaN where there is none."""
     return float(next(iter((row["quality"] or {}).values()), math.nan))
 
 
@@ -255,13 +255,13 @@ def _is_scored(row: dict[str, Any]) -> bool:
 
 
 def _reasons(rows: Sequence[dict[str, Any]], key: str) -> str:
-    """The first ones."""
+    """The first few reasons, and how many more there are."""
     shown = "; ".join(f"{row['name']}: {row[key]}" for row in rows[:SHOWN_REASONS])
     return shown + f"; and {len(rows) - SHOWN_REASONS} more" * (len(rows) > SHOWN_REASONS)
 
 
 def _run(call: Callable[[], object]) -> None:
-    """Once; what went wrong, running out of memory too, is a ConfigError."""
+    """Call once; raise ConfigError for what went wrong, running out of memory too."""
     failure = find_failure(call)
     if failure is not None:
         raise ConfigError(failure)
