@@ -12,7 +12,7 @@ from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
 from featsharp.bench.measure import Timing, find_failure, measure_memory, noise, time_interleaved
 from featsharp.bench.workloads import Workload, backbone_passes, is_foreign, list_workloads, skip
-from featsharp.progress import with_progress
+from featsharp.terminal import with_progress
 
 
 @dataclass(frozen=True)

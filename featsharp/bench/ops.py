@@ -75,10 +75,10 @@ def bench_ops(
             yield row
 
 
-def bench_scaling(device: torch.device, *, repeat: int) -> Iterator[dict[str, Any]]:
-    """Cost per output cell of one JBU level and of the FeatSharp block on outputs of growing size."""
+def bench_scaling(device: torch.device, *, repeat: int, sides: tuple[int, ...] = SIDES) -> Iterator[dict[str, Any]]:
+    """Rows with the forward times of one JBU level and of the FeatSharp block on square outputs of growing sides."""
     block, level = LocalBlock(2 * CHANNELS, CHANNELS).to(device).eval(), JBULevel(2).to(device).eval()
-    for side in SIDES:
+    for side in sides:
         x = torch.randn(1, side, side, 2 * CHANNELS, device=device)
         source = torch.randn(1, CHANNELS, side // 2, side // 2, device=device)
         image = torch.randn(1, 3, 14 * side // 2, 14 * side // 2, device=device)

@@ -189,7 +189,7 @@ def shipped_weights(backbone: str, factor: float) -> list[str]:
 
 
 def rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Order rows and give each its "rank": by the first score, where there is one, then by time; those that need training last.
+    """Order rows and give each its "rank": by the first score, if any, then by time; those that need training last.
 
     Args:
         rows: With "kind", "quality" and "time", as :meth:`RecommendTask.run` describes them.

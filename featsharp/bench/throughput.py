@@ -18,7 +18,7 @@ from featsharp.bench.workloads import DIRECT, CurvesTask, Workload, describe_ski
 from featsharp.errors import ConfigError
 from featsharp.memory import format_memory
 from featsharp.settings import setting
-from featsharp.terminal import align, with_progress
+from featsharp.terminal import align
 
 # Quartiles of fewer say nothing.
 LEAST_RUNS = 5
@@ -28,9 +28,9 @@ LEAST_RUNS = 5
 class ThroughputTask(CurvesTask):
     """Time per image and per token, actual and linear, and peak memory against the upsampling factor.
 
-    "direct" is the backbone on a larger image, "passes" the backbone on the image and its tiles. Upsamplers are measured
-    from image to sharp features, untrained, and checkpoints with their weights. Times are medians of interleaved runs,
-    at least 5 of each case. Run it while the machine does nothing else.
+    "direct" is the backbone on a larger image, "passes" the backbone on the image and its tiles. Upsamplers, untrained,
+    and checkpoints are measured from image to sharp features. Times are medians of interleaved runs, at least 5 of each
+    case. Run it while the machine does nothing else.
     """
 
     name: ClassVar[str] = "throughput"

@@ -14,6 +14,7 @@ from featsharp.bench.measure import (
     summarize,
     time_interleaved,
 )
+from featsharp.bench.ops import bench_scaling
 
 CPU = torch.device("cpu")
 
@@ -88,6 +89,14 @@ def test_memory_is_that_of_the_peak():
         return small.sum()
 
     assert 38 * 2**20 <= measure_memory(call, CPU) <= 48 * 2**20
+
+
+def test_growing_outputs_are_timed_side_by_side():
+    rows = list(bench_scaling(CPU, repeat=2, sides=(4, 8)))
+    assert [(row["name"], row["side"]) for row in rows] == [
+        (name, side) for side in (4, 8) for name in ("JBU level 2x", "FeatSharp block, lean")
+    ]
+    assert all(row["forward"]["median"] > 0 for row in rows)
 
 
 def test_machine():
