@@ -1,6 +1,10 @@
 """The command: what it writes, what it says, and that bad input costs one line and nothing else."""
 
+import contextlib
+import io
 import json
+import logging
+import os
 import re
 import resource
 import subprocess
@@ -124,6 +128,61 @@ def test_one_bad_image_does_not_end_the_work_on_others(photos, tmp_path, capsys)
     assert len(captured.out.splitlines()) == 2
     (line,) = captured.err.splitlines()
     assert line == f"featsharp upsample: {photos / 'aa.png'}: the file is empty (0 bytes)"
+
+
+@pytest.mark.parametrize(("name", "encoding"), [(b"caf\xe9.png", "utf-8"), ("日本.png".encode(), "ascii")])
+def test_a_name_that_the_terminal_cannot_write_does_not_end_the_work(name, encoding, tmp_path):
+    """Latin-1 bytes on a UTF-8 terminal and Japanese on an ASCII one, as a result and in a message."""
+    photo = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name)))
+    broken = photo.with_name(f"broken{photo.name}")
+    broken.touch()
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict") for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert (
+            run("upsample", write_photo(photo), broken, write_photo(tmp_path / "z.png"), *TILE, "-o", tmp_path / "out")
+            == 1
+        )
+    assert {"z.safetensors", f"{photo.stem}.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    for stream, count in ((out, 2), (err, 1)):
+        stream.seek(0)
+        assert len(stream.read().splitlines()) == count
+
+
+def test_captions_name_what_is_drawn(photos, tmp_path):
+    """The line above the pictures is white but for three texts, one above each picture."""
+    assert run("upsample", photos / "a.png", *TILE, "-o", tmp_path / "out") == 0
+    with Image.open(tmp_path / "out" / "a.png") as picture:
+        line = np.asarray(picture)[: picture.height - round(448 * 40 / 60)]
+    for i in range(3):
+        text = line[:, i * (448 + GAP) : i * (448 + GAP) + 448]
+        assert text.min() < 100
+        assert (text[0] == 255).all()
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    ("flags", "level"),
+    [([], "WARNING"), (["-v"], "INFO"), (["-vv"], "DEBUG"), (["-v", "--verbose"], "DEBUG"), (["-q"], "ERROR")],
+)
+def test_the_level_of_messages(flags, level, capsys):
+    """At any place: before the command and behind its arguments."""
+    for arguments in ([*flags, "ls", "weights"], ["ls", "weights", *flags], ["ls", *flags, "weights"]):
+        assert run(*arguments) == 0
+        assert logging.getLogger("featsharp").level == getattr(logging, level)
+    assert "vits14-focus/featsharp-2x" in capsys.readouterr().out
+
+
+def test_training_takes_the_flags_of_messages_among_its_overrides(tmp_path, capsys):
+    """Its usual level is INFO."""
+    overrides = ["+model=toy-vit", "dry_run=true", f"train_data_dir={tmp_path}", "+upsampler=bilinear-2x"]
+    for flags, level in (([], logging.INFO), (["-q"], logging.ERROR), (["-vv"], logging.DEBUG)):
+        for arguments in ([*flags, "train", *overrides], ["train", overrides[0], *flags, *overrides[1:]]):
+            assert run(*arguments) == 0
+            assert logging.getLogger("featsharp").level == level
+    assert "name: toy-vit" in capsys.readouterr().out
+    assert run("train", "--multirun", *overrides) == 1
 
 
 # ls, pack, eval

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # An unused `type: ignore` is an error of its own under --strict: the mistyped name below has to be noticed.
-SNIPPET = '''
+SNIPPET = """
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_type
@@ -65,7 +65,7 @@ class PrintWriter(VizWriter):
 
 
 writer: VizWriter = PrintWriter()
-'''
+"""
 
 
 @pytest.mark.slow  # mypy reads torch

@@ -1,0 +1,69 @@
+"""Commands start at once: help and messages about missing files come before anything large is imported."""
+
+import json
+import subprocess
+import sys
+
+from featsharp.cli.main import COMMANDS
+
+# Imported by no command before it has something to do.
+LARGE = ("torch", "numpy", "PIL", "timm", "torchvision", "hydra", "omegaconf", "matplotlib", "transformers", "tqdm")
+
+# Runs commands one after the other: the status of each, its CPU seconds, the large packages that it left imported.
+RUN_ALL = f"""
+import json, sys, time
+from featsharp.cli.main import main
+
+results = []
+for arguments in json.loads(sys.argv[1]):
+    start = time.process_time()
+    try:
+        status = main(arguments)
+    except SystemExit as error:
+        status = error.code
+    large = [name for name in {LARGE!r} if name in sys.modules]
+    results.append([status, time.process_time() - start, large])
+print("\\n" + json.dumps({{"results": results, "total": time.process_time()}}))
+"""
+
+
+def run_all(commands: list[list[str]]) -> tuple[list[tuple[int, float, list[str]]], float, str]:
+    """Results of all commands, the CPU seconds of their one process from its start, and what they printed."""
+    done = subprocess.run([sys.executable, "-c", RUN_ALL, json.dumps(commands)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *printed, last = done.stdout.splitlines()
+    content = json.loads(last)
+    return content["results"], content["total"], "\n".join(printed) + done.stderr
+
+
+def test_help_imports_nothing_large_and_takes_under_half_a_second():
+    commands = [["--help"], *([name, "--help"] for name in COMMANDS)]
+    for attempt in range(3):  # on a busy machine CPU time grows, too
+        results, total, printed = run_all(commands)
+        if total < 0.5:
+            break
+    for command, (status, _, large) in zip(commands, results, strict=True):
+        assert (command, status, large) == (command, 0, [])
+    assert total < 0.5, f"{total:.2f} s in attempt {attempt + 1}"
+    for name in COMMANDS:
+        assert f"usage: featsharp {name}" in printed
+
+
+def test_missing_files_are_noticed_before_anything_large_is_imported(tmp_path):
+    photo = tmp_path / "photo.jpg"
+    photo.touch()
+    commands = [
+        ["upsample", "none.jpg"],
+        ["upsample", str(photo), "--checkpoint", "none.pth"],
+        ["fit", "none.jpg", "--backbone", "toy-vit", "-o", "out"],
+        ["export", "none.pth", "-o", "out.safetensors"],
+        ["pack", "none", "out"],
+        ["figure", "pca", "none.jpg", "-o", "out.png"],
+        ["figure", "pca", str(photo), "--checkpoint", "mine=none.pth", "-o", "out.png"],
+        ["figure", "miou", "none.json", "-o", "out.png"],
+    ]
+    results, _, printed = run_all(commands)
+    assert [(command, status, large) for command, (status, _, large) in zip(commands, results, strict=True)] == [
+        (command, 1, []) for command in commands
+    ]
+    assert printed.count("none") == printed.count("does not exist") == len(commands)
