@@ -10,6 +10,7 @@ import os
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,12 +42,12 @@ HELD_OUT = ["skimage/data/chelsea.png", "skimage/data/coffee.png", "sklearn/data
 BACKBONE = "vits14-focus"
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/demo"))
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=2)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     keep_freed_memory()
     output: Path = arguments.output
     photos = output / "photos"

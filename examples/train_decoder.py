@@ -8,6 +8,7 @@ linear head, both trained by the labels alone. Prints the mean intersection over
 """
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -83,12 +84,12 @@ def mean_iou(predicted: Tensor, labels: Tensor) -> float:
     return torch.stack(ious).mean().item()
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upsampler", default="resize-conv", help="a guided upsampler; see featsharp ls upsamplers")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory, more time")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     for name in ("bilinear", arguments.upsampler):
         score = train_decoder(name, steps=arguments.steps, recompute=arguments.recompute)
         print(f"{name:12} mean IoU {score:.3f}")

@@ -9,6 +9,7 @@ layout, and prints it beside that of a sharp map, which has the details of the t
 """
 
 import argparse
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,12 +63,12 @@ def vision_tokens(pixels: Tensor, backbone: Backbone, max_tiles: int = 9) -> Vis
     return VisionTokens(tokens, size_of(features), layout, size_of(tile_map))
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", help="a picture")
     parser.add_argument("--backbone", default="toy-vit", help="see featsharp ls backbones")
     parser.add_argument("--max-tiles", type=int, default=9)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     backbone = create_backbone(arguments.backbone)
     pixels = image_to_tensor(decode_image(arguments.image))
     with torch.no_grad():

@@ -83,10 +83,9 @@ def test_the_thumbnail_comes_first(vlm):
     torch.testing.assert_close(found.tokens[64:], found.tokens[:64], atol=1e-5, rtol=1e-4)
 
 
-def test_the_command(vlm, tmp_path, monkeypatch, capsys):
+def test_the_command(vlm, tmp_path, capsys):
     Image.new("RGB", (192, 128), (200, 30, 60)).save(tmp_path / "a.png")
-    monkeypatch.setattr(sys, "argv", ["vlm_tiles.py", str(tmp_path / "a.png"), "--max-tiles", "6"])
-    vlm.main()
+    vlm.main([str(tmp_path / "a.png"), "--max-tiles", "6"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "thumbnail 8x8 = 64 tokens"
     assert lines[1] == "2x3 tiles, together 16x24 = 384 tokens"
