@@ -47,7 +47,7 @@ def test_constructors_and_modules_count_for_the_file_that_has_them(rooms):
     from featsharp.backbones.toy import ToyViT
 
     walk = rooms.record(lambda: ToyViT()(torch.zeros(1, 3, 64, 64)))
-    assert list(walk.entered) == ["backbones/toy.py", "backbones/base.py"]
+    assert {"backbones/toy.py", "backbones/base.py"} <= walk.entered.keys()
     assert not walk.walked
 
 
