@@ -2,8 +2,8 @@
 
     nice python benchmarks/two_processes.py --runs 200 --output benchmarks/results/two-processes.md
 
-A run is the training of ``test_two_processes_equal_one_with_twice_the_batch`` in two processes that talk through gloo: a
-linear fit, three steps, checkpoint and validation. A server that has imported everything forks the processes, so that
+A run is the training of ``test_two_processes_equal_one_with_twice_the_batch`` in two processes that talk through gloo:
+a linear fit, three steps, checkpoint and validation. A server that has imported everything forks the processes, so that
 most of a run is the group: joining, talking, leaving. ``--torchrun`` starts them as users do, which takes longer.
 Each run is noted in a file beside the output, and the same command goes on after the last one. The aborts that are
 looked for are those of gloo's threads (SIGABRT; pytorch issue 188266), which need a busy machine: ``--busy`` adds load.
@@ -103,8 +103,12 @@ def join(rank: int, port: int, folder: str, command: list[str]) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= {
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(PROCESSES),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "FEATSHARP_CACHE": str(Path(folder, "cache")),
     }
     torch.set_num_threads(1)
@@ -141,8 +145,8 @@ def report(runs: list[dict[str, Any]]) -> str:
     lines = [
         "# Trainings in two processes",
         "",
-        "Made by `benchmarks/two_processes.py`, which says what a run is. The bound is the largest rate of failure that",
-        "would still give so few with 5 % probability (without failures 3 / runs, the rule of three).",
+        "Made by `benchmarks/two_processes.py`, which says what a run is. The bound is the largest rate of failure",
+        "that would still give so few with 5 % probability (without failures 3 / runs, the rule of three).",
         "",
         f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}.",
         "",

@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from featsharp.backbones import MODELS
-from featsharp.configs.compose import GROUPS, compose, flatten, options_of, to_yaml
-from featsharp.configs.schema import RunConfig, ViewsConfig
+from featsharp.configs.compose import GROUPS, compose, options_of
 from featsharp.data.views import ViewConfig
 from featsharp.errors import ConfigError
 from featsharp.normalizers import NORMALIZERS
 from featsharp.train import main
+from featsharp.training.config import RunConfig, ViewsConfig, flatten, to_yaml
 from featsharp.training.downsamplers import DOWNSAMPLERS
 from featsharp.training.loggers import WRITERS
 from featsharp.training.objectives import config_type

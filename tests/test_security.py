@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from featsharp.builder import load_from_file
-from featsharp.configs.compose import compose, flatten
+from featsharp.configs.compose import compose
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.train import main
+from featsharp.training.config import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "featsharp"

@@ -1,5 +1,6 @@
 """Training from the outside: folders in, artifacts out, one process or two, from the start or from a checkpoint."""
 
+import hashlib
 import http.server
 import importlib.util
 import io
@@ -24,9 +25,8 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from featsharp.backbones import create_backbone
 from featsharp.builder import load_from_file
-from featsharp.checkpoint import read_checkpoint
+from featsharp.checkpoint import read_checkpoint, write_checkpoint
 from featsharp.configs.compose import compose, options_of
 from featsharp.errors import InputError
 from featsharp.train import main
@@ -214,12 +214,13 @@ def test_everything_that_is_watched_reaches_a_writer_of_the_user(photos, caplog)
     assert set(reader.Tags()["images"]) == pictures
 
 
-def test_a_failing_writer_does_not_hide_why_the_run_failed(photos, capsys, monkeypatch):
-    def fail(*_: object) -> None:
-        raise InputError("the run's own reason")
+def break_map(image: torch.Tensor, features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    raise InputError("the run's own reason")
 
-    monkeypatch.setattr("featsharp.training.trainer.Trainer.train_step", fail)
-    assert train(photos, f"viz.type={__name__}:FullDisk") == 1
+
+def test_a_failing_writer_does_not_hide_why_the_run_failed(photos, capsys):
+    options = [f"upsampler.options.function={__name__}:break_map", f"viz.type={__name__}:FullDisk"]
+    assert train(photos, *options, upsampler="custom-2x") == 1
     assert "featsharp train: the run's own reason" in capsys.readouterr().err
 
 
@@ -454,20 +455,16 @@ def test_a_forced_resumption_warns_and_goes_on(photos, caplog, capsys):
     assert last_of()["training"]["step"] == 4
 
 
-def test_resuming_with_other_backbone_weights_is_refused(photos, capsys, monkeypatch):
+def test_resuming_with_other_backbone_weights_is_refused(photos, capsys):
     assert train(photos, upsampler="featup-2x") == 0
-    before = Path("outputs/toy-vit/64/last.pth").read_bytes()
-
-    def changed(name: str, **options: object) -> torch.nn.Module:
-        backbone = create_backbone(name, **options)
-        with torch.no_grad():
-            backbone.pos_embed[0, 0, 0, 0] += 1e-3
-        return backbone
-
-    monkeypatch.setattr("featsharp.train.create_backbone", changed)
+    last = Path("outputs/toy-vit/64/last.pth")
+    content = read_checkpoint(last)
+    content["encoder"]["backbone"]["weights_sha256"] = hashlib.sha256(b"other weights").hexdigest()
+    write_checkpoint(last, content)
+    before = last.read_bytes()
     assert train(photos, "num_training_steps=4", upsampler="featup-2x") == 1
     assert "weights_sha256" in capsys.readouterr().err
-    assert Path("outputs/toy-vit/64/last.pth").read_bytes() == before
+    assert last.read_bytes() == before
 
 
 def test_a_tar_that_was_cut_short_is_counted(tmp_path, caplog):
@@ -570,11 +567,9 @@ def test_mistakes_cost_one_line_and_no_training(photos, capsys, overrides, said)
         ("featsharp-published-2x", [], "no linear mix of its inputs"),
     ],
 )
-def test_what_cannot_be_fitted_is_said_before_the_statistics_are_collected(
-    photos, capsys, monkeypatch, upsampler, overrides, said
-):
-    monkeypatch.delattr("featsharp.train.fit_normalizer")
-    assert train(photos, "linear_fit.samples=2", *overrides, upsampler=upsampler) == 1
+def test_what_cannot_be_fitted_is_said_before_the_statistics_are_collected(photos, capsys, upsampler, overrides, said):
+    """Whose images are not even looked for."""
+    assert train(photos, "linear_fit.samples=2", "dist_train_data_dir=none", *overrides, upsampler=upsampler) == 1
     assert said in capsys.readouterr().err
 
 

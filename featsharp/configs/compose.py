@@ -2,62 +2,21 @@
 
 import dataclasses
 import difflib
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from featsharp.backbones.models import MODELS
-from featsharp.configs.schema import RunConfig
 from featsharp.errors import ConfigError, MissingDependencyError, unknown_name
 from featsharp.names import parse_upsampler
-from featsharp.training.loggers import writer_names
+from featsharp.training.config import RunConfig, check_values, flatten
 from featsharp.training.objectives import OBJECTIVES, ObjectiveConfig, config_type
-from featsharp.urls import redact_setting
 
 GROUPS = ("model", "upsampler", "datasets", "normalizer", "objective")
 
 # Whose values the shell can take for several ones.
 DATA_KEYS = ("train_data_dir", "val_data_dir", "dist_train_data_dir")
-
-# The least that numbers may be, and the least low end of [low, high] ranges.
-AT_LEAST = {
-    "num_training_steps": 0,
-    "batch_size": 1,
-    "accumulation_steps": 1,
-    "distributed_timeout": 1.0,
-    "num_workers": 0,
-    "log_frequency": 0,
-    "val_frequency": 0,
-    "checkpoint_frequency": 0,
-    "seed": 0,
-    "data.min_size": 1,
-    "data.shuffle_buffer": 1,
-    "normalizer.num_samples": 1,
-    "normalizer.batch_size": 1,
-    "linear_fit.samples": 0,
-    "feature_cache.samples": 0,
-    "linear_fit.ridge": 0.0,
-    "views.num_views": 1,
-    "objective.kernel_size": 1,
-    "optim.warmup_steps": 0,
-    "optim.learning_rate": 0.0,
-    "optim.jbu_learning_rate": 0.0,
-    "optim.spectral_scale": 0.0,
-    "optim.uncertainty_learning_rate": 0.0,
-    "optim.clip_norm": 0.0,
-    "objective.border_weight": 0.0,
-    "objective.tv_weight": 0.0,
-    "objective.mse_weight": 0.0,
-    "views.rotation": 0.0,
-    "views.shift": 0.0,
-    "views.flip": 0.0,
-    "viz.num_images": 1,
-}
-AT_MOST = {"views.rotation": 180.0, "views.shift": 1.0, "views.flip": 1.0}
-WANDB_MODES = ("online", "offline", None)
-RANGES = {"views.zoom": 1.0, "views.jitter_zoom": 0.1, "views.perspective": 0.0}
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
@@ -94,7 +53,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"configuration: {_one_line(error)}") from error
     assert isinstance(config, RunConfig)
-    _check_values(config)
+    check_values(config)
     return config
 
 
@@ -107,39 +66,6 @@ def options_of(group: str) -> dict[str, str]:
             comments = [line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")]
             found[file.name.removesuffix(".yaml")] = " ".join(c for c in comments if not c.startswith("@"))
     return dict(sorted(found.items()))
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as one mapping with dotted keys; options of an upsampler stay together."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and key != "options":
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def public_form(config: RunConfig) -> dict[str, Any]:
-    """The configuration as it is saved, reported, compared and shown: plain values, URLs without their secrets."""
-    return {key: _without_secrets(value) for key, value in dataclasses.asdict(config).items()}
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The public form of the configuration as YAML, as it is saved beside the checkpoints."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(public_form(config)))
-
-
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, str):
-        return redact_setting(value)
-    if isinstance(value, Mapping):
-        return {key: _without_secrets(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_secrets(entry) for entry in value]
-    return value
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -230,24 +156,6 @@ def _valid_keys(schema: Any = RunConfig, prefix: str = "") -> set[str]:
     if schema is RunConfig:
         keys |= {key for name in OBJECTIVES.names() for key in _valid_keys(config_type(name), "objective.")}
     return keys
-
-
-def _check_values(config: RunConfig) -> None:
-    """Refuse values that would fail only in the middle of a run."""
-    writer_names(config.viz.type)
-    if config.viz.mode not in WANDB_MODES:
-        raise ConfigError(f"viz.mode must be online, offline or null; got {config.viz.mode!r}")
-    flat = flatten(dataclasses.asdict(config))
-    for key, least in AT_LEAST.items():
-        if key in flat and not least <= flat[key] < math.inf:
-            raise ConfigError(f"{key} must be at least {least:g} and finite; got {flat[key]}")
-    for key, most in AT_MOST.items():
-        if flat[key] > most:
-            raise ConfigError(f"{key} must be at most {most:g}; got {flat[key]}")
-    for key, least_low in RANGES.items():
-        values = flat[key]
-        if len(values) != 2 or not least_low <= values[0] <= values[1] < math.inf:
-            raise ConfigError(f"{key} must be [low, high] with {least_low:g} <= low <= high, finite; got {values}")
 
 
 def _one_line(error: Exception) -> str:

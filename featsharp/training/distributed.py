@@ -44,7 +44,7 @@ def start_world(device: str, timeout: float = 600) -> World:
         torch.cuda.set_device(chosen)  # collectives of objects use the current device
     if not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        _together(lambda: dist.init_process_group(backend, timeout=timedelta(seconds=timeout)))
+        run_together(lambda: dist.init_process_group(backend, timeout=timedelta(seconds=timeout)))
     return World(dist.get_rank(), dist.get_world_size(), chosen)
 
 
@@ -52,6 +52,12 @@ def stop_world() -> None:
     """Leave the group, if there is one. Not after an error: the others may never come to leave it, too."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def name_process() -> str:
+    """ "process RANK of SIZE: " for messages of one of several processes; empty where there is one."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return f"process {rank} of {size}: " if size != "1" else ""
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
@@ -70,7 +76,7 @@ def add_over_processes(tensors: Iterable[Tensor], world: World) -> None:
     """Replace every tensor by its sum over the processes."""
     if world.size > 1:
         for tensor in tensors:
-            _together(partial(dist.all_reduce, tensor))
+            run_together(partial(dist.all_reduce, tensor))
 
 
 def merge_statistics(statistics: FeatureStatistics, world: World) -> FeatureStatistics:
@@ -104,14 +110,14 @@ def copy_from_main(tensors: Iterable[Tensor], world: World) -> None:
     """Overwrite tensors with those of rank 0."""
     if world.size > 1:
         for tensor in tensors:
-            _together(partial(dist.broadcast, tensor.data, 0))
+            run_together(partial(dist.broadcast, tensor.data, 0))
 
 
 def object_from_main(make: Callable[[], T], world: World) -> T:
     """What ``make`` returns on rank 0, the only process that calls it; others need not see the same files."""
     values = [make() if world.is_main else None]
     if world.size > 1:
-        _together(lambda: dist.broadcast_object_list(values, 0, device=world.device))
+        run_together(lambda: dist.broadcast_object_list(values, 0, device=world.device))
     return values[0]  # type: ignore[return-value]
 
 
@@ -120,11 +126,11 @@ def gather_objects(value: T, world: World) -> list[T]:
     if world.size == 1:
         return [value]
     gathered: list[T] = [value] * world.size
-    _together(lambda: dist.all_gather_object(gathered, value))
+    run_together(lambda: dist.all_gather_object(gathered, value))
     return gathered
 
 
-def _together(call: Callable[[], object]) -> None:
+def run_together(call: Callable[[], object]) -> None:
     """Run what needs all processes.
 
     Raises:

@@ -1,8 +1,8 @@
 """Backbone passes that are not run twice: a training that sees its samples again reads their features from disk.
 
 Most of a step on a CPU is the frozen backbone. With a limited number of samples (``feature_cache.samples``) every
-epoch but the first one skips it. Features are found by the content of the image that they belong to, so whatever
-changes (data, seed, views) is simply not found, and runs with other upsamplers or rates share one folder.
+epoch but the first one skips it. A file is named after the content of its image, so whatever changes (data, seed,
+views) has other files, and runs with other upsamplers or rates share one folder.
 """
 
 import hashlib
@@ -13,38 +13,43 @@ from torch import Tensor
 
 from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.files import remove_leftovers, write_file
+from featsharp.training.wrapped import WrappedBackbone
 
 
-def remember_features(backbone: Backbone, folder: Path) -> None:
-    """Make a backbone keep what it says about each image as a file below ``folder``, in half precision, and read it.
+class CachedBackbone(WrappedBackbone):
+    """A backbone that keeps the features of each image as a file, in half precision, and reads them from there.
 
     Features beyond the range of half precision are kept as they are. The files of other weights, feature options or
     autocast types lie beside each other. A damaged file is written again.
-    """
-    settings = f"{backbone.name}|{sorted(backbone.feature_options.items())}|{backbone.autocast_dtype}"
-    tag = hashlib.sha256(f"{backbone.weights_hash()}|{settings}".encode()).hexdigest()[:16]
-    place = folder / tag
-    remove_leftovers(place, older_than=3600)
-    extract = backbone.extract
 
-    def remembered(images: Tensor) -> BackboneOutput:
-        paths = [place / f"{_digest(image)}.safetensors" for image in images]
-        found = [_read(path) for path in paths]
-        missing = [i for i, tensors in enumerate(found) if tensors is None]
+    Args:
+        backbone: Computes what no file has.
+        folder: Of the files; made where it does not exist.
+    """
+
+    def __init__(self, backbone: Backbone, folder: Path) -> None:
+        super().__init__(backbone)
+        settings = f"{backbone.name}|{sorted(backbone.feature_options.items())}|{backbone.autocast_dtype}"
+        tag = hashlib.sha256(f"{backbone.weights_hash()}|{settings}".encode()).hexdigest()[:16]
+        self.folder = folder / tag
+        remove_leftovers(self.folder, older_than=3600)
+
+    def extract(self, images: Tensor) -> BackboneOutput:
+        paths = [self.folder / f"{_digest(image)}.safetensors" for image in images]
+        kept = [_read(path) for path in paths]
+        missing = [i for i, tensors in enumerate(kept) if tensors is None]
         if missing:
             # All of the batch, as the last bits may depend on what else is in it: a run that was killed between two
             # files must write the very features that an uninterrupted one wrote.
-            fresh = extract(images)
+            fresh = self.backbone.extract(images)
             for i in missing:
-                found[i] = _write(paths[i], fresh.features[i], None if fresh.summary is None else fresh.summary[i])
-        whole = [tensors for tensors in found if tensors is not None]
+                kept[i] = _write(paths[i], fresh.features[i], None if fresh.summary is None else fresh.summary[i])
+        whole = [tensors for tensors in kept if tensors is not None]
 
-        def stacked(name: str) -> Tensor:
+        def stack(name: str) -> Tensor:
             return torch.stack([tensors[name].to(images) for tensors in whole])
 
-        return BackboneOutput(stacked("features"), stacked("summary") if "summary" in whole[0] else None)
-
-    backbone.extract = remembered  # type: ignore[method-assign]
+        return BackboneOutput(stack("features"), stack("summary") if "summary" in whole[0] else None)
 
 
 def _digest(image: Tensor) -> str:

@@ -26,6 +26,7 @@ from featsharp.model import SharpEncoder
 from featsharp.ops.resize import size_of
 from featsharp.ops.warp import warp
 from featsharp.training.distributed import World, add_over_processes
+from featsharp.training.keys import key
 from featsharp.training.objectives.multi_view import encode_views, tokens_to_compare
 from featsharp.upsamplers.base import Upsampler
 
@@ -41,8 +42,8 @@ class LinearFitConfig:
         ridge: How strongly the weight is held at its start, relative to the mean square of the inputs; above 0.
     """
 
-    samples: int = 0
-    ridge: float = 0.1
+    samples: int = key(0, least=0)
+    ridge: float = key(0.1, least=0)
 
 
 def check_linear_fit(upsampler: Upsampler, ridge: float) -> Tensor:

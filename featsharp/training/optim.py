@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from featsharp.errors import ConfigError, InputError
 from featsharp.layers.spectral import SpectralScale
 from featsharp.model import SharpEncoder
+from featsharp.training.keys import key
 from featsharp.training.objectives import Objective
 
 
@@ -27,12 +28,12 @@ class OptimConfig:
         clip_norm: Largest global gradient norm.
     """
 
-    learning_rate: float = 1e-3
-    jbu_learning_rate: float = 1e-3
-    spectral_scale: float = 0.1
-    uncertainty_learning_rate: float = 1e-5
-    warmup_steps: int = 100
-    clip_norm: float = 5.0
+    learning_rate: float = key(1e-3, least=0)
+    jbu_learning_rate: float = key(1e-3, least=0)
+    spectral_scale: float = key(0.1, least=0)
+    uncertainty_learning_rate: float = key(1e-5, least=0)
+    warmup_steps: int = key(100, least=0)
+    clip_norm: float = key(5.0, least=0)
 
 
 def parameter_groups(encoder: SharpEncoder, objective: Objective, config: OptimConfig) -> list[dict[str, object]]:

@@ -1,10 +1,9 @@
-"""The training loop: step, log, look, save, resume."""
+"""The training loop: step, log, validate, save, resume."""
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from featsharp.builder import check_backbone, save_checkpoint
+from featsharp.builder import save_checkpoint
 from featsharp.checkpoint import read_checkpoint, restoring
-from featsharp.data.loader import Places, SkipLog, StepSampler, ViewDataset, load_views
+from featsharp.data.loader import Places, SkipLog, StepSampler, ViewBatch, ViewDataset, load_views
 from featsharp.data.views import Views
-from featsharp.errors import CheckpointError, unknown_name
+from featsharp.device import autocast_dtype
+from featsharp.errors import unknown_name
 from featsharp.layers.spectral import add_spectral, spectral_norms
 from featsharp.model import SharpEncoder
+from featsharp.training.config import RunConfig, public_form
 from featsharp.training.distributed import (
     World,
     add_over_processes,
@@ -28,27 +29,29 @@ from featsharp.training.distributed import (
     gather_objects,
     object_from_main,
 )
-from featsharp.training.loggers import VizWriter
+from featsharp.training.loggers import NullWriter, VizWriter
 from featsharp.training.objectives import Losses, Objective
 from featsharp.training.objectives.base import weighted_sum
 from featsharp.training.optim import (
-    OptimConfig,
     build_optimizer,
     build_scaler,
     build_schedule,
     load_optimizer,
     optimizer_step,
 )
+from featsharp.training.resume import check_continuation, count_readers
 from featsharp.training.signals import Terminated, TermSignal
 from featsharp.training.usage import StepClock, peak_memory
 
 logger = logging.getLogger(__name__)
 
 LAST, BEST = "last.pth", "best.pth"
+# Steps after which a run says for the first time how long it will take.
+FIRST_ESTIMATE = 20
 
 
 class Validation(NamedTuple):
-    """What a look at the fixed validation samples found; ``score`` decides which checkpoint is the best."""
+    """Results on the fixed validation samples; ``score`` decides which checkpoint is the best."""
 
     score: float
     scalars: dict[str, float]
@@ -59,55 +62,21 @@ class Validation(NamedTuple):
 Validate = Callable[[SharpEncoder, Objective], Validation]
 
 
-@dataclass
-class LoopConfig:
-    """How long, how often, where.
-
-    Attributes:
-        num_steps: The run ends after exactly this many steps.
-        batch_size: Images that a process looks at at once.
-        accumulation_steps: Batches per step, whose gradients are averaged.
-        num_workers: Processes that decode images; 0 decodes in the training process.
-        log_frequency, val_frequency, checkpoint_frequency: In steps; 0 for never (but at the end).
-        seed: Of everything random.
-        distinct_samples: Samples that are repeated epoch by epoch; 0: always new ones.
-        spectral: Whether the linear layers of FeatSharp's block are trained under spectral reparametrisation.
-        low_res_size: (h, w) in pixels of the low-resolution pass and of the rendered views.
-        autocast_dtype: Type of the upsampler's matrix products; None: float32. With float16 the loss is scaled.
-        compile_backend: Of ``torch.compile``, which the upsampler is then trained through; None: it is not compiled.
-        optim: Rates and schedule.
-    """
-
-    num_steps: int
-    batch_size: int = 4
-    accumulation_steps: int = 1
-    num_workers: int = 1
-    log_frequency: int = 10
-    val_frequency: int = 1000
-    checkpoint_frequency: int = 500
-    seed: int = 0
-    distinct_samples: int = 0
-    spectral: bool = True
-    low_res_size: tuple[int, int] = (224, 224)
-    autocast_dtype: torch.dtype | None = None
-    compile_backend: str | None = None
-    optim: OptimConfig = field(default_factory=OptimConfig)
-
-
 class Trainer:
     """Trains the upsampler and the bias buffer of an encoder.
 
     Args:
-        encoder: On the device of ``world``, its normalizer fitted (or about to be loaded by :meth:`resume`).
+        encoder: On the device of ``world``, its normalizer fitted (or about to be loaded by :meth:`resume`). Views are
+            rendered at the native size of its backbone.
         objective: On the same device.
         dataset: Of training views.
-        config: See :class:`LoopConfig`.
-        folder: Where ``last.pth`` and ``best.pth`` go.
-        writer: Receives scalars and pictures; only on the main process.
+        config: Of the run; kept in the checkpoints.
+        folder: Of ``last.pth`` and ``best.pth``.
         world: This process among all.
-        run_config: The composed configuration, kept in the checkpoints.
-        validate: Looks at fixed samples every ``val_frequency`` steps and at the end.
-        progress: Whether to show a progress bar with the loss and the time left.
+        validate: Called on rank 0 every ``val_frequency`` steps and at the end.
+
+    Attributes:
+        writer: Receives scalars and pictures, on rank 0 alone; nobody does until it is set.
     """
 
     def __init__(
@@ -115,18 +84,15 @@ class Trainer:
         encoder: SharpEncoder,
         objective: Objective,
         dataset: ViewDataset,
-        config: LoopConfig,
+        config: RunConfig,
         folder: Path,
-        writer: VizWriter,
         world: World,
         *,
-        run_config: Mapping[str, Any] | None = None,
         validate: Validate | None = None,
-        progress: bool = True,
     ) -> None:
         self.encoder, self.objective, self.dataset, self.config = encoder, objective, dataset, config
-        self.folder, self.writer, self.world = folder, writer, world
-        self.run_config, self.validate, self.progress = run_config, validate, progress
+        self.folder, self.world, self.validate = folder, world, validate
+        self.writer: VizWriter = NullWriter()
         if config.spectral:
             for module in encoder.upsampler.spectral_modules():
                 add_spectral(module)
@@ -135,19 +101,32 @@ class Trainer:
             self.trained["bias_buffer"] = encoder.bias_buffer
         copy_from_main([*self.trained.parameters(), *objective.parameters()], world)
         self.optimizer = build_optimizer(encoder, objective, config.optim)
-        self.schedule = build_schedule(self.optimizer, config.optim, config.num_steps)
-        self.scaler = build_scaler(world.device, config.autocast_dtype)
+        self.schedule = build_schedule(self.optimizer, config.optim, config.num_training_steps)
+        self.autocast_dtype = autocast_dtype(config.upsampler.dtype, world.device)
+        self.scaler = build_scaler(world.device, self.autocast_dtype)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if config.compile_backend is not None:
+        if config.compile_model:
             compile_upsampler(encoder, config.compile_backend)
         self.step = 0
-        self.validated = -1  # the last step that validation looked at
+        self.validated = -1  # the last step that was validated
         self.best_score = float("-inf")
         self.best_among: str | None = None  # tag of the samples that the best score is of
         self.skipped = SkipLog()
         self.places: Places = {}
         self.term = TermSignal()
         self.clock = StepClock()
+
+    def begin(self, skipped: list[tuple[str, str]]) -> None:
+        """Start a new run, rather than go on with an earlier one.
+
+        Args:
+            skipped: Names of the images that the fits before it skipped, and reasons.
+        """
+        self.skipped.add(skipped)
+        if self.world.is_main:  # every process has opened the same sources
+            self.skipped.add(self.dataset.mixture.skipped)
+            if self.config.linear_fit.samples:
+                self.save()  # a run that is killed in its first steps need not fit again
 
     def run(self) -> None:
         """Train to the last step, then save and validate.
@@ -162,51 +141,62 @@ class Trainer:
         """
         from tqdm import tqdm
 
-        if self._is_due(self.config.val_frequency) and self.validated != self.step < self.config.num_steps:
+        last_step, is_main = self.config.num_training_steps, self.world.is_main
+        if is_main:
+            count = sum(p.numel() for p in self.trained.parameters())
+            logger.info("%d of %d steps to go; %d trainable parameters", last_step - self.step, last_step, count)
+        if self._is_due(self.config.val_frequency) and self.validated != self.step < last_step:
             self._save_and_validate()  # what the run was resumed from was saved, and killed before that
-        micro = self.config.accumulation_steps
-        sampler = StepSampler(
-            self.step * micro,
-            self.config.num_steps * micro,
-            self.config.batch_size,
-            self.world.rank,
-            self.world.size,
-            distinct=self.config.distinct_samples,
-            seed=self.config.seed,
-        )
         bar = tqdm(
-            total=self.config.num_steps,
+            total=last_step,
             initial=self.step,
             desc="training",
             unit="step",
             file=sys.stderr,
-            disable=not (self.progress and self.world.is_main),
+            disable=not (self.config.progress and is_main),
         )
-        batches: list[Views] = []
-        loaded = load_views(self.dataset, sampler, self.config.num_workers, self.places)
+        loaded = load_views(self.dataset, self._sampler(), self.config.num_workers, self.places)
         with closing(loaded), bar, self.term:
-            for views, skipped in self.clock.batches(loaded):
-                for name, reason in self.skipped.add(skipped):
-                    logger.warning("skipped %s: %s", name, reason)
-                batches.append(Views(*(x.to(self.world.device) for x in views)))
-                if len(batches) < micro:
-                    continue
+            for batches in self._batches_of_steps(loaded):
                 losses = self.train_step(*batches)
-                batches.clear()
                 bar.set_postfix(loss=f"{losses.reconstruction.item():.4f}", refresh=False)  # waits for the device
                 self.clock.step_done()
                 bar.update()
                 self._report(losses)
-                if self.step < self.config.num_steps and any_process(self.term.came, self.world):
+                if self.step < last_step and any_process(self.term.came, self.world):
                     self._save_and_stop()
             wait_share = max(gather_objects(self.clock.wait_share, self.world))  # before rank 0 is busy validating
             self._save_and_validate()
-        if self.world.is_main and self.clock.works:
+        if is_main and self.clock.works:
             logger.info(self.clock.summary(wait_share))
-        if self.world.is_main and self.skipped.kinds:  # of all processes: saving has joined them
+        if is_main and self.skipped.kinds:  # of all processes: saving has joined them
             logger.warning(self.skipped.summary())
         if self.term.came:
             raise Terminated("stopped by SIGTERM after the last step, which is saved; only its validation is missing")
+
+    def _sampler(self) -> StepSampler:
+        """Samples of this process in the steps to come."""
+        config, micro = self.config, self.config.accumulation_steps
+        return StepSampler(
+            self.step * micro,
+            config.num_training_steps * micro,
+            config.batch_size,
+            self.world.rank,
+            self.world.size,
+            distinct=config.feature_cache.samples,
+            seed=config.seed,
+        )
+
+    def _batches_of_steps(self, loaded: Iterator[ViewBatch]) -> Iterator[list[Views]]:
+        """``accumulation_steps`` batches at a time, on the device."""
+        batches: list[Views] = []
+        for views, skipped in self.clock.batches(loaded):
+            for name, reason in self.skipped.add(skipped):
+                logger.warning("skipped %s: %s", name, reason)
+            batches.append(Views(*(x.to(self.world.device) for x in views)))
+            if len(batches) == self.config.accumulation_steps:
+                yield batches
+                batches = []
 
     def train_step(self, *batches: Views) -> Losses:
         """One optimiser step on one or more batches of views; returns the mean losses of all of them and all processes.
@@ -225,8 +215,8 @@ class Trainer:
             self.objective.backward(
                 self.encoder,
                 views,
-                self.config.low_res_size,
-                self.config.autocast_dtype,
+                self.encoder.backbone.input_size,
+                self.autocast_dtype,
                 self.scaler.get_scale() * share,
             )
             for views in batches
@@ -242,7 +232,7 @@ class Trainer:
     def save(self, name: str = LAST) -> Path:
         """Write a checkpoint that a run can resume from; returns its path."""
         path = self.folder / name
-        save_checkpoint(self.encoder, path, config=self.run_config, training=self.state())
+        save_checkpoint(self.encoder, path, config=public_form(self.config), training=self.state())
         return path
 
     def state(self) -> dict[str, Any]:
@@ -250,7 +240,7 @@ class Trainer:
         return {
             "step": self.step,
             "processes": self.world.size,
-            "readers": self.readers,
+            "readers": count_readers(self.config, self.world.size),
             "validated": self.validated,
             "best_score": self.best_score,
             "best_among": self.best_among,
@@ -262,38 +252,26 @@ class Trainer:
             "places": {name: list(place) for name, place in self.places.items()},
         }
 
-    def resume(self, path: Path, *, force: bool = False) -> None:
+    def resume(self, path: Path) -> None:
         """Go on where the checkpoint at ``path``, which only rank 0 needs to see, was written; see :meth:`restore`."""
-        self.restore(object_from_main(lambda: read_checkpoint(path), self.world), path, force=force)
+        self.restore(object_from_main(lambda: read_checkpoint(path), self.world), path)
 
-    def restore(self, content: Mapping[str, Any], path: Path, *, force: bool = False) -> None:
+    def restore(self, content: Mapping[str, Any], path: Path) -> None:
         """Go on where a checkpoint was written.
 
         Args:
             content: Of the checkpoint, on every process.
             path: Where it is from, for messages.
-            force: Whether another backbone, or number of processes or readers, is only worth a warning.
 
         Raises:
             CheckpointError: When it belongs to another backbone or number of processes (of readers, where there are
                 streams), or does not fit at all.
         """
         with restoring(path):
+            has_streams = self.dataset.mixture.has_streams
+            backbone, processes = self.encoder.backbone, self.world.size
+            check_continuation(content, path, backbone, self.config, processes, has_streams=has_streams)
             state = content["training"]
-            if state is None:
-                raise CheckpointError(f"checkpoint {path} holds no training state; start a new run in another folder")
-            if state["step"] > self.config.num_steps:
-                raise CheckpointError(
-                    f"checkpoint {path} is at step {state['step']}, beyond num_training_steps={self.config.num_steps}"
-                )
-            try:
-                check_backbone(self.encoder.backbone, content["encoder"]["backbone"], path)
-                self._check_order(state, path)
-            except CheckpointError as error:
-                if not force:
-                    advice = "; force_resume=true goes on all the same"
-                    raise type(error)(f"{error}{advice}") from error
-                logger.warning("force_resume: %s", error)
             self.trained.load_state_dict(state["trained"])
             # The normalizer too: what was trained belongs to this very rotation, which another fit need not find again.
             prefix = "normalizer."
@@ -306,35 +284,13 @@ class Trainer:
             self.step = state["step"]
             self.validated = state.get("validated", self.step)
             self.best_score, self.best_among = state["best_score"], state.get("best_among")
-            self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_steps, self.step)
+            self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_training_steps, self.step)
             if self.world.is_main:
                 self.skipped.add_state(state["skipped"])
-            self._restore_places(state)
-
-    def _restore_places(self, state: Mapping[str, Any]) -> None:
-        """Where the readers of streams were; where there are others now, a forced run starts them by the step alone."""
-        if state["readers"] == self.readers:
-            self.places |= {name: (sample, read) for name, (sample, read) in state["places"].items()}
-
-    @property
-    def readers(self) -> int:
-        """How many readers the samples of all processes are divided among."""
-        return self.world.size * max(1, self.config.num_workers)
-
-    def _check_order(self, state: Mapping[str, Any], path: Path) -> None:
-        """Raise CheckpointError where the steps to come would see other images than those of the run at ``path``."""
-        processes, readers = state["processes"], state["readers"]
-        if processes != self.world.size:
-            raise CheckpointError(
-                f"checkpoint {path} is of a run with {processes} processes, this one has {self.world.size}: the same "
-                "step would see other images. Start as many"
-            )
-        if readers != self.readers and self.dataset.mixture.has_streams:
-            raise CheckpointError(
-                f"checkpoint {path} is of a run whose shards by URL or pipe had {readers} readers (processes times "
-                f"workers), this one has {self.readers}: they would read other images. Set "
-                f"num_workers={readers // processes}"
-            )
+            if state["readers"] == count_readers(self.config, processes):  # else a forced run starts by the step alone
+                self.places |= {name: (sample, read) for name, (sample, read) in state["places"].items()}
+        if self.world.is_main:
+            logger.info("resuming %s at step %d", path, self.step)
 
     def _is_due(self, frequency: int) -> bool:
         """Whether this step is one of every ``frequency``; 0: never."""
@@ -345,12 +301,17 @@ class Trainer:
         if config.log_frequency and step % config.log_frequency == 0:
             for name, value in self._scalars(losses).items():
                 self.writer.scalar(name, value, step)
-        if step == config.num_steps:
+        if step == config.num_training_steps:
             return  # run() saves and validates at the end
         if self._is_due(config.val_frequency):
             self._save_and_validate()
         elif self._is_due(config.checkpoint_frequency):
             self._save_on_main()
+        elif len(self.clock.works) != FIRST_ESTIMATE:
+            return
+        if self.world.is_main:
+            left = config.num_training_steps - step
+            logger.info("step %d of %d; about %s left", step, config.num_training_steps, self.clock.time_for(left))
 
     def _save_on_main(self) -> None:
         """Save what all processes know; all of them must call it."""
@@ -372,21 +333,21 @@ class Trainer:
         raise Terminated(f"stopped by SIGTERM after step {self.step}, which is saved")
 
     def _scalars(self, losses: Losses) -> dict[str, float]:
-        """What the log says about the last step, and how fast the steps since the last log were.
+        """Scalars of the last step, and the speed of the steps since the last log.
 
-        All processes must call it: of what each has its own, the log has that of the one which is worst off.
+        All processes must call it: waiting and memory are those of the process that waits longest and holds most.
         """
-        own = self.clock.scalars(self.config.batch_size * self.config.accumulation_steps * self.world.size)
-        shared = {name: own.pop(name) for name in ("data/wait_seconds", "data/wait_share")}
-        shared |= peak_memory(self.world.device)
-        others = gather_objects((shared, self.skipped.count), self.world)
+        speed = self.clock.scalars(self.config.batch_size * self.config.accumulation_steps * self.world.size)
+        worst = {name: speed.pop(name) for name in ("data/wait_seconds", "data/wait_share")}
+        worst |= peak_memory(self.world.device)
+        everywhere = gather_objects((worst, self.skipped.count), self.world)
         scalars = {
             **self.objective.scalars(losses),
             "optim/gradient_norm": self.gradient_norm.item(),
             **{f"optim/learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups},
-            **own,
-            **{name: max(values[name] for values, _ in others) for name in shared},
-            "data/skipped": sum(count for _, count in others),
+            **speed,
+            **{name: max(values[name] for values, _ in everywhere) for name in worst},
+            "data/skipped": sum(count for _, count in everywhere),
         }
         norms = spectral_norms(self.encoder.upsampler)
         if norms:
@@ -402,18 +363,18 @@ class Trainer:
         self.encoder.eval()
         self.objective.eval()
         with torch.no_grad():
-            found = self.validate(self.encoder, self.objective)
-        for name, value in found.scalars.items():
+            result = self.validate(self.encoder, self.objective)
+        for name, value in result.scalars.items():
             self.writer.scalar(name, value, self.step)
-        for name, image in found.images.items():
+        for name, image in result.images.items():
             self.writer.image(name, image, self.step)
         self.validated = self.step
-        if self.best_among not in (None, found.samples):
+        if self.best_among not in (None, result.samples):
             logger.info("the validation samples are others than before: the best checkpoint is chosen anew")
             self.best_score = float("-inf")
-        self.best_among = found.samples
-        if found.score > self.best_score:
-            self.best_score = found.score
+        self.best_among = result.samples
+        if result.score > self.best_score:
+            self.best_score = result.score
             self.save(BEST)
         self.save()
 
@@ -429,7 +390,7 @@ def average_losses(losses: Losses, world: World) -> Losses:
 
 
 def compile_upsampler(encoder: SharpEncoder, backend: str) -> None:
-    """Compile the upsampler in place: names and tensors stay what they were. The frozen backbone is not compiled.
+    """Compile the upsampler in place: names and tensors stay what they were.
 
     Raises:
         ConfigError: For a backend that does not exist.
@@ -437,5 +398,4 @@ def compile_upsampler(encoder: SharpEncoder, backend: str) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise unknown_name("compile_backend", backend, known)
-    encoder.backbone.forward = torch.compiler.disable(encoder.backbone.forward)  # type: ignore[method-assign]
     encoder.upsampler.compile(backend=backend)

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -20,6 +21,9 @@ class StepClock:
     What happens between a step and the request for the next batch (logs, validation, checkpoints) is not counted. Nor
     is the wait for the first batch, in which workers start; :attr:`startup` has it.
 
+    Args:
+        now: The time in seconds.
+
     Example:
         >>> clock = StepClock()
         >>> for number in clock.batches(range(3)):
@@ -28,7 +32,8 @@ class StepClock:
         True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
         self.startup = 0.0
         self.waits: list[float] = []
         self.works: list[float] = []
@@ -40,12 +45,12 @@ class StepClock:
         """The same batches, with the wait for each measured."""
         iterator = iter(batches)
         while True:
-            asked = time.perf_counter()
+            asked = self._now()
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            first, self._arrival = not self._arrival, time.perf_counter()
+            first, self._arrival = not self._arrival, self._now()
             if first:
                 self.startup = self._arrival - asked
             else:
@@ -54,7 +59,7 @@ class StepClock:
 
     def step_done(self) -> None:
         """The step on the batches since the last call is over; on a GPU, call it when the device has finished."""
-        self.works.append(time.perf_counter() - self._arrival)
+        self.works.append(self._now() - self._arrival)
         self.waits.append(self._waiting)
         self._waiting = 0.0
 
@@ -62,6 +67,10 @@ class StepClock:
     def seconds_per_step(self) -> float:
         """Median, waiting included; NaN before the first step."""
         return median(map(sum, zip(self.waits, self.works, strict=True))) if self.works else float("nan")
+
+    def time_for(self, steps: int) -> str:
+        """How long so many steps take, such as "1:02:03" (h:mm:ss), at the speed of those so far."""
+        return str(timedelta(seconds=round(steps * self.seconds_per_step)))
 
     @property
     def wait_share(self) -> float:

@@ -28,11 +28,11 @@ from featsharp.evaluation.boundaries.matching import Matcher, f_measure
 from featsharp.evaluation.fidelity import FidelityMeter
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
+from featsharp.training.config import RunConfig, UpsamplerConfig
 from featsharp.training.distributed import World
-from featsharp.training.loggers import NullWriter
 from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
 from featsharp.training.optim import OptimConfig
-from featsharp.training.trainer import LoopConfig, Trainer
+from featsharp.training.trainer import Trainer
 
 VIEWS = ViewConfig(num_views=2, jitter_zoom=(0.9, 1.6), rotation=8.0, shift=0.15)
 LOW_RES, SIZE = (64, 64), (128, 128)
@@ -102,13 +102,12 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         statistics.update(backbone(encoder.input_conditioner(torch.stack(crops))).features)
         encoder.normalizer.fit(statistics)
         start = copy.deepcopy(encoder)
-        config = LoopConfig(
-            num_steps=steps,
+        config = RunConfig(
+            num_training_steps=steps,
             batch_size=2,
             num_workers=0,
-            val_frequency=0,
-            checkpoint_frequency=0,
-            low_res_size=LOW_RES,
+            progress=False,
+            upsampler=UpsamplerConfig(dtype="float32"),
             optim=OptimConfig(learning_rate=rate, jbu_learning_rate=rate, warmup_steps=5),
         )
         Trainer(
@@ -117,9 +116,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
             ViewDataset(ImageMixture.from_data_dir(str(folder)), SIZE, VIEWS, seed=0),
             config,
             tmp_path_factory.mktemp("run"),
-            NullWriter(),
             World(0, 1, torch.device("cpu")),
-            progress=False,
         ).run()
         return Pair(start.eval(), encoder.eval())
 

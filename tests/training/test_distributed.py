@@ -18,6 +18,7 @@ from featsharp.data.sources import Division, ImageMixture
 from featsharp.data.views import ViewConfig, Views
 from featsharp.errors import DistributedError
 from featsharp.normalizers import FeatureStatistics
+from featsharp.training.config import RunConfig
 from featsharp.training.distributed import (
     World,
     add_over_processes,
@@ -25,11 +26,12 @@ from featsharp.training.distributed import (
     gather_objects,
     merge_statistics,
     object_from_main,
+    run_together,
 )
 from featsharp.training.loggers import NullWriter
 from featsharp.training.objectives import Losses
 from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
-from featsharp.training.trainer import LoopConfig, Trainer, average_losses
+from featsharp.training.trainer import Trainer, average_losses
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -80,6 +82,16 @@ def share(world: World) -> None:
     assert gather_objects(world.rank, world) == [0, 1]
 
 
+class Notes(NullWriter):
+    """Keeps scalars by name and step."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[int, float]] = {}
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self.values.setdefault(name, {})[step] = value
+
+
 class SlowDataset(ViewDataset):
     """Every sample takes longer than a step."""
 
@@ -98,21 +110,20 @@ def watch(world: World) -> None:
     objective = MultiViewObjective(encoder.embed_dim, 2, MultiViewConfig(downsampler="area", uncertainty=False))
     mixture = ImageMixture.from_data_dir(str(folder))
     dataset = (SlowDataset if world.rank else ViewDataset)(mixture, (128, 128), ViewConfig(num_views=2), 0)
-    config = LoopConfig(3, 2, num_workers=0, log_frequency=1, low_res_size=(64, 64))
-    seen = {}
-    writer = NullWriter()
-    writer.scalar = lambda name, value, step: seen.setdefault(name, {}).update({step: value})  # type: ignore[method-assign]
-    trainer = Trainer(encoder, objective, dataset, config, folder / "out", writer, world, progress=False)
+    config = RunConfig(num_training_steps=3, batch_size=2, num_workers=0, log_frequency=1, progress=False)
+    writer = Notes()
+    trainer = Trainer(encoder, objective, dataset, config, folder / "out", world)
+    trainer.writer = writer
     trainer.run()
     shares = gather_objects(trainer.clock.wait_share, world)
     assert shares[0] < 0.3 < shares[1]
     if world.is_main:
-        assert seen["data/wait_share"][3] > 0.3
-        assert seen["data/wait_seconds"][3] > 0.9
+        assert writer.values["data/wait_share"][3] > 0.3
+        assert writer.values["data/wait_seconds"][3] > 0.9
         counts = trainer.skipped.state()["kinds"]
         # 12 samples in turns of one good and one damaged file; what takes the place of the latter may be damaged, too.
-        assert counts == {"the file is empty": seen["data/skipped"][3]}
-        assert seen["data/skipped"][3] >= 6
+        assert counts == {"the file is empty": writer.values["data/skipped"][3]}
+        assert writer.values["data/skipped"][3] >= 6
     else:
         assert trainer.skipped.count == 0  # rank 0 has counted them
 
@@ -129,15 +140,10 @@ def test_between_processes(work, processes):
     assert together(work, processes) == [0] * processes
 
 
-def test_an_error_of_this_process_is_not_blamed_on_another(monkeypatch):
+def test_an_error_of_this_process_is_not_blamed_on_another():
     """As when memory is short, or a device fails, in the middle of what needs all."""
-
-    def fail(tensor: torch.Tensor) -> None:
-        torch.ones(2) + torch.ones(3)
-
-    monkeypatch.setattr(dist, "all_reduce", fail)
     with pytest.raises(RuntimeError, match="must match the size") as caught:
-        add_over_processes([torch.ones(3)], World(0, 2, torch.device("cpu")))
+        run_together(lambda: torch.ones(2) + torch.ones(3))
     assert not isinstance(caught.value, DistributedError)
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone, BackboneOutput
-from featsharp.training.feature_cache import remember_features
+from featsharp.training.feature_cache import CachedBackbone
+from featsharp.training.wrapped import UncompiledBackbone
 
 
 class Counting(Backbone):
@@ -35,12 +36,12 @@ def test_an_image_is_encoded_once_wherever_it_stands_in_a_batch(tmp_path):
     backbone = Counting()
     expected = backbone(images)
     backbone.seen = 0
-    remember_features(backbone, tmp_path)
-    first = backbone(images[:3])
-    again = backbone(images[:3].flip(0))
+    cached = CachedBackbone(backbone, tmp_path)
+    first = cached(images[:3])
+    again = cached(images[:3].flip(0))
     assert backbone.seen == 3
     assert torch.equal(again.features.flip(0), first.features)
-    second = backbone(images.flip(0))
+    second = cached(images.flip(0))
     assert len(files(tmp_path)) == 4
     assert torch.equal(second.features[1:].flip(0), first.features)
     assert torch.equal(second.features.flip(0), expected.features.half().float())
@@ -58,8 +59,7 @@ class Neighbourly(Counting):
 def test_a_batch_that_was_only_half_written_gets_the_same_features(tmp_path):
     """As when a run is killed between two files."""
     images = torch.randn(3, 3, 32, 32)
-    backbone = Neighbourly()
-    remember_features(backbone, tmp_path)
+    backbone = CachedBackbone(Neighbourly(), tmp_path)
     expected = backbone(images).features
     for path in files(tmp_path)[:2]:
         path.unlink()
@@ -71,14 +71,13 @@ def test_other_weights_sizes_and_types_are_not_mixed_up(tmp_path):
     images = torch.randn(1, 3, 32, 32)
     for scale in (1.0, 2.0):
         backbone = Counting(scale)
-        remember_features(backbone, tmp_path)
-        backbone(images)
-        backbone(images.reshape(1, 3, 64, 16))  # the same bytes
+        cached = CachedBackbone(backbone, tmp_path)
+        cached(images)
+        cached(images.reshape(1, 3, 64, 16))  # the same bytes
         assert backbone.seen == 2
     backbone = Counting()
     backbone.autocast_dtype = torch.bfloat16
-    remember_features(backbone, tmp_path)
-    backbone(images)
+    CachedBackbone(backbone, tmp_path)(images)
     assert backbone.seen == 1
 
 
@@ -86,21 +85,22 @@ def test_features_beyond_half_precision_are_kept_whole(tmp_path):
     backbone = Counting(1e6)
     images = torch.rand(1, 3, 32, 32) + 1
     expected = backbone(images).features
-    remember_features(backbone, tmp_path)
-    backbone(images)
-    assert torch.equal(backbone(images).features, expected)
+    cached = CachedBackbone(backbone, tmp_path)
+    cached(images)
+    assert torch.equal(cached(images).features, expected)
+    assert backbone.seen == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x08\0\0\0\0\0\0\0{}", b"junk"])
 def test_a_damaged_file_is_written_again(tmp_path, damage):
     backbone = Counting()
-    remember_features(backbone, tmp_path)
+    cached = CachedBackbone(backbone, tmp_path)
     images = torch.randn(1, 3, 32, 32)
-    expected = backbone(images).features
+    expected = cached(images).features
     (path,) = files(tmp_path)
     whole = path.read_bytes()
     path.write_bytes(damage)
-    assert torch.equal(backbone(images).features, expected)
+    assert torch.equal(cached(images).features, expected)
     assert backbone.seen == 2
     assert path.read_bytes() == whole
 
@@ -109,10 +109,27 @@ def test_half_precision_autocast_gives_the_type_of_the_images(tmp_path):
     backbone = create_backbone("toy-vit", autocast_dtype=torch.bfloat16)
     images = torch.randn(2, 3, 64, 64)
     expected = backbone(images)
-    remember_features(backbone, tmp_path)
+    cached = CachedBackbone(backbone, tmp_path)
     with torch.autocast("cpu", torch.bfloat16):
-        found = [backbone(images) for _ in range(2)]
+        found = [cached(images) for _ in range(2)]
     for out in found:
         assert out.features.dtype == torch.float32
         torch.testing.assert_close(out.features, expected.features, rtol=1e-3, atol=1e-3)
     assert torch.equal(found[0].features, found[1].features)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda backbone, folder: CachedBackbone(backbone, folder), lambda backbone, _: UncompiledBackbone(backbone)],
+)
+def test_a_wrapped_backbone_is_known_by_what_is_inside(tmp_path, wrap):
+    """To checkpoints, to upsamplers that ask for overlapping patches, and to whoever fits an image to it."""
+    backbone = create_backbone("toy-vit", autocast_dtype=torch.bfloat16)
+    wrapped = wrap(backbone, tmp_path)
+    assert wrapped.describe() == backbone.describe()
+    assert wrapped.to(torch.bfloat16).describe() == backbone.describe()
+    images = torch.randn(1, 3, 64, 64)
+    expected = backbone.float().with_patch_stride(4)(images).features
+    torch.testing.assert_close(wrapped.with_patch_stride(4)(images).features, expected, rtol=1e-3, atol=1e-3)
+    assert wrapped.fit_size(70, 90) == backbone.fit_size(70, 90)
+    assert not wrapped.train().training

@@ -45,12 +45,12 @@ def assert_same_everywhere(state: object, world: World) -> None:
 # Equal to one process
 
 
-def train_part(photos: Path, folder: Path, dtype: torch.dtype | None, world: World) -> None:
+def train_part(photos: Path, folder: Path, dtype: str, world: World) -> None:
     """Batch 1, two batches per step."""
-    settings = {"objective": PLAIN, "batch_size": 1, "accumulation_steps": 2, "autocast_dtype": dtype, "world": world}
+    settings = {"objective": PLAIN, "batch_size": 1, "accumulation_steps": 2, "dtype": dtype, "world": world}
     gradients = gradients_of(trainer_of(photos, folder, **settings), world)
     writer = Recorder()
-    trainer = trainer_of(photos, folder, writer=writer, num_steps=3, **settings)
+    trainer = trainer_of(photos, folder, writer=writer, num_training_steps=3, **settings)
     trainer.run()
     # Buffers too: the singular vectors of the spectral norms follow from the weights alone, nothing has to be sent.
     assert_same_everywhere(trainer.encoder.state_dict(), world)
@@ -65,7 +65,7 @@ def train_parts(photos: Path, folder: Path, world: World) -> None:
         train_part(photos, folder, dtype, world)
 
 
-ROUNDING = {None: 1e-5, torch.bfloat16: 2e-2}  # of gradients, as a part of the largest
+ROUNDING = {"float32": 1e-5, "bfloat16": 2e-2}  # of gradients, as a part of the largest
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +79,14 @@ def parts(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_two_processes_that_accumulate_equal_one_with_the_whole_batch(photos, parts, tmp_path, dtype):
     found = torch.load(parts / f"{dtype}.pt")
-    settings = {"objective": PLAIN, "batch_size": 4, "autocast_dtype": dtype}
+    settings = {"objective": PLAIN, "batch_size": 4, "dtype": dtype}
     expected = gradients_of(trainer_of(photos, tmp_path, **settings), ALONE)
     error = ROUNDING[dtype] * expected.abs().max().item()
     torch.testing.assert_close(found["gradients"], expected, rtol=0, atol=error)
     half = gradients_of(trainer_of(photos, tmp_path, **{**settings, "batch_size": 2}), ALONE)
     assert (half - expected).abs().max() > 10 * error
     writer = Recorder()
-    trainer_of(photos, tmp_path / "one", writer=writer, num_steps=3, **settings).run()
+    trainer_of(photos, tmp_path / "one", writer=writer, num_training_steps=3, **settings).run()
     assert found["losses"] == pytest.approx(writer.values["loss/total"], rel=max(1e-3, ROUNDING[dtype]))
 
 
@@ -95,7 +95,7 @@ def test_two_processes_that_accumulate_equal_one_with_the_whole_batch(photos, pa
 
 def overflow_on_one(photos: Path, folder: Path, world: World) -> None:
     """The gradient of one process alone is beyond the range of the type."""
-    trainer = trainer_of(photos, folder, objective=PLAIN, batch_size=1, autocast_dtype=torch.float16, world=world)
+    trainer = trainer_of(photos, folder, objective=PLAIN, batch_size=1, dtype="float16", world=world)
     trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**10})
     start = [parameter.detach().clone() for parameter in trainer.parameters]
     if world.rank == 1:
@@ -120,7 +120,7 @@ def test_a_gradient_that_overflows_in_one_process_skips_the_step_in_both(photos,
 
 
 # Of streams, the readers of each process have left out other images than those of the others.
-RUNS = {"float32": {}, "float16": {"autocast_dtype": torch.float16}, "streams": {"checkpoint_frequency": 1}}
+RUNS = {"float32": {}, "float16": {"dtype": "float16"}, "streams": {"checkpoint_frequency": 1}}
 
 
 def stop_and_go_on(photos: Path, folder: Path, world: World) -> None:
@@ -177,7 +177,7 @@ def test_two_processes_go_on_bit_for_bit(photos, tmp_path):
 
 def fill_disk(photos: Path, folder: Path, world: World) -> None:
     """The main process cannot write all of its second checkpoint; the other one would wait for it."""
-    settings = {"objective": PLAIN, "num_steps": 4, "checkpoint_frequency": 1, "world": world}
+    settings = {"objective": PLAIN, "num_training_steps": 4, "checkpoint_frequency": 1, "world": world}
     trainer = trainer_of(photos, folder, **settings)
     gradients_of(trainer, world)
     if world.is_main:
@@ -202,7 +202,7 @@ def test_a_full_disk_ends_both_processes_and_keeps_the_checkpoint(photos, tmp_pa
 
 def normalise_batches(photos: Path, folder: Path, world: World) -> None:
     encoder = create_encoder("toy-vit", "lift", 2, bias_buffer=True)
-    trainer = trainer_of(photos, folder, encoder, objective=PLAIN, num_steps=2, world=world)
+    trainer = trainer_of(photos, folder, encoder, objective=PLAIN, num_training_steps=2, world=world)
     trainer.run()
     assert_same_everywhere([parameter.detach() for parameter in trainer.parameters], world)
     means = gather_objects(trainer.encoder.state_dict()["upsampler.doubling.image_fine.1.running_mean"], world)

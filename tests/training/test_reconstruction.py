@@ -17,12 +17,12 @@ from featsharp.data.views import ViewConfig, Views
 from featsharp.errors import ConfigError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
+from featsharp.training.config import RunConfig, UpsamplerConfig
 from featsharp.training.distributed import World
-from featsharp.training.loggers import NullWriter
 from featsharp.training.objectives import create_objective
 from featsharp.training.objectives.reconstruction import ReconstructionConfig, ReconstructionObjective
 from featsharp.training.optim import OptimConfig
-from featsharp.training.trainer import LoopConfig, Trainer
+from featsharp.training.trainer import Trainer
 from featsharp.upsamplers import GuidedUpsampler
 
 LOW_RES = (32, 48)
@@ -214,13 +214,18 @@ def test_lift_learns_to_beat_bilinear_in_its_own_loss(photos, tmp_path):
         encoder,
         objective,
         seen,
-        LoopConfig(150, batch_size=6, num_workers=0, log_frequency=0, val_frequency=0, checkpoint_frequency=0,
-                   low_res_size=(64, 64), optim=OptimConfig(learning_rate=6e-3, warmup_steps=10)),
+        RunConfig(
+            num_training_steps=150,
+            batch_size=6,
+            num_workers=0,
+            log_frequency=0,
+            progress=False,
+            upsampler=UpsamplerConfig(dtype="float32"),
+            optim=OptimConfig(learning_rate=6e-3, warmup_steps=10),
+        ),
         tmp_path,
-        NullWriter(),
         World(0, 1, torch.device("cpu")),
-        progress=False,
-    )  # fmt: skip
+    )
     (probe,) = load_views(new, StepSampler(0, 1, 16), 0)
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ import os
 import signal
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint
 from featsharp.checkpoint import read_checkpoint, write_checkpoint
@@ -26,12 +27,14 @@ from featsharp.errors import CheckpointError, ConfigError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.resize import resize
+from featsharp.training.config import RunConfig, UpsamplerConfig
 from featsharp.training.distributed import World
 from featsharp.training.loggers import NullWriter
 from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
 from featsharp.training.optim import OptimConfig
 from featsharp.training.signals import Terminated
-from featsharp.training.trainer import LoopConfig, Trainer, Validation
+from featsharp.training.trainer import Trainer, Validation
+from featsharp.training.wrapped import UncompiledBackbone
 
 ALONE = World(0, 1, torch.device("cpu"))
 VIEWS = ViewConfig(num_views=3, jitter_zoom=(0.9, 1.6), rotation=8.0, shift=0.15)
@@ -39,16 +42,17 @@ DROPOUT = MultiViewConfig(downsampler="attention", kernel_size=3, uncertainty=Tr
 
 
 class Recorder(NullWriter):
-    """Keeps scalars; ``stop_at`` plays the user who interrupts the run."""
+    """Keeps scalars; ``stop_at`` plays the user who interrupts the run; ``act`` is called with the step of each."""
 
-    def __init__(self, stop_at: int | None = None) -> None:
+    def __init__(self, stop_at: int | None = None, act: Callable[[int], None] = lambda step: None) -> None:
         self.values: dict[str, dict[int, float]] = {}
         self.pictures: list[tuple[str, int]] = []
-        self.stop_at = stop_at
+        self.stop_at, self.act = stop_at, act
 
     def scalar(self, name: str, value: float, step: int) -> None:
         if step == self.stop_at:
             raise KeyboardInterrupt
+        self.act(step)
         self.values.setdefault(name, {})[step] = value
 
     def image(self, name: str, image: Tensor, step: int) -> None:
@@ -81,34 +85,39 @@ def trainer_of(
     writer: Recorder | None = None,
     validate: object = None,
     world: World = ALONE,
+    dtype: str = "float32",
     **settings: object,
 ) -> Trainer:
     torch.manual_seed(0)
     if encoder is None:
-        encoder = create_encoder("toy-vit", "featsharp", 2, normalizer="phi-s", bias_buffer=True)
+        backbone = create_backbone("toy-vit")
+        if settings.get("compile_model"):
+            backbone = UncompiledBackbone(backbone)
+        encoder = create_encoder(backbone, "featsharp", 2, normalizer="phi-s", bias_buffer=True)
         statistics = FeatureStatistics(encoder.embed_dim)
         statistics.update(encoder.backbone(torch.randn(8, 3, 64, 64)).features)
         encoder.normalizer.fit(statistics)
     defaults = {
-        "num_steps": 6,
+        "num_training_steps": 6,
         "batch_size": 2,
         "num_workers": 0,
         "log_frequency": 1,
         "val_frequency": 0,
         "checkpoint_frequency": 0,
-        "low_res_size": (64, 64),
+        "progress": False,
+        "upsampler": UpsamplerConfig(dtype=dtype),
     }
-    return Trainer(
+    trainer = Trainer(
         encoder,
         MultiViewObjective(encoder.embed_dim, encoder.factor, objective),
         ViewDataset(ImageMixture.from_data_dir(str(photos)), (128, 128), VIEWS, seed=0),
-        LoopConfig(**{**defaults, **settings}),  # type: ignore[arg-type]
+        RunConfig(**{**defaults, **settings}),  # type: ignore[arg-type]
         folder,
-        writer or Recorder(),
         world,
         validate=validate,  # type: ignore[arg-type]
-        progress=False,
     )
+    trainer.writer = writer or Recorder()
+    return trainer
 
 
 def assert_equal(found: object, expected: object) -> None:
@@ -137,7 +146,7 @@ def test_loss_falls_and_the_run_ends_at_the_last_step(photos, tmp_path):
         encoder,
         objective=settings,
         writer=writer,
-        num_steps=30,
+        num_training_steps=30,
         optim=OptimConfig(learning_rate=5e-3, jbu_learning_rate=5e-3),
     )
     # The loss of the same views before and after; from step to step it varies with the pictures.
@@ -213,7 +222,7 @@ def test_accumulated_batches_equal_one_large_batch(photos, tmp_path):
 
 
 def test_accumulation_goes_on_at_its_place_in_the_data(photos, tmp_path):
-    settings = {"objective": PLAIN, "num_steps": 4, "accumulation_steps": 2}
+    settings = {"objective": PLAIN, "num_training_steps": 4, "accumulation_steps": 2}
     whole = weights_after(trainer_of(photos, tmp_path / "whole", **settings))
     stopped = trainer_of(photos, tmp_path / "parts", writer=Recorder(stop_at=3), checkpoint_frequency=2, **settings)
     with pytest.raises(KeyboardInterrupt):
@@ -225,8 +234,8 @@ def test_accumulation_goes_on_at_its_place_in_the_data(photos, tmp_path):
 
 def test_float16_scales_its_loss_and_learns_what_float32_learns(photos, tmp_path):
     """The scale is part of the checkpoint; gradients beyond the range of the type cost a step, not the run."""
-    settings = {"objective": PLAIN, "num_steps": 3}
-    trainer = trainer_of(photos, tmp_path / "a", autocast_dtype=torch.float16, **settings)
+    settings = {"objective": PLAIN, "num_training_steps": 3}
+    trainer = trainer_of(photos, tmp_path / "a", dtype="float16", **settings)
     start = {name: value.detach().clone() for name, value in trainer.trained.named_parameters()}
     trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
     trainer.step = 0
@@ -235,28 +244,30 @@ def test_float16_scales_its_loss_and_learns_what_float32_learns(photos, tmp_path
     assert trainer.scaler.get_scale() == 2.0**39
     assert_equal(dict(trainer.trained.named_parameters()), start)
 
-    trainer = trainer_of(photos, tmp_path / "b", autocast_dtype=torch.float16, **settings)
+    trainer = trainer_of(photos, tmp_path / "b", dtype="float16", **settings)
     trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**10})
     half = weights_after(trainer)
     whole = weights_after(trainer_of(photos, tmp_path / "c", **settings))
     moved = sum((whole[name] - start[name]).abs().sum() for name in start)
     apart = sum((whole[name] - half[name]).abs().sum() for name in start)
     assert apart < 0.2 * moved
-    resumed = trainer_of(photos, tmp_path / "b", autocast_dtype=torch.float16, **settings)
+    resumed = trainer_of(photos, tmp_path / "b", dtype="float16", **settings)
     resumed.resume(tmp_path / "b" / "last.pth")
     assert resumed.scaler.get_scale() == 2.0**10
 
 
 def test_a_compiled_upsampler_trains_as_it_is_and_keeps_its_names(photos, tmp_path):
-    plain = trainer_of(photos, tmp_path / "a", objective=PLAIN, num_steps=2)
-    compiled = trainer_of(photos, tmp_path / "b", objective=PLAIN, num_steps=2, compile_backend="eager")
+    plain = trainer_of(photos, tmp_path / "a", objective=PLAIN, num_training_steps=2)
+    compiled = trainer_of(
+        photos, tmp_path / "b", objective=PLAIN, num_training_steps=2, compile_model=True, compile_backend="eager"
+    )
     found, expected = weights_after(compiled), weights_after(plain)
     assert found.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
     assert load_from_file(tmp_path / "b" / "last.pth")(torch.randn(1, 3, 64, 64)).high_res.isfinite().all()
     with pytest.raises(ConfigError, match=r"unknown compile_backend 'egaer'; did you mean .*'eager'"):
-        trainer_of(photos, tmp_path / "c", compile_backend="egaer")
+        trainer_of(photos, tmp_path / "c", compile_model=True, compile_backend="egaer")
 
 
 def test_what_was_killed_before_its_validation_is_validated_when_it_goes_on(photos, tmp_path):
@@ -268,7 +279,7 @@ def test_what_was_killed_before_its_validation_is_validated_when_it_goes_on(phot
     def killed(encoder: SharpEncoder, objective: MultiViewObjective) -> Validation:
         raise KeyboardInterrupt
 
-    settings = {"num_steps": 4, "val_frequency": 2}
+    settings = {"num_training_steps": 4, "val_frequency": 2}
     trainer = trainer_of(photos, tmp_path, validate=killed, **settings)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
@@ -281,9 +292,8 @@ def test_what_was_killed_before_its_validation_is_validated_when_it_goes_on(phot
 
 
 def test_sigterm_ends_the_run_after_its_step_and_saves(photos, tmp_path):
-    writer = Recorder()
+    writer = Recorder(act=lambda step: signal.raise_signal(signal.SIGTERM) if step == 3 else None)
     trainer = trainer_of(photos, tmp_path, writer=writer)
-    writer.scalar = lambda name, value, step: signal.raise_signal(signal.SIGTERM) if step == 3 else None  # type: ignore[method-assign]
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Terminated, match="after step 3, which is saved"):
         trainer.run()
@@ -302,13 +312,13 @@ def test_sigterm_during_the_last_save_costs_only_the_validation_which_comes_with
         if trainer.step == 2:
             signal.raise_signal(signal.SIGTERM)
 
-    trainer = trainer_of(photos, tmp_path, validate=look, num_steps=2)
+    trainer = trainer_of(photos, tmp_path, validate=look, num_training_steps=2)
     trainer.optimizer.register_state_dict_pre_hook(while_saving)
     with pytest.raises(Terminated, match=r"after the last step, which is saved; only its validation is missing"):
         trainer.run()
     assert looks == []
     assert read_checkpoint(tmp_path / "last.pth")["training"]["step"] == 2
-    trainer = trainer_of(photos, tmp_path, validate=look, num_steps=2)
+    trainer = trainer_of(photos, tmp_path, validate=look, num_training_steps=2)
     trainer.resume(tmp_path / "last.pth")
     trainer.run()
     assert looks == [2]
@@ -334,7 +344,7 @@ def test_a_folder_that_became_read_only_ends_the_run_and_keeps_the_checkpoint(ph
     with tempfile.TemporaryDirectory() as place:  # that of pytest is closed to others
         Path(place).chmod(0o755)
         folder = Path(place) / "run"
-        trainer = trainer_of(photos, folder, num_steps=2)
+        trainer = trainer_of(photos, folder, num_training_steps=2)
         trainer.run()
         before = (folder / "last.pth").read_bytes()
         with without_permissions(folder), pytest.raises(CheckpointError, match=r"cannot write .*Permission denied"):
@@ -344,8 +354,8 @@ def test_a_folder_that_became_read_only_ends_the_run_and_keeps_the_checkpoint(ph
 
 
 def test_a_forced_resumption_takes_the_rates_of_the_new_configuration(photos, tmp_path):
-    trainer_of(photos, tmp_path, num_steps=2).run()
-    trainer = trainer_of(photos, tmp_path, num_steps=4, optim=OptimConfig(learning_rate=0.5))
+    trainer_of(photos, tmp_path, num_training_steps=2).run()
+    trainer = trainer_of(photos, tmp_path, num_training_steps=4, optim=OptimConfig(learning_rate=0.5))
     trainer.resume(tmp_path / "last.pth")
     main = next(group for group in trainer.optimizer.param_groups if group["name"] == "main")
     assert main["initial_lr"] == 0.5
@@ -353,7 +363,7 @@ def test_a_forced_resumption_takes_the_rates_of_the_new_configuration(photos, tm
 
 
 def test_another_number_of_processes_is_refused_unless_forced(photos, tmp_path, caplog):
-    trainer_of(photos, tmp_path, num_steps=2).run()
+    trainer_of(photos, tmp_path, num_training_steps=2).run()
     content = read_checkpoint(tmp_path / "last.pth")
     content["training"]["processes"] = 8
     write_checkpoint(tmp_path / "last.pth", content)
@@ -361,15 +371,16 @@ def test_another_number_of_processes_is_refused_unless_forced(photos, tmp_path, 
     with pytest.raises(CheckpointError, match=r"with 8 processes, this one has 1.*force_resume=true"):
         trainer.resume(tmp_path / "last.pth")
     assert trainer.step == 0
-    trainer.resume(tmp_path / "last.pth", force=True)
+    trainer.config.force_resume = True
+    trainer.resume(tmp_path / "last.pth")
     assert trainer.step == 2
     assert "with 8 processes" in caplog.text
 
 
 def test_another_number_of_readers_is_refused_where_it_changes_the_order(photos, tmp_path, caplog):
     """Local data is read at random; of streams every worker reads a sequence of its own."""
-    trainer_of(photos, tmp_path / "local", num_steps=2).run()
-    local = trainer_of(photos, tmp_path / "local", num_steps=4, num_workers=3)
+    trainer_of(photos, tmp_path / "local", num_training_steps=2).run()
+    local = trainer_of(photos, tmp_path / "local", num_training_steps=4, num_workers=3)
     local.resume(tmp_path / "local" / "last.pth")
     assert local.step == 2
 
@@ -384,7 +395,7 @@ def test_another_number_of_readers_is_refused_where_it_changes_the_order(photos,
         return trainer
 
     last = tmp_path / "stream" / "last.pth"
-    streaming(1, num_steps=1).run()
+    streaming(1, num_training_steps=1).run()
     same = streaming(0)  # the training process reads in place of a worker
     same.resume(last)
     assert same.step == 1
@@ -392,7 +403,8 @@ def test_another_number_of_readers_is_refused_where_it_changes_the_order(photos,
     with pytest.raises(CheckpointError, match=r"had 1 readers .* has 3: .*Set num_workers=1; force_resume=true"):
         other.resume(last)
     assert other.step == 0
-    other.resume(last, force=True)
+    other.config.force_resume = True
+    other.resume(last)
     assert other.step == 1
     assert "had 1 readers" in caplog.text
 
@@ -433,7 +445,7 @@ def test_scores_of_other_validation_samples_are_not_compared(photos, tmp_path, c
     caplog.set_level("INFO")
     for samples, score, steps, best in (("easy", 9.0, 2, 2), ("easy", 8.0, 3, 2), ("hard", 1.0, 4, 4)):
         found = Validation(score, {}, {}, samples)
-        trainer = trainer_of(photos, tmp_path, num_steps=steps, validate=lambda *_, found=found: found)
+        trainer = trainer_of(photos, tmp_path, num_training_steps=steps, validate=lambda *_, found=found: found)
         if steps > 2:
             trainer.resume(tmp_path / "last.pth")
         trainer.run()
@@ -442,13 +454,11 @@ def test_scores_of_other_validation_samples_are_not_compared(photos, tmp_path, c
 
 
 def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(photos, tmp_path):
-    trainer = trainer_of(photos, tmp_path, checkpoint_frequency=2)
-
     def poison(step: int) -> None:
         if step == 3:
             trainer.encoder.bias_buffer.buffer.data[:] = float("nan")  # type: ignore[union-attr]
 
-    trainer.writer.scalar = lambda name, value, step: poison(step)  # type: ignore[method-assign]
+    trainer = trainer_of(photos, tmp_path, writer=Recorder(act=poison), checkpoint_frequency=2)
     with pytest.raises(InputError, match="training loss is nan"):
         trainer.run()
     content = read_checkpoint(tmp_path / "last.pth")
@@ -458,7 +468,7 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(photos, t
 
 
 def test_gradient_that_is_not_finite_never_reaches_the_weights(photos, tmp_path):
-    trainer = trainer_of(photos, tmp_path, num_steps=1)
+    trainer = trainer_of(photos, tmp_path, num_training_steps=1)
     before = {name: value.clone() for name, value in trainer.trained.named_parameters()}
     trainer.parameters[0].register_hook(lambda gradient: gradient / 0)
     with pytest.raises(InputError, match="gradient of step 1 is not finite"):
@@ -472,15 +482,15 @@ def test_failing_validation_does_not_cost_the_training(photos, tmp_path):
         raise InputError("nothing to see")
 
     with pytest.raises(InputError, match="nothing to see"):
-        trainer_of(photos, tmp_path, num_steps=1, validate=fail).run()
+        trainer_of(photos, tmp_path, num_training_steps=1, validate=fail).run()
     assert read_checkpoint(tmp_path / "last.pth")["training"]["step"] == 1
 
 
 def test_resume_refuses_what_it_cannot_continue(photos, tmp_path):
-    trainer = trainer_of(photos, tmp_path, num_steps=2)
+    trainer = trainer_of(photos, tmp_path, num_training_steps=2)
     trainer.run()
     with pytest.raises(CheckpointError, match="at step 2, beyond num_training_steps=1"):
-        trainer_of(photos, tmp_path, num_steps=1).resume(tmp_path / "last.pth")
+        trainer_of(photos, tmp_path, num_training_steps=1).resume(tmp_path / "last.pth")
     save_checkpoint(trainer.encoder, tmp_path / "plain.pth")
     with pytest.raises(CheckpointError, match="no training state"):
         trainer.resume(tmp_path / "plain.pth")
@@ -491,7 +501,7 @@ def test_skipped_images_are_counted_and_logged_once(photos, tmp_path, caplog):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "broken.png").write_bytes(b"")
     writer = Recorder()
-    trainer_of(tmp_path, tmp_path / "out", writer=writer, num_steps=9).run()
+    trainer_of(tmp_path, tmp_path / "out", writer=writer, num_training_steps=9).run()
     counted = writer.values["data/skipped"][9]
     assert counted >= 2  # met in each epoch
     lines = [message for message in caplog.messages if message.startswith("skipped ") and "broken.png" in message]
@@ -535,7 +545,7 @@ def train_planted(
         folder,
         encoder,
         objective=MultiViewConfig(downsampler="area", uncertainty=False),
-        num_steps=steps,
+        num_training_steps=steps,
         batch_size=4,
         optim=OptimConfig(learning_rate=rate, jbu_learning_rate=rate),
     )

@@ -1,6 +1,7 @@
 """The contract of objectives: how a batch of views becomes gradients."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -12,7 +13,7 @@ from featsharp.errors import ConfigError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.registry import Registry
 from featsharp.training.downsamplers import Downsampler
-from featsharp.upsamplers import GuidedUpsampler
+from featsharp.upsamplers.base import Encode, GuidedUpsampler
 
 
 class Losses(NamedTuple):
@@ -132,9 +133,24 @@ def check_larger_images(encoder: SharpEncoder, name: str) -> None:
         )
 
 
-def autocast(images: Tensor, dtype: torch.dtype | None) -> torch.autocast:
-    """The context in which the upsampler runs."""
-    return torch.autocast(images.device.type, dtype, enabled=dtype is not None)
+def autocast(images: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """The context in which the upsampler runs; without a ``dtype`` that of the caller."""
+    return nullcontext() if dtype is None else torch.autocast(images.device.type, dtype)
+
+
+def keep_autocast(encoder: SharpEncoder, images: Tensor) -> Encode:
+    """``encoder.encode`` under the autocast in force here, for an upsampler that runs under :func:`autocast`.
+
+    The type of backbone passes is a setting of its own, ``model.dtype``, and that of targets and inputs must agree.
+    """
+    device = images.device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def kept(images: Tensor, *, patch_stride: int | None = None) -> tuple[Tensor, Tensor | None]:
+        with torch.autocast(device, dtype, enabled=enabled):
+            return encoder.encode(images, patch_stride=patch_stride)
+
+    return kept
 
 
 def check_finite(loss: Tensor) -> None:

@@ -22,6 +22,7 @@ from featsharp.data.views import Views, base_view
 from featsharp.errors import ConfigError
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
+from featsharp.training.keys import key
 from featsharp.training.objectives.base import (
     Losses,
     Objective,
@@ -48,7 +49,7 @@ class JAFARConfig(ObjectiveConfig):
     name: str = "jafar"
     input_scale: list[float] = field(default_factory=lambda: [0.25, 0.5])
     guidance_scale: float = 0.5
-    mse_weight: float = 1.0
+    mse_weight: float = key(1.0, least=0)
 
 
 @register_objective(

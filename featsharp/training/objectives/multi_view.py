@@ -20,12 +20,14 @@ from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
 from featsharp.ops.warp import inside, warp
 from featsharp.training.downsamplers import Downsampler, create_downsampler
+from featsharp.training.keys import key
 from featsharp.training.objectives.base import (
     Losses,
     Objective,
     ObjectiveConfig,
     autocast,
     check_finite,
+    keep_autocast,
     register_objective,
     weighted_sum,
 )
@@ -58,10 +60,10 @@ class MultiViewConfig(ObjectiveConfig):
     name: str = "multi-view"
     distance: str = "mse"
     downsampler: str = "simple"
-    kernel_size: int = 5
+    kernel_size: int = key(5, least=1)
     uncertainty: bool = False
-    border_weight: float = 2.0
-    tv_weight: float = 0.0
+    border_weight: float = key(2.0, least=0)
+    tv_weight: float = key(0.0, least=0)
 
 
 @register_objective("multi-view", "the sharp map, warped and pooled, says what the backbone says about jittered views")
@@ -85,6 +87,7 @@ class MultiViewObjective(Objective):
         self.config = config
         self.factor = factor
         self.gain = math.ceil(factor)
+        self.max_warped_elements = MAX_WARPED_ELEMENTS
         self.downsampler = create_downsampler(config.downsampler, embed_dim, self.gain, config.kernel_size)
         self.uncertainty = UncertaintyNet(embed_dim) if config.uncertainty else None
 
@@ -146,8 +149,9 @@ class MultiViewObjective(Objective):
         """
         base, base_mask = base_view(views)
         targets, token_masks = encode_views(encoder, views, low_res_size)
+        encode = keep_autocast(encoder, base)
         with autocast(base, autocast_dtype):
-            high_res = encoder.upsampler(encoder.input_conditioner(base), encoder.encode, low_res_size).high_res
+            high_res = encoder.upsampler(encoder.input_conditioner(base), encode, low_res_size).high_res
         high_res = high_res.to(base.dtype)
         leaf = high_res.detach().requires_grad_()
         target_leaf = targets.detach().requires_grad_(targets.requires_grad)
@@ -176,9 +180,9 @@ class MultiViewObjective(Objective):
         return {**super().scalars(losses), "fidelity/train": 1 / max(losses.reconstruction.item(), 1e-12)}
 
     def views_at_once(self, targets: Tensor, count: int) -> int:
-        """How many warped copies of a batch of maps fit into MAX_WARPED_ELEMENTS, at least one."""
+        """How many warped copies of a batch of maps fit into ``max_warped_elements``, at least one."""
         warped = self.gain**2 * targets.numel() // count
-        return max(1, MAX_WARPED_ELEMENTS // warped)
+        return max(1, self.max_warped_elements // warped)
 
     def _border_weights(self, size: tuple[int, int]) -> Tensor:
         """Only a whole number of tiles has its borders between cells."""

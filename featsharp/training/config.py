@@ -1,0 +1,176 @@
+"""The configuration of a training run: every key, its type, default and range. A mistyped key fails at once.
+
+``featsharp/configs/base_config.yaml`` mirrors it and says what each key is for.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from featsharp.data.filters import MIN_SIZE
+from featsharp.data.streams import SHUFFLE_BUFFER
+from featsharp.errors import ConfigError
+from featsharp.training.keys import check_ranges, key
+from featsharp.training.least_squares import LinearFitConfig
+from featsharp.training.loggers import writer_names
+from featsharp.training.objectives import ObjectiveConfig
+from featsharp.training.objectives.multi_view import MultiViewConfig
+from featsharp.training.optim import OptimConfig
+from featsharp.urls import redact_setting
+
+WANDB_MODES = ("online", "offline", None)
+
+
+@dataclass
+class ModelConfig:
+    """The backbone. ``name`` is what ``create_backbone`` takes; ``dtype`` is the autocast type of its passes."""
+
+    name: str = "???"
+    dtype: str = "auto"
+
+
+@dataclass
+class UpsamplerConfig:
+    """``name`` and ``factor`` as ``create_upsampler`` takes them; ``options`` are its class's keyword arguments;
+    ``dtype`` is the autocast type of training."""
+
+    name: str = "???"
+    factor: float = 2
+    dtype: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class NormalizerConfig:
+    """``num_samples`` images of ``dist_train_data_dir`` give the statistics, which ``cache`` keeps on disk."""
+
+    name: str = "phi-s"
+    num_samples: int = key(512, least=1)
+    batch_size: int = key(16, least=1)
+    cache: bool = key(True, free=True)
+
+
+@dataclass
+class ViewsConfig:
+    """See ``featsharp.data.views.ViewConfig``."""
+
+    num_views: int = key(5, least=1)
+    zoom: list[float] = key([1.0, 2.0], least_low=1.0)
+    jitter_zoom: list[float] = key([0.95, 2.0], least_low=0.1)
+    perspective: list[float] = key([0.01, 0.05], least_low=0.0)
+    rotation: float = key(5.0, least=0, most=180)
+    shift: float = key(0.08, least=0, most=1)
+    flip: float = key(0.0, least=0, most=1)
+
+
+@dataclass
+class DataConfig:
+    """Which images train: see ``featsharp.data.filters``; ``shuffle_buffer`` is for shards by URL or pipe."""
+
+    min_size: int = key(MIN_SIZE, least=1)
+    filter: str | None = None
+    shuffle_buffer: int = key(SHUFFLE_BUFFER, least=1)
+
+
+@dataclass
+class FeatureCacheConfig:
+    """``samples`` are trained on again and again, their backbone features kept in ``folder``; 0: always new ones."""
+
+    samples: int = key(0, least=0)
+    folder: str = key("${output_root}/features", free=True)
+
+
+@dataclass
+class VizConfig:
+    """``type`` is tensorboard, wandb, none, ``package.module:Class`` (a writer of your own, which is imported), or a
+    list of these; ``entity``, ``project`` and ``mode`` are wandb's; ``num_images`` of ``val_data_dir`` are drawn and
+    scored every time."""
+
+    type: Any = key("tensorboard", free=True)
+    num_images: int = key(4, least=1, free=True)
+    entity: str | None = key(None, free=True)
+    project: str = key("featsharp", free=True)
+    mode: str | None = key(None, free=True)
+
+
+@dataclass
+class RunConfig:
+    """A whole run. Paths may use ``~`` and environment variables."""
+
+    train_data_dir: Any = "???"
+    val_data_dir: Any = key("???", free=True)
+    dist_train_data_dir: Any = "???"
+    output_base: str = key("outputs", free=True)
+    output_subdir: str = "???"
+    output_root: str = key("${output_base}/${output_subdir}", free=True)
+    num_training_steps: int = key(3000, least=0, free=True)
+    batch_size: int = key(4, least=1)
+    accumulation_steps: int = key(1, least=1)
+    # Free but where there are streams, which the trainer looks after.
+    num_workers: int = key(1, least=0, free=True)
+    log_frequency: int = key(10, least=0, free=True)
+    val_frequency: int = key(1000, least=0, free=True)
+    checkpoint_frequency: int = key(500, least=0, free=True)
+    seed: int = key(0, least=0)
+    device: str = key("auto", free=True)
+    distributed_timeout: float = key(600.0, least=1, free=True)
+    compile_model: bool = key(False, free=True)
+    compile_backend: str = key("inductor", free=True)
+    resume: bool = key(True, free=True)
+    force_resume: bool = key(False, free=True)
+    dry_run: bool = key(False, free=True)
+    progress: bool = key(True, free=True)
+    bias_buffer: bool = True
+    spectral: bool = True
+    model: ModelConfig = field(default_factory=ModelConfig)
+    upsampler: UpsamplerConfig = field(default_factory=UpsamplerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    normalizer: NormalizerConfig = field(default_factory=NormalizerConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    objective: ObjectiveConfig = field(default_factory=MultiViewConfig)  # of the class that its name says
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    linear_fit: LinearFitConfig = field(default_factory=LinearFitConfig)
+    feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
+    viz: VizConfig = field(default_factory=VizConfig)
+
+
+def check_values(config: RunConfig) -> None:
+    """Raise ConfigError for a value that would fail only in the middle of a run."""
+    writer_names(config.viz.type)
+    if config.viz.mode not in WANDB_MODES:
+        raise ConfigError(f"viz.mode must be online, offline or null; got {config.viz.mode!r}")
+    check_ranges(config)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as one mapping with dotted keys; options of an upsampler stay together."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and name != "options":
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def public_form(config: RunConfig) -> dict[str, Any]:
+    """The configuration as it is saved, reported, compared and shown: plain values, URLs without their secrets."""
+    return {name: _without_secrets(value) for name, value in dataclasses.asdict(config).items()}
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The public form of the configuration as YAML, as it is saved beside the checkpoints."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(public_form(config)))
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact_setting(value)
+    if isinstance(value, Mapping):
+        return {name: _without_secrets(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(entry) for entry in value]
+    return value

@@ -1,0 +1,106 @@
+"""Going on with an earlier run: what its checkpoint must have in common with the run that goes on."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from featsharp.backbones.base import Backbone
+from featsharp.builder import check_backbone
+from featsharp.checkpoint import read_checkpoint, restoring
+from featsharp.errors import CheckpointError, ConfigError
+from featsharp.training.config import RunConfig, flatten, public_form
+from featsharp.training.keys import walk_keys
+
+logger = logging.getLogger(__name__)
+
+
+def read_earlier(last: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The checkpoint ``last`` of an earlier run, to go on from; None for a new run.
+
+    Raises:
+        ConfigError: With ``resume=false``, which would overwrite it.
+        CheckpointError: When it is of a run with another configuration; with ``force_resume`` that is a warning.
+    """
+    if not last.exists():
+        return None
+    if not config.resume:
+        raise ConfigError(
+            f"{last} exists and resume=false would overwrite it; choose another output_base, or move it away"
+        )
+    content = read_checkpoint(last)
+    with restoring(last):
+        # A setting that is younger than the checkpoint had its default's effect then.
+        saved = flatten(dataclasses.asdict(RunConfig())) | flatten(content["config"] or {})
+    present = flatten(public_form(config))
+    free = {name for name, field, _ in walk_keys(config) if field.metadata.get("free", False)}
+    different = [
+        f"{key} {present[key]!r} instead of {saved.get(key)!r}"
+        for key in present
+        if key not in free and present[key] != saved.get(key)
+    ]
+    if different:
+        problem = f"{last} was trained with another configuration: {'; '.join(different)}"
+        if not config.force_resume:
+            raise CheckpointError(
+                f"cannot resume: {problem}. Choose another output_base, move it away, or go on with force_resume=true"
+            )
+        logger.warning("force_resume: %s", problem)
+        if content["training"]:
+            content["training"]["places"] = {}  # perhaps of other streams
+    return content
+
+
+def check_continuation(
+    content: Mapping[str, Any],
+    path: Path,
+    backbone: Backbone,
+    config: RunConfig,
+    processes: int,
+    *,
+    has_streams: bool,
+) -> None:
+    """Check that the steps to come are those that the run of a checkpoint would have done.
+
+    Args:
+        content: Of the checkpoint.
+        path: Where it is from, for messages.
+        backbone: Of this run.
+        config: Of this run; with ``force_resume`` another backbone or number of readers is only a warning.
+        processes: Of this run.
+        has_streams: Whether its images come from streams, of which each reader has its share.
+
+    Raises:
+        CheckpointError: When they are not.
+    """
+    state = content["training"]
+    if state is None:
+        raise CheckpointError(f"checkpoint {path} holds no training state; start a new run in another folder")
+    if state["step"] > config.num_training_steps:
+        raise CheckpointError(
+            f"checkpoint {path} is at step {state['step']}, beyond num_training_steps={config.num_training_steps}"
+        )
+    try:
+        check_backbone(backbone, content["encoder"]["backbone"], path)
+        if state["processes"] != processes:
+            raise CheckpointError(
+                f"checkpoint {path} is of a run with {state['processes']} processes, this one has {processes}: the "
+                "same step would see other images. Start as many"
+            )
+        readers = count_readers(config, processes)
+        if state["readers"] != readers and has_streams:
+            raise CheckpointError(
+                f"checkpoint {path} is of a run whose shards by URL or pipe had {state['readers']} readers (processes "
+                f"times workers), this one has {readers}: they would read other images. Set "
+                f"num_workers={state['readers'] // processes}"
+            )
+    except CheckpointError as error:
+        if not config.force_resume:
+            raise type(error)(f"{error}; force_resume=true goes on all the same") from error
+        logger.warning("force_resume: %s", error)
+
+
+def count_readers(config: RunConfig, processes: int) -> int:
+    """How many readers the samples of all processes are divided among."""
+    return processes * max(1, config.num_workers)

@@ -1,0 +1,116 @@
+"""From a configuration to the objects of a run: encoder, objective, data, writer; and the fits before step 1."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from featsharp.backbones import create_backbone
+from featsharp.backbones.base import Backbone
+from featsharp.builder import create_encoder
+from featsharp.data.loader import ViewDataset, check_repeatable
+from featsharp.data.views import ViewConfig
+from featsharp.device import autocast_dtype
+from featsharp.files import remove_leftovers, write_file
+from featsharp.model import SharpEncoder
+from featsharp.training.config import RunConfig, public_form, to_yaml
+from featsharp.training.distributed import World
+from featsharp.training.feature_cache import CachedBackbone
+from featsharp.training.least_squares import check_linear_fit, fit_linear
+from featsharp.training.loggers import NullWriter, VizWriter, get_visualizer
+from featsharp.training.objectives import Objective, create_objective
+from featsharp.training.statistics import first_samples, fit_normalizer, open_mixture
+from featsharp.training.wrapped import UncompiledBackbone
+
+logger = logging.getLogger(__name__)
+
+
+class Parts(NamedTuple):
+    """The objects that a run trains and trains on."""
+
+    backbone: Backbone  # without the feature cache
+    encoder: SharpEncoder  # on the device of the run
+    objective: Objective
+    dataset: ViewDataset
+
+
+def expand_path(path: str) -> Path:
+    """A path of the configuration without ``~`` and environment variables."""
+    return Path(os.path.expandvars(path)).expanduser()
+
+
+def build(config: RunConfig, world: World) -> Parts:
+    """Build the objects of a run; nothing is fitted yet.
+
+    Raises:
+        ConfigError: For names or settings that do not exist or do not go together.
+        DataError: When ``train_data_dir`` holds no images.
+    """
+    backbone = create_backbone(config.model.name, autocast_dtype=autocast_dtype(config.model.dtype, world.device))
+    wrapped = backbone
+    if config.feature_cache.samples:
+        wrapped = CachedBackbone(wrapped, expand_path(config.feature_cache.folder))
+    if config.compile_model:
+        wrapped = UncompiledBackbone(wrapped)
+    torch.manual_seed(config.seed)
+    encoder = create_encoder(
+        wrapped,
+        config.upsampler.name,
+        config.upsampler.factor,
+        upsampler_options=config.upsampler.options,
+        normalizer=config.normalizer.name,
+        bias_buffer=config.bias_buffer,
+    ).to(world.device)
+    objective = create_objective(encoder, config.objective)
+    if config.linear_fit.samples:
+        check_linear_fit(encoder.upsampler, config.linear_fit.ridge)  # before the statistics, which take long
+    mixture = open_mixture(config.train_data_dir, config)
+    if config.feature_cache.samples:
+        check_repeatable(mixture)
+    views = dataclasses.asdict(config.views)
+    views = {key: tuple(value) if isinstance(value, list) else value for key, value in views.items()}
+    dataset = ViewDataset(mixture, objective.view_size(encoder), ViewConfig(**views), config.seed)
+    return Parts(backbone, encoder, objective, dataset)
+
+
+def fit_before_training(parts: Parts, config: RunConfig, world: World) -> list[tuple[str, str]]:
+    """Fit the normalizer and, with ``linear_fit``, the upsampler's linear weight, each process on its share.
+
+    Returns:
+        Names of skipped images, and reasons: those of the linear fit, whose images are those of the training.
+    """
+    encoder = parts.encoder
+    fit_normalizer(encoder.normalizer, parts.backbone, encoder.input_conditioner, config, world)
+    if not config.linear_fit.samples:
+        return []
+    from tqdm import tqdm
+
+    steps, batches = first_samples(parts.dataset, config.linear_fit.samples, config.batch_size, config, world)
+    disable = not (config.progress and world.is_main)
+    shown = tqdm(batches, total=steps, desc="linear fit", unit="batch", file=sys.stderr, disable=disable)
+    return fit_linear(encoder, shown, config.linear_fit.ridge, encoder.backbone.input_size, world)
+
+
+@contextlib.contextmanager
+def open_writer(config: RunConfig, folder: Path, world: World, step: int = 0) -> Iterator[VizWriter]:
+    """Save the configuration and open the writers of ``viz.type``, which are closed in any case; on rank 0 alone.
+
+    Only for runs that really start, or go on after ``step``: the files of an earlier one stay as they are until then.
+    """
+    if not world.is_main:
+        yield NullWriter()
+        return
+    remove_leftovers(folder)
+    write_file(folder / "config.yaml", to_yaml(config).encode())
+    logger.info("writing to %s: checkpoints, config.yaml%s", folder, "" if config.viz.type == "none" else ", logs")
+    viz = config.viz
+    writers = get_visualizer(viz.type, folder, entity=viz.entity, project=viz.project, mode=viz.mode, step=step)
+    with contextlib.closing(writers):
+        writers.config(public_form(config))
+        yield writers

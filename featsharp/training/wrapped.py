@@ -1,0 +1,54 @@
+"""Backbones around another one, which change how its features are computed and nothing else."""
+
+import torch
+from torch import Tensor
+
+from featsharp.backbones.base import Backbone, BackboneOutput
+
+
+class WrappedBackbone(Backbone):
+    """A backbone with the features, sizes, name and hash of another.
+
+    Args:
+        backbone: The one inside.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(
+            backbone.name,
+            patch_size=backbone.patch_size,
+            embed_dim=backbone.embed_dim,
+            input_size=backbone.input_size,
+            mean=backbone.mean,
+            std=backbone.std,
+            summary_dim=backbone.summary_dim,
+            flexible=backbone.flexible,
+        )
+        self.backbone = backbone
+        self.autocast_dtype = backbone.autocast_dtype
+        self.embeds_patches = backbone.embeds_patches
+        self.feature_options = backbone.feature_options
+        self.freeze()
+
+    def extract(self, images: Tensor) -> BackboneOutput:
+        return self.backbone.extract(images)
+
+    def fit_size(self, height: float, width: float) -> tuple[int, int]:
+        """See :meth:`Backbone.fit_size`."""
+        return self.backbone.fit_size(height, width)
+
+    def weights_hash(self) -> str:
+        """Return the hash of the backbone inside."""
+        return self.backbone.weights_hash()
+
+
+class UncompiledBackbone(WrappedBackbone):
+    """A backbone that ``torch.compile`` leaves out of its graphs: it is frozen, and compiling it would take minutes."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
+        self._run = torch.compiler.disable(backbone.forward)
+
+    def forward(self, images: Tensor) -> BackboneOutput:
+        """See :meth:`Backbone.forward`."""
+        return self._run(images)
