@@ -22,12 +22,13 @@ import torch.nn.functional as F
 
 from featsharp.bench.measure import processor
 from featsharp.builder import create_encoder, load_from_file
-from featsharp.cli.eval import own_downsampler
+from featsharp.cli.eval import load_downsampler
 from featsharp.configs.compose import compose
 from featsharp.data.images import is_image_name
 from featsharp.device import autocast_dtype
+from featsharp.evaluation.estimates import Estimate, bootstrap
 from featsharp.evaluation.fidelity import FidelityMeter
-from featsharp.evaluation.samples import Estimate, ImageSet, bootstrap
+from featsharp.evaluation.images import ImageSet
 from featsharp.evaluation.zoom import ZoomMeter
 from featsharp.memory import keep_freed_memory
 from featsharp.model import SharpEncoder
@@ -63,7 +64,7 @@ def main() -> None:
         if arguments.before:
             add_row(f"{upsampler}, untrained", untrained_encoder(checkpoint))
         encoder = load_from_file(checkpoint)
-        add_row(upsampler, encoder, own_downsampler(str(checkpoint), encoder))
+        add_row(upsampler, encoder, load_downsampler(str(checkpoint), encoder))
     write_report(arguments, rows, seconds, size, source)
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from featsharp.builder import create_encoder, load_from_file
 from featsharp.data.views import Views, base_view, cut_canvas, render_views, sample_homography
 from featsharp.device import autocast_dtype
+from featsharp.evaluation.features import encode_raw, predict_raw
 from featsharp.evaluation.fidelity import EVAL_VIEWS, default_eval_size
-from featsharp.evaluation.samples import ImageSet, encode_raw, predict_raw
+from featsharp.evaluation.images import ImageSet
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
 from featsharp.ops.warp import inside, warp

@@ -13,7 +13,7 @@ from featsharp.data.sources import first_images, parse_data_dir
 from featsharp.data.streams import ShardStream
 from featsharp.data.views import Views, base_view, cut_canvas
 from featsharp.evaluation.fidelity import EVAL_VIEWS, FidelityMeter, default_eval_size
-from featsharp.evaluation.samples import ImageSet
+from featsharp.evaluation.images import ImageSet
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
 from featsharp.training.objectives import Objective

@@ -12,7 +12,7 @@ from PIL import Image
 
 from featsharp.builder import create_encoder, load_from_file
 from featsharp.checkpoint import read_checkpoint
-from featsharp.cli.eval import own_downsampler
+from featsharp.cli.eval import load_downsampler
 from featsharp.cli.main import main as featsharp
 from featsharp.configs.compose import compose, options_of
 from featsharp.errors import ConfigError
@@ -143,7 +143,7 @@ def test_runs_train_validate_and_load(photos, upsampler, objective, model):
     out = encoder(torch.randn(1, 3, 64, 96))
     assert out.high_res.shape[2:] == tuple(int(n * encoder.factor) for n in out.low_res.shape[2:])
     assert out.high_res.isfinite().all()
-    own = own_downsampler("outputs/run/last.pth", encoder)
+    own = load_downsampler("outputs/run/last.pth", encoder)
     assert (own is not None) == (objective == "multi-view")
     assert featsharp(["eval", "fidelity", "--checkpoint", "outputs/run/last.pth", "--data", str(photos)]) == 0
 

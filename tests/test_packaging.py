@@ -83,7 +83,7 @@ def test_wheel_metadata(wheel):
     assert always == {"torch", "numpy", "pillow", "safetensors"}
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
-    extras = {"timm", "hf", "open-clip", "train", "viz", "wandb", "focus", "all", "test", "dev"}
+    extras = {"timm", "hf", "open-clip", "train", "viz", "wandb", "focus", "eval", "all", "test", "dev"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     assert "featsharp = featsharp.cli.main:main" in wheel.read(f"{folder}/entry_points.txt").decode()
     assert {f"{folder}/licenses/LICENSE", f"{folder}/licenses/NOTICE"} <= set(wheel.namelist())

@@ -7,7 +7,7 @@ import pytest
 import featsharp
 from featsharp.configs.compose import compose
 from featsharp.evaluation.fidelity import FidelityMeter
-from featsharp.evaluation.samples import ImageSet
+from featsharp.evaluation.images import ImageSet
 from featsharp.evaluation.zoom import ZoomMeter
 from featsharp.train import train
 

@@ -12,68 +12,104 @@ What cannot be measured (a damaged file, a label out of range) is skipped, repor
 import argparse
 import dataclasses
 import importlib
-import json
 import math
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import nn
-
-from featsharp.bench.measure import describe_machine
-from featsharp.builder import load_from_file
-from featsharp.checkpoint import read_checkpoint, restoring
-from featsharp.cli.arguments import add_backbone, parse_count, parse_size
-from featsharp.device import autocast_dtype, find_device
+from featsharp.cli.arguments import add_backbone, add_device, parse_count, parse_size
 from featsharp.errors import ConfigError
-from featsharp.evaluation.fidelity import FidelityTask
-from featsharp.evaluation.samples import Estimate
-from featsharp.evaluation.task import Journal, Subject, Task, evaluate, from_json
-from featsharp.evaluation.zoom import ZoomTask
-from featsharp.files import write_file
-from featsharp.memory import keep_freed_memory
-from featsharp.model import SharpEncoder
 from featsharp.names import split_label
 from featsharp.settings import setting_fields, settings_of
 
-# Task -> where it is defined. Only the chosen one is imported; the help of them all needs their titles.
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from featsharp.evaluation.runner import Subject
+    from featsharp.model import SharpEncoder
+
+
+class TaskEntry(NamedTuple):
+    """A line of :data:`TASKS`: the module and class of a task, and its line in the help."""
+
+    place: str
+    line: str
+
+    def load(self) -> Any:
+        """Import the class of the task."""
+        module, _, name = self.place.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+# The chosen task alone is imported. One with encoders is a featsharp.evaluation.runner.Task; others have `run`, which
+# returns the result, and `table`, which returns its lines.
 TASKS = {
-    "fidelity": "featsharp.evaluation.fidelity:FidelityTask",
-    "zoom": "featsharp.evaluation.zoom:ZoomTask",
-    "drift": "featsharp.evaluation.drift:DriftTask",
-    "correspondence": "featsharp.evaluation.correspondence.task:CorrespondenceTask",
-    "cka": "featsharp.evaluation.cka:CkaTask",
-    "reference": "featsharp.evaluation.reference:ReferenceTask",
-    "boundaries": "featsharp.evaluation.boundaries:BoundaryTask",
-    "small-objects": "featsharp.evaluation.objects:SmallObjectTask",
-    "segmentation": "featsharp.evaluation.segmentation.task:SegmentationTask",
-    "delta-m": "featsharp.evaluation.delta_m:DeltaMTask",
-    "throughput": "featsharp.bench.throughput:ThroughputTask",
-    "flops": "featsharp.bench.flops:FlopsTask",
-    "recommend": "featsharp.bench.recommend:RecommendTask",
+    "fidelity": TaskEntry(
+        "featsharp.evaluation.fidelity:FidelityTask", "does the sharp map agree with the features of other views?"
+    ),
+    "zoom": TaskEntry("featsharp.evaluation.zoom:ZoomTask", "do sharp features agree with those of a closer look?"),
+    "drift": TaskEntry(
+        "featsharp.evaluation.drift:DriftTask", "how far do features get when upsampling is applied to its own result?"
+    ),
+    "correspondence": TaskEntry(
+        "featsharp.evaluation.correspondence:CorrespondenceTask",
+        "does a keypoint find the same part of another object?",
+    ),
+    "cka": TaskEntry("featsharp.evaluation.cka:CkaTask", "are the features of an image alike at every size?"),
+    "reference": TaskEntry(
+        "featsharp.evaluation.reference:ReferenceTask",
+        "how near are the sharp features to a real run of the backbone on the large image?",
+    ),
+    "boundaries": TaskEntry(
+        "featsharp.evaluation.boundaries:BoundaryTask", "do the features change where people draw boundaries?"
+    ),
+    "small-objects": TaskEntry(
+        "featsharp.evaluation.small_objects:SmallObjectTask",
+        "can objects be named from the features inside their outline, small ones too?",
+    ),
+    "segmentation": TaskEntry(
+        "featsharp.evaluation.segmentation:SegmentationTask",
+        "how much do sharp features help a linear segmentation head?",
+    ),
+    "delta-m": TaskEntry(
+        "featsharp.evaluation.delta_m:DeltaMTask", "how much does a candidate change a table of unlike benchmarks?"
+    ),
+    "throughput": TaskEntry(
+        "featsharp.bench.throughput:ThroughputTask",
+        "time per image and per token by factor: larger images, tiles, upsamplers",
+    ),
+    "flops": TaskEntry(
+        "featsharp.bench.flops:FlopsTask", "floating-point operations of backbone and upsampler by factor"
+    ),
+    "recommend": TaskEntry(
+        "featsharp.bench.recommend:RecommendTask",
+        "which upsampler for this backbone, size and memory, as measured here",
+    ),
 }
 
-# What a task's setting calls the kinds of numbers that argparse has no name for.
-PARSERS: dict[Any, Any] = {"count": parse_count, "size": parse_size}
+# Types of settings that argparse has no name for.
+PARSERS: dict[Any, Callable[[str], Any]] = {"count": parse_count, "size": parse_size}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     chosen = next((word for word in parser.get_default("argv") if word in TASKS), None)
-    for name, place in TASKS.items():
-        if chosen not in (None, name):
-            tasks.add_parser(name)
+    for name, entry in TASKS.items():
+        sub = tasks.add_parser(name, help=entry.line)
+        if name != chosen:
             continue
-        kind = _find(place)
-        sub = tasks.add_parser(name, help=kind.title, description=kind.__doc__)
+        from featsharp.evaluation.runner import Task
+
+        kind = entry.load()
+        sub.description = kind.__doc__
         if issubclass(kind, Task):
             _add_encoders(sub)
         for field in setting_fields(kind):
             _add_setting(sub, field)
         sub.add_argument("--json", type=Path, metavar="F", help="write the result there, every item included")
-        sub.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+        add_device(sub)
         sub.add_argument(
             "--dtype",
             default="auto",
@@ -82,40 +118,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from featsharp.bench.measure import describe_machine
+    from featsharp.device import autocast_dtype, find_device
+    from featsharp.evaluation.runner import Task, evaluate_to_file, format_result, write_result
+    from featsharp.memory import keep_freed_memory
+
     keep_freed_memory()
-    if arguments.json is not None and arguments.json.is_dir():
-        raise ConfigError(f"--json {arguments.json} is a folder; name a file")
-    kind = _find(TASKS[arguments.task])
+    path: Path | None = arguments.json
+    if path is not None and path.is_dir():
+        raise ConfigError(f"--json {path} is a folder; name a file")
+    kind = TASKS[arguments.task].load()
     task = kind(**{f.name: getattr(arguments, f.name) for f in setting_fields(kind)})
     device = find_device(arguments.device)
     dtype = autocast_dtype(arguments.dtype, device)
-    path: Path | None = arguments.json
-    journal, failed = Journal(), False
-    content = {
-        "task": task.name,
+    about = {
         "command": _command(arguments.argv),
         "settings": _named(settings_of(task)),
         "machine": describe_machine(device),
     }
     if isinstance(task, Task):
         subjects = find_subjects(arguments, device, dtype)
-        journal = Journal(None if path is None else path.with_name(f"{path.name}.rows"))
-        content["encoders"] = evaluate(task, subjects, journal=journal, report=print_result)
-        failed = any("failed" in found for found in content["encoders"].values())
-    else:
-        extra = {}
-        if getattr(task, "needs_quality", False) and task.data is not None:
-            extra["quality"] = image_quality(task.data, task.limit)
-        content["result"] = task.run(device, dtype, progress=True, **extra)
-        print(*task.table(content["result"]), sep="\n")
+        report = lambda label, content: print(*format_result(label, content), sep="\n")  # noqa: E731
+        content = evaluate_to_file(task, subjects, path, about, report=report)
+        return int(any("failed" in encoder for encoder in content["encoders"].values()))
+    extra = {}
+    if getattr(task, "needs_quality", False) and task.data is not None:
+        extra["quality"] = image_quality(task.data, task.limit)
+    result = task.run(device, dtype, progress=True, **extra)
+    print(*task.table(result), sep="\n")
     if path is not None:
-        write_file(path, (json.dumps(content, indent=1) + "\n").encode())
-        journal.remove()
-    return int(failed)
+        write_result(path, {"task": task.name, **about, "result": result})
+    return 0
 
 
-def find_subjects(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> list[Subject]:
-    """The encoders that a command asks for, none of them loaded."""
+def find_subjects(
+    arguments: argparse.Namespace, device: "torch.device", dtype: "torch.dtype | None"
+) -> "list[Subject]":
+    """The encoders of a command, none of them loaded."""
     subjects: dict[str, Subject] = {}
     wanted = [(text, False) for text in arguments.checkpoint or []] + [(t, True) for t in arguments.upsampler or []]
     if not wanted:
@@ -129,61 +168,45 @@ def find_subjects(arguments: argparse.Namespace, device: torch.device, dtype: to
     return list(subjects.values())
 
 
-def image_quality(images: Path, limit: int) -> Callable[[SharpEncoder], dict[str, float]]:
-    """What recommends an encoder: its zoom cosine and fidelity on the first images of a folder."""
+def image_quality(images: Path, limit: int) -> "Callable[[SharpEncoder], dict[str, float]]":
+    """Measure of an encoder for a recommendation: zoom cosine and fidelity on the first images of a folder."""
+    from featsharp.evaluation.fidelity import FidelityTask
+    from featsharp.evaluation.runner import Subject, Task, evaluate
+    from featsharp.evaluation.zoom import ZoomTask
 
-    def measure(encoder: SharpEncoder) -> dict[str, float]:
-        subject = Subject("encoder", lambda: encoder)
-        zoom = evaluate(ZoomTask(data=images, limit=limit), [subject], progress=False)["encoder"]["result"]
-        fidelity = evaluate(FidelityTask(data=images, limit=limit), [subject], progress=False)["encoder"]["result"]
-        found = {"zoom_cosine": zoom["zoom_cosine"], "fidelity": fidelity["fidelity_area"]}
-        return {name: estimate["value"] for name, estimate in found.items()}
+    def measure(encoder: "SharpEncoder") -> dict[str, float]:
+        def value(task: Task, name: str) -> float:
+            results = evaluate(task, [Subject("encoder", lambda: encoder)], progress=False)
+            return float(results["encoder"]["result"][name]["value"])
+
+        return {
+            "zoom_cosine": value(ZoomTask(data=images, limit=limit), "zoom_cosine"),
+            "fidelity": value(FidelityTask(data=images, limit=limit), "fidelity_area"),
+        }
 
     return measure
 
 
-def print_result(label: str, content: dict[str, Any]) -> None:
-    """The numbers of one encoder, a line each."""
-    if "failed" in content:
-        print(f"{label}  failed: {content['failed']}")
-        return
-    print(f"{label}  ({len(content['items'])} measured, {len(content['skipped'])} skipped)")
-    for name, value in content["result"].items():
-        value = from_json(value)
-        if isinstance(value, Estimate):
-            print(f"  {name:22} {value.value:9.4f}   [{value.low:.4f}, {value.high:.4f}]")
-        elif isinstance(value, int | float):
-            print(f"  {name:22} {value:9.4f}")
+def load_downsampler(checkpoint: str, encoder: "SharpEncoder") -> "nn.Module | None":
+    """Load the downsampler that a checkpoint was trained with, in eval mode; None where there is none."""
+    from featsharp.checkpoint import read_checkpoint, restoring
+    from featsharp.training.downsamplers import create_downsampler
 
-
-def own_downsampler(checkpoint: str, encoder: SharpEncoder) -> nn.Module | None:
-    """The downsampler that a checkpoint was trained with, in eval mode; None where there is none."""
     if not Path(checkpoint).is_file():
         return None
     content = read_checkpoint(checkpoint)
     if content["training"] is None or content["config"] is None:
         return None
     with restoring(checkpoint):
-        return _own_downsampler(content, encoder)
-
-
-def _own_downsampler(content: dict[str, Any], encoder: SharpEncoder) -> nn.Module | None:
-    from featsharp.training.downsamplers import create_downsampler
-
-    settings = content["config"]["objective"]
-    if "downsampler" not in settings:
-        return None
-    gain = math.ceil(encoder.factor)
-    downsampler = create_downsampler(settings["downsampler"], encoder.embed_dim, gain, settings["kernel_size"])
-    prefix = "downsampler."
-    state = content["training"]["objective"]
-    downsampler.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    return downsampler.to(encoder.device).eval()
-
-
-def _find(place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
+        settings = content["config"]["objective"]
+        if "downsampler" not in settings:
+            return None
+        factor = math.ceil(encoder.factor)
+        downsampler = create_downsampler(settings["downsampler"], encoder.embed_dim, factor, settings["kernel_size"])
+        prefix = "downsampler."
+        state = content["training"]["objective"]
+        downsampler.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        return downsampler.to(encoder.device).eval()
 
 
 def _add_encoders(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +218,7 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]") -> None:
-    """The flag of a task's setting."""
+    """Add the flag of a task's setting."""
     options = {k: v for k, v in field.metadata.items() if k != "help"}
     text = field.metadata["help"]
     default = list(field.default) if isinstance(field.default, tuple) else field.default
@@ -212,17 +235,24 @@ def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]
 
 
 def _subject(
-    label: str, name: str, arguments: argparse.Namespace, free: bool, device: torch.device, dtype: torch.dtype | None
-) -> Subject:
+    label: str,
+    name: str,
+    arguments: argparse.Namespace,
+    free: bool,
+    device: "torch.device",
+    dtype: "torch.dtype | None",
+) -> "Subject":
+    from featsharp.builder import load_from_file
+    from featsharp.evaluation.runner import Subject
+
     backbone = arguments.backbone or ("vits14-focus" if free else None)
 
-    def load() -> SharpEncoder:
+    def load() -> "SharpEncoder":
         encoder = load_from_file(name, featurizer=backbone, allow_functions=arguments.allow_functions).to(device)
         encoder.backbone.autocast_dtype = dtype
         return encoder.eval()
 
-    own: Callable[[SharpEncoder], nn.Module | None] = lambda encoder: own_downsampler(name, encoder)  # noqa: E731
-    return Subject(label, load, load_downsampler=own)
+    return Subject(label, load, load_downsampler=lambda encoder: load_downsampler(name, encoder))
 
 
 def _command(given: Sequence[str]) -> str:

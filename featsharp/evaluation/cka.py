@@ -1,4 +1,4 @@
-"""Linear CKA across scales: does an encoder say the same about an image whatever its size?
+"""Linear CKA across scales: are the features of an image alike at every size?
 
 The heat maps of LiFT (arXiv 2403.14625): for two sizes a and b of an image, the encoder's features x and y [n, C] are
 brought to a common grid (that of the smaller size, antialiased), matched by position and centred, and compared by
@@ -21,12 +21,11 @@ import numpy as np
 from PIL.Image import Image
 from torch import Tensor
 
-from featsharp.data.views import canvas_margin, cut_canvas
 from featsharp.errors import ConfigError, InputError
-from featsharp.evaluation.image_task import ImageTask
-from featsharp.evaluation.samples import Estimate, bootstrap, predict_raw
-from featsharp.evaluation.sizes import shown_size
-from featsharp.evaluation.task import Row, Subject, Summary
+from featsharp.evaluation.estimates import Estimate, estimate_mean
+from featsharp.evaluation.features import predict_raw, shown_size, whitened_crop
+from featsharp.evaluation.images import ImageTask
+from featsharp.evaluation.runner import Row, Subject, Summary
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
 from featsharp.settings import setting
@@ -38,7 +37,7 @@ MIN_TOKENS = 4
 
 
 def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> float:
-    """Linear CKA of two sets of features for the same n things.
+    """Compute the linear CKA of two sets of features for the same n things.
 
     Args:
         x, y: [n, C] and [n, D], n at least 4; centred here.
@@ -74,32 +73,31 @@ class CkaTask(ImageTask):
     """Linear CKA between all pairs of sizes: a matrix, and per size the mean over the other sizes."""
 
     name: ClassVar[str] = "cka"
-    title: ClassVar[str] = "does the encoder say the same about an image whatever its size?"
 
     sizes: Sequence[int] = setting(
         SIZES, "sides of the low-resolution passes, rounded to whole patches", type="count", nargs="+", metavar="N"
     )
 
-    def begin(self, encoder: SharpEncoder, subject: Subject) -> list[int]:
+    def prepare(self, encoder: SharpEncoder, subject: Subject) -> list[int]:
         return fitting_sizes(encoder, self.sizes)
 
-    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, state: list[int]) -> Row:
-        maps = maps_by_size(encoder, image, state)
+    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, head: list[int]) -> Row:
+        maps = maps_by_size(encoder, image, head)
         pairs = list(combinations(maps, 2))
         return {
             "cka": [cka_of_maps(x, y) for x, y in pairs],
             "cka_debiased": [cka_of_maps(x, y, debiased=True) for x, y in pairs],
         }
 
-    def summarize(self, rows: Sequence[Row], state: list[int]) -> Summary:
-        plain = pool_cka([row["cka"] for row in rows], state)
-        debiased = pool_cka([row["cka_debiased"] for row in rows], state)
+    def score(self, rows: Sequence[Row], head: list[int]) -> Summary:
+        plain = pool_cka([row["cka"] for row in rows], head)
+        debiased = pool_cka([row["cka_debiased"] for row in rows], head)
         by_size = {f"cka_{size}": estimate for size, estimate in plain["scale_summary"].items()}
-        return {"sizes": state, **plain, **by_size, **{f"{name}_debiased": value for name, value in debiased.items()}}
+        return {"sizes": head, **plain, **by_size, **{f"{name}_debiased": value for name, value in debiased.items()}}
 
 
 def fitting_sizes(encoder: SharpEncoder, sizes: Sequence[int]) -> list[int]:
-    """Sides in pixels, rounded to what the backbone takes, in ascending order.
+    """Round sides in pixels to those that the backbone takes, in ascending order.
 
     Raises:
         ConfigError: For a backbone of one size, fewer than two different sizes, or one with too few tokens.
@@ -107,36 +105,33 @@ def fitting_sizes(encoder: SharpEncoder, sizes: Sequence[int]) -> list[int]:
     backbone = encoder.backbone
     if not backbone.flexible:
         raise ConfigError(f"backbone {backbone.name!r} takes one size only, so there are no scales to compare")
-    found = sorted(
+    fitting = sorted(
         {backbone.fit_size(max(size, backbone.patch_size), max(size, backbone.patch_size))[0] for size in sizes}
     )
-    if len(found) < 2:
+    if len(fitting) < 2:
         raise ConfigError(
-            f"two different sizes are needed; {list(sizes)} become {found} for patches of {backbone.patch_size}"
+            f"two different sizes are needed; {list(sizes)} become {fitting} for patches of {backbone.patch_size}"
         )
-    if math.prod(backbone.grid_size((found[0], found[0]))) < MIN_TOKENS:
+    if math.prod(backbone.grid_size((fitting[0], fitting[0]))) < MIN_TOKENS:
         raise ConfigError(
-            f"{found[0]} pixels are fewer than {MIN_TOKENS} tokens of {backbone.patch_size} pixels; take sizes from "
+            f"{fitting[0]} pixels are fewer than {MIN_TOKENS} tokens of {backbone.patch_size} pixels; take sizes from "
             f"{2 * backbone.patch_size}"
         )
-    return found
+    return fitting
 
 
 def maps_by_size(encoder: SharpEncoder, image: Image, sizes: Sequence[int]) -> list[Tensor]:
-    """The features [1, C, h, w] of one RGB picture, its largest square, for low-resolution passes of these sides.
+    """Compute features [1, C, h, w] of the largest square of an RGB picture, for low-resolution passes of these sides.
 
     An encoder that sharpens is shown the picture larger by its factor, at least by 2, as in the other tasks.
     """
     shown = {size: shown_size(encoder, (size, size)) for size in sizes}
-    largest = shown[max(sizes)]
-    (top, left), (canvas, _) = canvas_margin(largest), cut_canvas(image, largest)
-    square = canvas[None, :, top : top + largest[0], left : left + largest[1]].to(encoder.device)
-    whitened = encoder.input_conditioner(square)
+    whitened = whitened_crop(encoder, image, shown[max(sizes)])
     return [predict_raw(encoder, resize(whitened, shown[size]), (size, size), positional=False) for size in sizes]
 
 
 def pool_cka(rows: Sequence[Sequence[float]], sizes: Sequence[int]) -> dict[str, Any]:
-    """Means over images.
+    """Compute means over images.
 
     Args:
         rows: Per image one number for each pair of sizes, in the order of ``itertools.combinations``.
@@ -167,7 +162,7 @@ def pool_cka(rows: Sequence[Sequence[float]], sizes: Sequence[int]) -> dict[str,
 
 
 def _mean_of(rows: Sequence[Sequence[float]], columns: Sequence[int]) -> Estimate:
-    return bootstrap([[row[column] for column in columns] for row in rows], lambda r: float(r.mean()))
+    return estimate_mean([[row[column] for column in columns] for row in rows])
 
 
 def _hsic(x: Tensor, y: Tensor) -> float:

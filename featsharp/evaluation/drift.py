@@ -17,16 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from featsharp.data.views import canvas_margin, cut_canvas
 from featsharp.errors import ConfigError
-from featsharp.evaluation.image_task import ImageTask
-from featsharp.evaluation.samples import Estimate, bootstrap
-from featsharp.evaluation.task import Row, Subject, Summary
+from featsharp.evaluation.estimates import estimate_mean
+from featsharp.evaluation.features import whitened_crop
+from featsharp.evaluation.images import ImageTask
+from featsharp.evaluation.runner import Row, Subject, Summary
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
 from featsharp.settings import setting
@@ -38,90 +37,52 @@ MAX_NUMBERS = 2**30
 QUANTITIES = ("cosine", "norm", "mean", "std")
 
 
-class DriftMeter:
-    """Collects the drift of one encoder, image by image.
+@dataclass
+class DriftTask(ImageTask):
+    """Drift under repeated application of a guided upsampler of a whole factor f, at least 2.
 
-    Args:
-        encoder: In eval mode, with a guided upsampler of a whole factor f of at least 2.
-        iterations: How often the upsampler is applied; the last map is f^iterations times the native grid.
+    Of each picture the largest crop in the shape of the backbone's native size is taken; the last map is f^iterations
+    times the native grid.
     """
 
-    def __init__(self, encoder: SharpEncoder, *, iterations: int = 3) -> None:
+    name: ClassVar[str] = "drift"
+
+    iterations: int = setting(3, "applications", type="count", metavar="N")
+
+    def prepare(self, encoder: SharpEncoder, subject: Subject) -> GuidedUpsampler:
+        """Check that the encoder has a drift, and that its maps fit."""
         upsampler = encoder.upsampler
         name, factor = type(upsampler).__name__, upsampler.factor
         if not isinstance(upsampler, GuidedUpsampler):
             raise ConfigError(f"drift is of upsamplers that take their own result again; {name} encodes the image")
         if factor != int(factor) or factor < 2:
             raise ConfigError(f"drift is measured with a whole factor of at least 2; got {name} of factor {factor}")
-        if iterations < 1:
-            raise ConfigError(f"iterations must be at least 1; got {iterations}")
-        native = encoder.backbone.grid_size(encoder.backbone.input_size)
-        largest = encoder.embed_dim * native[0] * native[1] * factor ** (2 * iterations)
+        if self.iterations < 1:
+            raise ConfigError(f"iterations must be at least 1; got {self.iterations}")
+        height, width = encoder.backbone.grid_size(encoder.backbone.input_size)
+        largest = encoder.embed_dim * height * width * factor ** (2 * self.iterations)
         if largest > MAX_NUMBERS:
             raise ConfigError(
-                f"{iterations} iterations of a {factor}x upsampler make a map of {largest:.1e} numbers; take fewer"
+                f"{self.iterations} iterations of a {factor}x upsampler make a map of {largest:.1e} numbers; take fewer"
             )
-        self.encoder, self.upsampler, self.iterations = encoder, upsampler, iterations
-        # Per image: the quantities of every number of applications.
-        self._rows: list[list[float]] = []
+        return upsampler
 
-    def add(self, image: Image) -> None:
-        """Measure one RGB picture."""
-        self._rows.append(self.measure(image))
-
-    @torch.inference_mode()
-    def measure(self, image: Image) -> list[float]:
-        """The quantities of one RGB picture: of its largest crop in the shape of the backbone's native size."""
-        encoder = self.encoder
-        native = encoder.backbone.input_size
-        size = native[0] * int(self.upsampler.factor), native[1] * int(self.upsampler.factor)
-        (top, left), (canvas, _) = canvas_margin(size), cut_canvas(image, size)
-        view = canvas[None, :, top : top + size[0], left : left + size[1]].to(encoder.device)
-        guide = encoder.input_conditioner(view)
-        first = encoder.encode(resize(guide, native)).features
-        features, row = first, [*drift(first, first)]
+    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, head: GuidedUpsampler) -> Row:
+        height, width = encoder.backbone.input_size
+        guide = whitened_crop(encoder, image, (height * int(head.factor), width * int(head.factor)))
+        features = low_res = encoder.encode(resize(guide, (height, width))).features
+        quantities = [*compute_drift(low_res, features)]
         for _ in range(self.iterations):
-            features = self.upsampler.upsample(features, guide)
-            row += drift(first, features)
-        return row
+            features = head.upsample(features, guide)
+            quantities += compute_drift(low_res, features)
+        return {"quantities": quantities}
 
-    def result(self) -> dict[str, Estimate]:
-        """See :func:`pool_drift`."""
-        return pool_drift(self._rows)
-
-
-def pool_drift(rows: Sequence[Sequence[float]]) -> dict[str, Estimate]:
-    """Means over images: "cosine_0", "norm_0", "mean_0", "std_0", "cosine_1", ..."""
-    if not rows:
-        raise ConfigError("no image was measured; add at least one")
-    found = {}
-    for column in range(len(rows[0])):
-        applied, quantity = divmod(column, len(QUANTITIES))
-        values = [(row[column],) for row in rows]
-        found[f"{QUANTITIES[quantity]}_{applied}"] = bootstrap(values, lambda r: float(r.mean()))
-    return found
+    def score(self, rows: Sequence[Row], head: Any) -> Summary:
+        names = [f"{quantity}_{applied}" for applied in range(self.iterations + 1) for quantity in QUANTITIES]
+        return {name: estimate_mean([row["quantities"][i] for row in rows]) for i, name in enumerate(names)}
 
 
-@dataclass
-class DriftTask(ImageTask):
-    """Drift under repeated application."""
-
-    name: ClassVar[str] = "drift"
-    title: ClassVar[str] = "how far do features get when the upsampler is applied to its own result?"
-
-    iterations: int = setting(3, "applications", type="count", metavar="N")
-
-    def begin(self, encoder: SharpEncoder, subject: Subject) -> DriftMeter:
-        return DriftMeter(encoder, iterations=self.iterations)
-
-    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, state: Any) -> Row:
-        return {"quantities": state.measure(image)}
-
-    def summarize(self, rows: Sequence[Row], state: Any) -> Summary:
-        return dict(pool_drift([row["quantities"] for row in rows]))
-
-
-def drift(low_res: Tensor, high_res: Tensor) -> tuple[float, float, float, float]:
+def compute_drift(low_res: Tensor, high_res: Tensor) -> tuple[float, float, float, float]:
     """Cosine, norm, mean and std of a map [1, C, H, W] against [1, C, h, w], H and W whole multiples of h and w."""
     low_res, high_res = low_res.float(), high_res.float()
     pooled = F.adaptive_avg_pool2d(high_res, size_of(low_res))

@@ -1,4 +1,4 @@
-"""Multi-view fidelity: does the sharp map agree with what the backbone says about other views of the same scene?
+"""Multi-view fidelity: does the sharp map agree with the backbone's features of other views of the same scene?
 
     fidelity = sum(mask * variance) / sum(mask * squared error)      (FeatSharp, arXiv 2502.16025; higher is better)
 
@@ -12,7 +12,7 @@ space.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from featsharp.data.views import ViewConfig, Views, base_view, cut_canvas, render_views, sample_homography
 from featsharp.errors import ConfigError
-from featsharp.evaluation.image_task import ImageTask
-from featsharp.evaluation.samples import Estimate, bootstrap, encode_raw, predict_raw
-from featsharp.evaluation.sizes import shown_size
-from featsharp.evaluation.task import Row, Subject, Summary
+from featsharp.evaluation.estimates import Estimate, bootstrap, estimate_ratio
+from featsharp.evaluation.features import encode_raw, predict_raw, shown_size
+from featsharp.evaluation.images import ImageTask
+from featsharp.evaluation.runner import Row, Subject, Summary
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
 from featsharp.ops.warp import inside, warp
@@ -38,7 +38,7 @@ EVAL_VIEWS = ViewConfig(
 
 
 def default_eval_size(encoder: SharpEncoder) -> tuple[int, int]:
-    """(h, w) of the evaluation images: the native size times the factor, rounded up, or twice the native size."""
+    """Return (h, w) of the evaluation images: the native size times the factor, rounded up, at least 2."""
     return shown_size(encoder, encoder.backbone.input_size)
 
 
@@ -77,7 +77,7 @@ class FidelityMeter:
 
     @torch.inference_mode()
     def measure(self, image: Image, number: int) -> Row:
-        """What one RGB picture adds: its own scores, and the sums that pooling needs.
+        """Compute the row of one RGB picture: its scores, and the sums that pooling needs.
 
         ``number`` decides its views.
         """
@@ -93,8 +93,8 @@ class FidelityMeter:
         grid = (targets.shape[-2], targets.shape[-1])
         high_res = predict_raw(encoder, encoder.input_conditioner(base_view(views)[0]), native)
         to_base = views.homographies[0]
-        gain = math.ceil(encoder.factor)  # whole, so that cells can be pooled
-        large = (gain * grid[0], gain * grid[1])
+        factor = math.ceil(encoder.factor)  # whole, so that cells can be pooled
+        large = (factor * grid[0], factor * grid[1])
         warped = warp(high_res.expand(len(to_base), -1, -1, -1), to_base, large)
         valid = _erode((resize(masks, grid) > 0.99).float() * inside(to_base, grid))
         row: Row = {
@@ -122,7 +122,7 @@ class FidelityMeter:
 
 
 def pool_fidelity(rows: Sequence[Row], *, resamples: int = 1000) -> dict[str, Estimate]:
-    """Fidelity by downsampler ("area", ...) and "cosine", the mean cosine similarity under area pooling.
+    """Compute fidelity by downsampler ("area", ...) and "cosine", the mean cosine similarity under area pooling.
 
     Args:
         rows: Of :meth:`FidelityMeter.measure`, at least one.
@@ -135,15 +135,15 @@ def pool_fidelity(rows: Sequence[Row], *, resamples: int = 1000) -> dict[str, Es
     mean_square = np.square(sums / (count / len(sums))).sum()
     # One variance for all resamples: it is a property of the space, not of the encoder.
     variance = sum(row["_square"] for row in rows) / count - mean_square / len(sums)
-    found = {}
+    scores = {}
     for name in [key.removeprefix("_error_") for key in rows[0] if key.startswith("_error_")]:
         errors = [(row["_count"], row[f"_error_{name}"]) for row in rows]
-        found[name] = bootstrap(
+        scores[name] = bootstrap(
             errors, lambda r: float(variance * r[:, 0].sum() / max(r[:, 1].sum(), 1e-12)), resamples=resamples
         )
-    cosines = [(row["_cosine"], row["_tokens"]) for row in rows]
-    found["cosine"] = bootstrap(cosines, lambda r: float(r[:, 0].sum() / r[:, 1].sum()), resamples=resamples)
-    return found
+    cosines, tokens = ([row[name] for row in rows] for name in ("_cosine", "_tokens"))
+    scores["cosine"] = estimate_ratio(cosines, tokens, resamples=resamples)
+    return scores
 
 
 @dataclass
@@ -151,21 +151,20 @@ class FidelityTask(ImageTask):
     """Multi-view fidelity with area pooling and with the run's own downsampler, where there is one."""
 
     name: ClassVar[str] = "fidelity"
-    title: ClassVar[str] = "does the sharp map agree with what the backbone says about other views?"
 
     views: int = setting(EVAL_VIEWS.num_views, "views per image", type="count", metavar="N")
 
-    def begin(self, encoder: SharpEncoder, subject: Subject) -> FidelityMeter:
+    def prepare(self, encoder: SharpEncoder, subject: Subject) -> FidelityMeter:
         own = subject.load_downsampler(encoder)
         views = replace(EVAL_VIEWS, num_views=self.views)
         return FidelityMeter(encoder, downsamplers={} if own is None else {"own": own}, views=views, seed=self.seed)
 
-    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, state: Any) -> Row:
-        return state.measure(image, number)
+    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, head: FidelityMeter) -> Row:
+        return head.measure(image, number)
 
-    def summarize(self, rows: Sequence[Row], state: Any) -> Summary:
-        found = pool_fidelity(rows)
-        return {name if name == "cosine" else f"fidelity_{name}": value for name, value in found.items()}
+    def score(self, rows: Sequence[Row], head: FidelityMeter) -> Summary:
+        scores = pool_fidelity(rows)
+        return {name if name == "cosine" else f"fidelity_{name}": value for name, value in scores.items()}
 
 
 def _erode(mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ less. With x the sharp features [h, w] of an image of (f h p, f w p) pixels, p t
     cka        linear CKA of the cells of an image (see ``cka``), blind to rotation and scale of the space
 
 The real run is no ground truth: backbones that were trained at one size say other things at another (position
-embeddings, objects that became too large), and what a closer look says is the subject of ``zoom`` and ``fidelity``.
+embeddings, objects that became too large); the features of a closer look are what ``zoom`` and ``fidelity`` compare.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from featsharp.data.views import canvas_margin, cut_canvas
 from featsharp.errors import ConfigError
 from featsharp.evaluation.cka import linear_cka
-from featsharp.evaluation.image_task import ImageTask
-from featsharp.evaluation.samples import bootstrap, encode_raw, predict_raw
-from featsharp.evaluation.task import Row, Subject, Summary
+from featsharp.evaluation.estimates import estimate_mean, estimate_ratio
+from featsharp.evaluation.features import encode_raw, predict_raw, whitened_crop
+from featsharp.evaluation.images import ImageTask
+from featsharp.evaluation.runner import Row, Subject, Summary
 from featsharp.model import SharpEncoder
 
 
@@ -35,28 +35,23 @@ class ReferenceTask(ImageTask):
     """Cosine, squared error and linear CKA against a real run of the backbone at the high resolution."""
 
     name: ClassVar[str] = "reference"
-    title: ClassVar[str] = "how near are the sharp features to a real run of the backbone on the large image?"
 
-    def begin(self, encoder: SharpEncoder, subject: Subject) -> None:
+    def prepare(self, encoder: SharpEncoder, subject: Subject) -> None:
         if not encoder.backbone.flexible:
             raise ConfigError(
                 f"backbone {encoder.backbone.name!r} takes {encoder.backbone.input_size} only, so there is no real run "
                 "at a high resolution to compare with; the tasks fidelity and zoom need none"
             )
 
-    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, state: Any) -> Row:
-        size = reference_size(encoder)
-        (top, left), (canvas, _) = canvas_margin(size), cut_canvas(image, size)
-        view = canvas[None, :, top : top + size[0], left : left + size[1]].to(encoder.device)
-        whitened = encoder.input_conditioner(view)
+    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, head: Any) -> Row:
+        whitened = whitened_crop(encoder, image, reference_size(encoder))
         return compare(predict_raw(encoder, whitened, encoder.backbone.input_size)[0], encode_raw(encoder, whitened)[0])
 
-    def summarize(self, rows: Sequence[Row], state: Any) -> Summary:
-        numbers = [(row["cosine"], row["cka"], row["_square"], row["_variance"]) for row in rows]
+    def score(self, rows: Sequence[Row], head: Any) -> Summary:
         return {
-            "cosine": bootstrap(numbers, lambda r: float(r[:, 0].mean())),
-            "error": bootstrap(numbers, lambda r: float(r[:, 2].sum() / r[:, 3].sum())),
-            "cka": bootstrap(numbers, lambda r: float(r[:, 1].mean())),
+            "cosine": estimate_mean([row["cosine"] for row in rows]),
+            "error": estimate_ratio([row["_square"] for row in rows], [row["_variance"] for row in rows]),
+            "cka": estimate_mean([row["cka"] for row in rows]),
         }
 
 
@@ -69,7 +64,7 @@ def reference_size(encoder: SharpEncoder) -> tuple[int, int]:
 
 
 def compare(sharp: Tensor, real: Tensor) -> Row:
-    """The row of one image, for two maps [C, h, w] float32: "cosine", "error", "cka", and sums that pooling needs."""
+    """Compare two maps [C, h, w] float32 of one image: "cosine", "error", "cka", and sums that pooling needs."""
     square = (sharp - real).square().sum().item()
     variance = (real - real.mean((1, 2), keepdim=True)).square().sum().item()
     return {

@@ -1,4 +1,4 @@
-"""Zoom cosine: are the sharp features what the backbone would have said had it looked closer?
+"""Zoom cosine: do the sharp features agree with the backbone's features of a closer look?
 
 For random half-size crops of an image: the cosine similarity, in the backbone's own space, between the sharp features
 inside the crop and the backbone's features of the crop at its native size.
@@ -6,7 +6,7 @@ inside the crop and the backbone's features of the crop at its native size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from featsharp.data.views import canvas_margin, cut_canvas
-from featsharp.evaluation.image_task import ImageTask
-from featsharp.evaluation.samples import Estimate, bootstrap, encode_raw, predict_raw
-from featsharp.evaluation.task import Row, Subject, Summary
+from featsharp.evaluation.estimates import Estimate, estimate_mean
+from featsharp.evaluation.features import encode_raw, predict_raw, whitened_crop
+from featsharp.evaluation.images import ImageTask
+from featsharp.evaluation.runner import Row, Subject, Summary
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
 from featsharp.settings import setting
@@ -34,21 +34,18 @@ class ZoomMeter:
 
     def __init__(self, encoder: SharpEncoder, *, crops: int = 4, seed: int = 0) -> None:
         self.encoder, self.crops, self.seed = encoder, crops, seed
-        self._rows: list[tuple[float]] = []
+        self._cosines: list[float] = []
 
     def add(self, image: Image) -> None:
         """Measure one RGB picture."""
-        self._rows.append((self.measure(image, len(self._rows)),))
+        self._cosines.append(self.measure(image, len(self._cosines)))
 
     @torch.inference_mode()
     def measure(self, image: Image, number: int) -> float:
-        """The zoom cosine of one RGB picture; ``number`` decides its crops."""
+        """Compute the zoom cosine of one RGB picture; ``number`` decides its crops."""
         encoder, backbone = self.encoder, self.encoder.backbone
         native, patch = backbone.input_size, backbone.patch_size
-        size = (2 * native[0], 2 * native[1])
-        my, mx = canvas_margin(size)
-        canvas, _ = cut_canvas(image, size)
-        whitened = encoder.input_conditioner(canvas[None, :, my : my + size[0], mx : mx + size[1]].to(encoder.device))
+        whitened = whitened_crop(encoder, image, (2 * native[0], 2 * native[1]))
         grid = backbone.grid_size(native)
         features = predict_raw(encoder, whitened, native)
         features = _to_cells(features, (2 * grid[0], 2 * grid[1]))  # one per token of the doubled image
@@ -63,7 +60,7 @@ class ZoomMeter:
 
     def result(self) -> Estimate:
         """Mean over images."""
-        return bootstrap(self._rows, lambda rows: float(rows[:, 0].mean()))
+        return estimate_mean(self._cosines)
 
 
 def _to_cells(features: Tensor, cells: tuple[int, int]) -> Tensor:
@@ -81,15 +78,14 @@ class ZoomTask(ImageTask):
     """Zoom cosine."""
 
     name: ClassVar[str] = "zoom"
-    title: ClassVar[str] = "are the sharp features what the backbone says when it looks closer?"
 
     crops: int = setting(4, "crops per image", type="count", metavar="N")
 
-    def begin(self, encoder: SharpEncoder, subject: Subject) -> ZoomMeter:
+    def prepare(self, encoder: SharpEncoder, subject: Subject) -> ZoomMeter:
         return ZoomMeter(encoder, crops=self.crops, seed=self.seed)
 
-    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, state: Any) -> Row:
-        return {"zoom_cosine": state.measure(image, number)}
+    def measure_image(self, encoder: SharpEncoder, image: Image, number: int, head: ZoomMeter) -> Row:
+        return {"zoom_cosine": head.measure(image, number)}
 
-    def summarize(self, rows: Sequence[Row], state: Any) -> Summary:
-        return {"zoom_cosine": bootstrap([(row["zoom_cosine"],) for row in rows], lambda r: float(r.mean()))}
+    def score(self, rows: Sequence[Row], head: ZoomMeter) -> Summary:
+        return {"zoom_cosine": estimate_mean([row["zoom_cosine"] for row in rows])}

@@ -19,11 +19,17 @@ from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
 from featsharp.cli.main import main
 from featsharp.errors import ConfigError, DataError, InputError
-from featsharp.evaluation.boundaries import BoundaryTask
-from featsharp.evaluation.boundaries.data import find_pictures, read_boundaries
-from featsharp.evaluation.boundaries.edges import neighbour_distances, thin_edges
-from featsharp.evaluation.boundaries.matching import Matcher, best_row, f_measure, precision_recall
-from featsharp.evaluation.task import Subject, evaluate
+from featsharp.evaluation.boundaries import (
+    BoundaryTask,
+    Matcher,
+    best_row,
+    f_measure,
+    neighbour_distances,
+    precision_recall,
+    thin_edges,
+)
+from featsharp.evaluation.layouts.boundaries import find_pictures, read_boundaries
+from featsharp.evaluation.runner import Subject, evaluate
 from featsharp.upsamplers.base import GuidedUpsampler
 
 BSDS = Path(__file__).resolve().parents[3] / "shared" / "data" / "bsds" / "train"
@@ -281,7 +287,7 @@ def test_ods_has_one_threshold_for_all_and_ois_one_for_each():
         {"_counts": [[5, 10, 10, 10], [5, 5, 5, 10]]},  # best at the first: F 2/3 both
         {"_counts": [[10, 40, 10, 10], [10, 10, 10, 10]]},  # best at the second: F 1
     ]
-    found = task.summarize(rows, None)
+    found = task.score(rows, None)
     first, second = 2 * 0.3 * 1 / 1.3, 2 * 1 * 0.75 / 1.75
     assert first < second
     assert found["ods_f"].value == pytest.approx(second)

@@ -14,7 +14,7 @@ from featsharp.builder import create_encoder
 from featsharp.cli.main import main
 from featsharp.errors import ConfigError, InputError
 from featsharp.evaluation.cka import CkaTask, cka_of_maps, fitting_sizes, linear_cka, maps_by_size, pool_cka
-from featsharp.evaluation.task import Subject, evaluate
+from featsharp.evaluation.runner import Subject, evaluate
 
 
 class Colours(Backbone):

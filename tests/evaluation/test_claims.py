@@ -23,8 +23,7 @@ from featsharp.data.images import image_to_tensor
 from featsharp.data.loader import ViewDataset
 from featsharp.data.sources import ImageMixture
 from featsharp.data.views import ViewConfig
-from featsharp.evaluation.boundaries.edges import thin_edges
-from featsharp.evaluation.boundaries.matching import Matcher, f_measure
+from featsharp.evaluation.boundaries import Matcher, f_measure, thin_edges
 from featsharp.evaluation.fidelity import FidelityMeter
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics

@@ -6,7 +6,6 @@ counts.
 
 import json
 import re
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +13,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.io import savemat
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
 from featsharp.cli.main import main
 from featsharp.errors import ConfigError, DataError
-from featsharp.evaluation.correspondence.matching import (
-    EncodedImages,
+from featsharp.evaluation.correspondence import (
+    CorrespondenceTask,
+    NearestPixel,
     draw,
+    draw_pairs,
     interpolated_lengths,
     match,
     place,
+    pool_pck,
     prepare,
 )
-from featsharp.evaluation.correspondence.readers import find_layout, list_pairs
-from featsharp.evaluation.correspondence.task import CorrespondenceTask, draw_pairs, pool_pck
-from featsharp.evaluation.sizes import find_low_res_size
-from featsharp.evaluation.task import Subject, evaluate
+from featsharp.evaluation.features import find_low_res_size
+from featsharp.evaluation.layouts.pairs import find_layout, list_pairs
+from featsharp.evaluation.runner import Subject, evaluate
 
 # Centres of patches of 8 pixels, in the source; the object moves by MOVE.
 POINTS = np.array([[12.0, 12], [28, 12], [12, 44], [36, 36], [36, 20]])
@@ -85,17 +87,8 @@ def save(path: Path, pixels: np.ndarray) -> None:
 
 
 def save_mat(path: Path, **arrays: np.ndarray) -> None:
-    """Matrices of doubles in MATLAB's version 5."""
-
-    def element(kind: int, data: bytes) -> bytes:
-        return struct.pack("<II", kind, len(data)) + data + b"\0" * (-len(data) % 8)
-
-    content = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<HH", 0x0100, 0x4D49)
-    for name, array in arrays.items():
-        head = element(6, struct.pack("<II", 6, 0)) + element(5, struct.pack("<2i", *array.shape))
-        content += element(14, head + element(1, name.encode()) + element(9, array.astype("<f8").tobytes(order="F")))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    savemat(path, arrays)
 
 
 def spair(root: Path, **changes: object) -> Path:
@@ -297,17 +290,14 @@ def test_padding_has_the_mean_colour():
 def test_an_image_is_encoded_once_while_there_is_room(tmp_path):
     for name in "abc":
         save(tmp_path / f"{name}.png", noise(ord(name)))
-    backbone = PatchPixels(native=64)
-
-    def images(cache_bytes: int) -> EncodedImages:
-        encode = lambda x: backbone(x).features  # noqa: E731
-        return EncodedImages(encode, lambda x: x, (64, 64), "stretch", torch.device("cpu"), cache_bytes)
-
-    size = 4 * (192 * 64 + 64 * 64)
+    backbone = PatchPixels()  # the canvas is twice the native size
+    encoder = create_encoder(backbone, "identity", 1)
+    size = 4 * (192 * 16 + 64 * 64)
     for room, order, calls in [(2 * size, "abababcb", 3), (2 * size, "abca", 4), (size - 1, "aabb", 2), (0, "aba", 3)]:
-        backbone.calls, kept = 0, images(room)
-        for name in order:
-            kept.get(tmp_path / f"{name}.png")
+        backbone.calls, rule = 0, NearestPixel(encoder, (32, 32), "stretch", room)
+        with torch.no_grad():
+            for name in order:
+                rule.encode(tmp_path / f"{name}.png")
         assert backbone.calls == calls
 
 
@@ -423,7 +413,9 @@ def test_willow_without_image_annotation_or_box(tmp_path):
 
 
 def test_data_sets_that_are_missing_or_empty(tmp_path):
-    with pytest.raises(DataError, match="none of the known layouts: PairAnnotation/"):
+    with pytest.raises(
+        DataError, match="no known layout of a correspondence data set; expected spair: PairAnnotation/"
+    ):
         measure(tmp_path)
     with pytest.raises(DataError, match="gone: no such folder"):
         measure(tmp_path / "gone")

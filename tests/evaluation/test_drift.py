@@ -1,6 +1,7 @@
 """Drift of upsamplers whose drift is known, and of LiFT; and the command that prints it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from PIL import Image
 from featsharp.builder import create_encoder, save_checkpoint
 from featsharp.cli.main import main
 from featsharp.errors import ConfigError
-from featsharp.evaluation.drift import DriftMeter, drift
-from featsharp.model import SharpEncoder
+from featsharp.evaluation.drift import DriftTask, compute_drift
+from featsharp.evaluation.runner import Subject, evaluate
 from featsharp.upsamplers import GuidedUpsampler
 
 
@@ -35,13 +36,18 @@ def picture(seed: int = 0) -> Image.Image:
     return Image.fromarray(coarse).resize((160, 120), Image.Resampling.BICUBIC)
 
 
-def drift_of(upsampler: object, iterations: int = 2, factor: int | None = None) -> dict[str, float]:
-    encoder = create_encoder("toy-vit", upsampler, factor)  # type: ignore[arg-type]
-    assert isinstance(encoder, SharpEncoder)
-    meter = DriftMeter(encoder, iterations=iterations)
+@pytest.fixture
+def drift_of(tmp_path: Path) -> Callable[..., dict[str, float]]:
     for seed in range(2):
-        meter.add(picture(seed))
-    return {name: estimate.value for name, estimate in meter.result().items()}
+        picture(seed).save(tmp_path / f"{seed}.png")
+
+    def measure(upsampler: object, iterations: int = 2, factor: float | None = None) -> dict[str, float]:
+        encoder = create_encoder("toy-vit", upsampler, factor)  # type: ignore[arg-type]
+        task = DriftTask(data=tmp_path, iterations=iterations)
+        result = evaluate(task, [Subject("x", lambda: encoder)], progress=False)["x"]["result"]
+        return {name: estimate["value"] for name, estimate in result.items()}
+
+    return measure
 
 
 def test_against_a_loop_over_cells():
@@ -61,10 +67,10 @@ def test_against_a_loop_over_cells():
         np.linalg.norm(last.mean(0) - first.mean(0)) / spread,
         np.sqrt(last.var(0).sum()) / spread,
     )
-    assert drift(low, high) == pytest.approx(expected, rel=1e-5)
+    assert compute_drift(low, high) == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_upsampler_that_keeps_features_does_not_drift():
+def test_an_upsampler_that_keeps_features_does_not_drift(drift_of):
     found = drift_of(Known(), iterations=3)
     assert list(found)[:5] == ["cosine_0", "norm_0", "mean_0", "std_0", "cosine_1"]
     assert len(found) == 16
@@ -72,7 +78,7 @@ def test_an_upsampler_that_keeps_features_does_not_drift():
         assert value == pytest.approx(0 if name.startswith("mean") else 1, abs=1e-5), name
 
 
-def test_scale_and_offset_show_where_they_belong():
+def test_scale_and_offset_show_where_they_belong(drift_of):
     scaled = drift_of(Known(gain=1.5, factor=3))
     assert [scaled[f"{name}_2"] for name in ("cosine", "norm", "std")] == pytest.approx([1, 2.25, 2.25], rel=1e-5)
     moved = drift_of(Known(offset=2.0))
@@ -81,24 +87,23 @@ def test_scale_and_offset_show_where_they_belong():
     assert moved["cosine_2"] < moved["cosine_1"] < 0.95
 
 
-def test_untrained_lift_drifts_and_bilinear_hardly_does():
+def test_untrained_lift_drifts_and_bilinear_hardly_does(drift_of):
     lift, bilinear = drift_of("lift", 1, factor=2), drift_of("bilinear", 1, factor=2)
     assert lift["cosine_1"] < 0.5
     assert bilinear["cosine_1"] > 0.97
     assert bilinear["std_1"] < 1  # interpolation smooths
 
 
-def test_what_has_no_drift():
+def test_what_has_no_drift(drift_of):
     with pytest.raises(ConfigError, match="Tile encodes the image"):
-        DriftMeter(create_encoder("toy-vit", "tile", 2))
+        drift_of("tile", factor=2)
     for name, factor in (("bilinear", 1.5), ("identity", 1)):
         with pytest.raises(ConfigError, match=f"whole factor of at least 2; got .* of factor {factor}"):
-            DriftMeter(create_encoder("toy-vit", name, factor))
-    encoder = create_encoder("toy-vit", "bilinear", 2)
+            drift_of(name, factor=factor)
     with pytest.raises(ConfigError, match="at least 1; got 0"):
-        DriftMeter(encoder, iterations=0)
-    with pytest.raises(ConfigError, match="no image was measured"):
-        DriftMeter(encoder).result()
+        drift_of("bilinear", 0, 2)
+    with pytest.raises(ConfigError, match=r"12 iterations of a 2.*x upsampler make a map"):
+        drift_of("bilinear", 12, 2)
 
 
 def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -15,9 +15,9 @@ from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
 from featsharp.cli.main import main
 from featsharp.errors import DataError
-from featsharp.evaluation.object_labels import draw, open_labels
-from featsharp.evaluation.objects import SmallObjectTask, nearest_other_mean, pool_masks
-from featsharp.evaluation.task import Subject, evaluate
+from featsharp.evaluation.layouts.objects import draw, open_labels
+from featsharp.evaluation.runner import Subject, evaluate
+from featsharp.evaluation.small_objects import SmallObjectTask, nearest_other_mean, pool_masks
 from featsharp.upsamplers.base import GuidedUpsampler
 
 COCO128 = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco128"

@@ -11,7 +11,7 @@ from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError
 from featsharp.evaluation.reference import ReferenceTask, compare, reference_size
-from featsharp.evaluation.task import Subject, evaluate
+from featsharp.evaluation.runner import Subject, evaluate
 
 
 class PatchColour(Backbone):
@@ -80,7 +80,7 @@ def test_the_mean_of_an_image_has_error_1_and_pooling_is_a_ratio_of_sums():
         {"cosine": 1.0, "cka": 1.0, "_square": 1.0, "_variance": 10.0},
         {"cosine": 0.0, "cka": 0.5, "_square": 5.0, "_variance": 10.0},
     ]
-    found = ReferenceTask().summarize(rows, None)
+    found = ReferenceTask().score(rows, None)
     assert (found["cosine"].value, found["error"].value, found["cka"].value) == (0.5, 0.3, 0.75)
 
 

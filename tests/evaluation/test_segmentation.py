@@ -18,13 +18,11 @@ from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
 from featsharp.cli.main import main
 from featsharp.errors import ConfigError, DataError
-from featsharp.evaluation.segmentation.features import FeatureCache, FeatureReader, encoder_key
-from featsharp.evaluation.segmentation.labels import VOID
-from featsharp.evaluation.segmentation.probe import Schedule, fit_probe, load_probe, save_probe
-from featsharp.evaluation.segmentation.readers import Pair
-from featsharp.evaluation.segmentation.scores import confusion, image_row, pool_rows
-from featsharp.evaluation.segmentation.task import SegmentationTask, predict
-from featsharp.evaluation.task import Journal, Subject, evaluate
+from featsharp.evaluation.head import FeatureCache, FeatureReader, Head, Schedule, fit_probe, load_probe, save_probe
+from featsharp.evaluation.keys import encoder_key
+from featsharp.evaluation.layouts.labels import VOID, LabelledImage
+from featsharp.evaluation.runner import Item, Journal, Row, Subject, evaluate
+from featsharp.evaluation.segmentation import SegmentationTask, confusion, pool_rows, predict, score_image
 from featsharp.model import SharpEncoder
 
 CAMVID = Path(__file__).resolve().parents[3] / "shared" / "data" / "camvid"
@@ -145,7 +143,7 @@ def test_a_head_of_the_low_res_map_saw_only_that(blocks, tmp_path):
         FeatureReader(subject("tile", 2).load(), (64, 96), (32, 48)), "low_res", tmp_path / "cache/features", 10**9
     )
     backbone = cache.reader.encoder.backbone
-    assert cache.get(Pair(blocks, "images/train/0.png", "")).map.shape == (3, 4, 6)
+    assert cache.get(LabelledImage(blocks, "images/train/0.png", "")).map.shape == (3, 4, 6)
     assert backbone.images == 0
 
 
@@ -189,7 +187,7 @@ def test_scores_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     classes = ("a", "b", "c", "d", "never")
     pictures = [(rng.integers(-1, 4, (9, 7)), rng.integers(0, 4, (9, 7))) for _ in range(6)]
-    rows = [json.loads(json.dumps(image_row(confusion(*picture, 5)))) for picture in pictures]
+    rows = [json.loads(json.dumps(score_image(confusion(*picture, 5)))) for picture in pictures]
     pooled = pool_rows(rows, classes)
     truth, prediction = (np.concatenate([picture[n].ravel() for picture in pictures]) for n in (0, 1))
     kept = truth != VOID
@@ -209,7 +207,7 @@ def test_scores_by_hand():
     truth = np.array([[0, 0, 1, VOID]])
     matrix = confusion(truth, np.array([[0, 1, 1, 2]]), 3)
     assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
-    row = image_row(matrix)
+    row = score_image(matrix)
     # Class 0: one hit in a union of two; class 1 the same; class 2 was predicted on void only, which does not count.
     assert row["_counts"] == [[0, 1, 2, 1], [1, 1, 1, 2]]
     assert row["miou"] == 0.5
@@ -217,14 +215,17 @@ def test_scores_by_hand():
 
 
 @pytest.mark.parametrize("size", [(64, 80), (7, 80), (5, 4), (8, 8)])
-def test_prediction_in_bands_is_that_of_the_whole(size, monkeypatch):
+def test_prediction_in_chunks_is_that_of_the_whole(size):
     logits = torch.randn(1, 5, 8, 8)
     whole = F.interpolate(logits, size, mode="bilinear", antialias=size[0] < 8 or size[1] < 8).argmax(1)[0]
-    monkeypatch.setattr("featsharp.evaluation.segmentation.task._MAX_LOGITS", 5 * size[1] * 3)
-    assert np.array_equal(predict(logits, size), whole.numpy())
+    assert np.array_equal(predict(logits, size, max_logits=5 * size[1] * 3), whole.numpy())
 
 
 # Training
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels.long(), ignore_index=VOID)
 
 
 def test_learning_rate_rises_and_falls_linearly():
@@ -243,7 +244,7 @@ def test_a_probe_learns_a_linear_rule_from_labels_finer_than_its_map():
     ]
     labels = torch.stack([(m[3] > 0).long() for m in maps]).repeat_interleave(3, 1).repeat_interleave(3, 2).short()
     labels[:, 0] = VOID
-    probe = fit_probe(lambda n: maps[n].half(), labels, 2, Schedule(200, 4, 0.05), torch.device("cpu"))
+    probe = fit_probe(lambda n: maps[n].half(), labels, 2, cross_entropy, Schedule(200, 4, 0.05), torch.device("cpu"))
     # The smallest channel decides, which takes the normalisation.
     right = (probe(torch.stack(maps)).argmax(1) == torch.stack([m[3] > 0 for m in maps])).float().mean()
     assert right > 0.97
@@ -253,7 +254,7 @@ def test_a_probe_learns_a_linear_rule_from_labels_finer_than_its_map():
 
 def test_probes_come_back_from_files(tmp_path):
     maps, labels = torch.randn(3, 5, 4, 4), torch.randint(0, 3, (3, 8, 8)).short()
-    probe = fit_probe(maps.__getitem__, labels, 3, Schedule(5), torch.device("cpu"))
+    probe = fit_probe(maps.__getitem__, labels, 3, cross_entropy, Schedule(5), torch.device("cpu"))
     save_probe(probe, tmp_path / "x.safetensors", {"images": 3})
     found = load_probe(tmp_path / "x.safetensors", torch.device("cpu"))
     assert found is not None
@@ -357,7 +358,7 @@ def test_numbers_beyond_half_precision_are_kept_whole(blocks, tmp_path):
 
     reader = FeatureReader(create_encoder(Loud(), "bilinear", 2), (64, 96), (32, 48))
     cache = FeatureCache(reader, "high_res", tmp_path, 10**9)
-    pair = Pair(blocks, "images/train/0.png", "")
+    pair = LabelledImage(blocks, "images/train/0.png", "")
     computed, loaded = cache.get(pair), cache.get(pair)
     assert computed.map.dtype == torch.float32
     assert torch.equal(computed.map, loaded.map)
@@ -367,22 +368,23 @@ def test_numbers_beyond_half_precision_are_kept_whole(blocks, tmp_path):
     assert quiet.get(pair).map.dtype == torch.float16
 
 
-def test_a_stopped_evaluation_goes_on(blocks, tmp_path, monkeypatch):
+def test_a_stopped_evaluation_goes_on(blocks, tmp_path):
+    class Stopping(SegmentationTask):
+        stop = True
+
+        def measure(self, encoder: SharpEncoder, item: Item, head: Head) -> Row:
+            if self.stop and item.name == "images/val/7.png":
+                raise KeyboardInterrupt
+            return super().measure(encoder, item, head)
+
     encoder = create_encoder(PatchColour(), "bilinear", 2)
-    task = SegmentationTask(blocks, cache_dir=tmp_path / "cache", **QUICK)
-    whole = measure(task, Subject("x", lambda: encoder))
-    original = SegmentationTask.measure
-
-    def stop_at_the_last(self: SegmentationTask, encoder: SharpEncoder, item: Any, number: int, state: Any) -> Any:
-        if number == 2:
-            raise KeyboardInterrupt
-        return original(self, encoder, item, number, state)
-
-    monkeypatch.setattr(SegmentationTask, "measure", stop_at_the_last)
+    whole = measure(SegmentationTask(blocks, **QUICK), Subject("x", lambda: encoder))
+    task = Stopping(blocks, **QUICK)
     with pytest.raises(KeyboardInterrupt):
         measure(task, Subject("x", lambda: encoder), journal=Journal(tmp_path / "rows"))
-    monkeypatch.setattr(SegmentationTask, "measure", original)
+    task.stop = False
     encoder.backbone.images = 0
+    # The head is kept beside the rows: neither training nor measured images are encoded again.
     assert measure(task, Subject("x", lambda: encoder), journal=Journal(tmp_path / "rows")) == whole
     assert encoder.backbone.images == 1
 
@@ -478,7 +480,7 @@ def test_features_that_are_nan_are_reported(blocks):
 def test_limits_take_the_first_and_an_even_spread(blocks):
     task = SegmentationTask(blocks, limit=2, train_limit=2, **QUICK)
     assert [item.name for item in task.items()] == ["images/val/5.png", "images/val/6.png"]
-    assert [pair.image for pair in task._train_pairs] == ["images/train/0.png", "images/train/2.png"]
+    assert [pair.image for pair in task.training_data((16, 24)).pairs] == ["images/train/0.png", "images/train/2.png"]
     assert measure(task)["result"]["train_images"] == 2
 
 

@@ -10,7 +10,9 @@ from PIL import Image
 from featsharp.builder import create_encoder
 from featsharp.data.pack import pack_images
 from featsharp.errors import DataError, InputError
-from featsharp.evaluation.samples import ImageSet, bootstrap, bootstrap_sums, encode_raw, predict_raw
+from featsharp.evaluation.estimates import bootstrap, bootstrap_sums, estimate_mean, estimate_ratio
+from featsharp.evaluation.features import encode_raw, predict_raw
+from featsharp.evaluation.images import ImageSet
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
 
@@ -132,3 +134,13 @@ def test_features_of_the_backbone_that_are_not_finite_are_no_target():
     encoder = create_encoder("toy-vit", "bilinear", 2)
     with pytest.raises(InputError, match="'toy-vit' returned NaN or infinite features"):
         encode_raw(encoder, torch.full((1, 3, 64, 64), float("nan")))
+
+
+def test_means_and_ratios_are_those_of_resampled_images():
+    rows = np.random.default_rng(0).random((12, 3))
+    assert estimate_mean(rows) == bootstrap(rows, lambda r: float(r.mean()))
+    ratio = bootstrap(rows, lambda r: float(r[:, 0].sum() / r[:, 1].sum()))
+    assert estimate_ratio(rows[:, 0], rows[:, 1]) == pytest.approx(ratio)
+    # Resamples without anything to divide by are left out.
+    sparse = estimate_ratio([1, 0, 0], [2, 0, 0])
+    assert sparse == (0.5, 0.5, 0.5)

@@ -8,7 +8,6 @@ given, and only their content is named.
 
 import base64
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +21,13 @@ from torch import Tensor
 from featsharp.data.images import decode_image
 from featsharp.data.sources import open_source
 from featsharp.errors import DataError
-from featsharp.evaluation.identity import digest
-from featsharp.evaluation.object_labels import open_labels
-from featsharp.evaluation.samples import bootstrap
-from featsharp.evaluation.task import Item, Row, Summary, Task
-from featsharp.evaluation.whole_picture import sharp_features
+from featsharp.evaluation.estimates import estimate_ratio
+from featsharp.evaluation.features import sharp_features
+from featsharp.evaluation.layouts.objects import open_labels
+from featsharp.evaluation.runner import Item, Row, Summary, Task
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
 from featsharp.settings import setting
-
-__all__ = ["SIZES", "SmallObjectTask", "nearest_other_mean", "pool_masks"]
 
 # Areas in pixels from the first number up to the second, COCO's.
 SIZES = {
@@ -47,7 +43,6 @@ class SmallObjectTask(Task):
     """Accuracy of naming objects from the features inside their outline, by size."""
 
     name: ClassVar[str] = "small-objects"
-    title: ClassVar[str] = "can objects be named from the features inside their outline, small ones too?"
 
     data: Path = setting(Path("."), "images: a folder or tars", type=Path, metavar="DIR", required=True)
     labels: Path = setting(
@@ -66,7 +61,7 @@ class SmallObjectTask(Task):
         for index in known[: self.limit]:
             yield Item(source.name(index), (source, index, labels))
 
-    def measure(self, encoder: SharpEncoder, item: Item, number: int, state: Any) -> Row:
+    def measure(self, encoder: SharpEncoder, item: Item, head: Any) -> Row:
         source, index, labels = item.data
         image = decode_image(source.read(index), name=item.name, upright=False)
         objects = labels.read(item.name, (image.height, image.width))
@@ -82,11 +77,11 @@ class SmallObjectTask(Task):
             "_vectors": _pack(vectors),
         }
 
-    def stamp(self, item: Item) -> str:
+    def item_key(self, item: Item) -> object:
         source, index, labels = item.data
-        return digest(hashlib.sha256(source.read(index)).hexdigest(), labels.stamp(item.name))
+        return [hashlib.sha256(source.read(index)).hexdigest(), labels.key(item.name)]
 
-    def summarize(self, rows: Sequence[Row], state: Any) -> Summary:
+    def score(self, rows: Sequence[Row], head: Any) -> Summary:
         image = np.repeat(np.arange(len(rows)), [row["objects"] for row in rows])
         category = np.concatenate([row["_categories"] for row in rows])
         area = np.concatenate([row["_areas"] for row in rows])
@@ -94,22 +89,20 @@ class SmallObjectTask(Task):
         possible = named != IMPOSSIBLE
         if not possible.any():
             raise DataError(f"no class of {self.labels} is in more than one image: there is nothing to learn from")
-        found: Summary = {}
+        summary: Summary = {}
         for size, (low, high) in SIZES.items():
             chosen = possible & (low <= area) & (area < high)
             if chosen.any():
                 right = np.bincount(image, chosen & (named == category), len(rows))
                 total = np.bincount(image, chosen, len(rows))
-                found[f"accuracy_{size}"] = bootstrap(
-                    np.stack([right, total], 1), lambda r: float(np.divide(*r.sum(0))) if r[:, 1].any() else math.nan
-                )
-            found[f"objects_{size}"] = int(chosen.sum())
-        found["left_out"] = int((~possible).sum())
-        found["chance"] = 1 / len(np.unique(category))
-        return found
+                summary[f"accuracy_{size}"] = estimate_ratio(right, total)
+            summary[f"objects_{size}"] = int(chosen.sum())
+        summary["left_out"] = int((~possible).sum())
+        summary["chance"] = 1 / len(np.unique(category))
+        return summary
 
 
-# What nearest_other_mean says where no other image has the class.
+# Answer of nearest_other_mean where no other image has the class.
 IMPOSSIBLE = -1
 
 
@@ -157,13 +150,13 @@ def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
 
 
 def _enlarging(cells: int, pixels: int, like: Tensor) -> Tensor:
-    """[pixels, cells]: what each cell of a line gives to each pixel when the line is enlarged."""
+    """Weights [pixels, cells] of the cells of a line in each pixel of the enlarged line."""
     unit = torch.eye(cells, dtype=like.dtype, device=like.device)
     return resize(unit[None, None], (pixels, cells))[0, 0]
 
 
 def _pack(vectors: Tensor) -> str:
-    """[n, C] as text: a journal of lists of numbers would be ten times as long."""
+    """Encode [n, C] as text: a journal of lists of numbers would be ten times as long."""
     return base64.b64encode(vectors.half().cpu().numpy().tobytes()).decode()
 
 

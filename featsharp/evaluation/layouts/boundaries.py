@@ -1,4 +1,4 @@
-"""Pictures with the boundaries that people drew in them, in the layouts in which BSDS and its like are kept.
+"""Pictures with the boundaries that people drew in them, in the layouts of BSDS500 and its like.
 
 ROOT/images/SPLIT/NAME.jpg      ROOT/groundTruth/SPLIT/NAME.mat       BSDS500 as published
 ROOT/SPLIT/images/NAME.jpg      ROOT/SPLIT/groundTruth/NAME.mat       split by split
@@ -15,9 +15,7 @@ from PIL import Image
 
 from featsharp.data.images import is_image_name
 from featsharp.errors import DataError
-from featsharp.evaluation.mat import read_mat
-
-__all__ = ["Picture", "find_pictures", "read_boundaries"]
+from featsharp.evaluation.layouts.mat import read_mat
 
 LAYOUT = (
     "expected images/SPLIT/*.jpg with groundTruth/SPLIT/*.mat (BSDS500), SPLIT/images with SPLIT/groundTruth, or "
@@ -34,7 +32,7 @@ class Picture(NamedTuple):
 
 
 def find_pictures(root: Path, split: str | None) -> list[Picture]:
-    """The pictures of a data set, by name; ``split`` None is the only one that there is.
+    """List the pictures of a data set, by name; ``split`` None is the only one that there is.
 
     Raises:
         DataError: When the folder has none of the layouts, or the split is missing, empty or not the only one.
@@ -49,17 +47,17 @@ def find_pictures(root: Path, split: str | None) -> list[Picture]:
             break
     else:
         raise DataError(f"{root} holds no boundaries of split {split!r}; {LAYOUT}, and --split for the data set's own")
-    found = sorted(path for path in images.iterdir() if path.is_file() and is_image_name(path.name))
-    if not found:
+    paths = sorted(path for path in images.iterdir() if path.is_file() and is_image_name(path.name))
+    if not paths:
         inner = sorted(path.name for path in images.iterdir() if path.is_dir())
         hint = f"; choose --split {' or '.join(inner)}" if inner else ""
         raise DataError(f"{images} holds no image{hint}")
-    files = _truths_by_stem(truths, {path.stem for path in found})
-    return [Picture(path, tuple(sorted(files[path.stem]))) for path in found]
+    files = _truths_by_stem(truths, {path.stem for path in paths})
+    return [Picture(path, tuple(sorted(files[path.stem]))) for path in paths]
 
 
 def read_boundaries(picture: Picture, size: tuple[int, int]) -> list[np.ndarray]:
-    """The boundary map of each annotator, [H, W] bool.
+    """Read the boundary map of each annotator, [H, W] bool.
 
     Args:
         picture: One of :func:`find_pictures`.
@@ -72,14 +70,14 @@ def read_boundaries(picture: Picture, size: tuple[int, int]) -> list[np.ndarray]
         raise DataError(f"{picture.image.name}: there is no file with its boundaries")
     maps = []
     for path in picture.truths:
-        for found in _read_mat(path) if path.suffix == ".mat" else [_read_mask(path)]:
-            if found.shape != size:
+        for drawn in _read_mat(path) if path.suffix == ".mat" else [_read_mask(path)]:
+            if drawn.shape != size:
                 raise DataError(
-                    f"{path.name}: boundaries of {found.shape[0]}x{found.shape[1]} pixels for a picture of "
+                    f"{path.name}: boundaries of {drawn.shape[0]}x{drawn.shape[1]} pixels for a picture of "
                     f"{size[0]}x{size[1]}"
                 )
-            maps.append(found)
-    if not any(found.any() for found in maps):
+            maps.append(drawn)
+    if not any(drawn.any() for drawn in maps):
         raise DataError(f"{picture.truths[0].name}: nobody drew a boundary")
     return maps
 
@@ -117,9 +115,9 @@ def _read_mat(path: Path) -> list[np.ndarray]:
         maps = [np.asarray(annotator["Boundaries"]) for annotator in annotators]
     except (KeyError, TypeError) as error:
         raise DataError(f"{path.name}: no variable groundTruth with Boundaries, as BSDS500 has it") from error
-    if not maps or any(found.ndim != 2 for found in maps):
+    if not maps or any(drawn.ndim != 2 for drawn in maps):
         raise DataError(f"{path.name}: groundTruth holds no maps of boundaries")
-    return [found != 0 for found in maps]
+    return [drawn != 0 for drawn in maps]
 
 
 def _read_mask(path: Path) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What tells encoders and files from others and from later versions of themselves."""
+"""Cache keys: text that changes when an encoder, a file or a setting does."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from featsharp.model import SharpEncoder
 
 
 def encoder_key(encoder: SharpEncoder) -> str:
-    """Changes when the features of an encoder do: a digest of its content, autocast, classes and our version.
+    """Digest of an encoder's content, autocast, classes and our version: changes when its features do.
 
     Code of the user's is not part of it: not that of a function that an upsampler was made from, nor weights behind a
     function that a backbone was made from.
@@ -21,7 +21,7 @@ def encoder_key(encoder: SharpEncoder) -> str:
 
 
 def file_key(root: Path, name: str) -> tuple[str, int, int]:
-    """What tells a file and its later versions apart without reading it; a missing one has length and time 0."""
+    """Name, length and time of a file, which is not read; a missing one has length and time 0."""
     try:
         status = (root / name).stat()
     except OSError:
@@ -30,5 +30,5 @@ def file_key(root: Path, name: str) -> tuple[str, int, int]:
 
 
 def digest(*parts: object) -> str:
-    """A short name for some JSON values."""
+    """Digest of JSON values, 32 characters."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

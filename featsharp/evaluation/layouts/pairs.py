@@ -1,4 +1,4 @@
-"""Where data sets of semantic correspondence keep their pairs.
+"""Layouts of data sets of semantic correspondence.
 
     spair       SPair-71k (arXiv 1908.10543)
                     PairAnnotation/{trn,val,test}/NUMBER-SOURCE-TARGET:CATEGORY.json   src_kps, trg_kps, trg_bndbox ...
@@ -19,83 +19,67 @@ list puts before it. SPair-71k counts pixels from 0, the MATLAB annotations of t
 """
 
 import csv
-import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from featsharp.data.images import IMAGE_EXTENSIONS
 from featsharp.errors import DataError
-from featsharp.evaluation.correspondence.pairs import Entry, Pair, make_pair
-from featsharp.evaluation.mat import read_mat
+from featsharp.evaluation.layouts.class_names import VOC
+from featsharp.evaluation.layouts.keypoints import Entry, Pair, PairOptions, larger_side, make_pair, parse_numbers
+from featsharp.evaluation.layouts.layout import Layout, choose_layout, has_folders
+from featsharp.evaluation.layouts.mat import read_mat
 
-SPLITS = ("trn", "val", "test")
+# By the text in PF-PASCAL's lists: numbers, or the names themselves. VOC begins with the background.
+_CATEGORIES = {str(number): name for number, name in enumerate(VOC) if number} | {name: name for name in VOC[1:]}
 
-VOC_CATEGORIES = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
-    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-)
-# By what PF-PASCAL's lists call them: numbers, or the names themselves.
-CATEGORIES = {str(number): name for number, name in enumerate(VOC_CATEGORIES, 1)} | {
-    name: name for name in VOC_CATEGORIES
-}
+_DEFAULTS = PairOptions()
 
 
-def list_pairs(root: Path, layout: str = "auto", *, split: str = "test", pair_list: Path | None = None) -> list[Entry]:
-    """All pairs of a data set.
+def find_layout(root: Path, layout: str = "auto") -> str:
+    """Name of the layout of a folder; ConfigError and DataError as of :func:`choose_layout`."""
+    if layout in LAYOUTS and root.is_dir():
+        return layout  # its reader says what is missing
+    return choose_layout(LAYOUTS, layout, root, "correspondence")[0]
+
+
+def list_pairs(root: Path, layout: str = "auto", options: PairOptions = _DEFAULTS) -> list[Entry]:
+    """List all pairs of a data set.
 
     Args:
         root: Its folder.
-        layout: A key of :data:`LAYOUTS`, or "auto" to tell by the folders.
-        split: One of :data:`SPLITS`.
-        pair_list: The CSV file of pairs; None: looked for in ``root``.
+        layout: A key of :data:`LAYOUTS`, or "auto" for the first that fits.
+        options: Which pairs.
 
     Raises:
+        ConfigError: For an unknown layout.
         DataError: When the folder does not have the layout, or the split is empty.
     """
-    if layout == "auto":
-        layout = find_layout(root)
-    elif not root.is_dir():
-        raise DataError(f"{root}: no such folder")
-    entries = list(LAYOUTS[layout](root, split, pair_list))
+    layout = find_layout(root, layout)
+    entries = list(LAYOUTS[layout].read(root, options))
     if not entries:
-        raise DataError(f"{root}: the split {split!r} of layout {layout} has no pairs")
+        raise DataError(f"{root}: the split {options.split!r} of layout {layout} has no pairs")
     return entries
 
 
-def find_layout(root: Path) -> str:
-    """Which layout a folder has."""
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
-    if (root / "PairAnnotation").is_dir():
-        return "spair"
-    if (root / "JPEGImages").is_dir():
-        return "pf-pascal"
-    if any(_groups(root)):
-        return "pf-willow"
-    raise DataError(
-        f"{root} has none of the known layouts: PairAnnotation/ and JPEGImages/CATEGORY/ (spair), JPEGImages/ and a "
-        "list of pairs (pf-pascal), folders of images with .mat files beside them (pf-willow)"
-    )
-
-
-def _list_spair(root: Path, split: str, pair_list: Path | None) -> Iterator[Entry]:
-    folder = root / "PairAnnotation" / split
-    names = pair_list or root / "Layout" / "large" / f"{split}.txt"
-    if names.is_file():
-        found = [line.strip() for line in names.read_text(errors="replace").splitlines() if line.strip()]
-    elif pair_list is not None:
-        raise DataError(f"{pair_list}: no such file")
+def _list_spair(root: Path, options: PairOptions) -> Iterator[Entry]:
+    folder = root / "PairAnnotation" / options.split
+    listed = options.pair_list or root / "Layout" / "large" / f"{options.split}.txt"
+    if listed.is_file():
+        names = [line.strip() for line in listed.read_text(errors="replace").splitlines() if line.strip()]
+    elif options.pair_list is not None:
+        raise DataError(f"{options.pair_list}: no such file")
     elif folder.is_dir():
-        found = sorted(path.stem for path in folder.glob("*.json"))
+        names = sorted(path.stem for path in folder.glob("*.json"))
     else:
-        raise DataError(f"{root}: layout spair has its pairs in PairAnnotation/{split}, which is missing")
-    for name in found:
-        yield Entry(name, name.partition(":")[2], functools.partial(_read_spair, root, folder / f"{name}.json"))
+        raise DataError(f"{root}: layout spair has its pairs in PairAnnotation/{options.split}, which is missing")
+    for name in names:
+        yield Entry(name, name.partition(":")[2], partial(_read_spair, root, folder / f"{name}.json"))
 
 
 def _read_spair(root: Path, path: Path) -> Pair:
@@ -104,8 +88,8 @@ def _read_spair(root: Path, path: Path) -> Pair:
         category = str(content["category"])
         folder = root / "JPEGImages" / category
         images = folder / content["src_imname"], folder / content["trg_imname"]
-        points = _numbers(content["src_kps"], path) + 0.5, _numbers(content["trg_kps"], path) + 0.5
-        box = _larger_side(content["trg_bndbox"], path)
+        points = parse_numbers(content["src_kps"], path) + 0.5, parse_numbers(content["trg_kps"], path) + 0.5
+        box = larger_side(content["trg_bndbox"], path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -115,12 +99,13 @@ def _read_spair(root: Path, path: Path) -> Pair:
     return make_pair(path, images, points, category, box)
 
 
-def _list_pascal(root: Path, split: str, pair_list: Path | None) -> Iterator[Entry]:
-    path = pair_list or _find_list(root, (f"{split}_pairs_pf_pascal.csv", f"{split}_pairs.csv"))
+def _list_pascal(root: Path, options: PairOptions) -> Iterator[Entry]:
+    names = (f"{options.split}_pairs_pf_pascal.csv", f"{options.split}_pairs.csv")
+    path = options.pair_list or _find_list(root, names)
     if path is None:
         raise DataError(
-            f"{root}: layout pf-pascal needs a list of pairs, {split}_pairs_pf_pascal.csv or {split}_pairs.csv; put it "
-            "there, or name it with --pair-list"
+            f"{root}: layout pf-pascal needs a list of pairs, {' or '.join(names)}; put it there, or name it with "
+            "--pair-list"
         )
     for number, header, fields in _table(path):
         if isinstance(fields, DataError):
@@ -128,13 +113,13 @@ def _list_pascal(root: Path, split: str, pair_list: Path | None) -> Iterator[Ent
             continue
         place, row = f"{path} line {number}", dict(zip(header, fields, strict=True))
         try:
-            source, target, category = row["source_image"], row["target_image"], CATEGORIES[row["class"]]
+            source, target, category = row["source_image"], row["target_image"], _CATEGORIES[row["class"]]
         except KeyError:
             wrong = DataError(f"{place}: expected the columns source_image, target_image and class (1..20)")
             yield _refused(number, wrong)
             continue
         name = f"{number}-{Path(source).stem}-{Path(target).stem}:{category}"
-        yield Entry(name, category, functools.partial(_read_pascal, root, place, row, (source, target), category))
+        yield Entry(name, category, partial(_read_pascal, root, place, row, (source, target), category))
 
 
 def _read_pascal(root: Path, place: str, row: dict[str, str], names: tuple[str, str], category: str) -> Pair:
@@ -144,18 +129,18 @@ def _read_pascal(root: Path, place: str, row: dict[str, str], names: tuple[str, 
     if row.get("flip", "0") not in ("", "0"):
         raise DataError(f"{place}: mirrored pairs are for training and not read here")
     if all(key in row for key in ("xa", "ya", "xb", "yb")):
-        lists = [_numbers(row[key].strip(";").split(";"), place) for key in ("xa", "ya", "xb", "yb")]
+        lists = [parse_numbers(row[key].strip(";").split(";"), place) for key in ("xa", "ya", "xb", "yb")]
         source, target = _stack(lists[:2], place), _stack(lists[2:], place)
     else:
-        source, target = (_numbers(_variable(path, "kps"), path) for path in annotations)
+        source, target = (parse_numbers(_variable(path, "kps"), path) for path in annotations)
     box = None
     if annotations[1].is_file() and "bbox" in (content := read_mat(annotations[1])):
-        box = _larger_side(content["bbox"], annotations[1])
+        box = larger_side(content["bbox"], annotations[1])
     return make_pair(place, images, (source - 0.5, target - 0.5), category, box)
 
 
-def _list_willow(root: Path, split: str, pair_list: Path | None) -> Iterator[Entry]:
-    path = pair_list or _find_list(root, (f"{split}_pairs.csv", f"{split}_pairs_pf.csv"))
+def _list_willow(root: Path, options: PairOptions) -> Iterator[Entry]:
+    path = options.pair_list or _find_list(root, (f"{options.split}_pairs.csv", f"{options.split}_pairs_pf.csv"))
     if path is not None:
         for number, _, fields in _table(path):
             if isinstance(fields, DataError):
@@ -165,19 +150,19 @@ def _list_willow(root: Path, split: str, pair_list: Path | None) -> Iterator[Ent
             group = Path(source).parent.name
             name = f"{number}-{Path(source).stem}-{Path(target).stem}:{group}"
             images = _in_group(root, source), _in_group(root, target)
-            read = functools.partial(_read_willow_row, f"{path} line {number}", images, numbers, group)
+            read = partial(_read_willow_row, f"{path} line {number}", images, numbers, group)
             yield Entry(name, group, read)
         return
     for folder in _groups(root):
         label = folder.relative_to(root).as_posix()
         stems = sorted({path.stem for path in folder.iterdir() if path.suffix == ".mat" or _is_image(path)})
         for source, target in permutations(stems, 2):
-            read = functools.partial(_read_willow, folder, (source, target), label)
+            read = partial(_read_willow, folder, (source, target), label)
             yield Entry(f"{source}-{target}:{label}", label, read)
 
 
 def _read_willow_row(place: str, images: tuple[Path, Path], numbers: Sequence[str], group: str) -> Pair:
-    values = _numbers(numbers, place)
+    values = parse_numbers(numbers, place)
     if len(values) == 0 or len(values) % 4:
         raise DataError(f"{place}: {len(values)} numbers are not x and y of as many keypoints in two images")
     source, target = values.reshape(2, 2, -1)
@@ -192,7 +177,7 @@ def _read_willow(folder: Path, stems: tuple[str, str], group: str) -> Pair:
             raise DataError(f"{folder / stem}.mat: its image is missing")
         path = folder / f"{stem}.mat"
         images.append(image)
-        points.append(_numbers(_variable(path, "pts_coord"), path).T - 0.5)
+        points.append(parse_numbers(_variable(path, "pts_coord"), path).T - 0.5)
     return make_pair(folder / f"{stems[0]}.mat", (images[0], images[1]), (points[0], points[1]), group)
 
 
@@ -217,12 +202,12 @@ def _find_list(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def _refused(number: int, error: DataError) -> Entry:
-    """A row that is no pair: reading it says why."""
+    """A row that is no pair: reading it raises the reason."""
+    return Entry(f"line {number}", "", partial(_raise, error))
 
-    def read() -> Pair:
-        raise error
 
-    return Entry(f"line {number}", "", read)
+def _raise(error: DataError) -> NoReturn:
+    raise error
 
 
 def _table(path: Path) -> Iterator[tuple[int, list[str], list[str] | DataError]]:
@@ -250,14 +235,6 @@ def _stack(axes: Sequence[np.ndarray], place: str) -> np.ndarray:
     return np.stack(list(axes), axis=1)
 
 
-def _larger_side(box: Any, place: str | Path) -> float:
-    """Of a box (left, top, right, bottom)."""
-    corners = _numbers(box, place).ravel()
-    if len(corners) != 4:
-        raise DataError(f"{place}: a box has four numbers; got {len(corners)}")
-    return float((corners[2:] - corners[:2]).max())
-
-
 def _variable(path: Path, name: str) -> Any:
     content = read_mat(path)
     if name not in content:
@@ -265,15 +242,11 @@ def _variable(path: Path, name: str) -> Any:
     return content[name]
 
 
-def _numbers(values: Any, place: str | Path) -> np.ndarray:
-    try:
-        return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise DataError(f"{place}: {str(values)[:60]} are not numbers") from None
-
-
-LAYOUTS: dict[str, Callable[[Path, str, Path | None], Iterator[Entry]]] = {
-    "spair": _list_spair,
-    "pf-pascal": _list_pascal,
-    "pf-willow": _list_willow,
+# By name; "auto" takes the first that fits. ``read`` takes the folder and PairOptions and yields entries.
+LAYOUTS: dict[str, Layout] = {
+    "spair": Layout(
+        "PairAnnotation/{trn,val,test}/*.json and JPEGImages/CATEGORY", has_folders("PairAnnotation"), _list_spair
+    ),
+    "pf-pascal": Layout("JPEGImages and a list of pairs, test_pairs.csv", has_folders("JPEGImages"), _list_pascal),
+    "pf-willow": Layout("folders of images with .mat files beside them", lambda root: any(_groups(root)), _list_willow),
 }

@@ -13,9 +13,21 @@ from PIL import Image
 
 from featsharp.builder import create_encoder
 from featsharp.errors import DataError, FeatSharpError
+from featsharp.evaluation.estimates import Estimate, bootstrap
 from featsharp.evaluation.fidelity import FidelityTask, pool_fidelity
-from featsharp.evaluation.samples import Estimate, bootstrap
-from featsharp.evaluation.task import Item, Journal, Row, Subject, Summary, Task, evaluate, from_json, to_json
+from featsharp.evaluation.runner import (
+    Item,
+    Journal,
+    Row,
+    Subject,
+    Summary,
+    Task,
+    evaluate,
+    evaluate_to_file,
+    format_result,
+    from_json,
+    to_json,
+)
 from featsharp.model import SharpEncoder
 from featsharp.settings import setting
 
@@ -25,29 +37,29 @@ class Squares(Task):
     """The squares of numbers; negative ones are bad items."""
 
     name: ClassVar[str] = "squares"
-    title: ClassVar[str] = "squares"
 
     numbers: tuple[int, ...] = setting((1, 2, 3), "numbers")
     power: int = setting(2, "power")
     measured: list[int] = field(default_factory=list)
     stop_at: int | None = None
+    mended: bool = False
 
     def items(self) -> Iterator[Item]:
-        return (Item(f"n{n}", n) for n in self.numbers)
+        return (Item(f"n{n}", abs(n) if self.mended else n) for n in self.numbers)
 
-    def begin(self, encoder: SharpEncoder, subject: Subject) -> Any:
+    def prepare(self, encoder: SharpEncoder, subject: Subject) -> Any:
         return encoder.factor
 
-    def measure(self, encoder: SharpEncoder, item: Item, number: int, state: Any) -> Row:
+    def measure(self, encoder: SharpEncoder, item: Item, head: Any) -> Row:
         if item.data == self.stop_at:
             raise KeyboardInterrupt
         if item.data < 0:
             raise DataError(f"{item.name}: is negative")
         self.measured.append(item.data)
-        return {"square": float(item.data**self.power), "_hidden": state}
+        return {"square": float(item.data**self.power), "_hidden": head}
 
-    def summarize(self, rows: Sequence[Row], state: Any) -> Summary:
-        return {"mean": bootstrap([(row["square"],) for row in rows], lambda r: float(r.mean())), "factor": state}
+    def score(self, rows: Sequence[Row], head: Any) -> Summary:
+        return {"mean": bootstrap([(row["square"],) for row in rows], lambda r: float(r.mean())), "factor": head}
 
 
 def subject(label: str = "a", factor: float = 2, tag: str = "") -> Subject:
@@ -74,7 +86,7 @@ def test_rows_are_pooled_and_bad_items_counted():
 def test_nothing_measured_is_an_error_with_the_first_reason():
     with pytest.raises(DataError, match="a: none of 2 items could be measured; the first, n-1: is negative"):
         evaluate(Squares((-1, -2)), [subject()], progress=False)
-    with pytest.raises(DataError, match="found nothing to measure on"):
+    with pytest.raises(DataError, match="has nothing to measure on"):
         evaluate(Squares(()), [subject()], progress=False)
 
 
@@ -144,10 +156,9 @@ def test_pooled_fidelity_is_a_ratio_of_sums_over_images(tmp_path):
     found = evaluate(task, [Subject("tile", lambda: encoder)], progress=False)["tile"]
     assert [name for name, _ in found["skipped"]] == ["bad.png"]
     # Views are drawn by the item's place, so that a bad item does not change those of the others.
-    state = task.begin(encoder, subject())
-    items = list(task.items())
+    meter = task.prepare(encoder, subject())
     with torch.inference_mode():
-        rows = [task.measure(encoder, item, n, state) for n, item in enumerate(items) if item.name != "bad.png"]
+        rows = [task.measure(encoder, item, meter) for item in task.items() if item.name != "bad.png"]
     assert found["result"]["fidelity_area"]["value"] == pytest.approx(pool_fidelity(rows)["area"].value, rel=1e-6)
     channels = len(rows[0]["_sum"])
     count = sum(row["_count"] for row in rows)
@@ -192,25 +203,37 @@ def test_changed_files_are_measured_again(tmp_path):
 def test_a_mended_item_is_measured_when_the_evaluation_goes_on(tmp_path):
     journal = tmp_path / "rows"
     evaluate(Squares((1, -2)), [subject()], journal=Journal(journal), progress=False)
-    mended = Squares((1, -2))
-    mended.items = lambda: iter([Item("n1", 1), Item("n-2", 2)])  # type: ignore[method-assign]
+    mended = Squares((1, -2), mended=True)
     found = evaluate(mended, [subject()], journal=Journal(journal), progress=False)["a"]
     assert mended.measured == [2]
     assert found["skipped"] == []
 
 
 def test_numbers_that_are_not_finite_are_skipped_and_named(caplog):
-    task = Squares((1, 2))
-    measure = task.measure
+    class Spoiled(Squares):
+        def measure(self, encoder: SharpEncoder, item: Item, head: Any) -> Row:
+            row = super().measure(encoder, item, head)
+            return {**row, "_sums": [[float("nan")]]} if item.data == 2 else row
 
-    def spoiled(encoder: SharpEncoder, item: Item, number: int, state: Any) -> Row:
-        row = measure(encoder, item, number, state)
-        return {**row, "_sums": [[float("nan")]]} if item.data == 2 else row
-
-    task.measure = spoiled  # type: ignore[method-assign]
-    found = evaluate(task, [subject()], progress=False)["a"]
+    found = evaluate(Spoiled((1, 2)), [subject()], progress=False)["a"]
     assert [name for name, _ in found["skipped"]] == ["n2"]
     assert "n2 skipped: what was measured is NaN" in caplog.text
+
+
+def test_a_result_is_written_whole_and_the_journal_goes(tmp_path):
+    path = tmp_path / "new" / "r.json"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_to_file(Squares((1, 2), stop_at=2), [subject()], path, {"who": "me"}, progress=False)
+    assert [file.name for file in path.parent.iterdir()] == ["r.json.rows"]
+    task = Squares((1, 2))
+    content = evaluate_to_file(task, [subject()], path, {"who": "me"}, progress=False)
+    assert task.measured == [2]
+    assert json.loads(path.read_text()) == content
+    assert (content["task"], content["who"], list(content["encoders"])) == ("squares", "me", ["a"])
+    assert [file.name for file in path.parent.iterdir()] == ["r.json"]
+    lines = format_result("a", content["encoders"]["a"])
+    assert [line.split()[0] for line in lines] == ["a", "mean", "factor"]
+    assert format_result("b", {"failed": "no"}) == ["b  failed: no"]
 
 
 def test_an_encoder_that_cannot_be_loaded_does_not_cost_the_others():
@@ -232,10 +255,10 @@ def test_an_encoder_that_cannot_be_loaded_does_not_cost_the_others():
 
 def test_encoders_measured_on_different_items_are_pointed_out(caplog):
     class Picky(Squares):
-        def measure(self, encoder: SharpEncoder, item: Item, number: int, state: Any) -> Row:
+        def measure(self, encoder: SharpEncoder, item: Item, head: Any) -> Row:
             if encoder.factor == 3 and item.data == 2:
                 raise DataError("is even")
-            return super().measure(encoder, item, number, state)
+            return super().measure(encoder, item, head)
 
     evaluate(Picky(), [subject("a"), subject("b", 3)], progress=False)
     assert "measured on different items" in caplog.text

@@ -8,7 +8,7 @@ Convention:
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from featsharp.errors import DataError
 
 # How far outside of its image a keypoint may lie, in pixels: annotators click on borders, and count from 0 or 1.
 TOLERANCE = 1.0
+
+# Of the data sets.
+SPLITS = ("trn", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,13 @@ class Entry(NamedTuple):
     read: Callable[[], Pair]  # raises DataError for a bad pair
 
 
+class PairOptions(NamedTuple):
+    """Which pairs of a data set: of a split, or of a list of the user's."""
+
+    split: str = "test"
+    pair_list: Path | None = None
+
+
 def make_pair(
     place: str | Path,
     images: tuple[Path, Path],
@@ -52,10 +62,10 @@ def make_pair(
     category: str,
     target_box: float | None = None,
 ) -> Pair:
-    """A pair of the keypoints that are visible (finite) in both images.
+    """Make a pair of the keypoints that are visible (finite) in both images.
 
     Args:
-        place: What errors name: the file or row that the pair was read from.
+        place: The file or row that the pair was read from, for messages.
         images: Source and target.
         points: [K, 2] each.
         category, target_box: As in :class:`Pair`.
@@ -77,6 +87,22 @@ def make_pair(
     if target_box is not None and not 0 < target_box < np.inf:
         raise DataError(f"{place}: the box of the target has a larger side of {target_box} pixels")
     return Pair(*images, source[common], target[common], target_box, category)
+
+
+def parse_numbers(values: Any, place: str | Path) -> np.ndarray:
+    """Convert to float64; raises DataError, with ``place`` in it."""
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise DataError(f"{place}: {str(values)[:60]} are not numbers") from None
+
+
+def larger_side(box: Any, place: str | Path) -> float:
+    """Larger side of a box (left, top, right, bottom); raises DataError, with ``place`` in it."""
+    corners = parse_numbers(box, place).ravel()
+    if len(corners) != 4:
+        raise DataError(f"{place}: a box has four numbers; got {len(corners)}")
+    return float((corners[2:] - corners[:2]).max())
 
 
 def check_points(points: np.ndarray, size: tuple[int, int], path: Path) -> None:

@@ -1,0 +1,65 @@
+"""Numbers over images with their 95 % intervals: percentiles under resampling of images, with a fixed seed."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Estimate(NamedTuple):
+    """A number and its 95 % interval over images."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(per_image: Any, statistic: Callable[[np.ndarray], float], *, resamples: int = 1000) -> Estimate:
+    """Compute a statistic of all images with its interval.
+
+    Args:
+        per_image: A number or a row of numbers per image.
+        statistic: Maps rows [images, ...] to a number; NaN for a resample that has none is left out.
+        resamples: 0 for no interval (NaN).
+    """
+    rows = np.asarray(per_image, dtype=np.float64)
+    if resamples == 0:
+        return Estimate(float(statistic(rows)), math.nan, math.nan)
+    rng = np.random.default_rng(0)
+    draws = [statistic(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(resamples)]
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    return Estimate(float(statistic(rows)), float(low), float(high))
+
+
+def bootstrap_sums(
+    per_image: np.ndarray, statistic: Callable[[np.ndarray], float], *, resamples: int = 1000
+) -> Estimate:
+    """:func:`bootstrap` of a statistic that depends on the sum over images only: fast where rows are long.
+
+    Args:
+        per_image: [images, ...].
+        statistic: Maps a sum [...] to a number.
+        resamples: At least 1.
+    """
+    count = len(per_image)
+    rng = np.random.default_rng(0)
+    times = [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(resamples)]
+    sums = np.tensordot(np.array(times, dtype=np.float64), per_image, 1)
+    low, high = np.nanpercentile([statistic(total) for total in sums], [2.5, 97.5])
+    return Estimate(float(statistic(per_image.sum(0))), float(low), float(high))
+
+
+def estimate_mean(per_image: Any) -> Estimate:
+    """The mean of one number, or as many numbers, per image."""
+    return bootstrap(per_image, lambda rows: float(rows.mean()))
+
+
+def estimate_ratio(numerators: Any, denominators: Any, *, resamples: int = 1000) -> Estimate:
+    """The ratio of the sums over images; a resample whose denominators are 0 is left out."""
+
+    def ratio(rows: np.ndarray) -> float:
+        above, below = rows.sum(0)
+        return float(above / below) if below else math.nan
+
+    return bootstrap(np.stack([numerators, denominators], 1), ratio, resamples=resamples)

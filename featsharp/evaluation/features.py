@@ -1,0 +1,128 @@
+"""Features that tasks compare: of which pixels, at which sizes, in which space."""
+
+import math
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from featsharp.data.images import image_to_tensor
+from featsharp.data.views import canvas_margin, cut_canvas
+from featsharp.errors import ConfigError, InputError
+from featsharp.model import SharpEncoder
+from featsharp.ops.resize import resize
+
+
+def find_low_res_size(encoder: SharpEncoder, wanted: tuple[int, int] | None) -> tuple[int, int]:
+    """Return (h, w) in pixels of the low-resolution pass: the wanted one, or the backbone's native size.
+
+    Raises:
+        ConfigError: For a size that the backbone does not take; the message has the nearest that it does.
+    """
+    backbone = encoder.backbone
+    if wanted is None:
+        return backbone.input_size
+    fitting = backbone.fit_size(*(max(side, backbone.patch_size) for side in wanted))
+    if fitting != tuple(wanted):
+        raise ConfigError(
+            f"low_res_size {wanted[0]}x{wanted[1]} is no size that backbone {backbone.name!r} takes; the nearest is "
+            f"{fitting[0]}x{fitting[1]}"
+        )
+    return fitting
+
+
+def shown_size(encoder: SharpEncoder, low_res: tuple[int, int]) -> tuple[int, int]:
+    """Return (h, w) in pixels of the picture: the low-resolution pass times the factor rounded up, at least 2.
+
+    Encoders of factors up to 2 are shown the same picture.
+    """
+    times = max(2, math.ceil(encoder.factor))
+    return low_res[0] * times, low_res[1] * times
+
+
+def whitened_picture(encoder: SharpEncoder, image: Image, size: tuple[int, int]) -> Tensor:
+    """An RGB picture scaled as a whole to ``size`` (h, w), whatever its aspect ratio: [1, 3, h, w], whitened."""
+    return encoder.input_conditioner(resize(image_to_tensor(image)[None].to(encoder.device), size))
+
+
+def whitened_crop(encoder: SharpEncoder, image: Image, size: tuple[int, int]) -> Tensor:
+    """The largest crop of an RGB picture in the shape of ``size`` (h, w), scaled to it: [1, 3, h, w], whitened."""
+    (top, left), (canvas, _) = canvas_margin(size), cut_canvas(image, size)
+    view = canvas[None, :, top : top + size[0], left : left + size[1]].to(encoder.device)
+    return encoder.input_conditioner(view)
+
+
+def encode_raw(encoder: SharpEncoder, images: Tensor) -> Tensor:
+    """The backbone's features of whitened images, [B, C, h, w] float32, in its own space.
+
+    Where the normalizer has no inverse (LayerNorm), here and in :func:`predict_raw`: in normalised space.
+
+    Raises:
+        InputError: For features that are NaN or infinite.
+    """
+    features = encoder.backbone(images).features.float()
+    if not torch.isfinite(features).all():
+        raise InputError(
+            f"backbone {encoder.backbone.name!r} returned NaN or infinite features for {len(images)} image(s); is half "
+            "precision too narrow for it?"
+        )
+    return features if encoder.normalizer.invertible else encoder.normalizer(features)
+
+
+def predict_raw(
+    encoder: SharpEncoder, images: Tensor, low_res_size: tuple[int, int], *, positional: bool = True
+) -> Tensor:
+    """High-resolution features of whitened images in the backbone's own space, [B, C, H, W], float32.
+
+    Args:
+        encoder: In eval mode.
+        images: [B, 3, h, w].
+        low_res_size: (h, w) in pixels of the low-resolution pass.
+        positional: Whether to put the positional pattern back that a bias buffer has learned to remove: encoders with
+            and without one are then compared with the same target, the backbone's own features. False gives what
+            users get.
+
+    Raises:
+        ConfigError: For an upsampler that returns several maps.
+        InputError: For features that are NaN or infinite.
+    """
+    if encoder.upsampler.num_maps > 1:
+        raise ConfigError(
+            f"{type(encoder.upsampler).__name__} returns {encoder.upsampler.num_maps} maps at once, which cannot be "
+            "compared with the backbone's one; measure it in a task with a head of its own"
+        )
+    high_res = encoder(images, low_res_size=low_res_size).high_res.float()
+    if encoder.bias_buffer is not None and positional:
+        high_res = high_res - encoder.bias_buffer.at((high_res.shape[-2], high_res.shape[-1]))
+    raw = encoder.normalizer.denormalize(high_res) if encoder.normalizer.invertible else high_res
+    check_finite(raw)
+    return raw
+
+
+def sharp_features(encoder: SharpEncoder, image: Image, low_res_size: tuple[int, int] | None = None) -> Tensor:
+    """High-resolution features of a whole RGB picture as users get them, [1, C, H, W] float32.
+
+    The picture is scaled to :func:`shown_size`.
+
+    Args:
+        encoder: In eval mode.
+        image: Of mode RGB.
+        low_res_size: (h, w) in pixels; None: the backbone's native size.
+
+    Raises:
+        ConfigError: For a size that the backbone does not take, and an upsampler that returns several maps.
+        InputError: For features that are NaN or infinite.
+    """
+    low_res = find_low_res_size(encoder, low_res_size)
+    return predict_raw(
+        encoder, whitened_picture(encoder, image, shown_size(encoder, low_res)), low_res, positional=False
+    )
+
+
+def check_finite(features: Tensor) -> None:
+    """Raise InputError for features [B, ...] of an encoder that are NaN or infinite."""
+    if not torch.isfinite(features).all():
+        raise InputError(
+            f"the encoder returned NaN or infinite features for {len(features)} image(s); is the checkpoint damaged, "
+            "or half precision too narrow for this backbone?"
+        )

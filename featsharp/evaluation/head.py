@@ -1,0 +1,381 @@
+"""Heads on frozen features: a linear one, trained on features that are computed once and kept on disk.
+
+The head and schedule are those of RADIO and FeatSharp (arXiv 2502.16025): BatchNorm, Conv1x1, output enlarged
+bilinearly, AdamW without weight decay, linear warm-up and polynomial decay of power 1. Other than there, pictures are
+not augmented, which lets their features be computed once.
+
+Every picture is scaled to one size, whatever its shape: without cropping, a map then covers the whole of it.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from PIL.Image import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from featsharp.data.images import decode_image
+from featsharp.errors import DataError, FeatSharpError, InputError
+from featsharp.evaluation.features import check_finite, whitened_picture
+from featsharp.evaluation.keys import digest, encoder_key, file_key
+from featsharp.evaluation.layouts.labels import LabelledImage, check_sizes
+from featsharp.files import write_file
+from featsharp.memory import format_memory
+from featsharp.model import SharpEncoder
+from featsharp.ops.resize import resize, size_of
+
+logger = logging.getLogger(__name__)
+
+Part = Literal["high_res", "low_res"]
+
+_WARM_UP = 0.02  # of the steps
+
+
+class LinearProbe(nn.Module):
+    """Features [B, C, h, w] to logits [B, K, h, w] float32.
+
+    The convolution starts at zero, the best guess that knows nothing, so a seed decides the order of images only. The
+    normalisation has no weights of its own: the convolution would absorb them.
+
+    Args:
+        channels: C.
+        classes: K.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.classify = nn.utils.skip_init(nn.Conv2d, channels, classes, 1)  # leaves the global random state alone
+        for parameter in self.classify.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.classify(self.norm(features.float()))
+        return logits
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Training schedule of a probe.
+
+    Attributes:
+        steps: Updates.
+        batch: Images per update; all of them where there are fewer.
+        learning_rate: Its peak, after the warm-up of the first 2 % of the steps; then it falls linearly to 0.
+        seed: Of the order of images.
+    """
+
+    steps: int = 4000
+    batch: int = 8
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Share of the peak learning rate at a step, the first being 0."""
+        warm_up = max(1, round(_WARM_UP * self.steps))
+        return min((step + 1) / warm_up, (self.steps - step) / max(1, self.steps - warm_up))
+
+    def batches(self, images: int) -> Iterator[list[int]]:
+        """Numbers of images for every step: all of them once, in a new order each time, cut into batches."""
+        generator = torch.Generator().manual_seed(self.seed)
+        order = itertools.chain.from_iterable(
+            torch.randperm(images, generator=generator).tolist() for _ in itertools.count()
+        )
+        for _ in range(self.steps):
+            yield list(itertools.islice(order, min(self.batch, images)))
+
+
+class TrainingData(NamedTuple):
+    """Pictures to train a head on.
+
+    Attributes:
+        pairs: Images with their label files.
+        read: Target of a pair, [h', w'], the same size for all, and (h, w) of its label file; DataError for a bad one.
+        loss: Output [B, K, h', w'] and targets to a number.
+        outputs: K.
+        key: JSON values that change when targets of the same files would.
+    """
+
+    pairs: Sequence[LabelledImage]
+    read: Callable[[LabelledImage], tuple[Tensor, tuple[int, int]]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    outputs: int
+    key: Sequence[object]
+
+
+@dataclass(frozen=True)
+class FeatureReader:
+    """One of the two maps of an encoder for any picture.
+
+    Attributes:
+        encoder: In eval mode.
+        image_size: (h, w) in pixels at which the encoder is shown the picture.
+        low_res_size: (h, w) in pixels of its low-resolution pass.
+    """
+
+    encoder: SharpEncoder
+    image_size: tuple[int, int]
+    low_res_size: tuple[int, int]
+
+    @torch.no_grad()  # not inference mode: heads are trained on them
+    def read(self, image: Image, part: Part) -> Tensor:
+        """Features of an RGB picture, [1, C, h, w] float32 on the encoder's device, in the backbone's space.
+
+        They are those that users get: without the positional pattern that a bias buffer learned, and in normalised
+        space where the normalizer has no inverse.
+
+        Raises:
+            InputError: When they are NaN or infinite.
+        """
+        maps = self.encoder(
+            whitened_picture(self.encoder, image, self.image_size),
+            low_res_size=self.low_res_size,
+            denormalize=self.encoder.normalizer.invertible,
+        )
+        features: Tensor = getattr(maps, part).float()
+        check_finite(features)
+        return features
+
+
+class Features(NamedTuple):
+    """A map [C, h, w] on the CPU, in half precision where its numbers allow, and (h, w) of the picture it is of."""
+
+    map: Tensor
+    picture_size: tuple[int, int]
+
+
+class FeatureCache:
+    """Features of the pictures of a data set, computed once and then read from files.
+
+    A file's name is a digest of the content of the encoder, the sizes, and the name, length and time of the picture's
+    file. A damaged one is made again. Beyond the limit features are computed whenever they are asked for.
+
+    Args:
+        reader: Computes them.
+        part: Which map.
+        folder: Where to; it may hold those of other encoders.
+        limit: Bytes that all files of the folder may take.
+    """
+
+    def __init__(self, reader: FeatureReader, part: Part, folder: Path, limit: int) -> None:
+        self.reader, self.part, self.folder, self.limit = reader, part, folder, limit
+        self.key = digest(encoder_key(reader.encoder), reader.image_size, reader.low_res_size, part)
+        self._used = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        self._full = False
+
+    def get(self, pair: LabelledImage) -> Features:
+        """Features of the image of a pair.
+
+        Raises:
+            DataError, InputError: When there are none: see ``decode_image`` and :class:`FeatureReader`.
+        """
+        path = self.folder / f"{digest(self.key, file_key(pair.root, pair.image))}.safetensors"
+        kept = _load_features(path)
+        if kept is not None:
+            return kept
+        image = decode_image(pair.root / pair.image, name=pair.image, upright=False)
+        features = self.reader.read(image, self.part)[0].cpu()
+        half = features.half()
+        computed = Features(half if half.isfinite().all() else features, (image.height, image.width))
+        self._store(path, computed)
+        return computed
+
+    def _store(self, path: Path, features: Features) -> None:
+        if self._full:
+            return
+        content = save({"map": features.map.contiguous(), "picture_size": torch.tensor(features.picture_size)})
+        replaced = path.stat().st_size if path.exists() else 0
+        if self._used - replaced + len(content) > self.limit:
+            self._stop(f"the limit of {format_memory(self.limit)} is reached")
+            return
+        try:
+            write_file(path, content)
+        except FeatSharpError as error:
+            self._stop(str(error))
+            return
+        self._used += len(content) - replaced
+
+    def _stop(self, reason: str) -> None:
+        self._full = True
+        logger.warning(
+            "features of the other images are computed again in every round of training, which is slow: %s. Give more "
+            "room (--cache-limit, --cache-dir) or fewer images (--train-limit)",
+            reason,
+        )
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head trained for one encoder.
+
+    Attributes:
+        reader: Reads the features that it is applied to.
+        probe: In eval mode.
+        images: It was trained on so many.
+        skipped: Name and reason of training images that could not be used.
+    """
+
+    reader: FeatureReader
+    probe: LinearProbe
+    images: int
+    skipped: list[tuple[str, str]]
+
+    def __call__(self, image: Image) -> Tensor:
+        """Output [1, K, h, w] on the sharp features of an RGB picture."""
+        output: Tensor = self.probe(self.reader.read(image, "high_res"))
+        return output
+
+    @property
+    def key(self) -> str:
+        """Digest of its weights."""
+        return hashlib.sha256(self.probe.classify.weight.cpu().numpy().tobytes()).hexdigest()
+
+
+def train_head(
+    reader: FeatureReader,
+    part: Part,
+    data: TrainingData,
+    schedule: Schedule,
+    *,
+    cache_dir: Path | None,
+    cache_limit: int,
+    scratch: Path | None = None,
+) -> Head:
+    """Train a head on one of the maps of an encoder, or load the same from disk.
+
+    Args:
+        reader: Computes features.
+        part: The map to train on.
+        data, schedule: Of the training.
+        cache_dir: Folder for features and heads; None: features are kept in a temporary one.
+        cache_limit: Bytes that features may take there.
+        scratch: Where the head is kept without ``cache_dir``; None: nowhere.
+
+    Raises:
+        DataError: When no training image can be used.
+    """
+    with ExitStack() as stack:
+        folder = cache_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="featsharp-")))
+        cache = FeatureCache(reader, part, folder / "features", cache_limit)
+        files = [[file_key(pair.root, pair.image), file_key(pair.root, pair.label)] for pair in data.pairs]
+        name = digest(cache.key, files, *data.key, asdict(schedule))
+        path = (cache_dir or scratch or folder) / "heads" / f"{name}.safetensors"
+        kept = load_probe(path, reader.encoder.device)
+        if kept is not None:
+            probe, (images, skipped) = kept
+            return Head(reader, probe, images, [(name, reason) for name, reason in skipped])
+        pairs, targets, skipped = _read_targets(cache, data)
+        logger.info("training a head on %d images", len(pairs))
+        probe = fit_probe(
+            lambda number: cache.get(pairs[number]).map,
+            targets,
+            data.outputs,
+            data.loss,
+            schedule,
+            reader.encoder.device,
+        )
+        try:
+            save_probe(probe, path, [len(pairs), skipped])
+        except FeatSharpError as error:
+            logger.warning("the head is not kept, a stopped evaluation will train it again: %s", error)
+    return Head(reader, probe, len(pairs), skipped)
+
+
+def fit_probe(
+    features: Callable[[int], Tensor],
+    targets: Tensor,
+    outputs: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    device: torch.device,
+) -> LinearProbe:
+    """Train a probe.
+
+    Args:
+        features: Number of an image -> [C, h, w], any floating point type, on any device; the same size for all.
+        targets: [N, H, W] on the CPU. The output is scaled to H x W for the loss.
+        outputs: K.
+        loss: Output [B, K, H, W] and targets [B, H, W] to a number.
+        schedule: See there.
+        device: Where to train.
+
+    Returns:
+        The probe on ``device``, in eval mode, without gradients.
+    """
+    probe = LinearProbe(len(features(0)), outputs).to(device).train()
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=schedule.learning_rate, weight_decay=0)
+    for step, batch in enumerate(schedule.batches(len(targets))):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate * schedule.rate(step)
+        maps = torch.stack([features(number) for number in batch]).to(device)
+        truth = targets[batch].to(device)
+        error = loss(resize(probe(maps), size_of(truth)), truth)
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            logger.info("linear probe: step %d of %d, loss %.3f", step + 1, schedule.steps, error.item())
+    return probe.eval().requires_grad_(False)
+
+
+def save_probe(probe: LinearProbe, path: Path, about: object) -> None:
+    """Write a probe with some JSON value about it."""
+    state = {name: value.cpu().contiguous() for name, value in probe.state_dict().items()}
+    write_file(path, save(state, {"about": json.dumps(about)}))
+
+
+def load_probe(path: Path, device: torch.device) -> tuple[LinearProbe, Any] | None:
+    """Load what :func:`save_probe` wrote, the probe as :func:`fit_probe` returns it; None without a sound file."""
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            about = json.loads(file.metadata()["about"])
+        classes, channels = state["classify.weight"].shape[:2]
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    probe = LinearProbe(channels, classes)
+    probe.load_state_dict(state)
+    return probe.to(device).eval().requires_grad_(False), about
+
+
+def _read_targets(cache: FeatureCache, data: TrainingData) -> tuple[list[LabelledImage], Tensor, list[tuple[str, str]]]:
+    """Training pairs that can be used, their targets [N, h, w], and (name, reason) of the others."""
+    pairs: list[LabelledImage] = []
+    targets: list[Tensor] = []
+    skipped = []
+    for pair in data.pairs:
+        try:
+            target, label_size = data.read(pair)
+            check_sizes(pair, cache.get(pair).picture_size, label_size)
+        except (DataError, InputError) as error:
+            reason = str(error).removeprefix(f"{pair.image}: ")
+            logger.warning("training without %s: %s", pair.image, reason)
+            skipped.append((pair.image, reason))
+        else:
+            pairs.append(pair)
+            targets.append(target)
+    if not pairs:
+        raise DataError(
+            f"none of {len(skipped)} training images can be used; the first, {skipped[0][0]}: {skipped[0][1]}"
+        )
+    return pairs, torch.stack(targets), skipped
+
+
+def _load_features(path: Path) -> Features | None:
+    """None where there is no file, or a damaged one."""
+    try:
+        content = load(path.read_bytes())
+        height, width = content["picture_size"].tolist()
+        return Features(content["map"], (height, width))
+    except (OSError, SafetensorError, KeyError):
+        return None

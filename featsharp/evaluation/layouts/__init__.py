@@ -1,0 +1,12 @@
+"""Readers of data sets: how they lie on disk, brought to what tasks take.
+
+layout          what a layout is, and which one a folder has
+labels          images with label files, and the meaning of their numbers
+segmentation    layouts of segmentation: ADE20K, Pascal VOC and Context, Cityscapes, COCO-Stuff, CamVid, plain folders
+class_names     of these data sets
+keypoints       pairs of images with keypoints that both show
+pairs           layouts of such pairs: SPair-71k, PF-PASCAL, PF-WILLOW
+boundaries      pictures with human boundaries: BSDS500 and its like
+objects         objects with class and outline: COCO, YOLO
+mat             MATLAB files
+"""

@@ -1,0 +1,57 @@
+"""A layout is how a data set lies on disk; a table of them tells which one a folder has."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from featsharp.errors import DataError, unknown_name
+
+AUTO = "auto"
+
+
+class Layout(NamedTuple):
+    """A layout.
+
+    Attributes:
+        expected: Files and folders, in words.
+        fits: Whether a folder has it, told by a few names.
+        read: Lists the data set in a folder; further arguments are those of its kind. No image is opened.
+    """
+
+    expected: str
+    fits: Callable[[Path], bool]
+    read: Callable[..., Any]
+
+
+def choose_layout(
+    layouts: Mapping[str, Layout], name: str, root: Path, kind: str, inside: Sequence[str] = (".",)
+) -> tuple[str, Path]:
+    """Name of the layout of a data set, and its folder.
+
+    Args:
+        layouts: By name.
+        name: One of them; "auto" takes the first that fits.
+        root: Folder of the data set.
+        kind: Of data set, for messages.
+        inside: Folders of ``root`` in which the data set may be.
+
+    Raises:
+        ConfigError: For an unknown layout.
+        DataError: When there is no such folder, or it does not fit.
+    """
+    if name not in (AUTO, *layouts):
+        raise unknown_name("layout", name, [AUTO, *layouts])
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; give the folder of a {kind} data set")
+    candidates = layouts if name == AUTO else {name: layouts[name]}
+    for candidate, layout in candidates.items():
+        for folder in (root / place for place in inside):
+            if layout.fits(folder):
+                return candidate, folder
+    expected = "; ".join(f"{candidate}: {layout.expected}" for candidate, layout in candidates.items())
+    raise DataError(f"{root} has no known layout of a {kind} data set; expected {expected}")
+
+
+def has_folders(*folders: str) -> Callable[[Path], bool]:
+    """Check of a folder for others in it."""
+    return lambda root: all((root / folder).is_dir() for folder in folders)

@@ -1,0 +1,250 @@
+"""Semantic segmentation with a linear probe: how much do sharp features help a head that is as simple as it gets?
+
+The protocol, the same for every encoder of a table (FeatSharp, arXiv 2502.16025, figure 3, without augmentation):
+
+- Every picture is scaled to max(2, ceil(factor)) times the size of the low-resolution pass, so that encoders are shown
+  the same picture, and its shape is not kept.
+- A head (see :mod:`featsharp.evaluation.head`) is trained on the features of the training split, by cross-entropy
+  without void pixels. Its logits are scaled to the labels, by default of four times the low-resolution grid; labels are
+  sampled at the centres of their cells.
+- On the validation split logits are scaled to the size of each label file. Void pixels do not count. mIoU is the mean
+  over the classes that occur in the truth or the prediction, from the counts of all images together.
+
+With ``head="low-res"`` the head is trained on the encoder's own low-resolution map and applied to the sharp one: does
+an upsampler fit heads that exist already?
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featsharp.data.images import decode_image
+from featsharp.errors import ConfigError, DataError
+from featsharp.evaluation.estimates import bootstrap_sums
+from featsharp.evaluation.features import find_low_res_size, shown_size
+from featsharp.evaluation.head import FeatureReader, Head, Part, Schedule, TrainingData, train_head
+from featsharp.evaluation.keys import file_key
+from featsharp.evaluation.layouts.labels import VOID, LabelCode, LabelledImage, check_sizes
+from featsharp.evaluation.layouts.segmentation import LAYOUTS, FolderOptions, SegmentationData, open_segmentation
+from featsharp.evaluation.runner import Item, Row, Subject, Summary, Task
+from featsharp.memory import parse_memory
+from featsharp.model import SharpEncoder
+from featsharp.ops.boxes import Box
+from featsharp.ops.resize import enlarge, resize
+from featsharp.settings import setting
+
+# Logits that are held at a time when they are scaled to a label: 256 MiB with what scaling takes.
+MAX_LOGITS = 2**26 // 3
+
+
+@dataclass
+class SegmentationTask(Task):
+    """Semantic segmentation: a linear probe on frozen features, by mean intersection over union."""
+
+    name: ClassVar[str] = "segmentation"
+
+    data: Path = setting(Path("."), "folder of the data set", type=Path, metavar="DIR", required=True)
+    layout: str = setting("auto", "how it lies on disk", choices=("auto", *LAYOUTS))
+    low_res_size: tuple[int, int] | None = setting(
+        None, "pixels of the low-resolution pass; default: the backbone's native size", type="size", metavar="HxW"
+    )
+    head: str = setting(
+        "own", "features that the head is trained on: the sharp ones, or the low-res ones", choices=("own", "low-res")
+    )
+    steps: int = setting(Schedule.steps, "updates of the head", type="count", metavar="N")
+    batch: int = setting(Schedule.batch, "images per update", type="count", metavar="N")
+    learning_rate: float = setting(Schedule.learning_rate, "peak of the head's learning rate", type=float, metavar="X")
+    label_size: tuple[int, int] | None = setting(
+        None, "labels in training; default: four times the low-resolution grid", type="size", metavar="HxW"
+    )
+    train_limit: int | None = setting(
+        None, "only N training images, spread evenly over their list", type="count", metavar="N"
+    )
+    limit: int | None = setting(None, "only the first N validation images", type="count", metavar="N")
+    seed: int = setting(0, "of the order of training images", type=int, metavar="N")
+    cache_dir: Path | None = setting(
+        None,
+        "keep features and heads there for later runs; default: features in a temporary folder",
+        type=Path,
+        metavar="DIR",
+    )
+    cache_limit: str = setting("4GiB", "most room for features on disk; others are computed again", metavar="SIZE")
+    classes: int | None = setting(
+        None,
+        "classes of the layout folder without classes.txt; default: as many as its training labels show",
+        type="count",
+        metavar="N",
+    )
+    ignore_index: int = setting(255, "label of void pixels in the layout folder", type=int, metavar="N")
+
+    # The data
+
+    @cached_property
+    def dataset(self) -> SegmentationData:
+        """Pairs of both splits, and the meaning of their labels."""
+        return open_segmentation(self.data, self.layout, FolderOptions(self.classes, self.ignore_index))
+
+    def items(self) -> list[Item]:
+        return [Item(pair.image, pair) for pair in self.dataset.val[: self.limit]]
+
+    def training_data(self, label_size: tuple[int, int]) -> TrainingData:
+        """Pictures to train the head on, no more than it will be shown."""
+        pairs, code = self.dataset.train, self.dataset.code
+        count = min(self.train_limit or len(pairs), len(pairs), self.steps * self.batch)
+        chosen = [pairs[number * len(pairs) // count] for number in range(count)]
+        return TrainingData(
+            chosen,
+            partial(_sample_labels, code=code, size=label_size),
+            lambda logits, labels: F.cross_entropy(logits, labels.long(), ignore_index=VOID),
+            len(code.classes),
+            (code.classes, list(code.codes.items()), label_size),
+        )
+
+    # The head
+
+    def prepare(self, encoder: SharpEncoder, subject: Subject) -> Head:
+        low_res = find_low_res_size(encoder, self.low_res_size)
+        return train_head(
+            FeatureReader(encoder, shown_size(encoder, low_res), low_res),
+            self._part(encoder),
+            self.training_data(self._label_size(encoder, low_res)),
+            Schedule(self.steps, self.batch, self.learning_rate, self.seed),
+            cache_dir=self.cache_dir,
+            cache_limit=parse_memory(self.cache_limit),
+            scratch=subject.scratch,
+        )
+
+    def _part(self, encoder: SharpEncoder) -> Part:
+        if self.head == "own":
+            return "high_res"
+        if self.head != "low-res":
+            raise ConfigError(f"head is own or low-res; got {self.head!r}")
+        if encoder.upsampler.num_maps > 1:
+            raise ConfigError(
+                f"{type(encoder.upsampler).__name__} returns {encoder.upsampler.num_maps} maps at once, which a head "
+                "trained on one cannot take; use --head own"
+            )
+        return "low_res"
+
+    def _label_size(self, encoder: SharpEncoder, low_res: tuple[int, int]) -> tuple[int, int]:
+        height, width = encoder.backbone.grid_size(low_res)
+        return self.label_size or (4 * height, 4 * width)
+
+    # The score
+
+    def measure(self, encoder: SharpEncoder, item: Item, head: Head) -> Row:
+        pair: LabelledImage = item.data
+        truth = self.dataset.code.read(pair.root / pair.label, pair.label)
+        image = decode_image(pair.root / pair.image, name=pair.image, upright=False)
+        check_sizes(pair, (image.height, image.width), truth.shape)
+        if (truth == VOID).all():
+            raise DataError(f"{pair.label}: all pixels are void")
+        return score_image(confusion(truth, predict(head(image), truth.shape), len(self.dataset.code.classes)))
+
+    def score(self, rows: Sequence[Row], head: Head) -> Summary:
+        reader = head.reader
+        return {
+            **pool_rows(rows, self.dataset.code.classes),
+            "train_images": head.images,
+            "train_skipped": [list(entry) for entry in head.skipped],
+            "layout": self.dataset.layout,
+            "factor": float(reader.encoder.factor),
+            "low_res_size": list(reader.low_res_size),
+            "image_size": list(reader.image_size),
+            "label_size": list(self._label_size(reader.encoder, reader.low_res_size)),
+        }
+
+    # Cache keys
+
+    def item_key(self, item: Item) -> object:
+        pair: LabelledImage = item.data
+        return [file_key(pair.root, pair.image), file_key(pair.root, pair.label)]
+
+    def head_key(self, head: Head) -> str:
+        return head.key
+
+
+def predict(logits: Tensor, size: Sequence[int], max_logits: int = MAX_LOGITS) -> np.ndarray:
+    """Most likely class of every pixel, [H, W] int64, of logits [1, K, h, w] scaled to ``size`` (H, W).
+
+    Works in chunks of rows of at most ``max_logits`` numbers, so that 150 classes of a large picture fit into memory.
+    """
+    height, width = size
+    if height < logits.shape[-2] or width < logits.shape[-1]:
+        scaled = resize(logits, (height, width)).argmax(1)[0]
+    else:
+        rows = max(1, max_logits // (logits.shape[1] * width))
+        boxes = [Box(top, min(height, top + rows), 0, width) for top in range(0, height, rows)]
+        scaled = torch.cat([enlarge(logits, (height, width), box).argmax(1)[0] for box in boxes])
+    return scaled.cpu().numpy()
+
+
+def confusion(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
+    """Count pixels by true class and predicted class, [K, K] integers; void pixels of ``truth`` do not count.
+
+    Args:
+        truth: Integers of any shape, classes and VOID.
+        prediction: Classes, of the same shape.
+        classes: K.
+    """
+    labelled = truth != VOID
+    cells = truth[labelled].astype(np.int64) * classes + prediction[labelled]
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+
+
+def iou(counts: np.ndarray) -> np.ndarray:
+    """Intersection over union by class, [K]; NaN for a class that is neither in the truth nor predicted.
+
+    Args:
+        counts: [3, K], pixels that are of a class and predicted so, that are of it, and that are predicted so.
+    """
+    hit, true, predicted = counts
+    union = true + predicted - hit
+    return np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+
+
+def score_image(matrix: np.ndarray) -> Row:
+    """Scores of an image from its :func:`confusion`, and per class that occurs [class, hit, true, predicted]."""
+    counts = np.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)])
+    occurring = np.flatnonzero(counts.any(0))
+    return {
+        "miou": float(np.nanmean(iou(counts))),
+        "pixel_accuracy": float(counts[0].sum() / counts[1].sum()),
+        "_counts": [[int(c), *map(int, counts[:, c])] for c in occurring],
+    }
+
+
+def pool_rows(rows: Sequence[Row], classes: Sequence[str]) -> Summary:
+    """Scores of a split: from the counts of all images together, with intervals over images.
+
+    Returns:
+        "miou" and "pixel_accuracy" with intervals; "iou" by class name, None for a class that is neither in the truth
+        nor predicted. Such classes are left out of the mean, and out of a resample's mean where it has none.
+    """
+    counts = np.zeros((len(rows), 3, len(classes)))
+    for number, row in enumerate(rows):
+        for c, *numbers in row["_counts"]:
+            counts[number, :, c] = numbers
+    by_class = iou(counts.sum(0))
+    return {
+        "miou": bootstrap_sums(counts, lambda pooled: float(np.nanmean(iou(pooled)))),
+        "pixel_accuracy": bootstrap_sums(counts, lambda pooled: float(pooled[0].sum() / pooled[1].sum())),
+        "iou": {name: None if np.isnan(value) else float(value) for name, value in zip(classes, by_class, strict=True)},
+    }
+
+
+def _sample_labels(pair: LabelledImage, code: LabelCode, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """Labels [h, w] int16 at the centres of the cells, and the size of the file."""
+    labels = code.read(pair.root / pair.label, pair.label)
+    rows, columns = (((np.arange(n) + 0.5) * (m / n)).astype(int) for n, m in zip(size, labels.shape, strict=True))
+    sampled = torch.from_numpy(labels[rows[:, None], columns])
+    if (sampled == VOID).all():
+        raise DataError(f"{pair.label}: all pixels are void, or too few are not")
+    return sampled, (labels.shape[0], labels.shape[1])
