@@ -26,7 +26,6 @@ class FlopsTask(CurvesTask):
     """
 
     name: ClassVar[str] = "flops"
-    title: ClassVar[str] = "floating-point operations of backbone and upsampler by factor"
 
     def run(self, device: torch.device, dtype: torch.dtype | None, progress: bool) -> dict[str, Any]:
         """Count.

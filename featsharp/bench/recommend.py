@@ -50,7 +50,6 @@ class RecommendTask:
     """
 
     name: ClassVar[str] = "recommend"
-    title: ClassVar[str] = "which upsampler for this backbone, size and memory, as measured here"
     needs_quality: ClassVar[bool] = True  # with ``data``, whoever calls hands in ``quality``
 
     backbone: str = setting("vits14-focus", "name of the backbone")

@@ -34,7 +34,6 @@ class ThroughputTask(CurvesTask):
     """
 
     name: ClassVar[str] = "throughput"
-    title: ClassVar[str] = "time per image and per token by factor: larger images, tiles, upsamplers"
 
     batch_size: int = setting(1, "images at a time", type="count", metavar="N")
     repeat: int = setting(20, "most runs of a case; slow ones get fewer, at least 5", type="count", metavar="N")
