@@ -4,14 +4,15 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from featsharp.data.filters import MIN_SIZE
 from featsharp.data.streams import SHUFFLE_BUFFER
 from featsharp.errors import ConfigError
-from featsharp.training.keys import check_ranges, key
+from featsharp.training.keys import key
 from featsharp.training.least_squares import LinearFitConfig
 from featsharp.training.loggers import writer_names
 from featsharp.training.objectives import ObjectiveConfig
@@ -140,7 +141,31 @@ def check_values(config: RunConfig) -> None:
     writer_names(config.viz.type)
     if config.viz.mode not in WANDB_MODES:
         raise ConfigError(f"viz.mode must be online, offline or null; got {config.viz.mode!r}")
-    check_ranges(config)
+    _check_ranges(config)
+
+
+def walk_keys(config: Any, prefix: str = "") -> "Iterator[tuple[str, dataclasses.Field[Any], Any]]":
+    """Yield the dotted name, field and value of every key of a configuration, those of its groups too."""
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk_keys(value, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, entry, value
+
+
+def _check_ranges(config: Any) -> None:
+    """Raise ConfigError for the first key of a configuration that is out of its range."""
+    for name, entry, value in walk_keys(config):
+        limits = entry.metadata
+        if "least" in limits and not limits["least"] <= value < math.inf:
+            raise ConfigError(f"{name} must be at least {limits['least']:g} and finite; got {value}")
+        if "most" in limits and value > limits["most"]:
+            raise ConfigError(f"{name} must be at most {limits['most']:g}; got {value}")
+        if "least_low" in limits:
+            low = limits["least_low"]
+            if len(value) != 2 or not low <= value[0] <= value[1] < math.inf:
+                raise ConfigError(f"{name} must be [low, high] with {low:g} <= low <= high, finite; got {value}")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

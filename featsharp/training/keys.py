@@ -1,11 +1,7 @@
 """Keys of a training configuration: dataclass fields with a range, which a resumed run may change or not."""
 
 import dataclasses
-import math
-from collections.abc import Iterator
 from typing import Any
-
-from featsharp.errors import ConfigError
 
 
 def key(
@@ -29,27 +25,3 @@ def key(
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def walk_keys(config: Any, prefix: str = "") -> "Iterator[tuple[str, dataclasses.Field[Any], Any]]":
-    """Yield the dotted name, field and value of every key of a configuration, those of its groups too."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from walk_keys(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, field, value
-
-
-def check_ranges(config: Any) -> None:
-    """Raise ConfigError for the first key of a configuration that is out of its range."""
-    for name, field, value in walk_keys(config):
-        limits = field.metadata
-        if "least" in limits and not limits["least"] <= value < math.inf:
-            raise ConfigError(f"{name} must be at least {limits['least']:g} and finite; got {value}")
-        if "most" in limits and value > limits["most"]:
-            raise ConfigError(f"{name} must be at most {limits['most']:g}; got {value}")
-        if "least_low" in limits:
-            low = limits["least_low"]
-            if len(value) != 2 or not low <= value[0] <= value[1] < math.inf:
-                raise ConfigError(f"{name} must be [low, high] with {low:g} <= low <= high, finite; got {value}")

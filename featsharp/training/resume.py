@@ -10,8 +10,7 @@ from featsharp.backbones.base import Backbone
 from featsharp.builder import check_backbone
 from featsharp.checkpoint import read_checkpoint, restoring
 from featsharp.errors import CheckpointError, ConfigError
-from featsharp.training.config import RunConfig, flatten, public_form
-from featsharp.training.keys import walk_keys
+from featsharp.training.config import RunConfig, flatten, public_form, walk_keys
 
 logger = logging.getLogger(__name__)
 
