@@ -9,8 +9,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from featsharp.data.sources import first_images, parse_data_dir
-from featsharp.data.streams import ShardStream
+from featsharp.data.entries import parse_data_dir
+from featsharp.data.streams import ShardStream, first_images
 from featsharp.data.views import Views, base_view, cut_canvas
 from featsharp.evaluation.fidelity import EVAL_VIEWS, FidelityMeter, default_eval_size
 from featsharp.evaluation.images import ImageSet

@@ -1,8 +1,10 @@
 """Images and views for training; knows no model."""
 
+from featsharp.data.entries import WeightedPath, parse_data_dir
 from featsharp.data.images import IMAGE_EXTENSIONS, decode_image, image_to_tensor
+from featsharp.data.mixture import ImageMixture, LoadedImage
 from featsharp.data.pack import PackReport, pack_images
-from featsharp.data.sources import ImageMixture, ImageSource, LoadedImage, WeightedPath, open_source, parse_data_dir
+from featsharp.data.sources import ImageSource, open_source
 
 __all__ = [
     "IMAGE_EXTENSIONS",

@@ -15,13 +15,13 @@ from typing import IO, Any, BinaryIO, NamedTuple, Self
 from featsharp.data._decompress import DAMAGE as DECOMPRESSION_DAMAGE
 from featsharp.data._decompress import Source, decompressed
 from featsharp.data.images import is_image_name
+from featsharp.data.skips import count_of_others
 from featsharp.errors import DataError
 
 # A header may claim any size: what a stream's members can make us hold in memory.
 MAX_MEMBER_BYTES = 1 << 28
 MAX_HEADER_BYTES = 1 << 20  # of the headers that hold long names and the like
 MAX_PADDING = 1 << 20  # bytes of zeros after an end mark in which the next archive is looked for
-NO_IMAGE = "no image by name"  # kind of files and members that do not pretend to be one
 
 _COMPRESSED_EXTENSIONS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
@@ -94,7 +94,7 @@ def index_tar(path: Path) -> TarIndex:
     return TarIndex(members, skipped, others)
 
 
-def stream_tar(file: BinaryIO | IO[bytes]) -> Iterator[StreamMember]:
+def stream_tar(file: BinaryIO | IO[bytes], max_bytes: int = MAX_MEMBER_BYTES) -> Iterator[StreamMember]:
     """The images of a tar that can only be read once, in stored order, and what is wrong with it.
 
     It may be compressed with gzip, bzip2 or xz, also in several members, as when compressed tars were joined.
@@ -109,8 +109,8 @@ def stream_tar(file: BinaryIO | IO[bytes]) -> Iterator[StreamMember]:
                 verdict = _verdict(info)
                 if verdict == _OTHER:
                     others += not info.isdir()
-                elif verdict or info.size > MAX_MEMBER_BYTES:
-                    yield StreamMember(info.name, b"", verdict or f"larger than {MAX_MEMBER_BYTES >> 20} MiB")
+                elif verdict or info.size > max_bytes:
+                    yield StreamMember(info.name, b"", verdict or f"larger than {max_bytes >> 20} MiB")
                 else:
                     content = tar.extractfile(info)
                     assert content is not None  # of a regular member
@@ -125,11 +125,6 @@ def stream_tar(file: BinaryIO | IO[bytes]) -> Iterator[StreamMember]:
         yield StreamMember("", b"", _cut_inside("a member") if cut else _not_a_tar(error, images))
     if others:
         yield StreamMember("*", b"", count_of_others(others))
-
-
-def count_of_others(count: int) -> str:
-    """The reason that stands for ``count`` files or members which are no images by name."""
-    return f"{count} {NO_IMAGE}"
 
 
 def is_compressed_name(name: str) -> bool:

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from featsharp.data.skips import REJECTED, TOO_SMALL, UNIFORM
 from featsharp.errors import ConfigError
 from featsharp.registry import load_function
 
 MIN_SIZE = 8  # pixels; what is smaller carries nothing to learn from
-
-# What images are left out for here, unlike damage: kinds as ``count_kinds`` has them.
-TOO_SMALL, UNIFORM, REJECTED = "too small", "uniform colour", "rejected by data.filter"
 
 # (RGB image, name) -> whether to keep it
 Predicate = Callable[[Image.Image, str], bool]

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -81,6 +82,26 @@ def image_to_tensor(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1).to(torch.float32).div_(255).contiguous()
 
 
+class EncodedImage(NamedTuple):
+    """A file's bytes and the (name, reason) of what was passed over since the one before; without a name only that."""
+
+    name: str
+    data: bytes
+    skipped: list[tuple[str, str]]
+
+
+def try_decode(image: EncodedImage, skipped: list[tuple[str, str]]) -> Image.Image | None:
+    """Decode to 8-bit RGB; None where that fails. What was passed over is added to ``skipped``, failures included."""
+    skipped += image.skipped
+    if not image.name:
+        return None
+    try:
+        return decode_image(image.data, name=image.name)
+    except DataError as error:
+        skipped.append((image.name, str(error).removeprefix(f"{image.name}: ")))
+        return None
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file or tar member of this name counts as an image: known extension, no hidden part (``.x``)."""
     path = PurePosixPath(name)
@@ -139,7 +160,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 def _grey16_to_rgb(image: Image.Image, name: str) -> Image.Image:
     grey = np.asarray(image).astype(np.int32)
     if grey.min() < 0 or grey.max() > 65535:
-        found = f"{grey.min()}..{grey.max()}"
-        raise DataError(f"{name}: grey values {found} are outside 0..65535; store it with 8 or 16 bits per channel")
+        levels = f"{grey.min()}..{grey.max()}"
+        raise DataError(f"{name}: grey values {levels} are outside 0..65535; store it with 8 or 16 bits per channel")
     # 65535 / 255 = 257 exactly; Pillow's own conversion would clip at 255 instead.
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")

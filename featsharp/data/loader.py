@@ -8,8 +8,7 @@ what one would see with twice the batch. Only which image of a *stream* a sample
 import functools
 import os
 import signal
-from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -21,16 +20,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from featsharp.data._tar import NO_IMAGE
-from featsharp.data.filters import REJECTED, TOO_SMALL, UNIFORM
-from featsharp.data.sources import Division, ImageMixture, count_kinds
-from featsharp.data.streams import end_commands
+from featsharp.data._fetch import end_commands
+from featsharp.data.mixture import Division, ImageMixture
 from featsharp.data.views import ViewConfig, Views, sample_views
 from featsharp.errors import ConfigError, FeatSharpError
-
-MAX_EXAMPLES = 20  # names of each kind that a log of skipped images keeps
-_SHOWN = 3  # of these in a summary
-_EXPECTED = (NO_IMAGE, TOO_SMALL, UNIFORM, REJECTED)
 
 
 class ViewBatch(NamedTuple):
@@ -167,73 +160,6 @@ def collate_views(samples: list[tuple[Views, list[tuple[str, str]]]]) -> ViewBat
     """Stack samples and join what they skipped."""
     views = Views(*(torch.stack(parts) for parts in zip(*(views for views, _ in samples), strict=True)))
     return ViewBatch(views, [entry for _, skipped in samples for entry in skipped])
-
-
-class SkipLog:
-    """How often something was passed over, by kind (see ``count_kinds``), and the names of the first few of each kind.
-
-    An image that is met again is counted again, so that counts of several processes and of a run that was resumed add
-    up, and what is kept is small however large the data is. Files that never were images are a kind of their own.
-
-    Attributes:
-        kinds: Number of each kind.
-        examples: Different names of each kind, at most :data:`MAX_EXAMPLES`.
-    """
-
-    def __init__(self) -> None:
-        self.kinds: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
-
-    def add(self, skipped: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Count (name, reason) entries; returns those that are worth a line in the log: damage that became an example.
-
-        What a filter leaves out is as the user wants it, and may be most of the data.
-        """
-        told = []
-        for name, reason in skipped:
-            ((kind, count),) = count_kinds([(name, reason)]).items()
-            self.kinds[kind] += count
-            if self._remember(kind, name) and kind not in _EXPECTED:
-                full = len(self.examples[kind]) == MAX_EXAMPLES
-                told.append((name, f"{reason} (more of this kind are only counted)" if full else reason))
-        return told
-
-    def add_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Add what another log had counted when its :meth:`state` was taken."""
-        self.kinds.update(state["kinds"])
-        for kind, names in state["examples"].items():
-            for name in names:
-                self._remember(kind, name)
-
-    def state(self) -> dict[str, dict[str, Any]]:
-        """Plain values for a checkpoint or another process, not depending on the order of what was added."""
-        examples = {kind: sorted(names) for kind, names in sorted(self.examples.items())}
-        return {"kinds": dict(sorted(self.kinds.items())), "examples": examples}
-
-    @property
-    def count(self) -> int:
-        """How often an image or a shard was skipped, without what never was an image."""
-        return self.kinds.total() - self.kinds[NO_IMAGE]
-
-    def summary(self) -> str:
-        """For example "images skipped 3 times: 2 cannot be decoded (a.png), 1 uniform colour (b.png)"; or empty."""
-        said = [f"{count} {kind} ({self._some(kind)})" for kind, count in self.kinds.most_common() if kind != NO_IMAGE]
-        parts = [f"images skipped {self.count} times: {', '.join(said)}"] if said else []
-        if others := self.kinds[NO_IMAGE]:
-            parts.append(f"{others} other files passed over ({NO_IMAGE})")
-        return "; ".join(parts)
-
-    def _some(self, kind: str) -> str:
-        names = self.examples[kind]
-        return ", ".join([*names[:_SHOWN], "..."] if len(names) > _SHOWN else names)
-
-    def _remember(self, kind: str, name: str) -> bool:
-        """Keep a name if it is new and there is room; whether it was kept."""
-        names = self.examples.setdefault(kind, [])
-        if name in names or len(names) >= MAX_EXAMPLES:
-            return False
-        names.append(name)
-        return True
 
 
 class _Loaded(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from featsharp.data.images import decode_image
+from featsharp.data.images import try_decode
 from featsharp.data.sources import ImageSource, open_source
 from featsharp.errors import ConfigError, DataError
 
@@ -98,16 +98,11 @@ def _check_out(images: Path, out: Path, overwrite: bool) -> list[Path]:
 def _decodable(source: ImageSource, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, bytes]]:
     """(name, encoded bytes) of the images that decode; the others are added to ``skipped``."""
     for index in range(len(source)):
-        name = source.name(index)
-        try:
-            data = source.read(index)
-            decode_image(data, name=name)
-        except DataError as error:
-            reason = str(error).removeprefix(f"{source.path}/").removeprefix(f"{name}: ")
-            logger.warning("%s skipped: %s", name, reason)
-            skipped.append((name, reason))
+        encoded = source.encoded(index)
+        if try_decode(encoded, skipped) is None:
+            logger.warning("%s skipped: %s", *skipped[-1])
         else:
-            yield name, data
+            yield encoded.name, encoded.data
 
 
 def _write_shard(path: Path, members: Iterable[tuple[str, bytes]], first_number: int) -> int:

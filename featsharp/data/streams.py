@@ -8,65 +8,41 @@ read every image once per epoch, none repeats what another has, and none is left
 The sequence of a reader depends on the seed, its number and the number of readers alone, not on what decodes: any place
 in it can be found again by reading up to there without decoding. That costs the transfer, and no memory beyond the
 shuffle buffer. Where images are left out, the reader reads on, so that none of the others is used more often. How many
-images its samples took is then more than their number, and a run that goes on has to be told (`StreamPlace`).
+images its samples took is then more than their number, and a run that goes on needs their :class:`StreamPlace`.
 """
 
-import base64
 import itertools
 import logging
-import os
 import re
-import selectors
-import signal
-import subprocess
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from http.client import HTTPException, HTTPResponse, InvalidURL
-from typing import IO, NamedTuple
+from collections.abc import Generator, Iterator
+from http.client import HTTPException
+from typing import NamedTuple
 
+from PIL import Image
+
+from featsharp.data._fetch import FetchConfig, describe_error, is_temporary, open_address
 from featsharp.data._order import hash_bits, shuffled
 from featsharp.data._tar import stream_tar
-from featsharp.errors import ConfigError, DataError, MissingDependencyError
-from featsharp.urls import redact_setting, redact_url
+from featsharp.data.entries import PIPE, expand_braces, number_equal
+from featsharp.data.images import EncodedImage, try_decode
+from featsharp.errors import ConfigError, DataError
+from featsharp.urls import redact_setting
 
 logger = logging.getLogger(__name__)
 
-PIPE = "pipe:"
 SHUFFLE_BUFFER = 1000  # encoded images that a reader holds to shuffle among
 SHUFFLE_BYTES = 1 << 28  # and bytes of them, but for the last
-TIMEOUT = 60.0  # seconds without a byte from a server
-ATTEMPTS = 4  # for a shard, before what is left of it is given up
-BACKOFF = 1.0  # seconds before the second attempt; twice as many before each further one
 MAX_EMPTY_SHARDS = 20  # in a row, before a reader gives up
 _OTHER_COMPRESSION = (".zst", ".tzst", ".lz4")
-_running: set[tuple[int, subprocess.Popen[bytes]]] = set()  # commands, by the process that started them
 _START = 100  # images in the shuffle buffer before the first leaves it
-_ASK_AGAIN = {408, 425, 429}  # statuses below 500 of servers that may answer later
-
-
-class StreamImage(NamedTuple):
-    """An encoded image, and the (name, reason) of what was passed over since the one read before it."""
-
-    name: str
-    data: bytes
-    skipped: list[tuple[str, str]]
 
 
 class StreamPlace(NamedTuple):
-    """Where a reader is: the number of its next sample, and of images that it has read for those before."""
+    """Position of a reader: the number of its next sample, and of images that it has read for those before."""
 
     sample: int
     read: int
-
-
-def is_stream(path: object) -> bool:
-    """Whether an entry of a ``*_data_dir`` setting names shards that are streamed."""
-    return isinstance(path, str) and (path.startswith(PIPE) or bool(re.match("https?://", path, re.IGNORECASE)))
 
 
 class ShardStream:
@@ -76,7 +52,8 @@ class ShardStream:
         path: ``http(s)://...`` or ``pipe:COMMAND``, with ranges in braces for several: ``http://host/{000..099}.tar``.
             A command is run by the shell as it stands, and its output is the tar.
         buffer: Encoded images to shuffle among.
-        tag: Told with its name, to tell it from another stream whose address differs in what is not shown alone.
+        tag: Added to its name, to tell it from another stream whose address differs in its secrets alone.
+        fetch: How often and how long to try.
 
     Raises:
         ConfigError: For braces that do not pair.
@@ -90,7 +67,13 @@ class ShardStream:
         num_others: 0, for the same reason.
     """
 
-    def __init__(self, path: str, buffer: int = SHUFFLE_BUFFER, tag: str = "") -> None:
+    def __init__(
+        self,
+        path: str,
+        buffer: int = SHUFFLE_BUFFER,
+        tag: str = "",
+        fetch: FetchConfig = FetchConfig(),  # noqa: B008 (immutable)
+    ) -> None:
         if buffer < 1:
             raise ConfigError(f"a shuffle buffer of {buffer} images cannot work; 1 is the least, 1000 is usual")
         self.path = redact_setting(path) + tag
@@ -99,12 +82,12 @@ class ShardStream:
         shards = expand_braces(path)
         self._shards = [
             Shard(shard, label + tag)
-            for shard, label in zip(shards, told_apart(map(redact_setting, shards)), strict=True)
+            for shard, label in zip(shards, number_equal(map(redact_setting, shards)), strict=True)
         ]
         if (shard := _plain(shards[0])).lower().endswith(_OTHER_COMPRESSION):
             tool = "lz4" if shard.lower().endswith(".lz4") else "zstd"
             raise DataError(f"{self.path}: this compression cannot be read; write pipe:curl -sf URL | {tool} -dc")
-        self._buffer = buffer
+        self._buffer, self._fetch = buffer, fetch
         self._reading: _Reading | None = None
 
     @property
@@ -113,7 +96,7 @@ class ShardStream:
 
     def images(
         self, sample: int, *, seed: int = 0, reader: int = 0, readers: int = 1, start: StreamPlace | None = None
-    ) -> Iterator[StreamImage]:
+    ) -> Iterator[EncodedImage]:
         """The images of one reader that may serve its ``sample``, from its own on; those that are taken are used up.
 
         Calls for growing samples read on where they are; each sample that was left out in between stands for one image.
@@ -140,10 +123,10 @@ class ShardStream:
 
     @property
     def place(self) -> StreamPlace | None:
-        """Where the present reader is; None before it reads."""
+        """Position of the present reader; None before it reads."""
         return None if self._reading is None else self._reading.place
 
-    def scan(self) -> Iterator[StreamImage]:
+    def scan(self) -> Iterator[EncodedImage]:
         """All images in stored order, once; what is wrong with a shard comes as an image without name and data.
 
         Ends early after as many shards without an image as a reader would give up after.
@@ -151,11 +134,15 @@ class ShardStream:
         empty = 0
         for shard in self._shards:
             empty += 1
-            for image in _read_shard(shard):
+            for image in _read_shard(shard, self._fetch):
                 empty = 0 if image.name else empty
                 yield image
             if empty == MAX_EMPTY_SHARDS:
                 return
+
+    def probe(self) -> Iterator[EncodedImage]:
+        """The same as :meth:`scan`."""
+        return self.scan()
 
     def close(self) -> None:
         """Let go of connections and commands."""
@@ -169,26 +156,26 @@ class ShardStream:
     def __repr__(self) -> str:
         return f"ShardStream({self.path!r}, {self.num_shards} shards)"
 
-    def _sequence(self, seed: int, reader: int, readers: int) -> Generator[StreamImage]:
+    def _sequence(self, seed: int, reader: int, readers: int) -> Generator[EncodedImage]:
         """All images of a reader, epoch after epoch."""
         pending: list[tuple[str, str]] = []
         empty = 0
         for epoch in itertools.count():
             key = hash_bits(seed, epoch)
 
-            def dealt(epoch: int = epoch, key: int = key) -> Iterator[StreamImage]:
+            def dealt(epoch: int = epoch, key: int = key) -> Iterator[EncodedImage]:
                 nonlocal empty
                 for share in deal(self.num_shards, reader, readers, epoch, key):
-                    found = 0
-                    for image in _read_shard(self._shards[share.shard]):
+                    images = 0
+                    for image in _read_shard(self._shards[share.shard], self._fetch):
                         pending.extend(image.skipped)
                         if not image.name:
                             continue
-                        if found % share.every == share.first:
-                            yield StreamImage(image.name, image.data, pending.copy())
+                        if images % share.every == share.first:
+                            yield EncodedImage(image.name, image.data, pending.copy())
                             pending.clear()
-                        found += 1
-                    empty = 0 if found else empty + 1
+                        images += 1
+                    empty = 0 if images else empty + 1
                     if empty == MAX_EMPTY_SHARDS:
                         last = ": ".join(pending[-1]) if pending else "no members at all"
                         raise DataError(f"{self.path}: {empty} shards in a row gave no image; the last, {last}")
@@ -196,15 +183,32 @@ class ShardStream:
             yield from shuffle(dealt(), self._buffer, hash_bits(key, reader))
 
 
+def first_images(stream: ShardStream, count: int) -> Iterator[tuple[str, Image.Image]]:
+    """Name and RGB picture of the first readable images of a stream; DataError when there is none."""
+    given = 0
+    skipped: list[tuple[str, str]] = []
+    for encoded in stream.scan():
+        image = try_decode(encoded, skipped)
+        if image is None:
+            continue
+        given += 1
+        yield encoded.name, image
+        if given == count:
+            return
+    if not given:
+        first = ": ".join(skipped[0]) if skipped else "it is empty"
+        raise DataError(f"{stream.path} holds no readable image; the first problem: {first}")
+
+
 class Shard(NamedTuple):
-    """An address or command, and what messages call it."""
+    """An address or command, and its name in messages."""
 
     address: str
     label: str
 
 
 class Share(NamedTuple):
-    """What a reader takes of a shard: the images ``first``, ``first + every``, ..."""
+    """A reader's part of a shard: the images ``first``, ``first + every``, ..."""
 
     shard: int
     first: int
@@ -224,10 +228,10 @@ def deal(shards: int, reader: int, readers: int, epoch: int, key: int) -> Iterat
 
 
 def shuffle(
-    images: Iterator[StreamImage], size: int, key: int, max_bytes: int = SHUFFLE_BYTES
-) -> Iterator[StreamImage]:
+    images: Iterator[EncodedImage], size: int, key: int, max_bytes: int = SHUFFLE_BYTES
+) -> Iterator[EncodedImage]:
     """The same images in another order, with at most ``size`` of them held at a time, and one beyond ``max_bytes``."""
-    held: list[StreamImage] = []
+    held: list[EncodedImage] = []
     held_bytes = 0
     for draw in itertools.count():
         # Filled up while images leave it: training need not wait for all of the buffer.
@@ -244,40 +248,9 @@ def shuffle(
         yield held.pop()
 
 
-def expand_braces(path: str) -> list[str]:
-    """The shards that a path such as ``{000..099}.tar`` stands for.
-
-    Raises:
-        ConfigError: For braces that do not pair.
-        MissingDependencyError: For braces without the package braceexpand.
-    """
-    if "{" not in path:
-        return [path]
-    try:
-        from braceexpand import braceexpand
-    except ImportError as error:
-        raise MissingDependencyError('braces in shard names need: pip install "featsharp[train]"') from error
-    try:
-        return list(braceexpand(path))
-    except ValueError as error:
-        said = str(error).partition(":")[0]  # the entry follows
-        raise ConfigError(f"data entry {redact_setting(path)!r}: {said}; write ranges as {{000..099}}") from None
-
-
 def _plain(shard: str) -> str:
     """An address without query and fragment; empty for a command."""
     return "" if shard.startswith(PIPE) else re.split("[?#]", shard, maxsplit=1)[0]
-
-
-def told_apart(names: Iterable[str]) -> list[str]:
-    """The same names, numbered where several are equal: shards whose addresses differ in their secrets alone."""
-    names = list(names)
-    total, number = Counter(names), Counter[str]()
-    told = []
-    for name in names:
-        number[name] += 1
-        told.append(f"{name} (no. {number[name]})" if total[name] > 1 else name)
-    return told
 
 
 class _Reading:
@@ -287,9 +260,9 @@ class _Reading:
         self.key = key
         self.place = StreamPlace(0, 0)
         self.path = stream.path
-        self.images: Generator[StreamImage] = stream._sequence(*key)
+        self.images: Generator[EncodedImage] = stream._sequence(*key)
 
-    def take(self) -> Iterator[StreamImage]:
+    def take(self) -> Iterator[EncodedImage]:
         """The images from here on; leaving off in between loses none."""
         for image in self.images:
             self.place = self.place._replace(read=self.place.read + 1)
@@ -304,7 +277,7 @@ class _Reading:
             pass
 
 
-def _read_shard(shard: Shard) -> Iterator[StreamImage]:
+def _read_shard(shard: Shard, fetch: FetchConfig) -> Iterator[EncodedImage]:
     """The images of a shard in stored order, and what is wrong with it as images without name and data.
 
     A connection that breaks is opened again, and what was read before is passed over, so that the order of the images
@@ -313,111 +286,20 @@ def _read_shard(shard: Shard) -> Iterator[StreamImage]:
     # Beside a query or fragment the name would be hidden with it, wherever the text is shown.
     between = " " if re.search("[?#]", shard.label) else "/"
     done = 0
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, fetch.attempts + 1):
         try:
-            with _open(shard.address) as file:
+            with open_address(shard.address, fetch.timeout) as file:
                 for member in itertools.islice(stream_tar(file), done, None):
                     done += 1
                     name = shard.label + between + member.name if member.name else shard.label
                     if member.reason:
-                        yield StreamImage("", b"", [(name, member.reason)])
+                        yield EncodedImage("", b"", [(name, member.reason)])
                     else:
-                        yield StreamImage(name, member.data, [])
+                        yield EncodedImage(name, member.data, [])
             return
         except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is none
-            if attempt == ATTEMPTS or shard.address.startswith(PIPE) or not _may_pass(error):
-                yield StreamImage("", b"", [(shard.label, f"cannot be fetched ({_said(error)})")])
+            if attempt == fetch.attempts or shard.address.startswith(PIPE) or not is_temporary(error):
+                yield EncodedImage("", b"", [(shard.label, f"cannot be fetched ({describe_error(error)})")])
                 return
-            logger.info("%s: %s; trying again", shard.label, _said(error))
-            time.sleep(BACKOFF * 2 ** (attempt - 1))
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether another attempt may help."""
-    if isinstance(error, urllib.error.HTTPError):
-        return error.code >= 500 or error.code in _ASK_AGAIN
-    return not isinstance(error, (InvalidURL, ValueError))
-
-
-@contextmanager
-def _open(address: str) -> Iterator[IO[bytes]]:
-    if address.startswith(PIPE):
-        with _run(address.removeprefix(PIPE)) as output:
-            yield output
-        return
-    # The setting says http or https; redirections cannot lead to files.
-    parts = urllib.parse.urlsplit(address)
-    user, at, host = parts.netloc.rpartition("@")
-    request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers={"User-Agent": "featsharp"})
-    if at:
-        token = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
-        request.add_unredirected_header("Authorization", f"Basic {token}")  # for this host alone
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-        yield _Whole(response)  # type: ignore[misc]
-
-
-@contextmanager
-def _run(command: str) -> Iterator[IO[bytes]]:
-    """The output of a shell command; OSError when it fails. It is ended when its output is no longer wanted.
-
-    With all that it started, and by SIGKILL: nothing that it could still do is wanted, and it may ignore SIGTERM, also
-    because whatever started the training does, as that is inherited.
-    """
-    process = subprocess.Popen(
-        command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
-    )
-    assert process.stdout is not None
-    running = (os.getpid(), process)
-    _running.add(running)
-    try:
-        _wait_for_output(process.stdout, command)
-        yield process.stdout
-        while process.stdout.read(1 << 20):  # what follows the end mark; a writer that is cut off would count as failed
-            pass
-        if process.wait():
-            raise OSError(f"the command ended with status {process.returncode}")
-    finally:
-        process.stdout.close()
-        _end(process)
-        _running.discard(running)
-
-
-def _wait_for_output(output: IO[bytes], command: str) -> None:
-    """Wait for the first bytes or the end, without limit: a command may have to wait for a tape. But not in silence."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(output, selectors.EVENT_READ)
-        while not selector.select(TIMEOUT):
-            logger.info("%s%s: still waiting for the first bytes", PIPE, redact_url(command))
-
-
-def end_commands() -> None:
-    """End all commands of this process, which itself is about to end: they would outlive it."""
-    for owner, process in list(_running):
-        if owner == os.getpid():  # others were inherited
-            _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    # Where the command has ended by itself, its group is gone, or macOS says that it may not be signalled.
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-class _Whole:
-    """A response that must not end before its announced length: that is a lost connection, not the end of the tar."""
-
-    def __init__(self, response: HTTPResponse) -> None:
-        self._response = response
-
-    def read(self, size: int) -> bytes:
-        data = self._response.read(size)
-        if not data and self._response.length:
-            raise OSError(f"connection lost {self._response.length} bytes before the end")
-        return data
-
-
-def _said(error: BaseException) -> str:
-    if isinstance(error, (InvalidURL, ValueError)):
-        return "the address is not valid"  # the error's own text would show parts of it
-    return redact_url(" ".join(str(error).split())) or type(error).__name__
+            logger.info("%s: %s; trying again", shard.label, describe_error(error))
+            time.sleep(fetch.backoff * 2 ** (attempt - 1))

@@ -4,14 +4,13 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
 
-from featsharp.data.images import decode_image
-from featsharp.data.sources import open_source, try_decode
+from featsharp.data.images import decode_image, try_decode
+from featsharp.data.sources import open_source
 from featsharp.errors import DataError
 from featsharp.evaluation.runner import Item, Row, Task
 from featsharp.model import SharpEncoder
@@ -37,7 +36,7 @@ class ImageSet:
             if count == self._limit:
                 return
             name = self._source.name(index)
-            image = try_decode(name, partial(self._source.read, index), self.skipped)
+            image = try_decode(self._source.encoded(index), self.skipped)
             if image is None:
                 logger.warning("%s skipped: %s", *self.skipped[-1])
                 continue

@@ -18,7 +18,8 @@ from featsharp.backbones.base import Backbone
 from featsharp.builder import create_encoder
 from featsharp.data.filters import ImageFilter
 from featsharp.data.loader import StepSampler, ViewBatch, ViewDataset, check_repeatable, load_views
-from featsharp.data.sources import ImageMixture, ImageSource
+from featsharp.data.mixture import ImageMixture
+from featsharp.data.sources import ImageSource
 from featsharp.data.views import ViewConfig, base_view
 from featsharp.device import autocast_dtype
 from featsharp.errors import DataError

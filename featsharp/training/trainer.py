@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from featsharp.builder import save_checkpoint
 from featsharp.checkpoint import read_checkpoint, restoring
-from featsharp.data.loader import Places, SkipLog, StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.loader import Places, StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.skips import SkipLog
 from featsharp.data.views import Views
 from featsharp.device import autocast_dtype
 from featsharp.errors import unknown_name

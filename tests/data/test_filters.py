@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from featsharp.data.filters import ImageFilter
-from featsharp.data.loader import SkipLog, StepSampler, ViewDataset, load_views
-from featsharp.data.sources import ImageMixture, open_source
+from featsharp.data.loader import StepSampler, ViewDataset, load_views
+from featsharp.data.mixture import ImageMixture
+from featsharp.data.skips import SkipLog
+from featsharp.data.sources import open_source
 from featsharp.data.views import ViewConfig
 from featsharp.errors import ConfigError, DataError
 from featsharp.train import main

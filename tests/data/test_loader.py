@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from featsharp.data.loader import MAX_EXAMPLES, SkipLog, StepSampler, ViewBatch, ViewDataset, load_views
-from featsharp.data.sources import ImageMixture, open_source
+from featsharp.data.loader import StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.mixture import ImageMixture
+from featsharp.data.skips import MAX_EXAMPLES, SkipLog
+from featsharp.data.sources import open_source
 from featsharp.data.views import ViewConfig
 from featsharp.errors import DataError
 

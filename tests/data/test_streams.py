@@ -24,11 +24,15 @@ from PIL import Image
 
 from featsharp.checkpoint import read_checkpoint
 from featsharp.data import pack_images
+from featsharp.data._fetch import FetchConfig
 from featsharp.data._order import hash_bits
 from featsharp.data.filters import ImageFilter, Predicate
-from featsharp.data.loader import Places, SkipLog, StepSampler, ViewBatch, ViewDataset, load_views
-from featsharp.data.sources import Division, ImageMixture, open_source
-from featsharp.data.streams import ShardStream, StreamImage, deal, shuffle
+from featsharp.data.images import EncodedImage
+from featsharp.data.loader import Places, StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.mixture import Division, ImageMixture
+from featsharp.data.skips import SkipLog
+from featsharp.data.sources import open_source
+from featsharp.data.streams import ShardStream, deal, shuffle
 from featsharp.data.views import ViewConfig, Views
 from featsharp.errors import ConfigError, DataError, FeatSharpError
 from featsharp.train import main
@@ -86,14 +90,13 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def server(tmp_path: Path) -> Iterator[str]:
     """Ten shards with 3, 4, 5, 3, ... images, shards/0.tar to 9.tar, over HTTP; the address of their folder."""
     first = 0
     for shard in range(10):
         write_tar(tmp_path / "www" / f"{shard}.tar", range(first, first + 3 + shard % 3))
         first += 3 + shard % 3
     Handler.lost, Handler.busy, Handler.asked, Handler.user = Counter(), Counter(), [], ""
-    monkeypatch.setattr("featsharp.data.streams.BACKOFF", 0.01)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "www"))) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, daemon=True)
         thread.start()
@@ -102,9 +105,10 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 NUM_IMAGES = 39
+IMPATIENT = FetchConfig(backoff=0.01)
 
 
-def names(images: Iterator[StreamImage], count: int) -> list[str]:
+def names(images: Iterator[EncodedImage], count: int) -> list[str]:
     return [Path(image.name).name for image in islice(images, count)]
 
 
@@ -130,12 +134,12 @@ def test_shuffling_is_bounded_by_bytes_too() -> None:
     sizes = [50 + 37 * n % 100 for n in range(300)] + [5000, 10, 10]
     held = most = 0
 
-    def images() -> Iterator[StreamImage]:
+    def images() -> Iterator[EncodedImage]:
         nonlocal held, most
         for number, size in enumerate(sizes):
             held += size
             most = max(most, held if size < 5000 else 0)
-            yield StreamImage(str(number), bytes(size), [])
+            yield EncodedImage(str(number), bytes(size), [])
 
     order = []
     for image in shuffle(images(), 64, key=3, max_bytes=2000):
@@ -160,10 +164,10 @@ def test_no_reader_is_left_without_data(shards: int, readers: int) -> None:
 def test_shuffling_is_a_permutation_within_bounded_memory() -> None:
     pulled = 0
 
-    def images() -> Iterator[StreamImage]:
+    def images() -> Iterator[EncodedImage]:
         nonlocal pulled
         for pulled in range(1, 501):
-            yield StreamImage(str(pulled), b"", [])
+            yield EncodedImage(str(pulled), b"", [])
 
     order = []
     for given, image in enumerate(shuffle(images(), 64, key=3)):
@@ -217,7 +221,7 @@ def test_reading_on_does_not_start_again(server: str) -> None:
 
 def test_a_lost_connection_is_taken_up_again(server: str) -> None:
     Handler.lost, Handler.busy = Counter({"/1.tar": 2}), Counter({"/2.tar": 3})
-    images = list(ShardStream(f"{server}/{{0..3}}.tar").scan())
+    images = list(ShardStream(f"{server}/{{0..3}}.tar", fetch=IMPATIENT).scan())
     assert names(iter(images), 99) == [f"{number:03d}.png" for number in range(15)]
     assert [image.data for image in images] == [picture(number) for number in range(15)]
     assert Handler.asked == ["/0.tar", *["/1.tar"] * 3, *["/2.tar"] * 4, "/3.tar"]
@@ -247,7 +251,7 @@ def test_a_shard_that_fails_again_and_again_is_given_up_and_training_goes_on(
         (tmp_path / "www/1.tar").unlink()
     else:
         setattr(Handler, fault, Counter({"/1.tar": 1000}))
-    stream = ShardStream(f"{server}/{{0..2}}.tar", buffer=1)
+    stream = ShardStream(f"{server}/{{0..2}}.tar", buffer=1, fetch=IMPATIENT)
     images = list(stream.scan())
     assert [entry for image in images for entry in image.skipped] == [
         (f"{server}/1.tar", f"cannot be fetched ({said})")
@@ -293,15 +297,12 @@ def test_a_password_is_sent_to_the_server_and_never_shown(server: str, caplog: p
         "pipe:false http://me:SECRET@host/x.tar?token=SECRET",
     ],
 )
-def test_no_message_shows_a_secret(
-    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_message_shows_a_secret(path: str, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever is wrong with the address, or with the entry."""
-    monkeypatch.setattr("featsharp.data.streams.BACKOFF", 0.0)
     caplog.set_level("DEBUG")
     for value in (path, [[path, -1]], [[path, 1, 2]], {path: 1}):
         with pytest.raises(FeatSharpError) as caught:
-            ImageMixture.from_data_dir(value)
+            ImageMixture.from_data_dir(value, fetch=IMPATIENT)
         assert "SEC" not in str(caught.value)
         assert "RET" not in str(caught.value)
     assert "SEC" not in caplog.text
@@ -352,13 +353,11 @@ def test_a_command_is_run_by_the_shell(tmp_path: Path, monkeypatch: pytest.Monke
     assert names(images, 9) == ["000.png", "001.png", "002.png"]
 
 
-def test_a_command_that_keeps_quiet_is_waited_for_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("featsharp.data.streams.TIMEOUT", 0.2)
+def test_a_command_that_keeps_quiet_is_waited_for_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     write_tar(tmp_path / "0.tar", range(3))
-    images = ShardStream(f"pipe:sleep 0.7; cat {tmp_path}/0.tar # http://h/x?t=SECRET").scan()
+    command = f"pipe:sleep 0.7; cat {tmp_path}/0.tar # http://h/x?t=SECRET"
+    images = ShardStream(command, fetch=FetchConfig(timeout=0.2)).scan()
     assert [image.name[-7:] for image in images] == ["000.png", "001.png", "002.png"]
     said = f"pipe:sleep 0.7; cat {tmp_path}/0.tar # http://h/x?t=***: still waiting for the first bytes"
     assert 1 <= caplog.messages.count(said) <= 3
@@ -417,12 +416,12 @@ def test_an_address_that_is_none_is_one_clear_error() -> None:
 
 
 @pytest.mark.parametrize("path", ["http://127.0.0.1:9/{0..9}.tar", "pipe:false", "pipe:printf ''"])
-def test_shards_that_are_all_dead_are_one_clear_error(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featsharp.data.streams.ATTEMPTS", 1)
+def test_shards_that_are_all_dead_are_one_clear_error(path: str) -> None:
+    once = FetchConfig(attempts=1)
     with pytest.raises(DataError, match=r"no usable image found \("):
-        ImageMixture.from_data_dir(path)
+        ImageMixture.from_data_dir(path, fetch=once)
     with pytest.raises(DataError, match="20 shards in a row gave no image; the last, "):
-        ImageMixture([ShardStream(path)]).load(0)
+        ImageMixture([ShardStream(path, fetch=once)]).load(0)
 
 
 def test_braces_that_do_not_pair() -> None:
@@ -471,7 +470,7 @@ def test_a_mixture_counts_the_places_of_a_stream_by_reader(server: str, tmp_path
 def batches(
     data: object, sampler: StepSampler, workers: int, places: Places | None = None, keep: Predicate | None = None
 ) -> Generator[ViewBatch]:
-    mixture = ImageMixture.from_data_dir(data, keep=ImageFilter(predicate=keep), shuffle_buffer=6)
+    mixture = ImageMixture.from_data_dir(data, keep=ImageFilter(predicate=keep), shuffle_buffer=6, fetch=IMPATIENT)
     return load_views(ViewDataset(mixture, (16, 24), ViewConfig(num_views=1), seed=0), sampler, workers, places)
 
 
@@ -546,15 +545,12 @@ def test_a_run_that_leaves_images_out_goes_on_with_the_very_next(server: str, tm
         assert places == first
 
 
-def test_a_stream_of_which_nothing_is_left_is_an_error_and_no_endless_loop(
-    server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("featsharp.data.sources.MAX_FAILURES", 50)
+def test_a_stream_of_which_nothing_is_left_is_an_error_and_no_endless_loop(server: str) -> None:
     keep = ImageFilter(predicate=lambda image, name: False)
     message = r"no usable image found \(39 rejected by data\.filter\)"
     with pytest.raises(DataError, match=message):
         ImageMixture.from_data_dir(f"{server}/{{0..9}}.tar", keep=keep)
-    mixture = ImageMixture([ShardStream(f"{server}/{{0..9}}.tar")], keep=keep)
+    mixture = ImageMixture([ShardStream(f"{server}/{{0..9}}.tar")], keep=keep, max_failures=50)
     with pytest.raises(
         DataError, match=r"50 images in a row cannot be used \(50 rejected by data\.filter\); the last, "
     ):
@@ -613,7 +609,7 @@ def alive(process: int) -> bool:
 KILLED = """
 import os, signal, sys
 from featsharp.data.loader import StepSampler, ViewDataset, load_views
-from featsharp.data.sources import ImageMixture
+from featsharp.data.mixture import ImageMixture
 from featsharp.data.streams import ShardStream
 from featsharp.data.views import ViewConfig
 

@@ -21,7 +21,7 @@ from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
 from featsharp.data.images import image_to_tensor
 from featsharp.data.loader import ViewDataset
-from featsharp.data.sources import ImageMixture
+from featsharp.data.mixture import ImageMixture
 from featsharp.data.views import ViewConfig
 from featsharp.evaluation.boundaries import Matcher, f_measure, thin_edges
 from featsharp.evaluation.fidelity import FidelityMeter

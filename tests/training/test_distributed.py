@@ -14,7 +14,7 @@ from PIL import Image
 
 from featsharp.builder import create_encoder
 from featsharp.data.loader import ViewDataset
-from featsharp.data.sources import Division, ImageMixture
+from featsharp.data.mixture import Division, ImageMixture
 from featsharp.data.views import ViewConfig, Views
 from featsharp.errors import DistributedError
 from featsharp.normalizers import FeatureStatistics

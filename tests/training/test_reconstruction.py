@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featsharp.builder import create_encoder
 from featsharp.data.loader import StepSampler, ViewDataset, load_views
-from featsharp.data.sources import ImageMixture
+from featsharp.data.mixture import ImageMixture
 from featsharp.data.views import ViewConfig, Views
 from featsharp.errors import ConfigError, InputError
 from featsharp.model import SharpEncoder

@@ -21,7 +21,7 @@ from featsharp.builder import create_encoder, load_from_file, save_checkpoint
 from featsharp.checkpoint import read_checkpoint, write_checkpoint
 from featsharp.data.images import image_to_tensor
 from featsharp.data.loader import StepSampler, ViewDataset, load_views
-from featsharp.data.sources import ImageMixture
+from featsharp.data.mixture import ImageMixture
 from featsharp.data.views import ViewConfig
 from featsharp.errors import CheckpointError, ConfigError, InputError
 from featsharp.model import SharpEncoder

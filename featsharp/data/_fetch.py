@@ -1,0 +1,124 @@
+"""Bytes of shards from servers and from commands."""
+
+import base64
+import logging
+import os
+import selectors
+import signal
+import subprocess
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPResponse, InvalidURL
+from typing import IO, NamedTuple
+
+from featsharp.data.entries import PIPE
+from featsharp.urls import redact_url
+
+logger = logging.getLogger(__name__)
+
+_running: set[tuple[int, subprocess.Popen[bytes]]] = set()  # commands, by the process that started them
+_ASK_AGAIN = {408, 425, 429}  # statuses below 500 of servers that may answer later
+
+
+class FetchConfig(NamedTuple):
+    """How long to wait for a shard, and how often to ask for it before what is left of it is given up."""
+
+    attempts: int = 4
+    backoff: float = 1.0  # seconds before the second attempt; twice as many before each further one
+    timeout: float = 60.0  # seconds without a byte from a server; of a command that long a silence is only logged
+
+
+def is_temporary(error: Exception) -> bool:
+    """Whether another attempt to fetch may help."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code in _ASK_AGAIN
+    return not isinstance(error, (InvalidURL, ValueError))
+
+
+@contextmanager
+def open_address(address: str, timeout: float) -> Iterator[IO[bytes]]:
+    """The bytes behind an address or command, as a file that can be read once; OSError where they cannot be had."""
+    if address.startswith(PIPE):
+        with _run(address.removeprefix(PIPE), timeout) as output:
+            yield output
+        return
+    # The setting says http or https; redirections cannot lead to files.
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers={"User-Agent": "featsharp"})
+    if at:
+        token = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")  # for this host alone
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        yield _Whole(response)  # type: ignore[misc]
+
+
+def describe_error(error: BaseException) -> str:
+    """The text of an error of fetching, without secrets."""
+    if isinstance(error, (InvalidURL, ValueError)):
+        return "the address is not valid"  # the error's text would show parts of it
+    return redact_url(" ".join(str(error).split())) or type(error).__name__
+
+
+@contextmanager
+def _run(command: str, timeout: float) -> Iterator[IO[bytes]]:
+    """The output of a shell command; OSError when it fails. It is ended when its output is no longer wanted.
+
+    With all that it started, and by SIGKILL: nothing that it could still do is wanted, and it may ignore SIGTERM, also
+    because whatever started the training does, as that is inherited.
+    """
+    process = subprocess.Popen(
+        command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    running = (os.getpid(), process)
+    _running.add(running)
+    try:
+        _wait_for_output(process.stdout, command, timeout)
+        yield process.stdout
+        while process.stdout.read(1 << 20):  # what follows the end mark; a writer that is cut off would count as failed
+            pass
+        if process.wait():
+            raise OSError(f"the command ended with status {process.returncode}")
+    finally:
+        process.stdout.close()
+        _end(process)
+        _running.discard(running)
+
+
+def _wait_for_output(output: IO[bytes], command: str, interval: float) -> None:
+    """Wait for the first bytes or the end, without limit: a command may have to wait for a tape. But not in silence."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while not selector.select(interval):
+            logger.info("%s%s: still waiting for the first bytes", PIPE, redact_url(command))
+
+
+def end_commands() -> None:
+    """End all commands of this process, which itself is about to end: they would outlive it."""
+    for owner, process in list(_running):
+        if owner == os.getpid():  # others were inherited
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    # Where the command has ended by itself, its group is gone, or macOS says that it may not be signalled.
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+class _Whole:
+    """A response that must not end before its announced length: that is a lost connection, not the end of the tar."""
+
+    def __init__(self, response: HTTPResponse) -> None:
+        self._response = response
+
+    def read(self, size: int) -> bytes:
+        data = self._response.read(size)
+        if not data and self._response.length:
+            raise OSError(f"connection lost {self._response.length} bytes before the end")
+        return data

@@ -1,0 +1,119 @@
+"""Entries of the ``*_data_dir`` settings: paths, addresses and commands, with weights and ranges in braces."""
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from featsharp.errors import ConfigError, MissingDependencyError
+from featsharp.urls import redact_setting
+
+PIPE = "pipe:"
+
+
+class WeightedPath(NamedTuple):
+    """One entry of ``train_data_dir`` and its kin."""
+
+    path: Path | str  # the latter names shards that are streamed
+    weight: float = 1.0
+
+
+def parse_data_dir(value: object) -> list[WeightedPath]:
+    """Parse a ``*_data_dir`` setting: a path, or a list whose entries are a path or ``[path, weight]``.
+
+    A path is that of a folder or a tar file, or ``http(s)://...`` or ``pipe:COMMAND``, as streams have them.
+    ``~`` and environment variables are expanded, except in commands, where that is the shell's. A weight is the share
+    of samples that a source gets, whatever its size; it is 1 where none is given. Raises ConfigError for anything else.
+    """
+    if isinstance(value, (str, os.PathLike)):
+        return [_weighted_path(value, 1.0)]
+    if not isinstance(value, Sequence) or not value:
+        expected = "expected a path or a list of paths or [path, weight] pairs"
+        raise ConfigError(f"no data given: {expected}, got {_given(value)}")
+    entries = []
+    for entry in value:
+        if isinstance(entry, (str, os.PathLike)):
+            entries.append(_weighted_path(entry, 1.0))
+        elif isinstance(entry, Sequence) and len(entry) == 2:
+            entries.append(_weighted_path(entry[0], entry[1]))
+        else:
+            raise ConfigError(
+                f"data entry {_given(entry)} is neither a path nor [path, weight]; write [[path, weight], ...]"
+            )
+    return entries
+
+
+def is_stream(path: object) -> bool:
+    """Whether an entry of a ``*_data_dir`` setting names shards that are streamed."""
+    return isinstance(path, str) and (path.startswith(PIPE) or bool(re.match("https?://", path, re.IGNORECASE)))
+
+
+def expand_braces(path: str) -> list[str]:
+    """List the shards that a path such as ``{000..099}.tar`` stands for.
+
+    Raises:
+        ConfigError: For braces that do not pair.
+        MissingDependencyError: For braces without the package braceexpand.
+    """
+    if "{" not in path:
+        return [path]
+    try:
+        from braceexpand import braceexpand
+    except ImportError as error:
+        raise MissingDependencyError('braces in shard names need: pip install "featsharp[train]"') from error
+    try:
+        return list(braceexpand(path))
+    except ValueError as error:
+        reason = str(error).partition(":")[0]  # the entry follows
+        raise ConfigError(f"data entry {redact_setting(path)!r}: {reason}; write ranges as {{000..099}}") from None
+
+
+def number_equal(names: Iterable[str]) -> list[str]:
+    """Number the names that are equal: shards whose addresses differ in their secrets alone."""
+    names = list(names)
+    total, number = Counter(names), Counter[str]()
+    numbered = []
+    for name in names:
+        number[name] += 1
+        numbered.append(f"{name} (no. {number[name]})" if total[name] > 1 else name)
+    return numbered
+
+
+def _given(value: object) -> str:
+    """A setting as it was given, but for secrets."""
+    if isinstance(value, str):
+        return repr(redact_setting(value))
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(_given, value))}]"
+    return repr(value) if isinstance(value, (int, float, type(None))) else f"a {type(value).__name__}"
+
+
+def _weighted_path(path: object, weight: object) -> WeightedPath:
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ConfigError(f"data entry with path {path!r}: a folder, a .tar file, a URL or pipe:COMMAND is needed")
+    if not is_weight(weight):
+        raise ConfigError(
+            f"data entry {redact_setting(str(path))!r} has weight {weight!r}; a positive number is needed"
+        )
+    share = float(weight)  # type: ignore[arg-type]
+    text = os.fspath(path)
+    if text.startswith(PIPE):
+        return WeightedPath(text, share)
+    text = os.path.expandvars(text)
+    if not is_stream(text) and (scheme := re.match(r"([A-Za-z][\w+.-]+)://", text)):
+        address = redact_setting(text)
+        advice = {
+            "s3": f"pipe:aws s3 cp {address} -",
+            "gs": f"pipe:gsutil cat {address}",
+            "file": "the path alone",
+        }.get(scheme[1].lower(), "pipe:COMMAND with a command that writes it")
+        raise ConfigError(f"data entry {address!r}: {scheme[1]}:// is not read as it is; write {advice}")
+    return WeightedPath(text if is_stream(text) else Path(text).expanduser(), share)
+
+
+def is_weight(value: object) -> bool:
+    """Whether a value is a positive, finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
