@@ -1,4 +1,4 @@
-"""Writing of files that are replaced whole or not at all."""
+"""Writing of files that are replaced whole or not at all: the one place where the package does that."""
 
 import contextlib
 import os
@@ -11,11 +11,15 @@ from featsharp.errors import FeatSharpError
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of ``path`` at the end of the block.
+def replacing(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
+    """Open a file to write to, which takes the place of ``path`` at the end of the block.
 
     Where the block, or anything else, fails, what was at ``path`` is still there, and nothing beside it. A process that
-    is killed leaves a hidden ``.NAME.PID.tmp``. The folder is made. Nothing is synced to the disk.
+    is killed leaves a hidden ``.NAME.PID.tmp``. The folder is made.
+
+    Args:
+        path: Of the file at the end; it has another name, ``file.name``, until then.
+        sync: Wait until the disk has it: a full one may show only then.
 
     Raises:
         OSError: When it cannot be written.
@@ -25,6 +29,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(temporary, "wb") as file:
             yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # renamed, or never made

@@ -19,6 +19,9 @@ from featsharp.urls import redact_url
 
 logger = logging.getLogger(__name__)
 
+# Not webdataset's gopen, which waits for what a command started instead of ending it, nor fsspec, whose log lines and
+# errors show passwords and tokens (docs/experiments.md, "Libraries for shards").
+
 _running: set[tuple[int, subprocess.Popen[bytes]]] = set()  # commands, by the process that started them
 _ASK_AGAIN = {408, 425, 429}  # statuses below 500 of servers that may answer later
 

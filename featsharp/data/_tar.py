@@ -18,6 +18,9 @@ from featsharp.data.images import is_image_name
 from featsharp.data.skips import count_of_others
 from featsharp.errors import DataError
 
+# webdataset's iterator ends silently at a damaged header, a cut or the first of joined tars, and tarfile's ignore_zeros
+# takes damaged headers for padding: neither lets damage be counted (docs/experiments.md, "Libraries for shards").
+
 # A header may claim any size: what a stream's members can make us hold in memory.
 MAX_MEMBER_BYTES = 1 << 28
 MAX_HEADER_BYTES = 1 << 20  # of the headers that hold long names and the like

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from featsharp.data.images import try_decode
 from featsharp.data.sources import ImageSource, open_source
 from featsharp.errors import ConfigError, DataError
+from featsharp.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +23,12 @@ _LABEL_LENGTH = 80  # with number and extension within the 100 characters that e
 
 @dataclass(frozen=True)
 class PackReport:
-    """What :func:`pack_images` did."""
+    """Result of :func:`pack_images`."""
 
     written: int  # images
     shards: int  # tar files
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of images that do not decode
-    problems: list[str] = field(default_factory=list)  # damage found in the input besides single images
+    problems: list[str] = field(default_factory=list)  # damage of the input besides single images
 
 
 def pack_images(
@@ -106,28 +107,23 @@ def _decodable(source: ImageSource, skipped: list[tuple[str, str]]) -> Iterator[
 
 
 def _write_shard(path: Path, members: Iterable[tuple[str, bytes]], first_number: int) -> int:
-    """Write one shard under a hidden temporary name, then rename it; returns the number of members."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write one shard, whole or not at all; returns the number of members."""
     count = 0
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for name, data in members:
-                    info = tarfile.TarInfo(_member_name(name, first_number + count))
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-                    count += 1
-            file.flush()
-            os.fsync(file.fileno())  # a full disk may show only here; the name must not promise more than is stored
-        partial.replace(path)
+        with (
+            replacing(path, sync=True) as file,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
+            for name, data in members:
+                info = tarfile.TarInfo(_member_name(name, first_number + count))
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+                count += 1
     except OSError as error:
         raise DataError(
             f"{path}: cannot be written ({error.strerror or error}); free space or name another folder, "
             f"the shards before it are complete"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return count
 
 

@@ -3,16 +3,18 @@
 import io
 import json
 import os
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from featsharp.errors import ConfigError, FeatSharpError
+from featsharp.files import replacing
 
 # torch dtype -> (name in safetensors files, a NumPy dtype of the same bytes)
 _DTYPES = {
@@ -49,36 +51,35 @@ class MappedFeatures:
         if self.path.suffix not in (".safetensors", ".npy"):
             raise ConfigError(f"features are written to .safetensors or .npy files; got {self.path}")
         self._metadata = metadata or {}
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._file: BinaryIO | None = None
+        self._block = ExitStack()
 
     def allocate(self, low_res: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Make the file with room for high-resolution features; returns them mapped, of ``shape`` and ``dtype``."""
+        """Make the file with room for high-resolution features; return them mapped, of ``shape`` and ``dtype``."""
         if len(low_res) != 1:
             raise ConfigError(f"one file takes the features of one picture; got a batch of {len(low_res)}")
         low = _Entry(tuple(low_res.shape[1:]), low_res.dtype)
         high = _Entry(tuple(shape[1:]), dtype)
         header, offsets, size = self._layout({"low_res": low, "high_res": high})
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._temporary, "wb") as file:
-                file.write(header)
-                _reserve(file.fileno(), size)
+            if self._file is None:
+                self._file = self._block.enter_context(replacing(self.path))
+            self._file.seek(0)
+            self._file.truncate()  # where it was made for another picture before
+            self._file.write(header)
+            self._file.flush()
+            _reserve(self._file.fileno(), size)
         except OSError as error:
-            self._temporary.unlink(missing_ok=True)
             raise FeatSharpError(
                 f"cannot write {self.path}, {size / 2**20:.0f} MiB: {error.strerror or error}; free some space or "
                 "choose another folder"
             ) from error
         if "low_res" in offsets:
-            self._map(low, offsets["low_res"]).copy_(low_res[0])
-        return self._map(high, offsets["high_res"])[None]
-
-    def _map(self, entry: "_Entry", offset: int) -> Tensor:
-        values = np.memmap(self._temporary, _DTYPES[entry.dtype][1], "r+", offset, entry.shape)
-        return torch.from_numpy(values).view(entry.dtype)
+            _map(self._file.name, low, offsets["low_res"]).copy_(low_res[0])
+        return _map(self._file.name, high, offsets["high_res"])[None]
 
     def _layout(self, tensors: dict[str, "_Entry"]) -> tuple[bytes, dict[str, int], int]:
-        """The first bytes of the file, where its tensors start, and its size."""
+        """Compute the header of the file, the offsets of its tensors, and its size."""
         if self.path.suffix == ".npy":
             entry = tensors["high_res"]
             if entry.dtype == torch.bfloat16:
@@ -103,9 +104,8 @@ class MappedFeatures:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and self._temporary.exists():
-            os.replace(self._temporary, self.path)
-        self._temporary.unlink(missing_ok=True)
+        self._file = None
+        self._block.__exit__(kind, error, trace)
 
 
 class _Entry(NamedTuple):
@@ -115,6 +115,11 @@ class _Entry(NamedTuple):
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+def _map(path: str, entry: _Entry, offset: int) -> Tensor:
+    values = np.memmap(path, _DTYPES[entry.dtype][1], "r+", offset, entry.shape)
+    return torch.from_numpy(values).view(entry.dtype)
 
 
 def _reserve(descriptor: int, size: int) -> None:

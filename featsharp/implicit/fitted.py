@@ -68,12 +68,13 @@ class ImplicitFeatures(nn.Module):
         return self.network(guide) + resize(self.base, size_of(guide))
 
     @torch.no_grad()
-    def features(self, size: tuple[int, int] | None = None) -> Tensor:
+    def features(self, size: tuple[int, int] | None = None, points: int = POINTS_AT_ONCE) -> Tensor:
         """The features of the whole image, in the backbone's own space.
 
         Args:
             size: (H, W) in cells; None: one per pixel of the fitted image. Detail of place ends at the resolution
                 that was fitted: a larger map is smoother, not sharper, except along edges of colour.
+            points: Cells that go through the network at once.
 
         Returns:
             [1, C, H, W] float32, on the device of the module.
@@ -87,7 +88,7 @@ class ImplicitFeatures(nn.Module):
         components = resize(self.base, (height, width))
         if components is self.base:
             components = components.clone()
-        rows = max(1, POINTS_AT_ONCE // width)
+        rows = max(1, points // width)
         training = self.network.training
         self.network.eval()
         for top in range(0, height, rows):

@@ -1,7 +1,7 @@
 """Features written to a mapped file: read back by the formats' own libraries, whole or not at all."""
 
-import errno
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -64,17 +64,26 @@ def test_an_error_leaves_what_was_there(tmp_path):
     assert os.listdir(tmp_path) == ["photo.npy"]
 
 
-def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with (
-        pytest.raises(FeatSharpError, match=r"cannot write .*photo\.npy, .* MiB: No space left on device; free some"),
-        MappedFeatures(tmp_path / "photo.npy") as file,
-    ):
-        file.allocate(torch.zeros(1, 3, 2, 3), SHAPE, torch.float32)
+def test_a_full_disk_is_reported_before_the_work(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, before[1]))
+    try:
+        with (
+            pytest.raises(FeatSharpError, match=r"cannot write .*photo\.npy, 2048 MiB: File too large; free some"),
+            MappedFeatures(tmp_path / "photo.npy") as file,
+        ):
+            file.allocate(torch.zeros(1, 2, 2, 2), (1, 2, 1 << 14, 1 << 14), torch.float32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_second_map_takes_the_place_of_the_first(tmp_path):
+    with MappedFeatures(tmp_path / "photo.npy") as file:
+        file.allocate(torch.zeros(1, 3, 2, 3), (1, 3, 8, 6), torch.float32).fill_(1)
+        file.allocate(torch.zeros(1, 3, 2, 3), SHAPE, torch.float32).fill_(2)
+    assert np.array_equal(np.load(tmp_path / "photo.npy"), np.full(SHAPE[1:], 2, np.float32))
+    assert os.listdir(tmp_path) == ["photo.npy"]
 
 
 def test_what_cannot_be_written(tmp_path):

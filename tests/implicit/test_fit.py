@@ -71,10 +71,9 @@ def test_queries_at_several_resolutions_agree(finished):
     assert finished.fitted.features((1, 1)).isfinite().all()
 
 
-def test_blocks_of_rows_make_the_whole_map(finished, monkeypatch):
+def test_blocks_of_rows_make_the_whole_map(finished):
     whole = finished.fitted.features((37, 21))
-    monkeypatch.setattr("featsharp.implicit.fitted.POINTS_AT_ONCE", 100)
-    torch.testing.assert_close(finished.fitted.features((37, 21)), whole)
+    torch.testing.assert_close(finished.fitted.features((37, 21), points=100), whole)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The statistics cache: what makes a key, what a file gives back, and how a bad file is survived."""
 
 import logging
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,16 +187,17 @@ def test_a_folder_that_cannot_be_written_only_costs_the_cache(tmp_path, caplog):
     assert "cannot write the statistics cache" in caplog.text
 
 
-def test_a_write_that_fails_half_way_keeps_the_old_file(tmp_path, monkeypatch):
+def test_a_write_that_fails_half_way_keeps_the_old_file(tmp_path):
     fit(tmp_path, Collector())
     path = cache_path(KEY, tmp_path)
     before = path.read_bytes()
 
-    def full(*_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("os.replace", full)
-    assert save_statistics(KEY, CachedStatistics(draw_statistics(1), {}), tmp_path) is None
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        assert save_statistics(KEY, CachedStatistics(draw_statistics(1), {}), tmp_path) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
