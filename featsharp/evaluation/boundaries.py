@@ -53,7 +53,7 @@ class BoundaryTask(Task):
         None, "size of the low-resolution pass; default: the backbone's native one", type="size", metavar="HxW"
     )
     tolerance: float = setting(
-        0.0075, "largest distance between matched pixels, as a part of the picture's diagonal", type=float, metavar="X"
+        0.0075, "largest distance between matched pixels, as a share of the picture's diagonal", type=float, metavar="X"
     )
     thresholds: int = setting(60, "thresholds on the strength of edges", type="count", metavar="N")
 

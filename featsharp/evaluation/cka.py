@@ -139,8 +139,8 @@ def pool_cka(rows: Sequence[Sequence[float]], sizes: Sequence[int]) -> dict[str,
 
     Returns:
         "cka" over all pairs of different sizes; "matrix" and "intervals" with one row and one column per size;
-        "scale_summary", by size the mean over its pairs with the other sizes: how far the encoder says the same at that
-        size as at others.
+        "scale_summary", by size the mean over its pairs with the other sizes: how alike the features at that
+        size and at others are.
     """
     pairs = list(combinations(range(len(sizes)), 2))
     matrix = np.eye(len(sizes)).tolist()

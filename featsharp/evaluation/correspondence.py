@@ -1,4 +1,4 @@
-"""Semantic correspondence, as PCK: the share of keypoints whose partner is found near where annotators put it.
+"""Semantic correspondence, as PCK: the share of keypoints that are matched close to where annotators put them.
 
 Protocol: that of LiFT (arXiv 2403.14625) on SPair-71k. Both images are letter-boxed to one size (centred, Lanczos, mean
 colour around), the feature at a keypoint of the source is compared with that of every pixel of the target image, the
@@ -45,7 +45,7 @@ from featsharp.ops.boxes import Box
 from featsharp.ops.resize import resize
 from featsharp.settings import setting
 
-# Shares of which alpha is, where --normalize-by does not say.
+# Size of which alpha is a share, by layout, for --normalize-by auto.
 CUSTOMARY = {"spair": "box", "pf-pascal": "image", "pf-willow": "keypoints"}
 
 FITS = ("letterbox", "stretch")
@@ -197,10 +197,10 @@ def draw_pairs(entries: Sequence[Entry], count: int, seed: int) -> list[Entry]:
 
 def _unique(entries: Sequence[Entry]) -> Iterator[Entry]:
     """Give a pair that was drawn again another name."""
-    seen: Counter[str] = Counter()
+    times: Counter[str] = Counter()
     for entry in entries:
-        seen[entry.name] += 1
-        yield entry if seen[entry.name] == 1 else entry._replace(name=f"{entry.name} ({seen[entry.name]})")
+        times[entry.name] += 1
+        yield entry if times[entry.name] == 1 else entry._replace(name=f"{entry.name} ({times[entry.name]})")
 
 
 class NearestPixel:

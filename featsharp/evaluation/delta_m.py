@@ -102,7 +102,7 @@ def group_changes(scores: Scores, candidate: str, baseline: str) -> dict[str, fl
 def read_scores(path: Path) -> Scores:
     """Read a table of raw scores from a CSV or JSON file.
 
-    A benchmark without a group is a group by itself; higher is better where the table does not say.
+    A benchmark without a group is a group by itself; higher is better where the table has no direction.
 
     Raises:
         DataError: For a file of another kind, a score that is missing or no finite number, a direction that is neither
@@ -131,7 +131,7 @@ def read_scores(path: Path) -> Scores:
 
 
 def _parse_csv(text: str, path: Path) -> dict[str, Any]:
-    """The content of a JSON file that says the same."""
+    """Convert to the content of a JSON file of the same scores."""
     table = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if any(map(str.strip, row))]
     if not table:
         raise DataError(f"{path.name} is empty; {LAYOUT}")

@@ -162,7 +162,7 @@ class FeatureCache:
 
     Args:
         reader: Computes them.
-        part: Which map.
+        part: The map to keep.
         folder: Where to; it may hold those of other encoders.
         limit: Bytes that all files of the folder may take.
     """

@@ -1,4 +1,4 @@
-"""Position bias: how much of a backbone's features says where a token sits, whatever the image shows there.
+"""Position bias: the share of a backbone's features that depends on the place of a token, whatever the image shows.
 
 Position embeddings and padded borders leave a fixed pattern in the features, which the bias buffer of FeatSharp (arXiv
 2502.16025, figure 11) learns and removes. Over images whose content is alike everywhere on average, the mean feature
@@ -10,8 +10,8 @@ map is that pattern. With x[i, p] the features of image i at position p, average
 
 with squares summed over channels, var(e) the residual's variance (degrees of freedom (n - 1)(P - 1)) and n images of P
 positions. The mean of n images still has 1/n of the residual in it, which var(e) / n takes off, as in a two-way
-analysis of variance. 0: features say nothing about the position; 1: nothing else. The less the images show, the larger
-it is, so only strengths from the same kind of images compare.
+analysis of variance. 0: features do not depend on the position; 1: on nothing else. The less the images show, the
+larger it is, so only strengths from the same kind of images compare.
 """
 
 import torch
@@ -37,7 +37,9 @@ def position_bias(
         ConfigError: For fewer than two images.
     """
     if num_images < 2:
-        raise ConfigError(f"position bias is told from content by several images; got num_images={num_images}, take 16")
+        raise ConfigError(
+            f"position bias is separated from content by several images; got num_images={num_images}, take 16"
+        )
     like = next((value for value in backbone.state_dict().values() if value.is_floating_point()), torch.empty(0))
     mean, std = (torch.tensor(values)[:, None, None] for values in (backbone.mean, backbone.std))
     images = (random_images(num_images, size or backbone.input_size, seed) - mean) / std

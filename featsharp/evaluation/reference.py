@@ -1,4 +1,4 @@
-"""Real run: how near do sharp features come to those of the backbone itself at the high resolution?
+"""Real run: how near are sharp features to those of the backbone itself at the high resolution?
 
 A backbone that takes any size can be run on the large image, at the full price; an upsampler is to give the same for
 less. With x the sharp features [h, w] of an image of (f h p, f w p) pixels, p the patch, and y the backbone's own:
@@ -8,7 +8,7 @@ less. With x the sharp features [h, w] of an image of (f h p, f w p) pixels, p t
                the mean of every image would score 1
     cka        linear CKA of the cells of an image (see ``cka``), blind to rotation and scale of the space
 
-The real run is no ground truth: backbones that were trained at one size say other things at another (position
+The real run is no ground truth: features of backbones that were trained at one size differ at another (position
 embeddings, objects that became too large); the features of a closer look are what ``zoom`` and ``fidelity`` compare.
 """
 

@@ -1,4 +1,4 @@
-"""Small objects: can the class of an object be told from the features inside its outline?
+"""Small objects: do the features inside the outline of an object show its class?
 
 The features of each object are averaged over its pixels and classified by the nearest class mean (Mensink et al. 2013),
 the means taken over the objects of all other images. Nothing is trained, so the result depends on the features alone.
@@ -115,19 +115,19 @@ def nearest_other_mean(vectors: np.ndarray, category: np.ndarray, image: np.ndar
         image: [n].
 
     Returns:
-        [n], the class whose mean has the largest cosine; IMPOSSIBLE where no other image has the vector's own class.
+        [n], the class whose mean has the largest cosine; IMPOSSIBLE where no other image has the vector's class.
     """
     classes, label = np.unique(category, return_inverse=True)
     member = np.eye(len(classes))[label]  # [n, K]
     sums, counts = member.T @ vectors, member.sum(0)
     named = np.full(len(vectors), IMPOSSIBLE)
     for one in np.unique(image):
-        own = image == one
-        others = counts - member[own].sum(0)
-        means = sums - member[own].T @ vectors[own]
+        inside = image == one
+        others = counts - member[inside].sum(0)
+        means = sums - member[inside].T @ vectors[inside]
         means = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-        scores = np.where(others > 0, vectors[own] @ means.T, -np.inf)
-        named[own] = np.where(others[label[own]] > 0, classes[scores.argmax(1)], IMPOSSIBLE)
+        scores = np.where(others > 0, vectors[inside] @ means.T, -np.inf)
+        named[inside] = np.where(others[label[inside]] > 0, classes[scores.argmax(1)], IMPOSSIBLE)
     return named
 
 

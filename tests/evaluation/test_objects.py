@@ -249,7 +249,7 @@ def test_other_json_is_refused(tmp_path, content):
 
 
 def test_data_sets_that_cannot_be_used(twin, tmp_path):
-    with pytest.raises(DataError, match="nowhere holds no objects; expected COCO"):
+    with pytest.raises(DataError, match="nowhere holds no objects; expected a folder of YOLO"):
         open_labels(tmp_path / "nowhere")
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "x.txt").write_text("0 0.5 0.5 1 1")

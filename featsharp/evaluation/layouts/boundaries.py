@@ -83,7 +83,7 @@ def read_boundaries(picture: Picture, size: tuple[int, int]) -> list[np.ndarray]
 
 
 def _folders(root: Path, split: str | None) -> list[tuple[Path, Path]]:
-    """Where images and boundaries may be."""
+    """Folders in which images and boundaries may be."""
     kinds = ("groundTruth", "boundaries")
     if split is None:
         return [(root / "images", root / kind) for kind in kinds]

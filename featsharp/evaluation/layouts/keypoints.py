@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 
 
 class PairOptions(NamedTuple):
-    """Which pairs of a data set: of a split, or of a list of the user's."""
+    """Choice of pairs of a data set: a split, or a list of the user's."""
 
     split: str = "test"
     pair_list: Path | None = None

@@ -1,4 +1,4 @@
-"""A layout is how a data set lies on disk; a table of them tells which one a folder has."""
+"""Layouts: how data sets lie on disk, and the choice of the one that a folder has."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ class Layout(NamedTuple):
 
     Attributes:
         expected: Files and folders, in words.
-        fits: Whether a folder has it, told by a few names.
+        fits: Whether a folder has it, by the names of a few files and folders.
         read: Lists the data set in a folder; further arguments are those of its kind. No image is opened.
     """
 

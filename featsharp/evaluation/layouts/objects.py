@@ -12,6 +12,7 @@ import numpy as np
 
 from featsharp.errors import DataError
 from featsharp.evaluation.keys import file_key
+from featsharp.evaluation.layouts.layout import Layout
 
 # What rounding in a YOLO file may add to 1.
 SLACK = 1e-3
@@ -39,16 +40,16 @@ class Labels(Protocol):
 
 
 def open_labels(path: Path) -> Labels:
-    """Open COCO's .json file, or YOLO's folder of .txt files.
+    """Open the objects of a data set in the first of :data:`LAYOUTS` that fits.
 
     Raises:
-        DataError: For anything else, and for a JSON file that is not COCO's.
+        DataError: Where none does, and for a JSON file that is not COCO's.
     """
-    if path.is_dir() and any(path.glob("*.txt")):
-        return YoloLabels(path)
-    if path.is_file() and path.suffix == ".json":
-        return CocoLabels(path)
-    raise DataError(f"{path} holds no objects; expected COCO's instances_*.json, or a folder of YOLO's NAME.txt")
+    for layout in LAYOUTS.values():
+        if layout.fits(path):
+            labels: Labels = layout.read(path)
+            return labels
+    raise DataError(f"{path} holds no objects; expected {' or '.join(layout.expected for layout in LAYOUTS.values())}")
 
 
 class YoloLabels:
@@ -164,3 +165,10 @@ def _coco_outlines(annotation: dict[str, Any]) -> list[np.ndarray]:
 
 def _box(x: float, y: float, w: float, h: float) -> np.ndarray:
     return np.array([(x, y), (x + w, y), (x + w, y + h), (x, y + h)])
+
+
+# By name; the first that fits is taken. ``read`` takes the file or folder and returns Labels.
+LAYOUTS: dict[str, Layout] = {
+    "yolo": Layout("a folder of YOLO's NAME.txt", lambda path: path.is_dir() and any(path.glob("*.txt")), YoloLabels),
+    "coco": Layout("COCO's instances_*.json", lambda path: path.is_file() and path.suffix == ".json", CocoLabels),
+}
