@@ -5,6 +5,7 @@ Convention:
     ``[y * patch_size, (y + 1) * patch_size) x [x * patch_size, (x + 1) * patch_size)``.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class BackboneOutput(NamedTuple):
-    """What a backbone says about a batch of images."""
+    """Output of a backbone for a batch of images."""
 
     features: Tensor  # [B, C, H / patch_size, W / patch_size]
     summary: Tensor | None  # [B, C_s], or None for a backbone without one
@@ -30,23 +31,23 @@ class Backbone(nn.Module):
     """A frozen vision encoder. Subclasses implement :meth:`extract` and call ``freeze()`` once built.
 
     Args:
-        name: What ``create_backbone`` builds it from, or a label for objects of the user's own.
+        name: The name of ``create_backbone``, or a label.
         patch_size: Pixels per token along each axis.
         embed_dim: Channels C of the spatial features.
-        input_size: Native (h, w) in pixels: what the weights were trained at.
+        input_size: Native (h, w) in pixels, at which the weights were trained.
         mean, std: Whitening for pixels in [0, 1], three values each.
         summary_dim: Channels of the summary, None when the backbone has none.
         flexible: Whether sizes other than ``input_size`` (multiples of the patch size) are taken.
 
     ``embeds_patches``: whether a token starts as a function of the pixels of its own patch, as in a vision transformer.
 
-    ``autocast_dtype`` (None, torch.bfloat16 or torch.float16) runs the encoder, and only the encoder, under autocast;
-    the features come back in the dtype of the images.
+    Types: images are cast to the type of the weights, in which the features come back. A caller's ``torch.autocast`` is
+    respected; ``autocast_dtype`` (None, torch.bfloat16 or torch.float16) is one of the backbone's own, within it alone.
     """
 
     autocast_dtype: torch.dtype | None = None
     embeds_patches: bool = False
-    # What the name asks for beyond the model (layer, facet, project, summary): other features of the same weights.
+    # Options (layer, facet, project, summary) that choose other features of the same weights.
     feature_options: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
@@ -79,17 +80,21 @@ class Backbone(nn.Module):
         """Encode whitened images.
 
         Args:
-            images: [B, 3, H, W], whitened with ``mean`` and ``std``; H and W as :meth:`fit_size` allows.
+            images: [B, 3, H, W], floating point, whitened with ``mean`` and ``std``, of a size of :meth:`fit_size`.
+
+        Returns:
+            Features [B, C, H / patch_size, W / patch_size] and summary [B, C_s] or None, in the type of the weights
+            (that of the images for a function without weights), under autocast too.
 
         Raises:
-            InputError: For another shape or a size that this backbone does not take.
+            InputError: For another shape or type, or a size that this backbone does not take.
         """
         self.check_size(images)
-        with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            features, summary = self.extract(images)
-        if self.autocast_dtype is not None:
-            features, summary = features.to(images.dtype), None if summary is None else summary.to(images.dtype)
-        return BackboneOutput(features, summary)
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), images.dtype)
+        wish = self.autocast_dtype
+        with torch.autocast(images.device.type, wish) if wish is not None else contextlib.nullcontext():
+            features, summary = self.extract(images.to(dtype))
+        return BackboneOutput(features.to(dtype), None if summary is None else summary.to(dtype))
 
     def fit_size(self, height: float, width: float) -> tuple[int, int]:
         """The nearest (h, w) that the backbone takes: whole patches, or ``input_size`` for a fixed one.
@@ -143,7 +148,12 @@ class Backbone(nn.Module):
         return OverlappingPatches(self, stride)
 
     def check_size(self, images: Tensor) -> None:
-        """Raise InputError unless ``images`` is [B, 3, H, W] of a size that the backbone takes."""
+        """Raise InputError unless ``images`` is floating point [B, 3, H, W] of a size that the backbone takes."""
+        if not images.is_floating_point():
+            raise InputError(
+                f"backbone {self.name!r} takes whitened images, floating point; got {images.dtype}. Divide pixels by "
+                f"255, subtract its mean and divide by its std"
+            )
         if images.ndim != 4 or images.shape[1] != 3:
             raise InputError(f"backbone {self.name!r} takes images [B, 3, H, W]; got {tuple(images.shape)}")
         height, width = images.shape[-2:]
@@ -165,7 +175,7 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def weights_hash(self) -> str:
-        """SHA-256 over names, shapes and float32 bytes of all weights: what a checkpoint knows the backbone by.
+        """Compute SHA-256 over names, shapes and float32 bytes of all weights, by which checkpoints know a backbone.
 
         A cast of the whole backbone to half precision keeps the hash of the weights that were cast.
         """
@@ -196,7 +206,7 @@ class Backbone(nn.Module):
         return self
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint must know to rebuild or to recognise this backbone."""
+        """Return what rebuilds this backbone or recognises it, as a checkpoint keeps it."""
         return {
             "name": self.name,
             "patch_size": self.patch_size,
@@ -220,7 +230,7 @@ def embeds_patches(layer: object, patch_size: int) -> bool:
 
 @dataclass(frozen=True)
 class OverlappingPatches:
-    """What :meth:`Backbone.with_patch_stride` returns: images to features of patches that overlap.
+    """A backbone on patches that overlap, from :meth:`Backbone.with_patch_stride`.
 
     Patch (y, x) of p pixels is centred at pixel ``(y * stride + p / 2, x * stride + p / 2)``, so the map does not cover
     the image as a backbone's does: its last centres are up to ``p / 2 + stride`` pixels from the border.

@@ -52,21 +52,20 @@ class WindowedBackbone(Backbone):
 
     def extract(self, images: Tensor) -> BackboneOutput:
         window, size = self.grid_size(self.input_size), self.grid_size(size_of(images))
-        # Its own forward would turn off the autocast of this one.
         if size == window:
-            return self.backbone.extract(images)
+            return self.backbone(images)
         p, (height, width) = self.patch_size, self.input_size
         rows, cols = (
             window_starts(length, side, int(OVERLAP * side)) for length, side in zip(size, window, strict=True)
         )
         windows = [images[..., p * y : p * y + height, p * x : p * x + width] for y in rows for x in cols]
         batches = torch.stack(windows, 1).flatten(0, 1).split(WINDOWS_AT_ONCE)
-        features = torch.cat([self.backbone.extract(batch).features.to(images.dtype) for batch in batches])
+        features = torch.cat([self.backbone(batch).features for batch in batches])
         summary = None
         if self.summary_dim is not None:
-            summary = self.backbone.extract(resize(images, self.input_size)).summary
+            summary = self.backbone(resize(images, self.input_size)).summary
         return BackboneOutput(blend_windows(features, (rows, cols), size), summary)
 
     def weights_hash(self) -> str:
-        """That of the backbone inside."""
+        """Return the hash of the backbone inside."""
         return self.backbone.weights_hash()

@@ -249,9 +249,26 @@ def test_autocast_and_half_weights_stay_close(backbone, images):
     assert out.summary is None or out.summary.dtype == torch.float32
     assert F.cosine_similarity(out.features, exact).mean() > 0.999
     assert cast.bfloat16()(images.bfloat16()).features.dtype == torch.bfloat16
-    half = copy.deepcopy(backbone).bfloat16()(images.bfloat16()).features
-    assert half.dtype == torch.bfloat16
-    assert F.cosine_similarity(half.float(), exact).mean() > 0.99
+    half = copy.deepcopy(backbone).bfloat16()(images)  # float32 images
+    assert half.features.dtype == torch.bfloat16
+    assert half.summary is None or half.summary.dtype == torch.bfloat16
+    assert F.cosine_similarity(half.features.float(), exact).mean() > 0.99
+
+
+def test_the_autocast_of_a_caller_is_respected(backbone, images):
+    """It gives what the backbone's own does, in the type of the weights."""
+    cast = copy.deepcopy(backbone)
+    cast.autocast_dtype = torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        out = backbone(images)
+    assert out.features.dtype == torch.float32
+    assert torch.equal(out.features, cast(images).features)
+    assert not torch.equal(out.features, backbone(images).features)
+
+
+def test_whole_numbers_are_no_whitened_images(backbone, images):
+    with pytest.raises(InputError, match=r"takes whitened images, floating point; got torch.uint8"):
+        backbone((images * 50 + 128).to(torch.uint8))
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 1, 64, 64), (1, 3, 64, 0)])

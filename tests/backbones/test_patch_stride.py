@@ -56,7 +56,7 @@ def test_timm(name, arguments):
         strided = backbone.with_patch_stride(stride)
         changed = copy.deepcopy(model)
         changed.patch_embed.proj.stride = (stride, stride)
-        tokens = changed.forward_features(images)[:, model.num_prefix_tokens :]
+        tokens = changed(images)[:, model.num_prefix_tokens :]
         features = tokens.transpose(1, 2).unflatten(2, strided.grid_size((3 * p, 5 * p)))
         torch.testing.assert_close(strided(images).features, features, atol=2e-5, rtol=1e-4)
 
@@ -68,7 +68,7 @@ def test_vits14_focus():
     images = F.interpolate(torch.randn(1, 3, 5, 6), (56, 70), mode="bicubic")
     changed = copy.deepcopy(backbone.model)
     changed.patch_embed.proj.stride = (6, 6)
-    features = changed.forward_features(images)[:, 1:].transpose(1, 2).unflatten(2, (8, 10))
+    features = changed(images)[:, 1:].transpose(1, 2).unflatten(2, (8, 10))
     torch.testing.assert_close(backbone.with_patch_stride(6)(images).features, features, atol=1e-4, rtol=1e-3)
 
 
