@@ -57,6 +57,7 @@ def test_every_short_name_is_a_model_with_a_folder_of_its_own():
 def test_a_model_given_twice_or_beside_its_keys():
     config = compose([*BASE, "model.name=timm:vit_tiny_patch16_224", "output_subdir=mine"])
     assert (config.model.name, config.output_subdir) == ("timm:vit_tiny_patch16_224", "mine")
+    assert compose([*BASE, "model=siglip2"]).output_subdir == MODELS["siglip2"].folder
     with pytest.raises(ConfigError, match="the model is given twice, toy-vit and siglip2; choose one"):
         compose([*BASE, "+model=siglip2"])
 

@@ -110,8 +110,8 @@ def _expand_names(overrides: Sequence[str]) -> list[str]:
     for override in overrides:
         key, _, value = override.partition("=")
         name, factor = parse_upsampler(value) if key.lstrip("+") == "upsampler" else (value, None)
-        if key in ("+model", "++model") and value in MODELS and not folder.joinpath(f"{value}.yaml").is_file():
-            if models:
+        if key in ("model", "+model", "++model") and value in MODELS and not folder.joinpath(f"{value}.yaml").is_file():
+            if models and key != "model":  # "+" adds, without it the earlier choice is replaced
                 raise ConfigError(f"the model is given twice, {models[0].partition('=')[2]} and {value}; choose one")
             models = [f"++model.name={value}", f"++output_subdir={MODELS[value].folder}"]
         elif factor is None:

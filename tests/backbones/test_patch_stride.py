@@ -56,7 +56,7 @@ def test_timm(name, arguments):
         strided = backbone.with_patch_stride(stride)
         changed = copy.deepcopy(model)
         changed.patch_embed.proj.stride = (stride, stride)
-        tokens = changed(images)[:, model.num_prefix_tokens :]
+        tokens = changed.forward_features(images)[:, model.num_prefix_tokens :]
         features = tokens.transpose(1, 2).unflatten(2, strided.grid_size((3 * p, 5 * p)))
         torch.testing.assert_close(strided(images).features, features, atol=2e-5, rtol=1e-4)
 
