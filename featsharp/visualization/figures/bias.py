@@ -4,26 +4,64 @@ Two views of it, each in the PCA colours of its own: the bias buffer that an ups
 of many images, which is what is left of a backbone's features when contents average out.
 """
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from featsharp.errors import ConfigError, InputError
-from featsharp.model import SharpEncoder
-from featsharp.visualization.pca import FeaturePCA
-from featsharp.visualization.style import FAINT, INK, SMALL, TITLE, line_height, new_figure, wrap
+from featsharp.names import split_label
+from featsharp.visualization.encoders import add_loading
+from featsharp.visualization.grid import show_picture
+from featsharp.visualization.style import FAINT, INK, SMALL, TITLE, new_figure, wrap
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    import torch
     from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from featsharp.backbones.base import Backbone
+    from featsharp.model import SharpEncoder
 
 PER_LINE = 6
-# Inches between pictures, and between them and their texts.
-GAP = 0.1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", nargs="+", metavar="[LABEL=]FILE", help="trained files with a bias buffer")
+    parser.add_argument("--backbone", nargs="+", metavar="NAME", help="backbones whose pattern is measured")
+    parser.add_argument("--images", type=int, default=16, metavar="N", help="random images to measure on; default: 16")
+    add_loading(parser)
+
+
+def make_figure(arguments: argparse.Namespace) -> "Figure":
+    from featsharp.backbones import create_backbone
+    from featsharp.builder import load_from_file
+    from featsharp.device import find_device
+
+    if arguments.images < 2:
+        raise ConfigError(f"--images must be at least 2; got {arguments.images}")
+    device = find_device(arguments.device)
+    learned: list[Pattern] = []
+    measured: dict[str, Pattern] = {}
+    for text in arguments.checkpoint or []:
+        label, path = split_label(text)
+        encoder = load_from_file(path, allow_functions=arguments.allow_functions).to(device)
+        name = encoder.backbone.name
+        features = _random_features(encoder.backbone, arguments.images, device)
+        measured[name] = _measured_pattern(name, features)
+        pattern, strength = learned_pattern(encoder, features)
+        strengths = {"strength": strength, **measured[name].strengths}
+        learned.append(Pattern(label or f"{name}, {Path(path).stem}", pattern, strengths))
+    for name in arguments.backbone or []:
+        if name not in measured:
+            features = _random_features(create_backbone(name).to(device), arguments.images, device)
+            measured[name] = _measured_pattern(name, features)
+    if not measured:
+        raise ConfigError("whose bias? Give --checkpoint FILE ... or --backbone NAME ..., or both")
+    average = f"mean features of {arguments.images} random images"
+    return draw_bias({"learned bias buffers": learned, average: list(measured.values())})
 
 
 @dataclass(frozen=True)
@@ -37,19 +75,18 @@ class Pattern:
     """
 
     label: str
-    features: Tensor
+    features: "Tensor"
     strengths: Mapping[str, float]
 
 
-def mean_pattern(features: Tensor) -> Tensor:
-    """What the maps [n, C, h, w] of n images have in common: their mean without its spatial mean, [1, C, h, w]."""
+def mean_pattern(features: "Tensor") -> "Tensor":
+    """Compute the mean of the maps [n, C, h, w] of n images without its spatial mean, [1, C, h, w]."""
     mean = features.float().mean(0, keepdim=True)
     return mean - mean.mean((2, 3), keepdim=True)
 
 
-@torch.inference_mode()
-def learned_pattern(encoder: SharpEncoder, features: Tensor) -> tuple[Tensor, float]:
-    """The bias buffer of an encoder, and its strength: its rms over that of the features around their mean.
+def learned_pattern(encoder: "SharpEncoder", features: "Tensor") -> "tuple[Tensor, float]":
+    """Return the bias buffer of an encoder, and its strength: its rms over that of the features around their mean.
 
     Both are taken in the backbone's own space, where the fitted normalizer knows the spread of the features over the
     images it was fitted on. Without a fitted normalizer or an inverse, both are taken in normalised space, and the
@@ -67,18 +104,21 @@ def learned_pattern(encoder: SharpEncoder, features: Tensor) -> tuple[Tensor, fl
     """
     if encoder.bias_buffer is None:
         raise ConfigError("this checkpoint has no bias buffer; train with bias_buffer=true, or draw --backbone NAME")
+    import torch
+
     normalizer = encoder.normalizer
-    buffer = encoder.bias_buffer.buffer
-    pattern = encoder.bias_buffer.at((buffer.shape[-2], buffer.shape[-1])).float()
-    if normalizer.invertible and normalizer.fitted:
-        raw = normalizer.denormalize(pattern) - normalizer.denormalize(torch.zeros_like(pattern))
-        return pattern, _rms(raw) / math.sqrt(normalizer.variance_scale)
-    normalised = normalizer(features.to(pattern))
-    return pattern, _rms(pattern) / _rms(normalised - normalised.mean((0, 2, 3), keepdim=True))
+    with torch.inference_mode():
+        buffer = encoder.bias_buffer.buffer
+        pattern = encoder.bias_buffer.at((buffer.shape[-2], buffer.shape[-1])).float()
+        if normalizer.invertible and normalizer.fitted:
+            raw = normalizer.denormalize(pattern) - normalizer.denormalize(torch.zeros_like(pattern))
+            return pattern, _rms(raw) / math.sqrt(normalizer.variance_scale)
+        normalised = normalizer(features.to(pattern))
+        return pattern, _rms(pattern) / _rms(normalised - normalised.mean((0, 2, 3), keepdim=True))
 
 
 def draw_bias(groups: Mapping[str, Sequence[Pattern]], *, cell: float = 1.9) -> "Figure":
-    """The figure: a block of pictures for every group, the strongest pattern first.
+    """Draw lines of pictures for every group, the strongest pattern first, each picture in colours of its own.
 
     Args:
         groups: By heading, such as "learned bias buffers"; groups without patterns are left out.
@@ -92,76 +132,52 @@ def draw_bias(groups: Mapping[str, Sequence[Pattern]], *, cell: float = 1.9) -> 
         raise InputError("there is no pattern to draw; give at least one checkpoint or backbone")
     most = max(map(len, groups.values()))
     columns = math.ceil(most / math.ceil(most / PER_LINE))  # so that all lines are about as long
-    width = max((cell + GAP) * columns, 3.2)
     lines = [
-        _Line(
-            wrap(f"{heading}, each in its own colours", width, TITLE) if first == 0 else "",
-            some[first:][:columns],
-            cell,
-        )
+        (heading if first == 0 else "", some[first : first + columns])
         for heading, some in groups.items()
         for first in range(0, len(some), columns)
     ]
-    height = sum(line.height for line in lines)
-    figure = new_figure(width, height)
-    figure.set_layout_engine("none")  # it would leave gaps around squares; all is placed by hand
-    top = height
-    for line in lines:
-        if line.heading:
-            figure.text(0, top / height, line.heading, fontsize=TITLE, color=INK, va="top")
-        bottom = top - line.above - cell
-        for column, pattern in enumerate(line.patterns):
-            place = (column * (cell + GAP) / width, bottom / height, cell / width, cell / height)
-            _draw(figure.add_axes(place), pattern, cell)
-        top -= line.height
+    figure = new_figure(cell * columns + 0.5, (cell + 0.8) * len(lines), compressed=True)
+    places = figure.subplots(len(lines), columns, squeeze=False)
+    for (heading, patterns), line in zip(lines, places, strict=True):
+        line[0].set_ylabel(wrap(heading, cell, TITLE), fontsize=TITLE, color=INK)
+        for axes, pattern in zip(line, patterns, strict=False):
+            show_picture(axes, _picture(pattern.features), 1.0)
+            axes.set_title(wrap(pattern.label, cell, SMALL), fontsize=SMALL, color=INK)
+            strengths = "\n".join(f"{name} {value:.3f}" for name, value in pattern.strengths.items())
+            axes.set_xlabel(strengths, fontsize=SMALL, color=FAINT)
+        for axes in line[len(patterns) :]:
+            axes.remove()
     return figure
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A line of pictures, under the heading of its group where it is the first."""
+def _random_features(backbone: "Backbone", count: int, device: "torch.device") -> "Tensor":
+    """Compute the features of random images of a backbone's native size, [n, C, h, w] on the CPU."""
+    import torch
 
-    heading: str
-    patterns: Sequence[Pattern]
-    cell: float
+    from featsharp.evaluation.position_bias import random_images
+    from featsharp.model import InputConditioner
 
-    @property
-    def above(self) -> float:
-        """Inches from the top of the line to its pictures."""
-        heading = _lines(self.heading) * line_height(TITLE) if self.heading else 0.0
-        return heading + max(_lines(_title(p, self.cell)) for p in self.patterns) * line_height(SMALL) + GAP
-
-    @property
-    def height(self) -> float:
-        """Inches of all of it."""
-        below = max(len(pattern.strengths) for pattern in self.patterns) * line_height(SMALL)
-        return self.above + self.cell + below + 2.5 * GAP
+    images = InputConditioner(backbone.mean, backbone.std)(random_images(count, backbone.input_size))
+    with torch.inference_mode():
+        return torch.cat([backbone(image[None].to(device)).features.float().cpu() for image in images])
 
 
-def _draw(axes: "Axes", pattern: Pattern, cell: float) -> None:
-    axes.imshow(_picture(pattern.features), interpolation="nearest", aspect="auto")
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    axes.set_title(_title(pattern, cell), fontsize=SMALL, color=INK, pad=4)
-    text = "\n".join(f"{name} {value:.3f}" for name, value in pattern.strengths.items())
-    axes.set_xlabel(text, fontsize=SMALL, color=FAINT)
+def _measured_pattern(name: str, features: "Tensor") -> Pattern:
+    from featsharp.evaluation.position_bias import explained_by_position
 
-
-def _title(pattern: Pattern, cell: float) -> str:
-    return wrap(pattern.label, cell, SMALL)
-
-
-def _lines(text: str) -> int:
-    return text.count("\n") + 1
+    return Pattern(name, mean_pattern(features), {"position bias": explained_by_position(features)})
 
 
 def _strength(pattern: Pattern) -> float:
     return next(iter(pattern.strengths.values()))
 
 
-def _picture(features: Tensor) -> Any:
-    return FeaturePCA(features)(features)[0].permute(1, 2, 0).cpu().numpy()
+def _picture(features: "Tensor") -> "Tensor":
+    from featsharp.visualization.pca import FeaturePCA
+
+    return FeaturePCA(features)(features)[0]
 
 
-def _rms(values: Tensor) -> float:
+def _rms(values: "Tensor") -> float:
     return values.square().mean().sqrt().item()

@@ -1,5 +1,6 @@
 """Similarity (linear CKA) of features between input sizes: a heat map per encoder (LiFT, arXiv 2403.14625)."""
 
+import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -7,14 +8,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from featsharp.errors import DataError
-from featsharp.visualization.figures.results import entries
-from featsharp.visualization.style import INK, SMALL, TEXT, TITLE, line_height, new_figure, wrap
+from featsharp.visualization.results import add_results, entries, read_result
+from featsharp.visualization.style import INK, SMALL, TEXT, TITLE, new_figure, wrap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Most panels to a line.
 PER_LINE = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_results(parser, "cka")
+
+
+def make_figure(arguments: argparse.Namespace) -> "Figure":
+    return draw_cka(read_cka(read_result(path, "cka") for path in arguments.results))
 
 
 class Matrix(NamedTuple):
@@ -26,7 +35,7 @@ class Matrix(NamedTuple):
 
 
 def read_cka(contents: Iterable[Mapping[str, Any]]) -> list[Matrix]:
-    """The matrices of results of ``featsharp eval cka``."""
+    """Read the matrices of results of ``featsharp eval cka``."""
     matrices = []
     for content in contents:
         for entry in entries(content):
@@ -44,35 +53,29 @@ def read_cka(contents: Iterable[Mapping[str, Any]]) -> list[Matrix]:
 
 
 def draw_cka(matrices: Sequence[Matrix]) -> "Figure":
-    """The figure, all panels on one scale from 0 to 1, every value in its cell."""
+    """Draw all panels on one scale from 0 to 1, every value in its cell."""
     side = max(1.9, 0.42 * max(len(matrix.sizes) for matrix in matrices) + 0.5)
-    titles = [wrap(matrix.label, side - 0.3, TITLE) for matrix in matrices]
     lines = math.ceil(len(matrices) / PER_LINE)
     columns = math.ceil(len(matrices) / lines)  # so that all lines are about as long
-    title_height = (1 + max(title.count("\n") for title in titles)) * line_height(TITLE)
-    figure = new_figure(side * columns + 0.9, (side + title_height + 0.15) * lines)
-    # Half columns, so that a shorter last line stands in the middle.
-    grid = figure.add_gridspec(lines, 2 * columns)
-    places = []
-    for number in range(len(matrices)):
-        line, column = divmod(number, columns)
-        left = 2 * column + columns - min(columns, len(matrices) - line * columns)
-        places.append(figure.add_subplot(grid[line, left : left + 2]))
-    for axes, matrix, title in zip(places, matrices, titles, strict=True):
+    figure = new_figure(side * columns + 0.9, (side + 0.4) * lines, compressed=True)
+    places = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes, matrix in zip(places, matrices, strict=False):
         picture = axes.imshow(matrix.values, vmin=0, vmax=1, cmap="viridis")
         for (row, column), value in np.ndenumerate(matrix.values):
             # White on the dark half of the colour map, ink on the bright one.
             colour = "white" if value < 0.6 else INK
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=SMALL, color=colour)
-        axes.set_title(title, fontsize=TITLE, color=INK)
+        axes.set_title(wrap(matrix.label, side - 0.3, TITLE), fontsize=TITLE, color=INK)
         ticks = range(len(matrix.sizes))
         axes.set_xticks(ticks, matrix.sizes, rotation=45 if max(map(len, matrix.sizes)) > 3 else 0)
         axes.set_yticks(ticks, matrix.sizes)
         axes.tick_params(labelsize=SMALL, length=0, labelcolor=INK)
         axes.spines[:].set_visible(False)
+    for axes in places[len(matrices) :]:
+        axes.remove()
     figure.supxlabel("input size, destination (pixels)", fontsize=TEXT, color=INK)
     figure.supylabel("input size, source (pixels)", fontsize=TEXT, color=INK)
-    bar = figure.colorbar(picture, ax=places, aspect=22, pad=0.01, ticks=[0, 0.5, 1])
+    bar = figure.colorbar(picture, ax=places[: len(matrices)], aspect=22, pad=0.01, ticks=[0, 0.5, 1])
     bar.set_label("linear CKA", fontsize=TEXT, color=INK)
     bar.ax.tick_params(labelsize=SMALL)
     bar.outline.set_visible(False)

@@ -1,18 +1,32 @@
-"""What accuracy costs (LiFT, arXiv 2403.14625, figure 1): a quality number of any task against operations or time."""
+"""Accuracy against cost (LiFT, arXiv 2403.14625, figure 1): a quality number of any task against operations or time.
 
+A point joins two results of one encoder, known by the key of its content: the cost is of the weights that are drawn.
+"""
+
+import argparse
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from featsharp.errors import ConfigError, DataError
-from featsharp.visualization.figures.results import Entry, Number, axis_name, entries, line_names, number
+from featsharp.visualization.results import (
+    Entry,
+    Number,
+    add_results,
+    axis_name,
+    entries,
+    line_names,
+    number,
+    read_result,
+)
 from featsharp.visualization.style import (
     FAINT,
+    INK,
     SMALL,
     amount_axis,
     error_bars,
-    label_points,
-    legend_below,
+    legend_beside,
     line_handle,
     line_style,
     new_figure,
@@ -27,7 +41,18 @@ COSTS = {
     "flops": ("total", (("MFLOP", 1e6), ("GFLOP", 1e9))),
     "throughput": ("ms_per_image", (("milliseconds", 1.0),)),
 }
-NOTE = "costs are those of the upsamplers' default options"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_results(parser, "flops or featsharp eval throughput, with the same --checkpoint and --upsampler as --accuracy")
+    parser.add_argument("--accuracy", nargs="+", type=Path, required=True, metavar="JSON", help="of any other task")
+    parser.add_argument("--metric", required=True, metavar="NAME", help="name of its number to draw, such as pck@0.1")
+
+
+def make_figure(arguments: argparse.Namespace) -> "Figure":
+    costs = [read_result(path, "flops", "throughput") for path in arguments.results]
+    qualities = [read_result(path) for path in arguments.accuracy]
+    return draw_cost(*read_cost(costs, qualities, arguments.metric), arguments.metric)
 
 
 class Trade(NamedTuple):
@@ -42,10 +67,7 @@ class Trade(NamedTuple):
 def read_cost(
     costs: Sequence[Mapping[str, Any]], qualities: Iterable[Mapping[str, Any]], metric: str
 ) -> tuple[list[Trade], str]:
-    """Encoders with what they cost and how good they are, and what the axis of costs is called.
-
-    An encoder's cost is that of an untrained one with the same backbone, upsampler and factor at the backbone's native
-    size, and with the upsampler's default options, which the encoder itself need not have.
+    """Join costs and qualities of the same weights, and name the axis of costs.
 
     Args:
         costs: Results of ``featsharp eval flops``, or of ``featsharp eval throughput``.
@@ -55,22 +77,27 @@ def read_cost(
     Raises:
         ConfigError: For costs of both kinds, or a number that is not there.
         DataError: When the cost of an encoder was not measured, or measured at another size; it says how to do so. For
-            two encoders of one label and factor.
+            a result that does not say which weights it is of. For two encoders of one label and factor.
     """
     tasks = sorted({content["task"] for content in costs})
     if len(tasks) != 1:
         raise ConfigError(f"costs of {' and '.join(tasks)} cannot share an axis; give files of one of them")
-    known = _known_costs(costs, tasks[0])
-    found = [(content, entry) for content in qualities for entry in entries(content)]
+    known = _costs_by_key(costs, tasks[0])
+    pairs = [(content, entry) for content in qualities for entry in entries(content)]
     trades = []
-    for line, (content, entry) in zip(line_names([("", entry) for _, entry in found]), found, strict=True):
+    for line, (content, entry) in zip(line_names([("", entry) for _, entry in pairs]), pairs, strict=True):
         file = content["file"]
-        cost = known.get((entry.backbone, entry.upsampler, entry.factor))
+        if entry.key is None:
+            raise DataError(
+                f"{file} does not say which weights {entry.label!r} has, so no cost is known to be theirs; evaluate "
+                f"anew: featsharp eval {content['task']}"
+            )
+        cost = known.get(entry.key)
         if cost is None:
             raise DataError(
-                f"no file holds the cost of {entry.label!r} of {file}; measure it: featsharp eval "
-                f"{tasks[0]} --backbone {entry.backbone} --upsampler {entry.upsampler} --factors {entry.factor:g} "
-                "--json FILE"
+                f"no file holds the cost of {entry.label!r} of {file}, with these weights; measure it: featsharp eval "
+                f"{tasks[0]} --backbone {entry.backbone} --checkpoint FILE --json FILE; what needs no training: "
+                f"--upsampler {entry.upsampler} --factors {entry.factor:g}"
             )
         _check_size(content, entry, cost.native_size)
         trades.append(Trade(line, entry.factor, cost.value, number(entry, metric, file)))
@@ -86,46 +113,12 @@ def read_cost(
     return [trade._replace(cost=trade.cost / unit) for trade in trades], f"cost ({name} per image)"
 
 
-class _Cost(NamedTuple):
-    """What one image costs, in operations or milliseconds."""
-
-    value: float
-    native_size: tuple[int, int]  # pixels of the low-resolution pass
-
-
-def _known_costs(costs: Sequence[Mapping[str, Any]], task: str) -> dict[tuple[str, str, float], _Cost]:
-    """Costs by backbone, upsampler and factor."""
-    known: dict[tuple[str, str, float], _Cost] = {}
-    for content in costs:
-        try:
-            result = content["result"]
-            height, width = result["native_size"]
-            for row in result["rows"]:
-                key = result["backbone"], row["curve"], float(row["factor"])
-                known[key] = _Cost(float(row[COSTS[task][0]]), (height, width))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{content['file']} is incomplete ({error!r}); measure anew: featsharp eval {task}"
-            ) from error
-    return known
-
-
-def _check_size(content: Mapping[str, Any], entry: Entry, native: tuple[int, int]) -> None:
-    """Refuse a quality that was measured at another size than the cost; files that name none are of the native size."""
-    size = entry.result.get("low_res_size") or (content.get("settings") or {}).get("low_res_size") or native
-    if tuple(size) != native:
-        raise DataError(
-            f"{content['file']}: {entry.label!r} was measured at {size[0]}x{size[1]} pixels, but costs are of the "
-            f"native size of {entry.backbone}, {native[0]}x{native[1]}; evaluate at that size: without --low-res-size"
-        )
-
-
 def draw_cost(trades: Sequence[Trade], cost: str, metric: str) -> "Figure":
-    """The figure: a line for each upsampler, the factor beside each point.
+    """Draw a line for each upsampler, the factor beside each point.
 
     Args:
         trades: At least one.
-        cost: What the axis of costs is called, with its unit.
+        cost: Name of the axis of costs, with its unit.
         metric: Name of the number; shares are drawn in percent.
     """
     name, scale = axis_name(metric)
@@ -145,11 +138,51 @@ def draw_cost(trades: Sequence[Trade], cost: str, metric: str) -> "Figure":
             **line_style(index),
         )
         handles.append(line_handle(line, **line_style(index)))
+    for trade in trades:
+        axes.annotate(
+            f"{trade.factor:g}x",
+            (trade.cost, scale * trade.quality.value),
+            xytext=(5, -3),
+            textcoords="offset points",
+            va="top",
+            fontsize=SMALL,
+            color=INK,
+        )
     style_axes(axes, x=cost, y=name)
-    axes.set_title(NOTE, fontsize=SMALL, color=FAINT)
     amount_axis(axes, [t.cost for t in trades])
-    axes.margins(x=0.08, y=0.08)
-    legend_below(figure, handles)
-    points = [(t.cost, scale * t.quality.value) for t in trades]
-    label_points(axes, points, [f"{t.factor:g}x" for t in trades])
+    axes.margins(x=0.12, y=0.08)
+    legend_beside(figure, handles)
     return figure
+
+
+class _Cost(NamedTuple):
+    """Operations or milliseconds for one image."""
+
+    value: float
+    native_size: tuple[int, int]  # pixels of the low-resolution pass
+
+
+def _costs_by_key(costs: Sequence[Mapping[str, Any]], task: str) -> dict[str, _Cost]:
+    """Costs by the key of the encoder's content; of untrained weights, which have none, nothing is drawn."""
+    known: dict[str, _Cost] = {}
+    for content in costs:
+        try:
+            height, width = content["result"]["native_size"]
+            for row in content["result"]["rows"]:
+                if row.get("key") is not None:
+                    known[row["key"]] = _Cost(float(row[COSTS[task][0]]), (height, width))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{content['file']} is incomplete ({error!r}); measure anew: featsharp eval {task}"
+            ) from error
+    return known
+
+
+def _check_size(content: Mapping[str, Any], entry: Entry, native: tuple[int, int]) -> None:
+    """Refuse a quality that was measured at another size than the cost; files that name none are of the native size."""
+    size = entry.result.get("low_res_size") or (content.get("settings") or {}).get("low_res_size") or native
+    if tuple(size) != native:
+        raise DataError(
+            f"{content['file']}: {entry.label!r} was measured at {size[0]}x{size[1]} pixels, but costs are of the "
+            f"native size of {entry.backbone}, {native[0]}x{native[1]}; evaluate at that size: without --low-res-size"
+        )

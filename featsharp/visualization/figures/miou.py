@@ -1,15 +1,25 @@
 """Segmentation quality by upsampling factor, a panel per input size (FeatSharp, arXiv 2502.16025, figure 3)."""
 
+import argparse
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from featsharp.errors import DataError
-from featsharp.visualization.figures.results import Entry, Number, axis_name, entries, line_names, number
+from featsharp.visualization.results import (
+    Entry,
+    Number,
+    add_results,
+    axis_name,
+    entries,
+    line_names,
+    number,
+    read_result,
+)
 from featsharp.visualization.style import (
     error_bars,
     factor_axis,
-    legend_below,
+    legend_beside,
     line_handle,
     line_style,
     new_figure,
@@ -18,6 +28,16 @@ from featsharp.visualization.style import (
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_results(parser, "segmentation")
+    parser.add_argument("--metric", default="miou", help="name of the number to draw; default: miou")
+
+
+def make_figure(arguments: argparse.Namespace) -> "Figure":
+    results = [read_result(path, "segmentation") for path in arguments.results]
+    return draw_miou(read_miou(results, arguments.metric), arguments.metric)
 
 
 class Size(NamedTuple):
@@ -39,7 +59,7 @@ class Point(NamedTuple):
 
 
 def read_miou(contents: Iterable[Mapping[str, Any]], metric: str = "miou") -> list[Point]:
-    """The points of results of ``featsharp eval segmentation``.
+    """Read the points of results of ``featsharp eval segmentation``.
 
     Raises:
         DataError: For two encoders of one label, size and factor.
@@ -68,7 +88,7 @@ def read_miou(contents: Iterable[Mapping[str, Any]], metric: str = "miou") -> li
 
 
 def draw_miou(points: Sequence[Point], metric: str = "miou") -> "Figure":
-    """The figure: mIoU in percent, or another number, with its 95 % interval.
+    """Draw mIoU in percent, or another number, with its 95 % interval.
 
     Where the features of the backbone itself were measured ("identity"), the lines of all upsamplers without a point of
     their own at factor 1 start there.
@@ -102,7 +122,7 @@ def draw_miou(points: Sequence[Point], metric: str = "miou") -> "Figure":
             title=f"input {size.height} x {size.width}",
         )
         factor_axis(axes, [p.factor for p in points if p.size == size])
-    legend_below(figure, [line_handle(line, **line_style(index)) for index, line in enumerate(lines)])
+    legend_beside(figure, [line_handle(line, **line_style(index)) for index, line in enumerate(lines)])
     return figure
 
 

@@ -1,17 +1,18 @@
 """Precision against recall of boundaries, with the best F of each encoder and, in grey, lines of equal F."""
 
+import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from featsharp.errors import DataError
-from featsharp.visualization.figures.results import Number, entries, number
+from featsharp.visualization.results import Number, add_results, entries, number, read_result
 from featsharp.visualization.style import (
     FAINT,
     GRID,
     SMALL,
-    legend_below,
+    legend_beside,
     line_handle,
     line_style,
     new_figure,
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EQUAL_F = (0.2, 0.4, 0.6, 0.8)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_results(parser, "boundaries")
+
+
+def make_figure(arguments: argparse.Namespace) -> "Figure":
+    return draw_pr(read_pr(read_result(path, "boundaries") for path in arguments.results))
 
 
 class Curve(NamedTuple):
@@ -35,7 +44,7 @@ class Curve(NamedTuple):
 
 
 def read_pr(contents: Iterable[Mapping[str, Any]]) -> list[Curve]:
-    """The curves of results of ``featsharp eval boundaries``, the best F first."""
+    """Read the curves of results of ``featsharp eval boundaries``, the best F first."""
     curves = []
     for content in contents:
         for entry in entries(content):
@@ -52,7 +61,7 @@ def read_pr(contents: Iterable[Mapping[str, Any]]) -> list[Curve]:
 
 
 def draw_pr(curves: Sequence[Curve]) -> "Figure":
-    """The figure; thresholds at which nothing was found (precision and recall 0) are no points of a line."""
+    """Draw the curves; thresholds at which nothing was found (precision and recall 0) are no points of a line."""
     figure = new_figure(4.2, 4.2)
     axes = figure.subplots()
     for f in EQUAL_F:
@@ -76,5 +85,5 @@ def draw_pr(curves: Sequence[Curve]) -> "Figure":
     style_axes(axes, x="recall", y="precision")
     axes.grid(False)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    legend_below(figure, handles, columns=1 if len(curves) < 4 else 2)
+    legend_beside(figure, handles)
     return figure

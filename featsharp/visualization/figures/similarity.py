@@ -3,24 +3,46 @@
 Drawn from 0 to 1; what is negative is drawn as 0.
 """
 
+import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from featsharp.errors import ConfigError, InputError
-from featsharp.visualization.figures.grid import Row, picture_grid
+from featsharp.visualization.encoders import add_encoders, feature_maps, load_encoders
+from featsharp.visualization.grid import Row, picture_grid
 from featsharp.visualization.style import INK, SMALL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 CENTRE = (0.5, 0.5)
 
 
-def self_similarity(features: Tensor, at: tuple[float, float] = CENTRE) -> Tensor:
-    """Cosine of every feature with the one of the cell that holds the point ``at``.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument(
+        "--at", type=_parse_point, default=CENTRE, metavar="Y,X", help="the point, from 0 to 1; default: the centre"
+    )
+    parser.add_argument("--colours", choices=("viridis", "gray"), default="viridis")
+    add_encoders(parser)
+
+
+def make_figure(arguments: argparse.Namespace) -> "Figure":
+    from featsharp.data.images import decode_image, image_to_tensor
+
+    by_backbone = load_encoders(arguments)
+    if len(by_backbone) > 1:
+        raise ConfigError(f"a similarity figure is about one backbone; got {', '.join(by_backbone)}")
+    (encoders,) = by_backbone.values()
+    image = decode_image(arguments.image)
+    maps = feature_maps(image, encoders, real=arguments.real)
+    return draw_similarity(image_to_tensor(image), maps, at=arguments.at, colour_map=arguments.colours)
+
+
+def self_similarity(features: "Tensor", at: tuple[float, float] = CENTRE) -> "Tensor":
+    """Compute the cosine of every feature with the one of the cell that holds the point ``at``.
 
     Args:
         features: [1, C, h, w].
@@ -33,6 +55,8 @@ def self_similarity(features: Tensor, at: tuple[float, float] = CENTRE) -> Tenso
         ConfigError: For a point outside of the picture.
         InputError: For another shape, or NaN and infinite features.
     """
+    import torch.nn.functional as F
+
     if not all(0 <= place <= 1 for place in at):
         raise ConfigError(f"the point is (y, x) from 0 to 1 of the picture; got {at[0]:g},{at[1]:g}")
     if features.ndim != 4 or len(features) != 1:
@@ -47,9 +71,9 @@ def self_similarity(features: Tensor, at: tuple[float, float] = CENTRE) -> Tenso
 
 
 def draw_similarity(
-    image: Tensor, maps: Mapping[str, Tensor], *, at: tuple[float, float] = CENTRE, colour_map: str = "viridis"
+    image: "Tensor", maps: "Mapping[str, Tensor]", *, at: tuple[float, float] = CENTRE, colour_map: str = "viridis"
 ) -> "Figure":
-    """The figure: the image and every map, a red marker at the point in all of them.
+    """Draw the image and every map, a red marker at the point in all of them.
 
     Args:
         image: RGB [3, H, W] in [0, 1].
@@ -74,3 +98,12 @@ def draw_similarity(
     bar.ax.tick_params(labelsize=SMALL)
     bar.outline.set_visible(False)
     return figure
+
+
+def _parse_point(text: str) -> tuple[float, float]:
+    """Parse ``0.4,0.6`` to (0.4, 0.6), for argparse."""
+    try:
+        y, x = map(float, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no point; write Y,X from 0 to 1, for example 0.4,0.6") from error
+    return y, x

@@ -1,22 +1,25 @@
-"""What sharpness costs in time and memory, by factor (FeatSharp, arXiv 2502.16025, figure 14).
+"""Time and memory that sharpness takes, by factor (FeatSharp, arXiv 2502.16025, figure 14).
 
 Left: time per token of the result. Middle: time per image with its quartiles, and of the upsampler alone, dashed. Both
 beside what they would be if every token took as long as at factor 1 ("linear"). Right: peak memory.
 """
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from featsharp.errors import DataError
+from featsharp.visualization.results import read_result
 from featsharp.visualization.style import (
     FAINT,
     INK,
     TEXT,
     error_bars,
     factor_axis,
-    legend_below,
+    legend_beside,
     line_handle,
     line_style,
     new_figure,
@@ -35,6 +38,14 @@ ALONE: dict[str, Any] = {"linestyle": "--", "linewidth": 1.0, "marker": ""}
 LINEAR: dict[str, Any] = {"color": FAINT, "linestyle": ":", "linewidth": 1.4, "label": "linear"}
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("result", type=Path, metavar="JSON", help="of featsharp eval throughput")
+
+
+def make_figure(arguments: argparse.Namespace) -> "Figure":
+    return draw_throughput(*read_throughput(read_result(arguments.result, "throughput")))
+
+
 class Speed(NamedTuple):
     """One way to a map, at one factor."""
 
@@ -50,7 +61,7 @@ class Speed(NamedTuple):
 
 
 def read_throughput(content: Mapping[str, Any]) -> tuple[list[Speed], str]:
-    """The points of a result of ``featsharp eval throughput``, and what they were measured on.
+    """Read the points of a result of ``featsharp eval throughput``, and a line that says where they were measured.
 
     Raises:
         DataError: When the file lacks what that task writes.
@@ -77,7 +88,7 @@ def read_throughput(content: Mapping[str, Any]) -> tuple[list[Speed], str]:
 
 
 def draw_throughput(speeds: Sequence[Speed], measured_on: str = "") -> "Figure":
-    """The figure.
+    """Draw times and memory by factor.
 
     Args:
         speeds: A line for each curve.
@@ -113,37 +124,29 @@ def draw_throughput(speeds: Sequence[Speed], measured_on: str = "") -> "Figure":
         axes.set_ylim(bottom=0)
     if measured_on:
         figure.suptitle(wrap(measured_on, figure.get_figwidth(), TEXT), fontsize=TEXT, color=FAINT)
-    legend_below(figure, handles, columns=8)
+    legend_beside(figure, handles)
     return figure
 
 
 def _plot(axes: "Axes", speeds: Sequence[Speed], time: Callable[[Speed], float], style: Mapping[str, Any]) -> None:
-    """A line through the times, hollow markers where there were few runs."""
+    """Draw a line through the times, with hollow markers where there were few runs."""
     axes.plot([speed.factor for speed in speeds], [time(speed) for speed in speeds], **style)
     few = [speed for speed in speeds if speed.runs < ENOUGH_RUNS]
     if few:
-        axes.plot(
-            [speed.factor for speed in few], [time(speed) for speed in few], **{**style, "linestyle": ""}, **HOLLOW
-        )
+        hollow = {**style, **HOLLOW, "linestyle": ""}
+        axes.plot([speed.factor for speed in few], [time(speed) for speed in few], **hollow)
 
 
 def _plot_quartiles(axes: "Axes", speeds: Sequence[Speed], colour: str) -> None:
     some = [speed for speed in speeds if speed.runs >= ENOUGH_RUNS]
     if some:
         times = [speed.ms_per_image for speed in some]
-        axes.errorbar(
-            [speed.factor for speed in some],
-            [median for median, _, _ in times],
-            error_bars(times),
-            fmt="none",
-            ecolor=colour,
-            elinewidth=0.8,
-            capsize=2,
-        )
+        bars: dict[str, Any] = {"fmt": "none", "ecolor": colour, "elinewidth": 0.8, "capsize": 2}
+        axes.errorbar([speed.factor for speed in some], [time[0] for time in times], error_bars(times), **bars)
 
 
 def _plot_linear(per_token: "Axes", per_image: "Axes", speeds: Sequence[Speed]) -> None:
-    """What the times were if every token took as long as at factor 1; tokens grow with the square of the factor."""
+    """Draw the times if every token took as long as at factor 1; tokens grow with the square of the factor."""
     first = min(speeds, key=lambda speed: speed.factor)
     factors = np.geomspace(first.factor, max(speed.factor for speed in speeds), 101)
     per_image.plot(factors, first.linear_ms_per_image * (factors / first.factor) ** 2, **LINEAR, zorder=1)

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from featsharp.errors import InputError
-from featsharp.visualization.style import FAINT, INK, SMALL, TITLE, line_height, new_figure, wrap
+from featsharp.visualization.style import CAPTION, FAINT, INK, SMALL, TITLE, new_figure, wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,15 +24,15 @@ class Row:
         label: At the left; "" for none.
     """
 
-    pictures: Mapping[str, Tensor | str]
+    pictures: Mapping[str, "Tensor | str"]
     aspect: float
     label: str = ""
 
 
 def picture_grid(
-    rows: Sequence[Row], *, cell: float = 2.0, colour_map: str = "viridis"
+    rows: Sequence[Row], *, cell: float = 1.6, colour_map: str = "viridis"
 ) -> tuple["Figure", list[dict[str, "Axes"]]]:
-    """A figure of all rows; cells of feature maps stay visible as squares.
+    """Draw all rows; cells of feature maps stay visible as squares.
 
     Args:
         rows: At least one. Columns are the captions of all rows; a row that lacks one has a gap there.
@@ -50,28 +49,24 @@ def picture_grid(
     if not captions:
         raise InputError("a figure of pictures needs at least one row with one picture")
     heights = [cell * row.aspect for row in rows]
-    titles = {caption: wrap(caption, cell, TITLE) for caption in captions}
-    labels = [wrap(row.label, height, SMALL) for row, height in zip(rows, heights, strict=True)]
-    margin = max((label.count("\n") + 1) * line_height(SMALL) if label else 0.0 for label in labels)
-    lines_of_titles = 1 + max(title.count("\n") for title in titles.values())
-    figure = new_figure(cell * len(captions) + 1.8 * margin, sum(heights) + lines_of_titles * line_height(TITLE) + 0.13)
+    figure = new_figure(cell * len(captions) + 0.5, sum(heights) + 1.0, compressed=True)
     lines = figure.subplots(len(rows), len(captions), squeeze=False, height_ratios=heights)
-    found = []
-    for row, line, label in zip(rows, lines, labels, strict=True):
+    places = []
+    for row, height, line in zip(rows, heights, lines, strict=True):
         for caption, axes in zip(captions, line, strict=True):
-            _fill(axes, row.pictures.get(caption, ""), row.aspect, colour_map)
-        line[0].set_ylabel(label, fontsize=SMALL, color=INK)
-        found.append(dict(zip(captions, line, strict=True)))
+            show_picture(axes, row.pictures.get(caption, ""), row.aspect, colour_map)
+        line[0].set_ylabel(wrap(row.label, height, TITLE), fontsize=TITLE, color=INK)
+        places.append(dict(zip(captions, line, strict=True)))
     for caption, axes in zip(captions, lines[0], strict=True):
-        axes.set_title(titles[caption], fontsize=TITLE, color=INK)
-    return figure, found
+        axes.set_title(wrap(caption, cell, CAPTION), fontsize=CAPTION, color=INK)
+    return figure, places
 
 
-def _fill(axes: "Axes", picture: Tensor | str, aspect: float, colour_map: str) -> None:
+def show_picture(axes: "Axes", picture: "Tensor | str", aspect: float, colour_map: str = "viridis") -> None:
+    """Fill axes with a picture of a :class:`Row`, without frame and ticks."""
     axes.set_box_aspect(aspect)
     axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     if isinstance(picture, str):
         axes.text(0.5, 0.5, picture, transform=axes.transAxes, ha="center", va="center", fontsize=SMALL, color=FAINT)
         return

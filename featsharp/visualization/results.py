@@ -1,5 +1,6 @@
 """Reading of the JSON files that ``featsharp eval TASK --json`` writes."""
 
+import argparse
 import json
 import re
 from collections import Counter
@@ -18,6 +19,7 @@ MAKERS = {
     "flops": "featsharp eval flops --upsampler featsharp tile --json FILE",
 }
 
+
 # Numbers between 0 and 1 that are drawn in percent, by how their names begin and end.
 SHARES = ("miou", "pck@", "pixel_accuracy", "accuracy_")
 SHARE_ENDINGS = ("_f", "_precision", "_recall")
@@ -33,17 +35,23 @@ class Number(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What a file says about one encoder."""
+    """Result of one encoder."""
 
     label: str
     upsampler: str
     factor: float
     backbone: str
+    key: str | None  # of the encoder's content; None in files of early versions
     result: Mapping[str, Any]
 
 
+def add_results(parser: argparse.ArgumentParser, task: str) -> None:
+    """Add the argument for result files of a task."""
+    parser.add_argument("results", nargs="+", type=Path, metavar="JSON", help=f"of featsharp eval {task}")
+
+
 def read_result(path: Path, *tasks: str) -> dict[str, Any]:
-    """The content of a result file.
+    """Read a result file.
 
     Args:
         path: JSON of ``featsharp eval TASK --json``.
@@ -69,7 +77,7 @@ def read_result(path: Path, *tasks: str) -> dict[str, Any]:
 
 
 def entries(content: Mapping[str, Any]) -> Iterator[Entry]:
-    """All encoders of a result.
+    """Iterate over the encoders of a result.
 
     Raises:
         DataError: When the file has none, or one without what every result has.
@@ -77,28 +85,30 @@ def entries(content: Mapping[str, Any]) -> Iterator[Entry]:
     encoders = content.get("encoders")
     if not isinstance(encoders, dict) or not encoders:
         raise DataError(f"{content['file']} names no encoder; measure at least one: --checkpoint or --upsampler")
-    for label, found in encoders.items():
+    for label, one in encoders.items():
         try:
-            yield Entry(label, found["upsampler"], float(found["factor"]), found["backbone"], dict(found["result"]))
+            yield Entry(
+                label, one["upsampler"], float(one["factor"]), one["backbone"], one.get("key"), dict(one["result"])
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{content['file']}: encoder {label!r} is incomplete ({error!r}); measure it anew"
             ) from error
 
 
-def line_names(found: Sequence[tuple[Hashable, Entry]]) -> list[str]:
-    """What the line of each encoder is called: its upsampler, so that several factors make one line.
+def line_names(entries: Sequence[tuple[Hashable, Entry]]) -> list[str]:
+    """Name the line of each encoder: by its upsampler, so that several factors make one line.
 
     Where a group (a panel of the figure) has several encoders of an upsampler at one factor, of other backbones or
     checkpoints, all encoders of that upsampler go by their labels.
     """
-    times = Counter((group, entry.upsampler, entry.factor) for group, entry in found)
+    times = Counter((group, entry.upsampler, entry.factor) for group, entry in entries)
     shared = {upsampler for (_, upsampler, _), count in times.items() if count > 1}
-    return [entry.label if entry.upsampler in shared else entry.upsampler for _, entry in found]
+    return [entry.label if entry.upsampler in shared else entry.upsampler for _, entry in entries]
 
 
 def number(entry: Entry, name: str, file: object) -> Number:
-    """A number of an encoder's result by its name; "a/b" is b inside of a.
+    """Look up a number of an encoder's result by its name; "a/b" is b inside of a.
 
     Raises:
         ConfigError: When there is none of that name; it lists those that there are.
@@ -110,7 +120,7 @@ def number(entry: Entry, name: str, file: object) -> Number:
 
 
 def axis_name(metric: str) -> tuple[str, float]:
-    """What an axis of a number is called, and what the number is multiplied by: shares are drawn in percent."""
+    """Name the axis of a number, and the scale of the number on it: shares are drawn in percent."""
     *groups, name = metric.split("/")
     share = name.startswith(SHARES) or name.endswith(SHARE_ENDINGS) or groups[-1:] == ["iou"]
     text = ", ".join(" ".join(SPELLINGS.get(word, word) for word in part.split("_")) for part in (*groups, name))
