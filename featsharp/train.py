@@ -72,8 +72,7 @@ def train(config: RunConfig) -> Trainer:
         if earlier is None:
             writer = stack.enter_context(open_writer(config, folder, world))
             skipped = fit_before_training(parts, config, world)
-            trainer = Trainer(*parts[1:], config, folder, world, validate=validate)
-            trainer.begin(skipped)
+            trainer = Trainer(*parts[1:], config, folder, world, validate=validate, skipped=skipped)
         else:
             trainer = Trainer(*parts[1:], config, folder, world, validate=validate)
             trainer.restore(earlier, folder / LAST)

@@ -1,4 +1,8 @@
-"""The fixed validation samples of a training run: the same images and views every time."""
+"""The fixed validation samples of a training run: the same images and views every time.
+
+It stands above training/, which takes it as an argument: it scores with evaluation/ and draws with visualization/,
+which are on the level of training/.
+"""
 
 import hashlib
 import math
@@ -64,8 +68,8 @@ class ValidationSamples:
         ``val/kernel`` and ``val/kernels`` what the downsampler takes, ``val/log_variance`` the uncertainty, whose
         darkest and brightest values are scalars.
         """
-        own = {} if objective.downsampler is None else {"own": objective.downsampler}
-        meter = FidelityMeter(encoder, downsamplers=own, views=replace(EVAL_VIEWS, num_views=4))
+        learned = {} if objective.downsampler is None else {"own": objective.downsampler}
+        meter = FidelityMeter(encoder, downsamplers=learned, views=replace(EVAL_VIEWS, num_views=4))
         pictures: dict[str, Tensor] = {}
         uncertain: list[tuple[Tensor, Tensor]] = []
         for number, image in enumerate(self.images):
@@ -76,16 +80,16 @@ class ValidationSamples:
                 pictures |= kernel_pictures(objective, sample, encoder.factor)
             if objective.uncertainty is not None:
                 uncertain.append((sample.image, log_variance(objective, sample)))
-        found = meter.result()
-        scalars = {f"val/fidelity_{name}": found[name].value for name in ("area", *own)}
-        scalars["val/cosine"] = found["cosine"].value
+        result = meter.result()
+        scalars = {f"val/fidelity_{name}": result[name].value for name in ("area", *learned)}
+        scalars["val/cosine"] = result["cosine"].value
         if encoder.bias_buffer is not None and encoder.bias_buffer.buffer.abs().max() > 0:
             pictures["val/bias"] = bias_picture(encoder.bias_buffer.buffer, (CELL, CELL))
         if uncertain:
             low, high = middle_range([values for _, values in uncertain])
             scalars |= {"val/log_variance_low": low, "val/log_variance_high": high}
             pictures["val/log_variance"] = uncertainty_picture(uncertain, (low, high), (CELL, CELL))
-        return Validation(found["area"].value, scalars, pictures, self.tag)
+        return Validation(result["area"].value, scalars, pictures, self.tag)
 
 
 @torch.no_grad()
@@ -107,12 +111,12 @@ def feature_panel(sample: Sample) -> Tensor:
 
 @torch.no_grad()
 def kernel_pictures(objective: Objective, sample: Sample, factor: float) -> dict[str, Tensor]:
-    """The downsampler's kernel, [3, about CELL, about CELL]; where every token has its own their mean, and all."""
+    """The downsampler's kernel, [3, about CELL, about CELL]; where every token has another one their mean, and all."""
     rows, cols = size_of(sample.low_res)
-    gain = math.ceil(factor)  # the objective's maps are this many times as large as the backbone's
+    whole = math.ceil(factor)  # the objective's maps are this many times as large as the backbone's
     kernels = None
     if objective.downsampler is not None:
-        kernels = objective.downsampler.kernels(resize(sample.high_res, (gain * rows, gain * cols)))
+        kernels = objective.downsampler.kernels(resize(sample.high_res, (whole * rows, whole * cols)))
     if kernels is None:
         return {}
     pictures = {"val/kernel": kernel_picture(kernels[0].mean((0, 1), keepdim=True), CELL)}
@@ -123,6 +127,6 @@ def kernel_pictures(objective: Objective, sample: Sample, factor: float) -> dict
 
 @torch.no_grad()
 def log_variance(objective: Objective, sample: Sample) -> Tensor:
-    """What the objective's uncertainty says about every place of the sharp map, [f*h, f*w] on the CPU."""
+    """Log variance that the objective predicts for every place of the sharp map, [f*h, f*w] on the CPU."""
     assert objective.uncertainty is not None
     return objective.uncertainty(sample.high_res)[0, 0].float().cpu()

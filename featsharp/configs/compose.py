@@ -58,14 +58,14 @@ def compose(overrides: Sequence[str]) -> RunConfig:
 
 
 def options_of(group: str) -> dict[str, str]:
-    """What a config group offers, with descriptions: its files, and for models the short names of backbones too."""
-    found = {name: f"{model.description}." for name, model in MODELS.items()} if group == "model" else {}
+    """Entries of a config group with their descriptions: its files, and for models the short names of backbones."""
+    entries = {name: f"{model.description}." for name, model in MODELS.items()} if group == "model" else {}
     folder = files("featsharp.configs").joinpath(group)
     for file in folder.iterdir() if folder.is_dir() else ():
         if file.name.endswith(".yaml"):
             comments = [line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")]
-            found[file.name.removesuffix(".yaml")] = " ".join(c for c in comments if not c.startswith("@"))
-    return dict(sorted(found.items()))
+            entries[file.name.removesuffix(".yaml")] = " ".join(c for c in comments if not c.startswith("@"))
+    return dict(sorted(entries.items()))
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -128,11 +128,11 @@ def _expand_names(overrides: Sequence[str]) -> list[str]:
 def _objective_type(settings: Mapping[str, Any]) -> type[ObjectiveConfig]:
     """The settings class of the chosen objective; keys of another one are an error wherever they come from."""
     chosen = config_type(settings["name"])
-    own = [field.name for field in dataclasses.fields(chosen)]
+    valid = [field.name for field in dataclasses.fields(chosen)]
     for key in settings:
-        if key not in own:
+        if key not in valid:
             raise ConfigError(
-                f"objective {settings['name']!r} has no {key!r}, only {', '.join(own)}. If the key comes from "
+                f"objective {settings['name']!r} has no {key!r}, only {', '.join(valid)}. If the key comes from "
                 f"+upsampler=, that preset is for another objective; if from you, choose objective=NAME as a whole: "
                 f"{', '.join(OBJECTIVES.names())}"
             )
@@ -159,7 +159,7 @@ def _valid_keys(schema: Any = RunConfig, prefix: str = "") -> set[str]:
 
 
 def _one_line(error: Exception) -> str:
-    """What the configuration library says, with the key and its advice, but without the names of its types."""
+    """The message of the configuration library with the key and its advice, but without the names of its types."""
     lines = [line.strip() for line in str(error).splitlines()]
     kept = [line for line in lines if line and not line.startswith(("object_type", "reference_type"))]
     return "; ".join(line.replace("full_key:", "at key") for line in kept)

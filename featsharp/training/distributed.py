@@ -1,5 +1,5 @@
-"""The little that a run needs to know of other processes. Gradients are averaged here, not by a wrapper, so that
-parameter names stay the same and the two-part backward of a step needs no special care."""
+"""Several processes in one run. Gradients are averaged here, not by a wrapper, so that parameter names stay the same
+and the two-part backward of a step needs no special care."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -80,25 +80,25 @@ def add_over_processes(tensors: Iterable[Tensor], world: World) -> None:
 
 
 def merge_statistics(statistics: FeatureStatistics, world: World) -> FeatureStatistics:
-    """What all processes have seen together, on every process.
+    """Merge the statistics of all processes, on every process.
 
     Only counts, means and scatters are added up, never features: n = sum n_i; n mean = sum n_i mean_i;
     scatter = sum scatter_i + n_i (mean_i - mean) (mean_i - mean)^T.
     """
     if world.size == 1:
         return statistics
-    own = {name: value.to(world.device) for name, value in statistics.state().items()}
-    count, mean = own["count"].clone(), own["count"] * own["mean"]
+    state = {name: value.to(world.device) for name, value in statistics.state().items()}
+    count, mean = state["count"].clone(), state["count"] * state["mean"]
     add_over_processes([count, mean], world)
     mean /= count.clamp(min=1)
-    away = own["mean"] - mean
-    scatter = own["scatter"] + own["count"] * torch.outer(away, away)
+    away = state["mean"] - mean
+    scatter = state["scatter"] + state["count"] * torch.outer(away, away)
     add_over_processes([scatter], world)
     return FeatureStatistics.from_state({"count": count.cpu(), "mean": mean.cpu(), "scatter": scatter.cpu()})
 
 
 def any_process(flag: bool, world: World) -> bool:
-    """Whether the flag is set in any process; the same answer on all of them."""
+    """Return whether the flag is set in any process; the same answer on all of them."""
     if world.size == 1:
         return flag
     flags = torch.tensor(int(flag), device=world.device)
@@ -114,7 +114,7 @@ def copy_from_main(tensors: Iterable[Tensor], world: World) -> None:
 
 
 def object_from_main(make: Callable[[], T], world: World) -> T:
-    """What ``make`` returns on rank 0, the only process that calls it; others need not see the same files."""
+    """Call ``make`` on rank 0 alone, and return its result on every process; others need not see the same files."""
     values = [make() if world.is_main else None]
     if world.size > 1:
         run_together(lambda: dist.broadcast_object_list(values, 0, device=world.device))
@@ -122,7 +122,7 @@ def object_from_main(make: Callable[[], T], world: World) -> T:
 
 
 def gather_objects(value: T, world: World) -> list[T]:
-    """What every process has, in rank order, on every process."""
+    """Gather the ``value`` of every process, in rank order, on every process."""
     if world.size == 1:
         return [value]
     gathered: list[T] = [value] * world.size
@@ -131,7 +131,7 @@ def gather_objects(value: T, world: World) -> list[T]:
 
 
 def run_together(call: Callable[[], object]) -> None:
-    """Run what needs all processes.
+    """Run a call that all processes make.
 
     Raises:
         DistributedError: When another one has ended or does not answer. An error of this process stays what it is.

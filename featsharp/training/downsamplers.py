@@ -15,7 +15,7 @@ class Downsampler(nn.Module):
     """Base of all: [B, C, f*h, f*w] to [B, C, h, w]."""
 
     def kernels(self, x: Tensor) -> Tensor | None:
-        """What each token takes from the K x K places under it, [B, h, w, K, K]; sums to one over the last two.
+        """Weights of each token for the K x K places under it, [B, h, w, K, K]; sum to one over the last two.
 
         [1, 1, 1, K, K] where it is the same for all tokens; None where nothing was learned.
         """

@@ -5,9 +5,9 @@ is a linear least-squares problem in the weight that mixes the inputs:
 
     minimise  (sum over tokens |y - W x|^2) + ridge * tokens * s * |W - W0|^2
 
-with x [D] the inputs of a base image, warped and pooled under a token of a view, y [C] what the backbone says about
-that token, s the mean square of an input, and W0 the start. One pass over the samples solves it; the ridge towards a
-start that already works is what makes a few hundred photographs enough.
+with x [D] the inputs of a base image, warped and pooled under a token of a view, y [C] the backbone's features of that
+token, s the mean square of an input, and W0 the start. One pass over the samples solves it; the ridge towards a start
+that already works is what makes a few hundred photographs enough.
 """
 
 import logging
@@ -38,7 +38,7 @@ class LinearFitConfig:
     """The fit in closed form.
 
     Attributes:
-        samples: Images (with their views) that are looked at once; 0: no fit.
+        samples: Images (with their views) that are used, once each; 0: no fit.
         ridge: How strongly the weight is held at its start, relative to the mean square of the inputs; above 0.
     """
 
@@ -86,16 +86,16 @@ class LinearFit:
 
     @torch.no_grad()
     def add(self, encoder: SharpEncoder, views: Views, low_res_size: tuple[int, int]) -> None:
-        """Look at a batch of samples, on the encoder's device."""
+        """Add a batch of samples, on the encoder's device."""
         base, base_mask = base_view(views)
         targets, token_masks = encode_views(encoder, views, low_res_size)
         maps = self.upsampler.linear_maps(encoder.input_conditioner(base), encoder.encode, low_res_size).float()
-        gain, small = math.ceil(self.upsampler.factor), size_of(targets)
-        large = gain * small[0], gain * small[1]  # whole cells under every token, whatever the factor
+        factor, small = math.ceil(self.upsampler.factor), size_of(targets)
+        large = factor * small[0], factor * small[1]  # whole cells under every token, whatever the factor
         valid = tokens_to_compare(base_mask, token_masks, views.homographies.flatten(0, 1), large)
         count = views.homographies.shape[1]
         for n in range(count):  # one view at a time: all of them would hold n copies of the inputs
-            pooled = F.avg_pool2d(warp(maps, views.homographies[:, n], large), gain)
+            pooled = F.avg_pool2d(warp(maps, views.homographies[:, n], large), factor)
             self.add_tokens(pooled, targets[n::count], valid[n::count])
 
     def add_tokens(self, inputs: Tensor, targets: Tensor, valid: Tensor) -> None:
@@ -132,7 +132,7 @@ def fit_linear(
     """Fit the linear weight of the encoder's FeatSharp to batches of views, over all processes.
 
     Returns:
-        What was skipped: names and reasons.
+        Names of skipped images, and reasons.
 
     Raises:
         ConfigError: See :func:`check_linear_fit`.

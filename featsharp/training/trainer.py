@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +75,7 @@ class Trainer:
         folder: Of ``last.pth`` and ``best.pth``.
         world: This process among all.
         validate: Called on rank 0 every ``val_frequency`` steps and at the end.
+        skipped: Names of the images that the fits before a new run skipped, and reasons.
 
     Attributes:
         writer: Receives scalars and pictures, on rank 0 alone; nobody does until it is set.
@@ -90,6 +91,7 @@ class Trainer:
         world: World,
         *,
         validate: Validate | None = None,
+        skipped: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.encoder, self.objective, self.dataset, self.config = encoder, objective, dataset, config
         self.folder, self.world, self.validate = folder, world, validate
@@ -112,22 +114,12 @@ class Trainer:
         self.validated = -1  # the last step that was validated
         self.best_score = float("-inf")
         self.best_among: str | None = None  # tag of the samples that the best score is of
+        self.is_new = True
         self.skipped = SkipLog()
+        self.skipped.add(list(skipped))
         self.places: Places = {}
         self.term = TermSignal()
         self.clock = StepClock()
-
-    def begin(self, skipped: list[tuple[str, str]]) -> None:
-        """Start a new run, rather than go on with an earlier one.
-
-        Args:
-            skipped: Names of the images that the fits before it skipped, and reasons.
-        """
-        self.skipped.add(skipped)
-        if self.world.is_main:  # every process has opened the same sources
-            self.skipped.add(self.dataset.mixture.skipped)
-            if self.config.linear_fit.samples:
-                self.save()  # a run that is killed in its first steps need not fit again
 
     def run(self) -> None:
         """Train to the last step, then save and validate.
@@ -146,6 +138,10 @@ class Trainer:
         if is_main:
             count = sum(p.numel() for p in self.trained.parameters())
             logger.info("%d of %d steps to go; %d trainable parameters", last_step - self.step, last_step, count)
+            if self.is_new:
+                self.skipped.add(self.dataset.mixture.skipped)  # every process has opened the same sources
+            if self.is_new and self.config.linear_fit.samples:
+                self.save()  # a run that is killed in its first steps need not fit again
         if self._is_due(self.config.val_frequency) and self.validated != self.step < last_step:
             self._save_and_validate()  # what the run was resumed from was saved, and killed before that
         bar = tqdm(
@@ -282,10 +278,11 @@ class Trainer:
             load_optimizer(self.optimizer, state["optimizer"])
             if state.get("scaler"):
                 self.scaler.load_state_dict(state["scaler"])
-            self.step = state["step"]
+            self.step, self.is_new = state["step"], False
             self.validated = state.get("validated", self.step)
             self.best_score, self.best_among = state["best_score"], state.get("best_among")
             self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_training_steps, self.step)
+            self.skipped = SkipLog()
             if self.world.is_main:
                 self.skipped.add_state(state["skipped"])
             if state["readers"] == count_readers(self.config, processes):  # else a forced run starts by the step alone

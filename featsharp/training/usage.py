@@ -1,4 +1,4 @@
-"""What a run takes: time per step, the part of it spent waiting for data, and memory."""
+"""Cost of a run: time per step, the part of it spent waiting for data, and memory."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ GIB = 2**30
 class StepClock:
     """Measures for every step how long its batches were waited for, and how long it then took.
 
-    What happens between a step and the request for the next batch (logs, validation, checkpoints) is not counted. Nor
+    Time between a step and the request for the next batch (logs, validation, checkpoints) is not counted. Nor
     is the wait for the first batch, in which workers start; :attr:`startup` has it.
 
     Args:
@@ -94,7 +94,7 @@ class StepClock:
         """For example "200 steps of 2.61 s (median); 0.8% of the time waiting for data, first batch after 1.2 s".
 
         Args:
-            wait_share: To be said in place of this process's own.
+            wait_share: In place of this process's.
         """
         share = self.wait_share if wait_share is None else wait_share
         return (
@@ -104,17 +104,17 @@ class StepClock:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """GiB that this process has held at most since its start, by what the log calls them.
+    """Peak memory of this process since its start in GiB, by the names of the log.
 
     The resident set, where the system counts it; and on a CUDA device what tensors took there.
     """
-    found = {}
+    peaks = {}
     resident = _peak_resident_bytes()
     if resident is not None:
-        found["memory/peak_resident_gib"] = resident / GIB
+        peaks["memory/peak_resident_gib"] = resident / GIB
     if device.type == "cuda":
-        found["memory/peak_cuda_gib"] = torch.cuda.max_memory_allocated(device) / GIB
-    return found
+        peaks["memory/peak_cuda_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+    return peaks
 
 
 def _peak_resident_bytes() -> int | None:

@@ -1,4 +1,4 @@
-"""Where scalars and pictures of a run go. A writer of your own implements :class:`VizWriter`."""
+"""Writers of scalars and pictures of a run. A writer of your own implements :class:`VizWriter`."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +26,8 @@ class Writers(VizWriter):
     """Several writers as one. One that raises is dropped with a warning: nothing a writer does ends a run.
 
     Args:
-        makers: What builds each writer, by name. Errors that the user can act on (a missing package) are raised; others
-            (a tracker out of reach) drop the writer, too.
+        makers: Functions that build the writers, by name. Errors that the user can act on (a missing package) are
+            raised; others (a tracker out of reach) drop the writer, too.
     """
 
     def __init__(self, makers: Mapping[str, Callable[[], VizWriter]]) -> None:
@@ -41,19 +41,19 @@ class Writers(VizWriter):
                 _warn(name, error)
 
     def config(self, config: Mapping[str, Any]) -> None:
-        self._tell(lambda writer: writer.config(config))
+        self._call_each(lambda writer: writer.config(config))
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        self._tell(lambda writer: writer.scalar(name, value, step))
+        self._call_each(lambda writer: writer.scalar(name, value, step))
 
     def image(self, name: str, image: Tensor, step: int) -> None:
-        self._tell(lambda writer: writer.image(name, image, step))
+        self._call_each(lambda writer: writer.image(name, image, step))
 
     def close(self) -> None:
-        self._tell(lambda writer: writer.close())
+        self._call_each(lambda writer: writer.close())
         self._writers.clear()
 
-    def _tell(self, report: Callable[[VizWriter], None]) -> None:
+    def _call_each(self, report: Callable[[VizWriter], None]) -> None:
         for name, writer in list(self._writers.items()):
             try:
                 report(writer)
@@ -89,7 +89,7 @@ def get_visualizer(
         "wandb": partial(WandbWriter, folder, entity=entity, project=project, mode=mode),
     }
     names = [name for name in writer_names(kind) if name != "none"]
-    return Writers({name: makers[name] if name in makers else partial(_own_class(name), folder) for name in names})
+    return Writers({name: makers[name] if name in makers else partial(_load_class(name), folder) for name in names})
 
 
 def writer_names(kind: object) -> list[str]:
@@ -107,16 +107,16 @@ def writer_names(kind: object) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _own_class(name: str) -> Callable[[Path], VizWriter]:
-    """The user's class that ``"module:Class"`` names."""
-    found: Any = import_named(name, "viz.type", "class")
-    missing = [method for method in METHODS if not callable(getattr(found, method, None))]
-    if not callable(found) or missing:
+def _load_class(name: str) -> Callable[[Path], VizWriter]:
+    """Import the user's class that ``"module:Class"`` names."""
+    loaded: Any = import_named(name, "viz.type", "class")
+    missing = [method for method in METHODS if not callable(getattr(loaded, method, None))]
+    if not callable(loaded) or missing:
         lacks = f"it lacks {', '.join(missing)}" if missing else "it is no class"
         raise ConfigError(
             f"viz.type={name!r} is no VizWriter: {lacks}; derive it from featsharp.training.loggers.VizWriter"
         )
-    return found
+    return loaded
 
 
 def _warn(name: str, error: Exception) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class VizWriter:
-    """What training reports to. Subclasses override what they want to know; a class with these methods will do, too.
+    """Receiver of the scalars and pictures of a run. Subclasses override some methods, or classes have them all.
 
     Only the main process has one. An exception that a writer raises is logged as a warning and ends the reporting to
     it, never the run.

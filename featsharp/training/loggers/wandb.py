@@ -79,7 +79,7 @@ class WandbWriter(VizWriter):
             self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
 
     def _add(self, name: str, value: object, step: int) -> None:
-        """What belongs to one step is sent as one row."""
+        """Add to the row of the step; all of one step is sent as one row."""
         if self._row.get("step") != step:
             self._send()
             self._row["step"] = step

@@ -1,4 +1,4 @@
-"""What training minimises. Adding an objective is a module with a ``@register_objective`` class, a line of import here
+"""Objectives of training. Adding one is a module with a ``@register_objective`` class, a line of import here
 and ``featsharp/configs/objective/<name>.yaml``."""
 
 from typing import Any

@@ -26,7 +26,7 @@ class Losses(NamedTuple):
 
 @dataclass
 class ObjectiveConfig:
-    """What the settings of all objectives have in common: the ``name`` of the objective they belong to."""
+    """Settings of an objective; all have its ``name``."""
 
     name: str = field(default="???")
 
@@ -36,7 +36,7 @@ class Objective(nn.Module):
 
     Attributes:
         config_type: The dataclass of its settings.
-        downsampler: What the objective learned of how the backbone pools, [N, C, F*h, F*w] to [N, C, h, w] in
+        downsampler: Learned model of how the backbone pools, [N, C, F*h, F*w] to [N, C, h, w] in
             normalised space, F the next whole number from the factor upwards; None where it has none.
         uncertainty: A network that is trained at a rate of its own, or None.
     """
@@ -70,7 +70,7 @@ class Objective(nn.Module):
         autocast_dtype: torch.dtype | None = None,
         loss_scale: float = 1.0,
     ) -> Losses:
-        """Add the gradients of one batch to the encoder and to the objective's own parameters.
+        """Add the gradients of one batch to the encoder and to the parameters of the objective.
 
         Args:
             encoder: In training mode; the backbone stays frozen.
@@ -78,7 +78,7 @@ class Objective(nn.Module):
             low_res_size: (h, w) in pixels of the backbone's native pass.
             autocast_dtype: Type of the upsampler's matrix products; None: that of its weights. Losses are computed in
                 float32 either way.
-            loss_scale: What the gradients, but not the returned losses, are multiplied by.
+            loss_scale: Factor of the gradients, but not of the returned losses.
 
         Returns:
             The losses, detached.
@@ -89,7 +89,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def scalars(self, losses: Losses) -> dict[str, float]:
-        """What the log says about a step."""
+        """Scalars of a step, for the log."""
         named = {"total": losses.total, "reconstruction": losses.reconstruction, **losses.terms}
         return {f"loss/{name}": value.item() for name, value in named.items()}
 

@@ -1,10 +1,10 @@
 """The multi-view consistency objective.
 
 The high-resolution map of the base image is warped into each jittered view, pooled to the backbone's grid and compared
-with what the backbone itself says about that view. FeatUp (arXiv 2403.10516), FeatSharp (arXiv 2502.16025).
+with the backbone's features of that view. FeatUp (arXiv 2403.10516), FeatSharp (arXiv 2502.16025).
 
 Shapes: B images, n views per image, C channels, (h, w) low-resolution grid, f factor, F the next whole number from f
-upwards: the gain of the grid on which maps are warped and pooled.
+upwards, of the grid on which maps are warped and pooled.
 """
 
 import math
@@ -86,9 +86,9 @@ class MultiViewObjective(Objective):
             raise unknown_name("distance", config.distance, DISTANCES)
         self.config = config
         self.factor = factor
-        self.gain = math.ceil(factor)
+        self.whole_factor = math.ceil(factor)
         self.max_warped_elements = MAX_WARPED_ELEMENTS
-        self.downsampler = create_downsampler(config.downsampler, embed_dim, self.gain, config.kernel_size)
+        self.downsampler = create_downsampler(config.downsampler, embed_dim, self.whole_factor, config.kernel_size)
         self.uncertainty = UncertaintyNet(embed_dim) if config.uncertainty else None
 
     def forward(
@@ -105,7 +105,7 @@ class MultiViewObjective(Objective):
         """
         count = homographies.shape[1]
         small = size_of(targets)
-        large = self.gain * small[0], self.gain * small[1]
+        large = self.whole_factor * small[0], self.whole_factor * small[1]
         to_base = homographies.flatten(0, 1)
 
         def to_views(x: Tensor, size: tuple[int, int], padding_mode: str = "reflection") -> Tensor:
@@ -181,16 +181,18 @@ class MultiViewObjective(Objective):
 
     def views_at_once(self, targets: Tensor, count: int) -> int:
         """How many warped copies of a batch of maps fit into ``max_warped_elements``, at least one."""
-        warped = self.gain**2 * targets.numel() // count
+        warped = self.whole_factor**2 * targets.numel() // count
         return max(1, self.max_warped_elements // warped)
 
     def _border_weights(self, size: tuple[int, int]) -> Tensor:
         """Only a whole number of tiles has its borders between cells."""
-        return border_weights(size, self.gain, self.config.border_weight if self.gain == self.factor else 1.0)
+        return border_weights(
+            size, self.whole_factor, self.config.border_weight if self.whole_factor == self.factor else 1.0
+        )
 
 
 def encode_views(encoder: SharpEncoder, views: Views, low_res_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """What the backbone says about every view: features [B*n, C, h, w] and token masks [B*n, 1, h, w]."""
+    """Encode every view: features [B*n, C, h, w] and token masks [B*n, 1, h, w]."""
     images, masks = render_views(views, low_res_size)
     features = encoder.encode(encoder.input_conditioner(images)).features
     return features, (resize(masks, size_of(features)) > TOKEN_COVERAGE).to(features.dtype)

@@ -1,6 +1,6 @@
 """Reconstruction from a smaller image: LiFT's own objective (Suri et al., ECCV 2024, arXiv 2403.14625).
 
-What the backbone says about an image is predicted from what it says about the same image at 1 / f of its size:
+The features of an image are predicted from those of the same image at 1 / f of its size:
 
     loss = d( Up(I_f, phi(I_f)), phi(I) )  +  d( Up(I_ff, phi(I_ff)), phi(I_f) )
 
