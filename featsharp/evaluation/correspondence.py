@@ -119,15 +119,18 @@ class CorrespondenceTask(Task):
 
     def score(self, rows: Sequence[Row], head: "NearestPixel") -> Summary:
         summary: Summary = {"pairs": len(rows), "keypoints": sum(row["keypoints"] for row in rows)}
-        names = sorted({row["category"] for row in rows})
-        categories: dict[str, Any] = {name: {"pairs": sum(row["category"] == name for row in rows)} for name in names}
+        categories: dict[str, Any] = {}
+        for name in sorted({row["category"] for row in rows}):
+            of_category = [row for row in rows if row["category"] == name]
+            counts = [row["keypoints"] for row in of_category]
+            categories[name] = {"pairs": len(of_category)} | {
+                f"pck@{alpha:g}": estimate_ratio([row["hits"][number] for row in of_category], counts)
+                for number, alpha in enumerate(self.alphas)
+            }
         for number, alpha in enumerate(self.alphas):
-            counts = [(row["hits"][number], row["keypoints"], row["category"]) for row in rows]
-            for way, estimate in pool_pck(counts).items():
+            pooled = pool_pck([(row["hits"][number], row["keypoints"], row["category"]) for row in rows])
+            for way, estimate in pooled.items():
                 summary[f"pck@{alpha:g}" + ("" if way == "keypoints" else f"_{way}")] = estimate
-            for name in names:
-                of_category = [row for row in counts if row[2] == name]
-                categories[name][f"pck@{alpha:g}"] = pool_pck(of_category)["keypoints"]
         return summary | {
             "categories": categories,
             "normalize_by": self._share_of,

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from patch_colour import NotFinite, PatchColour
 from PIL import Image
 from scipy.io import savemat
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import Tensor
 
-from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
 from featsharp.cli.main import main
 from featsharp.errors import ConfigError, DataError, InputError
@@ -36,18 +36,6 @@ BSDS = Path(__file__).resolve().parents[3] / "shared" / "data" / "bsds" / "train
 SIZE = (192, 288)  # of the twin's pictures: 8 x 12 cells of 24 pixels on a doubled map
 
 
-class PatchColour(Backbone):
-    """A pure patch function on patches of 8 pixels, native at 32 x 48."""
-
-    def __init__(self) -> None:
-        super().__init__("patch-colour", patch_size=8, embed_dim=4, input_size=(32, 48))
-        self.register_buffer("mix", torch.randn(4, 3, 1, 1, generator=torch.Generator().manual_seed(0)))
-        self.freeze()
-
-    def extract(self, images: Tensor) -> BackboneOutput:
-        return BackboneOutput(F.conv2d(F.avg_pool2d(images, 8), self.mix) + 3, None)
-
-
 class Noise(GuidedUpsampler):
     """Features that have nothing to do with the picture."""
 
@@ -59,11 +47,6 @@ class Noise(GuidedUpsampler):
 class Constant(GuidedUpsampler):
     def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         return torch.ones(1, 4, *size)
-
-
-class NotFinite(GuidedUpsampler):
-    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        return torch.full((1, 4, *size), float("nan"))
 
 
 def boundaries_of(regions: np.ndarray) -> np.ndarray:
@@ -108,7 +91,7 @@ def twin(tmp_path: Path) -> Path:
 
 def run(data: Path, upsampler: object, factor: int | None = 2, **settings: object) -> dict:
     task = BoundaryTask(data=data, **{"split": "test", **settings})  # type: ignore[arg-type]
-    encoder = create_encoder(PatchColour(), upsampler, factor)  # type: ignore[arg-type]
+    encoder = create_encoder(PatchColour(offset=3), upsampler, factor)  # type: ignore[arg-type]
     return evaluate(task, [Subject("one", lambda: encoder)], progress=False)["one"]
 
 

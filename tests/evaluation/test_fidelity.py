@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from patch_colour import PatchColour
 from PIL import Image
 from torch import Tensor
 
 from featsharp.backbones import from_callable
-from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
 from featsharp.data.views import ViewConfig
 from featsharp.errors import ConfigError
@@ -19,25 +19,11 @@ from featsharp.training.downsamplers import create_downsampler
 from featsharp.upsamplers.base import GuidedUpsampler
 
 
-class PatchColour(Backbone):
-    """A pure patch function: the mean colour of each patch, mixed to four channels; keeps what it was shown."""
-
-    def __init__(self) -> None:
-        super().__init__("patch-colour", patch_size=8, embed_dim=4, input_size=(32, 48))
-        self.register_buffer("mix", torch.randn(4, 3, 1, 1, generator=torch.Generator().manual_seed(0)))
-        self.seen: list[Tensor] = []
-        self.freeze()
-
-    def extract(self, images: Tensor) -> BackboneOutput:
-        self.seen.append(images)
-        return BackboneOutput(F.conv2d(F.avg_pool2d(images, 8), self.mix) + 3, None)
-
-
 class Truth(GuidedUpsampler):
     """What PatchColour would say with patches of a half and a quarter of the size."""
 
     def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        return F.conv2d(F.adaptive_avg_pool2d(image, size), PatchColour().mix) + 3
+        return F.conv2d(F.adaptive_avg_pool2d(image, size), PatchColour(offset=3).mix) + 3
 
 
 class Constant(GuidedUpsampler):
@@ -66,7 +52,7 @@ def measure(encoder: SharpEncoder, **settings: object) -> FidelityMeter:
 
 
 def test_the_best_constant_scores_one():
-    backbone = PatchColour()
+    backbone = PatchColour(offset=3)
     upsampler = Constant(4, 2)
     upsampler.value = torch.zeros(4)
     first = measure(create_encoder(backbone, upsampler))
@@ -80,7 +66,7 @@ def test_the_best_constant_scores_one():
 
 
 def test_a_perfect_predictor_is_far_above_bilinear():
-    backbone = PatchColour()
+    backbone = PatchColour(offset=3)
     truth = measure(create_encoder(backbone, Truth(4, 4))).result()
     bilinear = measure(create_encoder(backbone, "bilinear", 4)).result()
     assert truth["area"].value > 3 * bilinear["area"].value > 3
@@ -93,7 +79,7 @@ def test_a_perfect_predictor_is_far_above_bilinear():
 
 def test_views_depend_on_the_seed_and_not_on_the_encoder():
     def views_seen(upsampler: str, factor: int, seed: int) -> list[Tensor]:
-        backbone = PatchColour()
+        backbone = PatchColour(offset=3)
         encoder = create_encoder(backbone, upsampler, factor)
         meter = FidelityMeter(encoder, size=(64, 96), seed=seed)
         for picture in smooth_pictures(2):
@@ -111,15 +97,15 @@ def test_masks_lose_one_ring_of_tokens():
     still = ViewConfig(
         num_views=1, zoom=(1, 1), jitter_zoom=(1, 1), perspective=(0, 0), rotation=0.0, shift=0.0, flip=0.0
     )
-    meter = measure(create_encoder(PatchColour(), "bilinear", 2), views=still)
+    meter = measure(create_encoder(PatchColour(offset=3), "bilinear", 2), views=still)
     # 4 x 6 tokens without the outermost ring: 2 x 4, of 4 channels.
     assert all(row["_count"] == 2 * 4 * 4 for row in meter._rows)
     assert all(row["_tokens"] == 2 * 4 for row in meter._rows)
 
 
 def test_bias_is_taken_off_and_the_normalizer_does_not_matter():
-    plain = measure(create_encoder(PatchColour(), "bilinear", 2)).result()["area"].value
-    encoder = create_encoder(PatchColour(), "bilinear", 2, normalizer="phi-s", bias_buffer=True)
+    plain = measure(create_encoder(PatchColour(offset=3), "bilinear", 2)).result()["area"].value
+    encoder = create_encoder(PatchColour(offset=3), "bilinear", 2, normalizer="phi-s", bias_buffer=True)
     statistics = FeatureStatistics(4)
     statistics.update(encoder.backbone(torch.randn(8, 3, 32, 48)).features)
     encoder.normalizer.fit(statistics)
@@ -131,7 +117,7 @@ def test_bias_is_taken_off_and_the_normalizer_does_not_matter():
 
 @pytest.mark.parametrize("normalizer", ["none", "layernorm"])
 def test_own_downsampler_is_measured_beside_area(normalizer):
-    encoder = create_encoder(PatchColour(), "bilinear", 2, normalizer=normalizer)
+    encoder = create_encoder(PatchColour(offset=3), "bilinear", 2, normalizer=normalizer)
     own = create_downsampler("simple", 4, 2, kernel_size=2).eval()
     result = measure(encoder, downsamplers={"own": own}).result()
     # A box of the size of a cell is area pooling.
@@ -140,13 +126,13 @@ def test_own_downsampler_is_measured_beside_area(normalizer):
 
 
 def test_default_size_has_detail_to_find():
-    assert default_eval_size(create_encoder(PatchColour(), "bilinear", 4)) == (128, 192)
-    assert default_eval_size(create_encoder(PatchColour(), "identity", 1)) == (64, 96)
+    assert default_eval_size(create_encoder(PatchColour(offset=3), "bilinear", 4)) == (128, 192)
+    assert default_eval_size(create_encoder(PatchColour(offset=3), "identity", 1)) == (64, 96)
 
 
 def test_no_image_is_an_error():
     with pytest.raises(ConfigError, match="no image"):
-        FidelityMeter(create_encoder(PatchColour(), "identity", 1)).result()
+        FidelityMeter(create_encoder(PatchColour(offset=3), "identity", 1)).result()
 
 
 def test_grids_of_a_few_tokens_are_measured_too():

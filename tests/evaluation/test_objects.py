@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from patch_colour import NotFinite, PatchColour
 from PIL import Image
 from skimage.draw import polygon2mask
 from torch import Tensor
 
-from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
 from featsharp.cli.main import main
 from featsharp.errors import DataError
@@ -27,18 +27,6 @@ COLOURS = {3: (220, 40, 40), 7: (40, 220, 40), 20: (40, 40, 220)}  # by class
 PLACES = [(22, 31, 24, 24), (101, 25, 60, 60), (150, 110, 130, 100)]
 
 
-class PatchColour(Backbone):
-    """A pure patch function on patches of 8 pixels, native at 96 x 128: 12 x 16 cells."""
-
-    def __init__(self) -> None:
-        super().__init__("patch-colour", patch_size=8, embed_dim=4, input_size=(96, 128))
-        self.register_buffer("mix", torch.randn(4, 3, 1, 1, generator=torch.Generator().manual_seed(0)))
-        self.freeze()
-
-    def extract(self, images: Tensor) -> BackboneOutput:
-        return BackboneOutput(F.conv2d(F.avg_pool2d(images, 8), self.mix), None)
-
-
 class Noise(GuidedUpsampler):
     """Features that have nothing to do with the picture, other ones each time."""
 
@@ -47,11 +35,6 @@ class Noise(GuidedUpsampler):
     def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         self.calls += 1
         return torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(self.calls))
-
-
-class NotFinite(GuidedUpsampler):
-    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        return torch.full((1, 4, *size), float("nan"))
 
 
 def objects_of(number: int) -> list[tuple[int, tuple[int, int, int, int]]]:
@@ -90,7 +73,7 @@ def twin(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, labels: str = "outlines", upsampler: object = "bilinear", factor: int | None = 2, **settings):
-    encoder = create_encoder(PatchColour(), upsampler, factor)  # type: ignore[arg-type]
+    encoder = create_encoder(PatchColour((96, 128)), upsampler, factor)  # type: ignore[arg-type]
     task = SmallObjectTask(data=folder / "images", labels=folder / labels, **settings)
     return evaluate(task, [Subject("one", lambda: encoder)], progress=False)["one"]
 

@@ -3,29 +3,13 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from patch_colour import PatchColour
 from PIL import Image
-from torch import Tensor
 
-from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError
 from featsharp.evaluation.reference import ReferenceTask, compare, reference_size
 from featsharp.evaluation.runner import Subject, evaluate
-
-
-class PatchColour(Backbone):
-    """A pure patch function on patches of 8 pixels, native at 32 x 48."""
-
-    def __init__(self, broken: bool = False) -> None:
-        super().__init__("patch-colour", patch_size=8, embed_dim=4, input_size=(32, 48))
-        self.register_buffer("mix", torch.randn(4, 3, 1, 1, generator=torch.Generator().manual_seed(0)))
-        self.broken = broken
-        self.freeze()
-
-    def extract(self, images: Tensor) -> BackboneOutput:
-        features = F.conv2d(F.avg_pool2d(images, 8), self.mix)
-        return BackboneOutput(features * torch.nan if self.broken else features, None)
 
 
 @pytest.fixture

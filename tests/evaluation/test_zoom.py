@@ -3,27 +3,12 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from patch_colour import PatchColour
 from PIL import Image
-from torch import Tensor
 
-from featsharp.backbones.base import Backbone, BackboneOutput
+from featsharp.backbones.base import Backbone
 from featsharp.builder import create_encoder
 from featsharp.evaluation.zoom import ZoomMeter
-
-
-class PatchColour(Backbone):
-    """A pure patch function on patches of 8 pixels, native at 32 x 48."""
-
-    def __init__(self) -> None:
-        super().__init__("patch-colour", patch_size=8, embed_dim=4, input_size=(32, 48))
-        self.register_buffer("mix", torch.randn(4, 3, 1, 1, generator=torch.Generator().manual_seed(0)))
-        self.seen: list[Tensor] = []
-        self.freeze()
-
-    def extract(self, images: Tensor) -> BackboneOutput:
-        self.seen.append(images)
-        return BackboneOutput(F.conv2d(F.avg_pool2d(images, 8), self.mix), None)
 
 
 def noise_pictures(count: int = 3) -> list[Image.Image]:
