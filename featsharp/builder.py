@@ -96,7 +96,7 @@ def load_from_file(
 
     Args:
         path: A checkpoint file, or an upsampler that needs no training with its factor: ``"tile-2x"``,
-            ``"bilinear-1.5x"``, or a function of your own ``"package.module:function-2x"`` (see
+            ``"bilinear-1.5x"`` (``"bilinear"`` is 2x), or a function of your own ``"package.module:function-2x"`` (see
             :func:`featsharp.upsamplers.from_function`), which is imported. Weights that come with the package go by
             their name, ``"vits14-focus/featsharp-2x"``; ``featsharp.weights.list_weights()`` has them all.
         featurizer: The backbone. Needed for pseudo-paths and for checkpoints of a backbone that has no name to be built
@@ -164,11 +164,13 @@ def _untrained_encoder(
     featurizer: str | Backbone, name: str, factor: float | None, max_memory: int | str | None
 ) -> SharpEncoder:
     """The encoder of a pseudo-path."""
-    name, factor = resolve_upsampler(name, factor, UPSAMPLERS)
     options = {}
     if ":" in name:
         name, options = "custom", {"function": name}
-    elif getattr(UPSAMPLERS[name].factory, "trainable", False):
+    kind = UPSAMPLERS[name].factory
+    if factor is None:
+        factor = 1 if getattr(kind, "factors", "any") == "one" else 2
+    if getattr(kind, "trainable", False):
         raise ConfigError(
             f"{name} has to be trained; give a checkpoint of it, or build it untrained: "
             f"create_encoder(backbone, {name!r}, {factor:g})"

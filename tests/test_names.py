@@ -1,7 +1,10 @@
 """Names in text are taken apart in one way, wherever they are written."""
 
+import re
+
 import pytest
 import torch
+from PIL import Image
 
 from featsharp import create_backbone, create_encoder, create_upsampler, load_from_file
 from featsharp.cli.main import main
@@ -72,12 +75,23 @@ def test_bilinear_with_its_factor_is_taken_everywhere(tmp_path, capsys):
     for attempt in (
         lambda: create_encoder(backbone, "bilinear"),
         lambda: create_upsampler("bilinear", backbone),
-        lambda: load_from_file("bilinear", featurizer=backbone),
     ):
         with pytest.raises(ConfigError, match=r"which factor should 'bilinear' have\? Write bilinear-2x"):
             attempt()
-    images = tmp_path / "photo.png"
-    images.write_bytes(b"")
-    command = ["upsample", str(images), "--backbone", "toy-vit", "--checkpoint", "bilinear", "-o", str(tmp_path)]
-    assert main(command) == 1
-    assert "which factor should 'bilinear' have? Write bilinear-2x" in capsys.readouterr().err
+    for name, factor in (("bilinear", 2), ("bilinear-2x", 2), ("identity", 1)):
+        assert load_from_file(name, featurizer=backbone).factor == factor
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bilinear-2x"])
+def test_commands_take_bilinear_and_bilinear_2x_alike(name, tmp_path, capsys):
+    Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / "a.png")
+    photo, out, encoder = str(tmp_path / "a.png"), str(tmp_path / "out"), ["--backbone", "toy-vit", "--upsampler", name]
+    assert main(["upsample", photo, "--backbone", "toy-vit", "--checkpoint", name, "-o", out]) == 0
+    assert main(["eval", "zoom", *encoder, "--data", str(tmp_path)]) == 0
+    assert main(["figure", "pca", photo, *encoder, "--no-real", "-o", f"{out}/figure.png"]) == 0
+    assert main(["eval", "recommend", *encoder, "--repeat", "2"]) == 0
+    assert (
+        main(["bench", "encode", "--backbone", "toy-vit", "--upsamplers", name, "--factors", "2", "--repeat", "2"]) == 0
+    )
+    assert re.search(r"^bilinear +2x float32", capsys.readouterr().out, re.M)
+    assert main(["eval", "recommend", *encoder, "--factor", "3"]) == ("-2x" in name)

@@ -25,6 +25,7 @@ from featsharp.data import open_source
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.memory import format_memory, parse_memory
 from featsharp.model import SharpEncoder
+from featsharp.names import resolve_upsampler
 from featsharp.settings import setting
 from featsharp.terminal import align, with_progress
 from featsharp.upsamplers import UPSAMPLERS
@@ -168,7 +169,8 @@ class RecommendTask:
     def _candidates(self, backbone: Backbone) -> dict[str, tuple[str, Callable[[], SharpEncoder]]]:
         """Kind and builder by name: upsamplers, shipped weights, checkpoints."""
         candidates: dict[str, tuple[str, Callable[[], SharpEncoder]]] = {}
-        for name in sorted(self.upsampler or UPSAMPLERS.names()):
+        names = (resolve_upsampler(text, self.factor, UPSAMPLERS)[0] for text in self.upsampler or UPSAMPLERS.names())
+        for name in sorted(names):
             only_one = getattr(UPSAMPLERS[name].factory, "factors", "any") == "one"
             if not needs_function(name) and (self.factor == 1 or not only_one):
                 kind = NEEDS_TRAINING if needs_training(name) else READY

@@ -23,7 +23,7 @@ from featsharp.backbones.base import Backbone
 from featsharp.builder import content_key, create_encoder, load_from_file
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.model import SharpEncoder
-from featsharp.names import split_label
+from featsharp.names import parse_upsampler, split_label
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.tiling import window_starts
 from featsharp.settings import setting
@@ -105,8 +105,9 @@ def list_workloads(
 
     Args:
         backbone: Shared by all.
-        curves: :data:`DIRECT`, :data:`PASSES`, names of upsamplers, ``module:function`` for one made of a function.
-        factors: In each direction; of all curves but checkpoints, which have their own.
+        curves: :data:`DIRECT`, :data:`PASSES`, names of upsamplers, ``module:function`` for one made of a function;
+            each measured at ``factors``, or with -FACTORx behind its name at that one.
+        factors: In each direction; checkpoints have their own.
         device: Where everything is put.
         checkpoints: ``[LABEL=]FILE`` each, trained for that backbone.
         batch_size: Images at a time.
@@ -116,6 +117,9 @@ def list_workloads(
         ConfigError: For an unknown upsampler, factors below 1, two curves of one name.
         CheckpointError: For a file that cannot be read, or was trained for another backbone.
     """
+    named = [parse_upsampler(curve, UPSAMPLERS) for curve in curves]
+    curves = [name for name, _ in named]
+    at = [(name, check_factor(f, "any", "a curve of cost")) for name, own in named for f in ([own] if own else factors)]
     for name in curves:
         if ":" not in name and name not in (DIRECT, PASSES):
             UPSAMPLERS[name]  # unknown ones are refused before anything is measured
@@ -126,18 +130,17 @@ def list_workloads(
         encoder = load_from_file(path, featurizer=backbone).to(device)
         points.append(_encoder_workload(label, encoder, batch_size, content_key(encoder)))
     backbone.to(device)
-    for factor in sorted({check_factor(factor, "any", "a curve of cost") for factor in factors}):
-        for curve in dict.fromkeys(curves):
-            try:
-                if curve in (DIRECT, PASSES):
-                    points.append(_backbone_workload(backbone, curve, factor, batch_size))
-                else:
-                    encoder = build_encoder(backbone, curve, factor, normalizer).to(device)
-                    random = encoder.upsampler.trainable or encoder.normalizer.needs_fit
-                    key = None if random else content_key(encoder)
-                    points.append(_encoder_workload(curve, encoder, batch_size, key))
-            except FeatSharpError as error:
-                skipped.append(skip(curve, factor, str(error)))
+    for curve, factor in sorted(dict.fromkeys(at), key=lambda point: point[1]):
+        try:
+            if curve in (DIRECT, PASSES):
+                points.append(_backbone_workload(backbone, curve, factor, batch_size))
+            else:
+                encoder = build_encoder(backbone, curve, factor, normalizer).to(device)
+                random = encoder.upsampler.trainable or encoder.normalizer.needs_fit
+                key = None if random else content_key(encoder)
+                points.append(_encoder_workload(curve, encoder, batch_size, key))
+        except FeatSharpError as error:
+            skipped.append(skip(curve, factor, str(error)))
     return sorted(points, key=lambda point: (point.factor, point.curve != DIRECT)), skipped
 
 

@@ -28,16 +28,16 @@ def test_the_cost_of_an_upsampler_is_that_of_its_products():
 
 def test_bench_writes_what_it_prints(tmp_path, capsys):
     file = tmp_path / "new" / "ops.json"
-    arguments = ("--factors", "1", "--repeat", "2", "--backbone", "toy-vit", "--no-scaling", "--json", file)
+    arguments = ("--factors", "2", "--repeat", "2", "--backbone", "toy-vit", "--no-scaling", "--json", file)
     assert run("bench", "ops", *arguments) == 0
     printed, content = capsys.readouterr().out, json.loads(file.read_text())
     names = {row["name"] for row in content["ops"]}
     assert {"bilinear", "FeatUp JBU", "JAFAR", "FeatSharp block, lean", "FeatSharp block, published"} <= names
     assert {f"local_attention of {op}: {b}" for op in ("JBU", "FeatSharp") for b in ("blocked", "reference")} <= names
     assert all(name in printed for name in names)
-    assert content["ops"][0]["name"] == "2 passes of toy-vit"
+    assert content["ops"][0]["name"] == "5 passes of toy-vit"
     for row in content["ops"][1:]:
-        assert row["output_bytes"] == 16 * 16 * (768 if "of FeatSharp" in row["name"] else 384) * 4
+        assert row["output_bytes"] == 32 * 32 * (768 if "of FeatSharp" in row["name"] else 384) * 4
         assert row["peak_bytes"] > 0
         assert row["forward"]["low"] <= row["forward"]["median"] <= row["forward"]["high"]
         assert row["backward"]["median"] > 0
