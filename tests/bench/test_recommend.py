@@ -70,7 +70,7 @@ def planted():
         register_upsampler(name, "planted")(kind)
     yield
     for name in PLANTED:
-        del UPSAMPLERS._entries[name]
+        del UPSAMPLERS[name]
 
 
 @pytest.fixture
