@@ -51,10 +51,10 @@ class Constant(GuidedUpsampler):
 
 def boundaries_of(regions: np.ndarray) -> np.ndarray:
     """Pixels whose right or lower neighbour belongs to another region."""
-    found = np.zeros(regions.shape, dtype=bool)
-    found[:-1] |= regions[:-1] != regions[1:]
-    found[:, :-1] |= regions[:, :-1] != regions[:, 1:]
-    return found
+    outcome = np.zeros(regions.shape, dtype=bool)
+    outcome[:-1] |= regions[:-1] != regions[1:]
+    outcome[:, :-1] |= regions[:, :-1] != regions[:, 1:]
+    return outcome
 
 
 def picture(number: int) -> tuple[Image.Image, np.ndarray]:
@@ -69,8 +69,8 @@ def picture(number: int) -> tuple[Image.Image, np.ndarray]:
 def save_truth(path: Path, maps: list[np.ndarray]) -> None:
     """As BSDS500 has it: a 1 x N cell of structs."""
     cells = np.empty((1, len(maps)), dtype=object)
-    for number, found in enumerate(maps):
-        cells[0, number] = {"Segmentation": found.astype(np.uint16), "Boundaries": found}
+    for number, outcome in enumerate(maps):
+        cells[0, number] = {"Segmentation": outcome.astype(np.uint16), "Boundaries": outcome}
     savemat(path, {"groundTruth": cells}, do_compression=True)
 
 
@@ -189,11 +189,11 @@ def test_greedy_pairs_against_a_loop_and_the_optimum(tolerance, density):
     for _ in range(5):
         predicted, human = rng.random((2, 17, 23)) < density
         before = human.copy()
-        found = matcher.match(predicted, human)
-        assert found.shape == (predicted.sum(),)
-        assert found.sum() == nearest_first(predicted, human, tolerance)
+        outcome = matcher.match(predicted, human)
+        assert outcome.shape == (predicted.sum(),)
+        assert outcome.sum() == nearest_first(predicted, human, tolerance)
         best = largest_matching(predicted, human, tolerance)
-        assert best / 2 <= found.sum() <= best
+        assert best / 2 <= outcome.sum() <= best
         assert np.array_equal(human, before)
 
 
@@ -236,12 +236,12 @@ def test_counts_and_scores_by_hand():
 
 def test_known_edges_are_found_by_features_that_see_them(twin):
     """E36: tiles of a patch function see every cell; noise and constants know of no edge; coarse maps miss them."""
-    found = run(twin, "tile")
-    result = found["result"]
+    outcome = run(twin, "tile")
+    result = outcome["result"]
     assert result["ods_f"]["value"] > 0.95
     assert result["ods_f"]["low"] <= result["ods_f"]["value"] <= result["ods_f"]["high"] <= 1
     assert result["ois_f"]["value"] >= result["ods_f"]["value"]
-    assert found["items"]["0.png"]["annotators"] == 2
+    assert outcome["items"]["0.png"]["annotators"] == 2
     assert len(result["curve"]) == 60
     assert ods(twin, Constant(4, 2), None) == 0
     noise = ods(twin, Noise(4, 2), None)
@@ -270,15 +270,15 @@ def test_ods_has_one_threshold_for_all_and_ois_one_for_each():
         {"_counts": [[5, 10, 10, 10], [5, 5, 5, 10]]},  # best at the first: F 2/3 both
         {"_counts": [[10, 40, 10, 10], [10, 10, 10, 10]]},  # best at the second: F 1
     ]
-    found = task.score(rows, None)
+    outcome = task.score(rows, None)
     first, second = 2 * 0.3 * 1 / 1.3, 2 * 1 * 0.75 / 1.75
     assert first < second
-    assert found["ods_f"].value == pytest.approx(second)
-    assert found["ods_threshold"] == 2.0
-    assert (found["ods_precision"], found["ods_recall"]) == pytest.approx((1, 0.75))
+    assert outcome["ods_f"].value == pytest.approx(second)
+    assert outcome["ods_threshold"] == 2.0
+    assert (outcome["ods_precision"], outcome["ods_recall"]) == pytest.approx((1, 0.75))
     counts = np.array([[5, 10, 10, 10], [10, 10, 10, 10]]).sum(0)
     precision, recall = counts[0] / counts[1], counts[2] / counts[3]
-    assert found["ois_f"].value == pytest.approx(2 * precision * recall / (precision + recall))
+    assert outcome["ois_f"].value == pytest.approx(2 * precision * recall / (precision + recall))
 
 
 def test_tolerance_is_a_part_of_the_diagonal_of_the_picture(twin):
@@ -308,8 +308,8 @@ def test_layouts_give_the_same(twin, tmp_path):
         outline = picture(number)[1]
         half = outline.copy()
         half[SIZE[0] // 2 :] = False
-        for suffix, found in (("", outline), ("_second", half)):
-            Image.fromarray(255 * found.astype(np.uint8)).save(masks / "boundaries" / f"{number}{suffix}.png")
+        for suffix, outcome in (("", outline), ("_second", half)):
+            Image.fromarray(255 * outcome.astype(np.uint8)).save(masks / "boundaries" / f"{number}{suffix}.png")
     assert run(moved, "tile")["result"] == expected["result"]
     assert run(moved, "tile", split=None)["result"] == expected["result"]  # the only one
     assert run(moved / "test", "tile", split=None)["result"] == expected["result"]
@@ -323,8 +323,8 @@ def test_masks_belong_to_the_longest_name(tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / "images" / f"{name}.png")
     for name in ("12", "12_1", "120_1", "120-2", "12_a", "12_a_1", "13_1"):
         Image.new("L", (4, 4), 255).save(tmp_path / "boundaries" / f"{name}.png")
-    found = {entry.image.stem: [path.stem for path in entry.truths] for entry in find_pictures(tmp_path, None)}
-    assert found == {"12": ["12", "12_1"], "120": ["120-2", "120_1"], "12_a": ["12_a", "12_a_1"]}
+    outcome = {entry.image.stem: [path.stem for path in entry.truths] for entry in find_pictures(tmp_path, None)}
+    assert outcome == {"12": ["12", "12_1"], "120": ["120-2", "120_1"], "12_a": ["12_a", "12_a_1"]}
 
 
 def test_limit(twin):
@@ -335,7 +335,7 @@ def test_limit(twin):
 
 
 def damage(folder: Path, kind: str) -> str:
-    """Spoil the truth of picture 0; returns what must be said."""
+    """Spoil the truth of picture 0; returns the message that must come."""
     path = folder / "0.mat"
     outline = picture(0)[1]
     if kind == "missing":
@@ -356,12 +356,12 @@ def damage(folder: Path, kind: str) -> str:
 
 @pytest.mark.parametrize("kind", ["missing", "other size", "empty", "other content", "cut off"])
 def test_bad_truths_are_named_and_skipped(twin, kind):
-    said = damage(twin / "groundTruth" / "test", kind)
-    with pytest.raises(DataError, match=said):
+    message = damage(twin / "groundTruth" / "test", kind)
+    with pytest.raises(DataError, match=message):
         read_boundaries(find_pictures(twin, "test")[0], SIZE)
-    found = run(twin, "tile")
-    assert [name for name, _ in found["skipped"]] == ["0.png"]
-    assert list(found["items"]) == ["1.png", "2.png", "3.png"]
+    outcome = run(twin, "tile")
+    assert [name for name, _ in outcome["skipped"]] == ["0.png"]
+    assert list(outcome["items"]) == ["1.png", "2.png", "3.png"]
 
 
 def test_damaged_pictures_and_masks_are_named(twin, tmp_path):

@@ -96,11 +96,11 @@ def test_rotation_scale_and_shift_do_not_matter(debiased):
 
 
 def test_few_tokens_of_many_channels_look_alike_but_for_the_debiased():
-    found = [
+    outcome = [
         [linear_cka(x, y, debiased=debiased) for debiased in (False, True)]
         for x, y in (torch.randn(2, 16, 384) for _ in range(40))
     ]
-    plain, debiased = np.mean(found, axis=0)
+    plain, debiased = np.mean(outcome, axis=0)
     assert plain > 0.9
     assert abs(debiased) < 0.05
 
@@ -127,13 +127,13 @@ def test_maps_are_matched_by_position():
 
 
 def test_pooling_by_hand():
-    found = pool_cka([[0.1, 0.4, 0.7], [0.3, 0.4, 0.5]], [8, 16, 24])
-    np.testing.assert_allclose(found["matrix"], [[1, 0.2, 0.4], [0.2, 1, 0.6], [0.4, 0.6, 1]])
-    assert {size: round(x.value, 6) for size, x in found["scale_summary"].items()} == {8: 0.3, 16: 0.4, 24: 0.5}
-    assert found["cka"].value == pytest.approx(0.4)
-    low, high = found["intervals"][1][0]
+    outcome = pool_cka([[0.1, 0.4, 0.7], [0.3, 0.4, 0.5]], [8, 16, 24])
+    np.testing.assert_allclose(outcome["matrix"], [[1, 0.2, 0.4], [0.2, 1, 0.6], [0.4, 0.6, 1]])
+    assert {size: round(x.value, 6) for size, x in outcome["scale_summary"].items()} == {8: 0.3, 16: 0.4, 24: 0.5}
+    assert outcome["cka"].value == pytest.approx(0.4)
+    low, high = outcome["intervals"][1][0]
     assert (low, high) == pytest.approx((0.1, 0.3))
-    assert found["intervals"][2][2] == [1, 1]
+    assert outcome["intervals"][2][2] == [1, 1]
 
 
 def test_sizes_are_those_of_the_low_resolution_pass():
@@ -151,18 +151,20 @@ def test_sizes_are_those_of_the_low_resolution_pass():
 )
 def test_what_does_not_depend_on_size_scores_1(folder, upsampler, sizes):
     task = CkaTask(data=folder, sizes=sizes)
-    found = evaluate(task, [Subject("x", lambda: create_encoder(Colours(), *upsampler))], progress=False)["x"]["result"]
-    assert found["sizes"] == sizes
-    assert np.min(found["matrix"]) > 0.95
-    assert found["matrix_debiased"][0][-1] > 0.95
-    np.testing.assert_allclose(found["matrix"], np.transpose(found["matrix"]))
+    outcome = evaluate(task, [Subject("x", lambda: create_encoder(Colours(), *upsampler))], progress=False)["x"][
+        "result"
+    ]
+    assert outcome["sizes"] == sizes
+    assert np.min(outcome["matrix"]) > 0.95
+    assert outcome["matrix_debiased"][0][-1] > 0.95
+    np.testing.assert_allclose(outcome["matrix"], np.transpose(outcome["matrix"]))
 
 
 def test_noise_scores_0_without_bias(folder):
     task = CkaTask(data=folder, sizes=(64, 128))
-    found = evaluate(task, [Subject("x", lambda: create_encoder(Noise(), "identity", 1))], progress=False)["x"]
-    assert abs(found["result"]["cka_debiased"]["value"]) < 0.1
-    assert len(found["items"]["0.png"]["cka"]) == 1
+    outcome = evaluate(task, [Subject("x", lambda: create_encoder(Noise(), "identity", 1))], progress=False)["x"]
+    assert abs(outcome["result"]["cka_debiased"]["value"]) < 0.1
+    assert len(outcome["items"]["0.png"]["cka"]) == 1
 
 
 def test_sizes_that_do_not_work():

@@ -166,10 +166,10 @@ def test_noise_by_position_is_attenuated_to_a_quarter_and_the_signal_kept_within
     assert rms(sharp(planted.start, images) - sharp(quiet, images)) > 2 * left
 
     # What differs between pictures at one place has nothing of the pattern in it.
-    found, truth = sharp(planted.trained, images), quiet.backbone.signal(images)
-    found, truth = found - found.mean(0), truth - truth.mean(0)
-    assert torch.corrcoef(torch.stack([found.flatten(), truth.flatten()]))[0, 1] > 0.99
-    assert 0.9 < rms(found) / rms(truth) < 1.1
+    outcome, truth = sharp(planted.trained, images), quiet.backbone.signal(images)
+    outcome, truth = outcome - outcome.mean(0), truth - truth.mean(0)
+    assert torch.corrcoef(torch.stack([outcome.flatten(), truth.flatten()]))[0, 1] > 0.99
+    assert 0.9 < rms(outcome) / rms(truth) < 1.1
 
 
 # F3
@@ -177,10 +177,10 @@ def test_noise_by_position_is_attenuated_to_a_quarter_and_the_signal_kept_within
 
 def test_the_fusion_is_more_faithful_than_tiles_alone_and_jbu_alone(toys):
     """F3: each has the same training and a bias buffer of its own."""
-    found = {name: fidelity(pair.trained) for name, pair in toys.items()}
-    assert found["featsharp"] > 1.2 * found["tile"]
-    assert found["featsharp"] > 1.2 * found["featup"]
-    assert found["featsharp"] > 1.1 * fidelity(toys["featsharp"].start)
+    outcome = {name: fidelity(pair.trained) for name, pair in toys.items()}
+    assert outcome["featsharp"] > 1.2 * outcome["tile"]
+    assert outcome["featsharp"] > 1.2 * outcome["featup"]
+    assert outcome["featsharp"] > 1.1 * fidelity(toys["featsharp"].start)
 
 
 # X7
@@ -189,7 +189,7 @@ def test_the_fusion_is_more_faithful_than_tiles_alone_and_jbu_alone(toys):
 @pytest.mark.parametrize("backbone", ["toy-vit", "planted"])
 @pytest.mark.parametrize("stage", ["start", "trained"])
 def test_semantics_are_kept(toys, planted, backbone, stage):
-    """X7: averaged back to its grid, the sharp map says what the backbone said; so does its mean."""
+    """X7: averaged back to its grid, the sharp map is that of the backbone; so is its mean."""
     encoder = getattr(planted if backbone == "planted" else toys["featsharp"], stage)
     with torch.inference_mode():
         out = encoder(pixels_of(encoder), denormalize=True, low_res_size=LOW_RES)

@@ -153,17 +153,17 @@ def measure(root: Path, backbone: Backbone | None = None, upsampler=("tile", 2),
 def test_perfect_features_find_what_moved(tmp_path, layout, write, given):
     write(tmp_path)
     assert find_layout(tmp_path) == layout
-    found = measure(tmp_path, layout=layout if given else "auto")
-    assert not found["skipped"]
+    outcome = measure(tmp_path, layout=layout if given else "auto")
+    assert not outcome["skipped"]
     # The pixels next to the centre of a patch are 0.71 pixels away from it.
-    assert found["result"]["pck@0.1"]["value"] == found["result"]["pck@0.05"]["value"] == 1
-    assert found["result"]["pck@0.01_categories"]["value"] == 0
-    assert found["result"]["pairs"] == (2 if layout == "pf-willow" else 1)
-    assert found["result"]["image_size"] == [64, 64]
-    assert found["result"]["low_res_size"] == [32, 32]
-    (category,) = found["result"]["categories"]
+    assert outcome["result"]["pck@0.1"]["value"] == outcome["result"]["pck@0.05"]["value"] == 1
+    assert outcome["result"]["pck@0.01_categories"]["value"] == 0
+    assert outcome["result"]["pairs"] == (2 if layout == "pf-willow" else 1)
+    assert outcome["result"]["image_size"] == [64, 64]
+    assert outcome["result"]["low_res_size"] == [32, 32]
+    (category,) = outcome["result"]["categories"]
     assert category == ("duck(S)" if layout == "pf-willow" else "cat")
-    assert found["result"]["categories"][category]["pck@0.1"]["value"] == 1
+    assert outcome["result"]["categories"][category]["pck@0.1"]["value"] == 1
 
 
 @pytest.mark.parametrize(
@@ -181,8 +181,8 @@ def test_what_alpha_is_a_share_of(tmp_path, layout, normalize_by, size):
     {"spair": spair, "pf-pascal": pascal, "pf-willow": willow}[layout](tmp_path)
     error = 0.5**0.5  # from the centre of a patch to that of the nearest pixels
     alphas = (1.02 * error / size, 0.98 * error / size)
-    found = measure(tmp_path, alphas=alphas, normalize_by=normalize_by)
-    for row in found["items"].values():
+    outcome = measure(tmp_path, alphas=alphas, normalize_by=normalize_by)
+    for row in outcome["items"].values():
         assert row["hits"] == [5, 0]
         assert row["keypoints"] == 5
 
@@ -192,9 +192,9 @@ def test_a_list_of_willow_pairs(tmp_path):
     columns = [*POINTS.T.ravel() + 0.5, *(POINTS + MOVE).T.ravel() + 0.5]
     rows = [["imageA", "imageB", *("x" for _ in range(20))], ["PF/duck(S)/1.png", "PF/duck(S)/2.png", *columns]]
     (tmp_path / "test_pairs.csv").write_text("\n".join(",".join(map(str, row)) for row in rows))
-    found = measure(tmp_path)
-    assert found["result"]["pck@0.1"]["value"] == 1
-    assert list(found["items"]) == ["2-1-2:duck(S)"]
+    outcome = measure(tmp_path)
+    assert outcome["result"]["pck@0.1"]["value"] == 1
+    assert list(outcome["items"]) == ["2-1-2:duck(S)"]
 
 
 @pytest.mark.parametrize("fit", ["letterbox", "stretch"])
@@ -212,21 +212,21 @@ def test_random_features_score_chance(tmp_path):
     for number in range(6):
         save(tmp_path / f"g/{number}.png", noise(number, 32, 32))
         save_mat(tmp_path / f"g/{number}.mat", pts_coord=rng.uniform(1, 32, (2, 10)))
-    found = measure(tmp_path, Random(), alphas=(0.4,), normalize_by="image")["result"]
+    outcome = measure(tmp_path, Random(), alphas=(0.4,), normalize_by="image")["result"]
     y, x = np.mgrid[:32, :32] + 0.5
     points = np.concatenate([entry.read().target_points for entry in list_pairs(tmp_path)])
     chances = [(np.hypot(x - point[0], y - point[1]) < 0.4 * 32).mean() for point in points]
-    assert found["keypoints"] == len(chances) == 300
+    assert outcome["keypoints"] == len(chances) == 300
     deviation = np.sqrt(np.mean(chances) * (1 - np.mean(chances)) / len(chances))
-    assert found["pck@0.4"]["value"] == pytest.approx(np.mean(chances), abs=3 * deviation)
+    assert outcome["pck@0.4"]["value"] == pytest.approx(np.mean(chances), abs=3 * deviation)
 
 
 def test_pooling_by_hand():
-    found = pool_pck([(1, 2, "cat"), (3, 3, "cat"), (0, 5, "dog")])
-    assert found["keypoints"].value == pytest.approx(4 / 10)
-    assert found["pairs"].value == pytest.approx((1 / 2 + 1 + 0) / 3)
-    assert found["categories"].value == pytest.approx((4 / 5 + 0) / 2)
-    assert found["keypoints"].low < 0.4 < found["keypoints"].high
+    outcome = pool_pck([(1, 2, "cat"), (3, 3, "cat"), (0, 5, "dog")])
+    assert outcome["keypoints"].value == pytest.approx(4 / 10)
+    assert outcome["pairs"].value == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert outcome["categories"].value == pytest.approx((4 / 5 + 0) / 2)
+    assert outcome["keypoints"].low < 0.4 < outcome["keypoints"].high
 
 
 def test_misplaced_points_are_misses_beyond_alpha(tmp_path):
@@ -351,9 +351,9 @@ def test_a_bad_pair_is_skipped_and_named(tmp_path, changes, message):
     good = bad.with_name("000002-a-b:cat.json")
     content = json.loads(spair(tmp_path / "other").read_text())
     good.write_text(json.dumps(content))
-    found = measure(tmp_path)
-    assert list(found["items"]) == [good.stem]
-    ((name, reason),) = found["skipped"]
+    outcome = measure(tmp_path)
+    assert list(outcome["items"]) == [good.stem]
+    ((name, reason),) = outcome["skipped"]
     assert name == bad.stem
     assert re.search(message, reason)
 
@@ -372,9 +372,9 @@ def test_hidden_keypoints_of_pascal(tmp_path):
     hidden = POINTS + MOVE
     hidden[1:3] = np.nan
     pascal(tmp_path, hidden)
-    found = measure(tmp_path)["result"]
-    assert found["keypoints"] == 3
-    assert found["pck@0.1"]["value"] == 1
+    outcome = measure(tmp_path)["result"]
+    assert outcome["keypoints"] == 3
+    assert outcome["pck@0.1"]["value"] == 1
     pascal(tmp_path, hidden * np.nan)
     with pytest.raises(DataError, match=r"test_pairs\.csv line 2: no keypoint is visible in both"):
         measure(tmp_path)
@@ -463,7 +463,7 @@ def test_real_photographs_of_willow():
     root = Path(__file__).resolve().parents[3] / "shared" / "data" / "pf_willow"
     if not root.is_dir():
         pytest.skip("the images of PF-WILLOW are not here")
-    found = measure(root, create_encoder("toy-vit", "identity", 1).backbone, ("bilinear", 2), limit=90)
-    assert len(found["items"]) == 90
-    assert not found["skipped"]
-    assert found["result"]["keypoints"] == 900
+    outcome = measure(root, create_encoder("toy-vit", "identity", 1).backbone, ("bilinear", 2), limit=90)
+    assert len(outcome["items"]) == 90
+    assert not outcome["skipped"]
+    assert outcome["result"]["keypoints"] == 900

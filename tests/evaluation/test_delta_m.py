@@ -90,7 +90,7 @@ def test_a_benchmark_without_a_group_is_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("", "scores.csv is empty; expected CSV"),
         (",a\n", "scores.csv holds no scores"),
@@ -103,10 +103,10 @@ def test_a_benchmark_without_a_group_is_its_own(tmp_path):
         (",a\nbetter,up\nbase,1\n", "scores.csv, benchmark 'a': better is 'higher' or 'lower', got 'up'"),
     ],
 )
-def test_bad_tables_are_named(tmp_path, content, said):
+def test_bad_tables_are_named(tmp_path, content, message):
     path = tmp_path / "scores.csv"
     path.write_text(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read_scores(path)
 
 

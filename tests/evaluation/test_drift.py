@@ -71,10 +71,10 @@ def test_against_a_loop_over_cells():
 
 
 def test_an_upsampler_that_keeps_features_does_not_drift(drift_of):
-    found = drift_of(Known(), iterations=3)
-    assert list(found)[:5] == ["cosine_0", "norm_0", "mean_0", "std_0", "cosine_1"]
-    assert len(found) == 16
-    for name, value in found.items():
+    outcome = drift_of(Known(), iterations=3)
+    assert list(outcome)[:5] == ["cosine_0", "norm_0", "mean_0", "std_0", "cosine_1"]
+    assert len(outcome) == 16
+    for name, value in outcome.items():
         assert value == pytest.approx(0 if name.startswith("mean") else 1, abs=1e-5), name
 
 

@@ -75,9 +75,9 @@ def test_predictions_are_in_the_space_of_the_backbone_without_the_bias():
     assert torch.equal(raw, encoder.backbone(images).features)
     expected = torch.nn.functional.interpolate(raw, scale_factor=2, mode="bilinear", align_corners=False)
     with torch.no_grad():
-        found = predict_raw(encoder, images, (64, 64))
+        outcome = predict_raw(encoder, images, (64, 64))
     # The bias was added at 8 x 8 and comes off at 16 x 16, both times as bilinear enlargement would have it.
-    assert (found - expected).abs().max() < 1e-3
+    assert (outcome - expected).abs().max() < 1e-3
 
 
 def test_without_inverse_both_are_in_normalised_space():
@@ -126,8 +126,8 @@ def test_sums_are_resampled_as_rows_are():
 
 def test_resamples_without_a_value_are_left_out_of_the_interval():
     rows = np.array([[1.0, 1.0]] + [[0.0, 0.0]] * 9)
-    found = bootstrap(rows, lambda r: float(r[:, 0].sum() / r[:, 1].sum()) if r[:, 1].any() else float("nan"))
-    assert found == (1.0, 1.0, 1.0)
+    outcome = bootstrap(rows, lambda r: float(r[:, 0].sum() / r[:, 1].sum()) if r[:, 1].any() else float("nan"))
+    assert outcome == (1.0, 1.0, 1.0)
 
 
 def test_features_of_the_backbone_that_are_not_finite_are_no_target():

@@ -119,18 +119,18 @@ def test_class_means_are_those_of_other_images():
     vectors = rng.normal(size=(40, 6))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     category, image = rng.choice([2, 5, 9], 40), rng.integers(0, 7, 40)
-    found = nearest_other_mean(vectors, category, image)
+    outcome = nearest_other_mean(vectors, category, image)
     for index in range(40):
         others = image != image[index]
         means = {c: vectors[others & (category == c)].mean(0) for c in set(category[others])}
         cosines = {c: vectors[index] @ mean / np.linalg.norm(mean) for c, mean in means.items()}
-        assert found[index] == max(cosines, key=cosines.get)
+        assert outcome[index] == max(cosines, key=cosines.get)
 
 
 def test_a_class_of_one_image_cannot_be_named():
     vectors = np.eye(3)[[0, 1, 0, 2]]
-    found = nearest_other_mean(vectors, np.array([4, 6, 4, 8]), np.array([0, 0, 1, 1]))
-    assert found.tolist() == [4, -1, 4, -1]
+    outcome = nearest_other_mean(vectors, np.array([4, 6, 4, 8]), np.array([0, 0, 1, 1]))
+    assert outcome.tolist() == [4, -1, 4, -1]
 
 
 # The task
@@ -148,9 +148,9 @@ def test_objects_of_one_colour_are_all_named(twin, labels):
 
 def test_noise_scores_chance(twin):
     encoder = Noise(4, 2)
-    found = np.mean([run(twin, upsampler=encoder, factor=None)["result"]["accuracy_all"]["value"] for _ in range(12)])
+    outcome = np.mean([run(twin, upsampler=encoder, factor=None)["result"]["accuracy_all"]["value"] for _ in range(12)])
     # 216 guesses among three: a standard deviation of 0.032.
-    assert found == pytest.approx(1 / 3, abs=0.1)
+    assert outcome == pytest.approx(1 / 3, abs=0.1)
 
 
 def test_small_objects_need_small_cells(twin):
@@ -194,7 +194,7 @@ def test_masks_that_are_no_polygons_count_by_their_box(twin):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("3 0.5 0.5 0.2", r"1\.txt, line 4: expected 'class cx cy w h'"),
         ("3 0.5 0.5 0.2 0.2 0.3", r"1\.txt, line 4: expected 'class cx cy w h'"),
@@ -204,10 +204,10 @@ def test_masks_that_are_no_polygons_count_by_their_box(twin):
         ("3 nan 0.5 0.2 0.2", r"1\.txt, line 4: places must be fractions"),
     ],
 )
-def test_bad_lines_are_named_and_their_image_is_skipped(twin, line, said):
+def test_bad_lines_are_named_and_their_image_is_skipped(twin, line, message):
     path = twin / "outlines" / "1.txt"
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         open_labels(twin / "outlines").read("1.png", SIZE)
     assert [name for name, _ in run(twin)["skipped"]] == ["1.png"]
 

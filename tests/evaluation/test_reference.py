@@ -30,10 +30,10 @@ def measure(folder, backbone, upsampler, factor):
     [("toy-vit", "native-highres", 2), ("toy-vit", "native-highres", 1.5), ("toy-vit", "identity", 1)],
 )
 def test_a_real_run_is_perfect(folder, backbone, upsampler, factor):
-    found = measure(folder, backbone, upsampler, factor)
-    assert found["cosine"]["value"] == pytest.approx(1, abs=1e-5)
-    assert found["error"]["value"] == pytest.approx(0, abs=1e-6)
-    assert found["cka"]["value"] == pytest.approx(1, abs=1e-5)
+    outcome = measure(folder, backbone, upsampler, factor)
+    assert outcome["cosine"]["value"] == pytest.approx(1, abs=1e-5)
+    assert outcome["error"]["value"] == pytest.approx(0, abs=1e-6)
+    assert outcome["cka"]["value"] == pytest.approx(1, abs=1e-5)
 
 
 def test_tiles_of_a_patch_function_are_perfect_and_bilinear_is_not(folder):
@@ -64,8 +64,8 @@ def test_the_mean_of_an_image_has_error_1_and_pooling_is_a_ratio_of_sums():
         {"cosine": 1.0, "cka": 1.0, "_square": 1.0, "_variance": 10.0},
         {"cosine": 0.0, "cka": 0.5, "_square": 5.0, "_variance": 10.0},
     ]
-    found = ReferenceTask().score(rows, None)
-    assert (found["cosine"].value, found["error"].value, found["cka"].value) == (0.5, 0.3, 0.75)
+    outcome = ReferenceTask().score(rows, None)
+    assert (outcome["cosine"].value, outcome["error"].value, outcome["cka"].value) == (0.5, 0.3, 0.75)
 
 
 def test_size_of_the_real_run():

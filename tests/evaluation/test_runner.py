@@ -74,13 +74,13 @@ def write_photos(folder: Path) -> None:
 
 
 def test_rows_are_pooled_and_bad_items_counted():
-    found = evaluate(Squares((1, -2, 3)), [subject("a"), subject("b", 3)], progress=False)
-    assert list(found) == ["a", "b"]
-    assert found["a"]["result"]["mean"]["value"] == 5
-    assert found["a"]["items"] == {"n1": {"square": 1.0}, "n3": {"square": 9.0}}
-    assert found["a"]["skipped"] == [["n-2", "is negative"]]
-    assert (found["a"]["factor"], found["b"]["factor"]) == (2, 3)
-    json.dumps(found)
+    outcome = evaluate(Squares((1, -2, 3)), [subject("a"), subject("b", 3)], progress=False)
+    assert list(outcome) == ["a", "b"]
+    assert outcome["a"]["result"]["mean"]["value"] == 5
+    assert outcome["a"]["items"] == {"n1": {"square": 1.0}, "n3": {"square": 9.0}}
+    assert outcome["a"]["skipped"] == [["n-2", "is negative"]]
+    assert (outcome["a"]["factor"], outcome["b"]["factor"]) == (2, 3)
+    json.dumps(outcome)
 
 
 def test_nothing_measured_is_an_error_with_the_first_reason():
@@ -96,9 +96,9 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate(Squares(numbers, stop_at=4), [subject()], journal=Journal(journal), progress=False)
     task = Squares(numbers)
-    found = evaluate(task, [subject()], journal=Journal(journal), progress=False)
+    outcome = evaluate(task, [subject()], journal=Journal(journal), progress=False)
     assert task.measured == [4]
-    assert found == evaluate(Squares(numbers), [subject()], progress=False)
+    assert outcome == evaluate(Squares(numbers), [subject()], progress=False)
     assert journal.exists()  # until the result is written
     Journal(journal).remove()
     assert not journal.exists()
@@ -153,19 +153,19 @@ def test_pooled_fidelity_is_a_ratio_of_sums_over_images(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"junk")
     task = FidelityTask(data=Path(tmp_path), views=2)
     encoder = create_encoder("toy-vit", "tile", 2)
-    found = evaluate(task, [Subject("tile", lambda: encoder)], progress=False)["tile"]
-    assert [name for name, _ in found["skipped"]] == ["bad.png"]
+    outcome = evaluate(task, [Subject("tile", lambda: encoder)], progress=False)["tile"]
+    assert [name for name, _ in outcome["skipped"]] == ["bad.png"]
     # Views are drawn by the item's place, so that a bad item does not change those of the others.
     meter = task.prepare(encoder, subject())
     with torch.inference_mode():
         rows = [task.measure(encoder, item, meter) for item in task.items() if item.name != "bad.png"]
-    assert found["result"]["fidelity_area"]["value"] == pytest.approx(pool_fidelity(rows)["area"].value, rel=1e-6)
+    assert outcome["result"]["fidelity_area"]["value"] == pytest.approx(pool_fidelity(rows)["area"].value, rel=1e-6)
     channels = len(rows[0]["_sum"])
     count = sum(row["_count"] for row in rows)
     mean = np.sum([row["_sum"] for row in rows], 0) / (count / channels)
     variance = sum(row["_square"] for row in rows) / count - np.mean(mean**2)
     expected = variance * count / sum(row["_error_area"] for row in rows)
-    assert found["result"]["fidelity_area"]["value"] == pytest.approx(expected, rel=1e-6)
+    assert outcome["result"]["fidelity_area"]["value"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_encoders_that_differ_in_weights_alone_are_measured_apart(tmp_path):
@@ -204,9 +204,9 @@ def test_a_mended_item_is_measured_when_the_evaluation_goes_on(tmp_path):
     journal = tmp_path / "rows"
     evaluate(Squares((1, -2)), [subject()], journal=Journal(journal), progress=False)
     mended = Squares((1, -2), mended=True)
-    found = evaluate(mended, [subject()], journal=Journal(journal), progress=False)["a"]
+    outcome = evaluate(mended, [subject()], journal=Journal(journal), progress=False)["a"]
     assert mended.measured == [2]
-    assert found["skipped"] == []
+    assert outcome["skipped"] == []
 
 
 def test_numbers_that_are_not_finite_are_skipped_and_named(caplog):
@@ -215,8 +215,8 @@ def test_numbers_that_are_not_finite_are_skipped_and_named(caplog):
             row = super().measure(encoder, item, head)
             return {**row, "_sums": [[float("nan")]]} if item.data == 2 else row
 
-    found = evaluate(Spoiled((1, 2)), [subject()], progress=False)["a"]
-    assert [name for name, _ in found["skipped"]] == ["n2"]
+    outcome = evaluate(Spoiled((1, 2)), [subject()], progress=False)["a"]
+    assert [name for name, _ in outcome["skipped"]] == ["n2"]
     assert "n2 skipped: what was measured is NaN" in caplog.text
 
 
@@ -241,13 +241,13 @@ def test_an_encoder_that_cannot_be_loaded_does_not_cost_the_others():
         raise FeatSharpError("no such file")
 
     seen = []
-    found = evaluate(
+    outcome = evaluate(
         Squares(),
         [subject("a"), Subject("b", broken), subject("c", 3)],
         progress=False,
         report=lambda label, content: seen.append(label),
     )
-    assert found["b"] == {"failed": "no such file"}
+    assert outcome["b"] == {"failed": "no such file"}
     assert seen == ["a", "b", "c"]
     with pytest.raises(FeatSharpError, match="no such file"):
         evaluate(Squares(), [Subject("b", broken)], progress=False)

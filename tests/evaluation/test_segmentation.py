@@ -71,8 +71,8 @@ def blocks(tmp_path: Path) -> Path:
 
 
 def measure(task: SegmentationTask, *subjects: Subject, **options: Any) -> dict[str, Any]:
-    found = evaluate(task, subjects or (subject(),), progress=False, **options)
-    return found[next(iter(found))] if len(subjects) < 2 else found
+    outcome = evaluate(task, subjects or (subject(),), progress=False, **options)
+    return outcome[next(iter(outcome))] if len(subjects) < 2 else outcome
 
 
 def test_features_that_show_the_classes_score_full_marks(blocks):
@@ -117,18 +117,18 @@ def stripes(tmp_path: Path) -> Path:
 
 def test_sharp_features_tell_what_blurred_ones_cannot(stripes):
     task = SegmentationTask(stripes, **QUICK)
-    found = measure(task, subject("identity", 1), subject("bilinear", 2), subject("tile", 2))
-    score = {label: content["result"]["miou"]["value"] for label, content in found.items()}
+    outcome = measure(task, subject("identity", 1), subject("bilinear", 2), subject("tile", 2))
+    score = {label: content["result"]["miou"]["value"] for label, content in outcome.items()}
     assert score["tile-2x"] > 0.9
     assert score["identity-1x"] < 0.8
     assert score["bilinear-2x"] < 0.8
 
 
 def test_a_larger_input_resolves_detail_too(stripes):
-    found = measure(SegmentationTask(stripes, low_res_size=(64, 96), **QUICK), subject("identity", 1))
-    assert found["result"]["miou"]["value"] > 0.9
-    assert found["result"]["low_res_size"] == [64, 96]
-    assert found["result"]["image_size"] == [128, 192]
+    outcome = measure(SegmentationTask(stripes, low_res_size=(64, 96), **QUICK), subject("identity", 1))
+    assert outcome["result"]["miou"]["value"] > 0.9
+    assert outcome["result"]["low_res_size"] == [64, 96]
+    assert outcome["result"]["image_size"] == [128, 192]
 
 
 def test_a_head_of_the_low_res_map_works_on_the_sharp_one(blocks):
@@ -176,8 +176,8 @@ def test_results_repeat_and_leave_the_global_random_state_alone(blocks):
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_answer(blocks):
     encoder = create_encoder(PatchColour(), "tile", 2).cuda()
-    found = measure(SegmentationTask(blocks, **QUICK), Subject("x", lambda: encoder))
-    assert found["result"]["miou"]["value"] > 0.99
+    outcome = measure(SegmentationTask(blocks, **QUICK), Subject("x", lambda: encoder))
+    assert outcome["result"]["miou"]["value"] > 0.99
 
 
 # Scores
@@ -256,10 +256,10 @@ def test_probes_come_back_from_files(tmp_path):
     maps, labels = torch.randn(3, 5, 4, 4), torch.randint(0, 3, (3, 8, 8)).short()
     probe = fit_probe(maps.__getitem__, labels, 3, cross_entropy, Schedule(5), torch.device("cpu"))
     save_probe(probe, tmp_path / "x.safetensors", {"images": 3})
-    found = load_probe(tmp_path / "x.safetensors", torch.device("cpu"))
-    assert found is not None
-    assert found[1] == {"images": 3}
-    assert torch.equal(found[0](maps), probe(maps))
+    outcome = load_probe(tmp_path / "x.safetensors", torch.device("cpu"))
+    assert outcome is not None
+    assert outcome[1] == {"images": 3}
+    assert torch.equal(outcome[0](maps), probe(maps))
     content = (tmp_path / "x.safetensors").read_bytes()
     (tmp_path / "x.safetensors").write_bytes(content[:-7])
     assert load_probe(tmp_path / "x.safetensors", torch.device("cpu")) is None
@@ -441,9 +441,9 @@ def test_bad_pairs_are_skipped_and_named(spoil, message, split, blocks):
     write(blocks, "bad", quarters(np.random.default_rng(1)), split=split)
     spoil(blocks, split)
     (blocks / "classes.txt").write_text("red\ngreen\nblue\n")
-    found = measure(SegmentationTask(blocks, **QUICK))
-    skipped = {"train": found["result"]["train_skipped"], "val": found["skipped"]}
-    assert found["result"]["miou"]["value"] > 0.99
+    outcome = measure(SegmentationTask(blocks, **QUICK))
+    skipped = {"train": outcome["result"]["train_skipped"], "val": outcome["skipped"]}
+    assert outcome["result"]["miou"]["value"] > 0.99
     assert len(skipped["train"]) + len(skipped["val"]) == 1
     [(name, reason)] = skipped[split]
     assert name == f"images/{split}/bad.png"
