@@ -23,7 +23,6 @@ from featsharp.evaluation.fidelity import EVAL_VIEWS, default_eval_size
 from featsharp.evaluation.images import ImageSet
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
-from featsharp.ops.warp import inside, warp
 
 PORTION = 24  # views at a time
 
@@ -51,7 +50,7 @@ def main() -> None:
         with torch.inference_mode():
             maps |= {name: predict_raw(e, base, encoder.backbone.input_size) for name, e in encoders.items()}
         for name, features in maps.items():
-            seen = warp(features.expand(len(target), -1, -1, -1), views.homographies[0], tuple(features.shape[-2:]))
+            seen = views.jitters.warp(features, tuple(features.shape[-2:]))
             pooled = F.adaptive_avg_pool2d(seen, tuple(target.shape[-2:]))
             errors[name] = errors.get(name, 0.0) + (valid * (pooled - target).square()).sum().item()
     target, valid = torch.cat(targets), torch.cat(weights)
@@ -76,7 +75,7 @@ def encode(encoder: SharpEncoder, views: Views) -> tuple[Tensor, Tensor]:
     images, masks = render_views(views, encoder.backbone.input_size)
     features = torch.cat([encode_raw(encoder, encoder.input_conditioner(part)) for part in images.split(PORTION)])
     grid = (features.shape[-2], features.shape[-1])
-    shown = (resize(masks, grid) > 0.99).float() * inside(views.homographies[0], grid)
+    shown = (resize(masks, grid) > 0.99).float() * views.jitters.inside(grid)
     # The outermost tokens say least about what the view shows.
     return features, -F.max_pool2d(F.pad(-shown, (1, 1, 1, 1)), 3, stride=1)
 
@@ -86,12 +85,12 @@ def mean_of_views(encoder: SharpEncoder, views: Views) -> Tensor:
     features, valid = encode(encoder, views)
     size = (4 * features.shape[-2], 4 * features.shape[-1])
     total, count = torch.zeros(1), torch.zeros(1)
-    for part, shown, to_base in zip(
-        features.split(PORTION), valid.split(PORTION), views.homographies[0].split(PORTION), strict=True
+    for part, shown, jitters in zip(
+        features.split(PORTION), valid.split(PORTION), views.jitters.split(PORTION), strict=True
     ):
-        to_view = torch.linalg.inv(to_base)
-        weight = warp(shown, to_view, size, padding_mode="zeros") * inside(to_view, size)
-        total = total + (warp(part, to_view, size, padding_mode="border") * weight).sum(0)
+        back = jitters.inverse()
+        weight = back.warp(shown, size, padding_mode="zeros") * back.inside(size)
+        total = total + (back.warp(part, size, padding_mode="border") * weight).sum(0)
         count = count + weight.sum(0)
     return (total / count.clamp(min=1e-3))[None]
 

@@ -21,7 +21,7 @@ from featsharp.errors import ConfigError, InputError
 from featsharp.terminal import with_progress
 
 if TYPE_CHECKING:
-    from featsharp.implicit.reconstruction import Reconstruction
+    from featsharp.implicit.objective import Reconstruction
 
 HELD_OUT_VIEWS = 8
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     from featsharp.data.images import decode_image
     from featsharp.device import find_device
     from featsharp.implicit.fit import FitConfig, Fitter
-    from featsharp.implicit.reconstruction import reconstruction
+    from featsharp.implicit.objective import score_reconstruction
     from featsharp.memory import keep_freed_memory
     from featsharp.ops.resize import resize
 
@@ -84,11 +84,11 @@ def run(arguments: argparse.Namespace) -> None:
     except InputError as error:
         raise InputError(f"{features_file} is written, but there is no picture: {error}") from error
     print(features_file)
-    targets, homographies = fitter.held_out_views(HELD_OUT_VIEWS)
+    targets, views = fitter.held_out_views(HELD_OUT_VIEWS)
     maps = {"fitted": fitter.fitted.features(fitter.render_size), "bilinear": resize(low_res, fitter.render_size)}
     print(
         f"on {HELD_OUT_VIEWS} other views: "
-        + "; ".join(_line(label, reconstruction(features, targets, homographies)) for label, features in maps.items())
+        + "; ".join(_line(label, score_reconstruction(features, targets, views)) for label, features in maps.items())
     )
 
 

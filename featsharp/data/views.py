@@ -19,7 +19,8 @@ from torch import Tensor
 
 from featsharp.data.images import image_to_tensor
 from featsharp.ops.resize import resize
-from featsharp.ops.warp import grid_inside, homography_grid, sample
+from featsharp.ops.views import View
+from featsharp.ops.warp import grid_inside, sample
 
 # Part of the view size that the canvas has beyond each side of the base view.
 MARGIN = 0.125
@@ -54,6 +55,11 @@ class Views(NamedTuple):
     canvas: Tensor  # [B, 3, H + 2 my, W + 2 mx], pixels in [0, 1], black where there is no image
     mask: Tensor  # [B, 1, ...] as the canvas, 1 where there is image
     homographies: Tensor  # [B, n, 3, 3], view to base
+
+    @property
+    def jitters(self) -> View:
+        """The B * n views, ordered (image, view)."""
+        return View(self.homographies.flatten(0, 1))
 
 
 def sample_views(image: Image.Image, size: tuple[int, int], config: ViewConfig, rng: np.random.Generator) -> Views:
@@ -166,9 +172,8 @@ def render_views(views: Views, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
             [full[1] / views.canvas.shape[-1], full[0] / views.canvas.shape[-2], 1.0], device=views.canvas.device
         )
     )
-    homographies = (to_canvas @ views.homographies).flatten(0, 1)
     # At full size a view's grid costs more than its sampling: one for colours, mask and border.
-    grid = homography_grid(homographies, full)
+    grid = View((to_canvas @ views.homographies).flatten(0, 1)).grid(full)
     content = torch.cat([views.canvas, views.mask], 1).repeat_interleave(count, 0)
     images, masks = sample(content, grid, padding_mode="zeros").split([3, 1], 1)
     # A cell counts as image only where all that it was made of is.
@@ -177,11 +182,11 @@ def render_views(views: Views, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _margin_of(canvas: Tensor) -> tuple[int, int]:
-    """The margin of a canvas, from its size alone: n + 2 * round(n * MARGIN) determines n."""
-    found = []
+    """Margin of a canvas, from its size alone: n + 2 * round(n * MARGIN) determines n."""
+    margins = []
     for length in canvas.shape[-2:]:
         inner = round(length / (1 + 2 * MARGIN))
-        found.append(
+        margins.append(
             next((length - n) // 2 for n in range(inner - 2, inner + 3) if n + 2 * round(n * MARGIN) == length)
         )
-    return found[0], found[1]
+    return margins[0], margins[1]

@@ -28,7 +28,6 @@ from featsharp.evaluation.images import ImageTask
 from featsharp.evaluation.runner import Row, Subject, Summary
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
-from featsharp.ops.warp import inside, warp
 from featsharp.settings import setting
 
 # Views zoom in by up to 1.6 and rotate by up to 8 degrees.
@@ -92,11 +91,10 @@ class FidelityMeter:
         targets = encode_raw(encoder, encoder.input_conditioner(images))
         grid = (targets.shape[-2], targets.shape[-1])
         high_res = predict_raw(encoder, encoder.input_conditioner(base_view(views)[0]), native)
-        to_base = views.homographies[0]
         factor = math.ceil(encoder.factor)  # whole, so that cells can be pooled
         large = (factor * grid[0], factor * grid[1])
-        warped = warp(high_res.expand(len(to_base), -1, -1, -1), to_base, large)
-        valid = _erode((resize(masks, grid) > 0.99).float() * inside(to_base, grid))
+        warped = views.jitters.warp(high_res, large)
+        valid = _erode((resize(masks, grid) > 0.99).float() * views.jitters.inside(grid))
         row: Row = {
             "_count": valid.sum().item() * targets.shape[1],
             "_square": (valid * targets.square()).sum().item(),

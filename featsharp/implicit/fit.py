@@ -31,15 +31,16 @@ from featsharp.builder import check_backbone, create_encoder
 from featsharp.checkpoint import read_checkpoint, restoring, write_checkpoint
 from featsharp.data.images import decode_image, image_to_tensor
 from featsharp.errors import CheckpointError, ConfigError, InputError, unknown_name
+from featsharp.implicit.crops import Canvas, CropConfig, sample_crops
 from featsharp.implicit.fitted import FIT_FILE, ImplicitFeatures, fitted_from
 from featsharp.implicit.network import FREQUENCY_KINDS, ImplicitNetwork, colour_range, frequency_table
 from featsharp.implicit.objective import FitLosses, FitObjective
 from featsharp.implicit.projection import Projection
-from featsharp.implicit.views import Canvas, CropConfig, sample_crops
 from featsharp.ops.resize import resize
+from featsharp.ops.views import View
 from featsharp.training.downsamplers import DOWNSAMPLERS
 
-# Views that the components are found from, and that the backbone gets at once.
+# Views that the projection is fitted to, and that the backbone gets at once.
 PROJECTION_VIEWS = 50
 ENCODE_BATCH = 10
 LEARNING_RATE = 2e-3
@@ -48,13 +49,13 @@ STARTS = ("bilinear", "nothing")
 # Streams of random numbers, told apart by the second part of their seed.
 VIEW_STREAM, HELD_OUT_STREAM, START_STREAM, STEP_STREAM = range(4)
 
-# Shows progress over a sequence; the second argument says what is going on.
+# Shows progress over a sequence; the second argument names the work.
 Progress = Callable[[Sequence[Any], str], Any]
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """What belongs to a fit; one that is resumed must have the same.
+    """Settings of a fit; one that is resumed must have the same.
 
     Attributes:
         views: Number of views that are encoded (published: 3000).
@@ -143,7 +144,7 @@ class Fitter:
         content = None if resume is None else self._read(resume)
         saved = None if content is None else fitted_from(content, resume)
 
-        self.homographies = sample_crops(config.views, config.crops, np.random.default_rng((config.seed, VIEW_STREAM)))
+        self.views = sample_crops(config.views, config.crops, np.random.default_rng((config.seed, VIEW_STREAM)))
         self.targets, projection = self._encode_targets(None if saved is None else saved.projection)
         pixels = resize(image_to_tensor(picture)[None], self.size)[0]
         image = (pixels * 255).round().to(torch.uint8)
@@ -209,7 +210,7 @@ class Fitter:
             losses = self.objective(
                 self.fitted.components(self.guide),
                 self.targets[chosen].to(self.device),
-                self.homographies[chosen].to(self.device),
+                self.views[chosen].to(self.device),
             )
             losses.total.backward()
         if not torch.isfinite(losses.total):
@@ -234,20 +235,20 @@ class Fitter:
         return self._encode(self.fitted.image[None] / 255)
 
     @torch.no_grad()
-    def held_out_views(self, count: int) -> tuple[Tensor, Tensor]:
-        """Views that no fit has seen: their features [n, C, h, w] and homographies [n, 3, 3], view to image."""
+    def held_out_views(self, count: int) -> tuple[Tensor, View]:
+        """Features [n, C, h, w] of views that no fit has seen, and these views."""
         rng = np.random.default_rng((self.config.seed, HELD_OUT_STREAM))
-        homographies = sample_crops(count, self.config.crops, rng).to(self.device)
-        views = self.canvas.render(homographies, self.size).to(self.device)
-        return torch.cat([self._encode(batch) for batch in views.split(ENCODE_BATCH)]), homographies
+        views = sample_crops(count, self.config.crops, rng).to(self.device)
+        images = self.canvas.render(views, self.size).to(self.device)
+        return torch.cat([self._encode(batch) for batch in images.split(ENCODE_BATCH)]), views
 
     @torch.no_grad()
     def _encode_targets(self, projection: Projection | None) -> tuple[Tensor, Projection]:
-        """Projected features of all views, [n, K, h, w] on the CPU, and the projection, found where none is given."""
+        """Projected features of all views, [n, K, h, w] on the CPU, and the projection, fitted where none is given."""
         projected: list[Tensor] = []
-        waiting: list[Tensor] = []  # until there are enough to find the projection from
-        enough = min(PROJECTION_VIEWS, len(self.homographies))
-        for batch in self.progress(self.homographies.split(ENCODE_BATCH), "encoding views"):
+        waiting: list[Tensor] = []  # until there are enough to fit the projection to
+        enough = min(PROJECTION_VIEWS, len(self.views))
+        for batch in self.progress(list(self.views.split(ENCODE_BATCH)), "encoding views"):
             waiting.append(self._encode(self.canvas.render(batch, self.size).to(self.device)).cpu())
             if projection is None and sum(map(len, waiting)) >= enough:
                 projection = Projection.fit(torch.cat(waiting)[:enough], self.config.dim)

@@ -1,4 +1,6 @@
-"""What a fit minimises: the map, seen and pooled as each view was, against what the backbone says about that view.
+"""Agreement of a map with views of its image: the loss of a fit, and scores on views that were held out.
+
+A map is warped to each view, pooled to tokens, and compared with the backbone's features of that view.
 
 FeatUp (arXiv 2403.10516, section 3.1 and appendix). Shapes: n views, K channels, r cells per token, (h, w) tokens.
 """
@@ -9,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featsharp.ops.warp import inside, warp
+from featsharp.ops.resize import size_of
+from featsharp.ops.views import View
 from featsharp.training.downsamplers import create_downsampler
 
 MAGNITUDE_WEIGHT, TV_WEIGHT, BLUR_WEIGHT = 0.001, 0.05, 0.1
@@ -42,20 +45,19 @@ class FitObjective(nn.Module):
             for parameter in self.uncertainty.parameters():
                 parameter.mul_(0.1)
 
-    def forward(self, features: Tensor, targets: Tensor, homographies: Tensor) -> FitLosses:
+    def forward(self, features: Tensor, targets: Tensor, views: View) -> FitLosses:
         """Losses of one step.
 
         Args:
             features: [1, K, r*h, r*w], the map of the whole image.
             targets: [n, K, h, w], the backbone's features of the views.
-            homographies: [n, 3, 3], view to image.
+            views: n views of the image.
         """
         magnitude = features.norm(dim=1, keepdim=True)
         full = torch.cat([magnitude, features], 1)
-        large = (features.shape[-2], features.shape[-1])
-        pooled = self.downsampler(warp(full.expand(len(targets), -1, -1, -1), homographies, large))
+        pooled = self.downsampler(views.warp(full, size_of(full)))
         # Tokens whose centre lies in the mirrored margin say nothing about the image.
-        valid = inside(homographies, (targets.shape[-2], targets.shape[-1]))
+        valid = views.inside(size_of(targets))
         spread = (self.uncertainty(targets) + 0.1).exp().clamp(min=LEAST_SPREAD)
         error = (pooled[:, 1:] - targets).square().mean(1, keepdim=True)
         magnitude_error = (pooled[:, :1] - targets.norm(dim=1, keepdim=True)).square()
@@ -81,3 +83,33 @@ def blur(x: Tensor) -> Tensor:
     padded = F.pad(x, (2, 2, 2, 2), mode="replicate")
     rows = F.conv2d(padded, taps[..., None], groups=x.shape[1])
     return F.conv2d(rows, taps[:, :, None], groups=x.shape[1])
+
+
+class Reconstruction(NamedTuple):
+    """Agreement of a map with views; higher is better."""
+
+    fidelity: float  # variance of the targets over the mean squared error
+    cosine: float  # mean cosine similarity of tokens
+
+
+@torch.no_grad()
+def score_reconstruction(features: Tensor, targets: Tensor, views: View) -> Reconstruction:
+    """Compare a map, seen as each view and pooled by the mean over each token, with the features of the view.
+
+    Args:
+        features: [1, C, H, W], whole cells per token.
+        targets: [n, C, h, w], the backbone's features of the views.
+        views: n views of the image.
+
+    Tokens count where their centre lies inside the image.
+    """
+    grid = size_of(targets)
+    valid = views.inside(grid)[:, 0].bool()
+    errors, cosines = [], []
+    for target, view, mask in zip(targets, views.split(1), valid, strict=True):  # one by one: maps may be wide
+        pooled = F.adaptive_avg_pool2d(view.warp(features, size_of(features)), grid)[0]
+        errors.append((pooled - target).square().sum(0)[mask])
+        cosines.append(F.cosine_similarity(pooled, target, dim=0)[mask])
+    seen = targets.movedim(1, -1)[valid]
+    variance = (seen - seen.mean(0)).square().sum(1).mean()
+    return Reconstruction(float(variance / torch.cat(errors).mean().clamp(min=1e-12)), float(torch.cat(cosines).mean()))

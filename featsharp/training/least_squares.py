@@ -24,7 +24,7 @@ from featsharp.data.views import Views, base_view
 from featsharp.errors import ConfigError, DataError
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import size_of
-from featsharp.ops.warp import warp
+from featsharp.ops.views import View
 from featsharp.training.distributed import World, add_over_processes
 from featsharp.training.keys import key
 from featsharp.training.objectives.multi_view import encode_views, tokens_to_compare
@@ -92,10 +92,10 @@ class LinearFit:
         maps = self.upsampler.linear_maps(encoder.input_conditioner(base), encoder.encode, low_res_size).float()
         factor, small = math.ceil(self.upsampler.factor), size_of(targets)
         large = factor * small[0], factor * small[1]  # whole cells under every token, whatever the factor
-        valid = tokens_to_compare(base_mask, token_masks, views.homographies.flatten(0, 1), large)
+        valid = tokens_to_compare(base_mask, token_masks, views.jitters, large)
         count = views.homographies.shape[1]
         for n in range(count):  # one view at a time: all of them would hold n copies of the inputs
-            pooled = F.avg_pool2d(warp(maps, views.homographies[:, n], large), factor)
+            pooled = F.avg_pool2d(View(views.homographies[:, n]).warp(maps, large), factor)
             self.add_tokens(pooled, targets[n::count], valid[n::count])
 
     def add_tokens(self, inputs: Tensor, targets: Tensor, valid: Tensor) -> None:

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from featsharp.data.images import image_to_tensor
-from featsharp.implicit.views import Canvas, CropConfig, sample_crops
+from featsharp.implicit.crops import Canvas, CropConfig, sample_crops
 from featsharp.ops.resize import resize
-from featsharp.ops.warp import inside, warp
+from featsharp.ops.views import View
 
 SIZE = (30, 50)
 
@@ -19,13 +19,13 @@ def ramps(height: int, width: int) -> Image.Image:
     return Image.fromarray((np.stack([columns, rows, np.zeros_like(rows)], -1) * 250).round().astype(np.uint8))
 
 
-def crops(count: int, **options: float) -> torch.Tensor:
+def crops(count: int, **options: float) -> View:
     return sample_crops(count, CropConfig(**options), np.random.default_rng(0))
 
 
 def test_a_view_shows_the_place_that_its_homography_names():
     views = Canvas(ramps(120, 200)).render(crops(40), SIZE)
-    for view, homography in zip(views, crops(40).double().numpy(), strict=True):
+    for view, homography in zip(views, crops(40).to_base.double().numpy(), strict=True):
         for row, column in ((5, 7), (15, 25), (24, 44)):
             x, y, _ = homography @ [(2 * column + 1) / 50 - 1, (2 * row + 1) / 30 - 1, 1]
             if max(abs(x), abs(y)) < 0.9:  # away from where the ramp is folded
@@ -35,11 +35,10 @@ def test_a_view_shows_the_place_that_its_homography_names():
 
 def test_views_agree_with_the_warp_of_a_map_mirrored_margin_too():
     picture = ramps(120, 200)
-    homographies = crops(30)
-    views = Canvas(picture).render(homographies, SIZE)
-    image = image_to_tensor(picture)[None].expand(30, -1, -1, -1)
-    warped = resize(warp(image, homographies, (120, 200)), SIZE)
-    assert (inside(homographies, SIZE) == 0).any()
+    drawn = crops(30)
+    views = Canvas(picture).render(drawn, SIZE)
+    warped = resize(drawn.warp(image_to_tensor(picture)[None], (120, 200)), SIZE)
+    assert (drawn.inside(SIZE) == 0).any()
     # The mirror is blurred by both, but not over the same pixels.
     assert (views - warped).abs().max() < 0.03
     assert (views - warped).abs().mean() < 0.003
@@ -47,14 +46,14 @@ def test_views_agree_with_the_warp_of_a_map_mirrored_margin_too():
 
 def test_the_view_that_is_the_picture():
     picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (61, 83, 3), np.uint8))
-    (view,) = Canvas(picture).render(torch.eye(3)[None], SIZE)
+    (view,) = Canvas(picture).render(View.crop(1, (0, 0)), SIZE)
     expected = resize(image_to_tensor(picture)[None], SIZE)[0]
     # At the borders the view is made of mirrored pixels too.
     assert (view - expected)[:, 1:-1, 1:-1].abs().max() < 2 / 255
 
 
 def test_draws_are_those_asked_for():
-    drawn = crops(2000)
+    drawn = crops(2000).to_base
     scale = drawn[:, 0, 0].abs()
     assert torch.equal(scale, drawn[:, 1, 1])
     assert 0.45 < (scale < 1).float().mean() < 0.55
@@ -64,7 +63,9 @@ def test_draws_are_those_asked_for():
     edge = drawn[:, :2, 2].abs() + scale[:, None]
     assert edge.max() <= 1 + 60 / 224 + 1e-6
     assert edge.max() > 1.2
-    assert torch.equal(crops(5, zoom_probability=0, flip_probability=0)[:, :2, :2], torch.eye(2).expand(5, 2, 2))
+    assert torch.equal(
+        crops(5, zoom_probability=0, flip_probability=0).to_base[:, :2, :2], torch.eye(2).expand(5, 2, 2)
+    )
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 400)])

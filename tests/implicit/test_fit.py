@@ -16,9 +16,9 @@ from featsharp.checkpoint import read_checkpoint
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, InputError
 from featsharp.implicit import FitConfig, Fitter, load_fit
 from featsharp.implicit.fitted import FIT_FILE
-from featsharp.implicit.objective import FitObjective, blur, squared_variation
-from featsharp.implicit.reconstruction import reconstruction
+from featsharp.implicit.objective import FitObjective, blur, score_reconstruction, squared_variation
 from featsharp.ops.resize import resize
+from featsharp.ops.views import View
 from featsharp.ops.warp import inside, warp
 
 SMALL = FitConfig(views=12, views_per_step=4)
@@ -45,10 +45,10 @@ def finished() -> Fitter:
 
 def test_a_fit_explains_unseen_views_better_than_bilinear(finished):
     """P6."""
-    targets, homographies = finished.held_out_views(16)
+    targets, views = finished.held_out_views(16)
     low_res = finished.low_res()
-    bilinear = reconstruction(resize(low_res, finished.render_size), targets, homographies)
-    fitted = reconstruction(finished.fitted.features(finished.render_size), targets, homographies)
+    bilinear = score_reconstruction(resize(low_res, finished.render_size), targets, views)
+    fitted = score_reconstruction(finished.fitted.features(finished.render_size), targets, views)
     assert fitted.fidelity > 1.2 * bilinear.fidelity
     assert fitted.cosine > bilinear.cosine + 0.01
 
@@ -174,9 +174,9 @@ def test_the_seed_decides_and_global_random_numbers_are_left_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002
     other = fitter(dataclasses.replace(SMALL, seed=1))
-    assert not torch.equal(other.homographies, first.homographies)
+    assert not torch.equal(other.views.to_base, first.views.to_base)
     held_out = first.held_out_views(12)[1]
-    assert not torch.equal(held_out, first.homographies)
+    assert not torch.equal(held_out.to_base, first.views.to_base)
 
 
 # The file
@@ -295,7 +295,7 @@ def test_the_loss_against_loops():
     homographies = torch.tensor(
         [[[0.7, 0, 0.5], [0, 0.7, -0.4], [0, 0, 1]], [[-1.0, 0, 0.1], [0, 1.0, 0], [0, 0, 1]]], dtype=torch.float64
     )
-    found = objective(features, targets, homographies)
+    found = objective(features, targets, View(homographies))
     magnitude = features.square().sum(1, keepdim=True).sqrt()
     views = warp(torch.cat([magnitude, features], 1).repeat(2, 1, 1, 1), homographies, (6, 8))
     weight, bias = objective.uncertainty.weight[0, :, 0, 0], objective.uncertainty.bias[0]
@@ -347,9 +347,9 @@ def test_a_gradient_reaches_everything():
 def test_reconstruction_of_the_truth(tmp_path: Path):
     made = fitter()
     features = made.low_res()
-    homographies = torch.eye(3)[None]
-    found = reconstruction(resize(features, made.grid), features, homographies)
+    views = View.crop(1, (0, 0))
+    found = score_reconstruction(resize(features, made.grid), features, views)
     assert found.cosine == pytest.approx(1)
     assert found.fidelity > 1e6
     mean = features.mean((2, 3), keepdim=True).expand_as(features)
-    assert reconstruction(mean, features, homographies).fidelity == pytest.approx(1, rel=1e-3)
+    assert score_reconstruction(mean, features, views).fidelity == pytest.approx(1, rel=1e-3)

@@ -79,7 +79,7 @@ def test_no_gradient_is_left_at_the_solution(options):
         sharp = upsampler(encoder.input_conditioner(base), encoder.encode, SIZE).high_res
         to_base = views.homographies.flatten(0, 1)
         warped = warp(sharp.repeat_interleave(3, 0), to_base, sharp.shape[-2:])
-        valid = tokens_to_compare(mask, token_masks, to_base, sharp.shape[-2:])
+        valid = tokens_to_compare(mask, token_masks, views.jitters, sharp.shape[-2:])
         assert 0.2 < valid.mean() < 1
         error = (valid * (F.avg_pool2d(warped, 2) - targets).square()).sum()
         return torch.autograd.grad(error, upsampler.linear_weight)[0]

@@ -18,7 +18,7 @@ from featsharp.data.views import Views, base_view, render_views
 from featsharp.errors import unknown_name
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
-from featsharp.ops.warp import inside, warp
+from featsharp.ops.views import View
 from featsharp.training.downsamplers import Downsampler, create_downsampler
 from featsharp.training.keys import key
 from featsharp.training.objectives.base import (
@@ -103,19 +103,13 @@ class MultiViewObjective(Objective):
             view_masks: [B*n, 1, h, w], 1 where a view shows image.
             homographies: [B, n, 3, 3], view to base.
         """
-        count = homographies.shape[1]
+        views = View(homographies.flatten(0, 1))
         small = size_of(targets)
         large = self.whole_factor * small[0], self.whole_factor * small[1]
-        to_base = homographies.flatten(0, 1)
-
-        def to_views(x: Tensor, size: tuple[int, int], padding_mode: str = "reflection") -> Tensor:
-            x = x.expand(len(homographies), -1, -1, -1) if x.shape[0] == 1 else x
-            return warp(x.repeat_interleave(count, 0), to_base, size, padding_mode=padding_mode)
-
-        prediction = self.downsampler(to_views(high_res, large))
-        valid = tokens_to_compare(base_mask, view_masks, to_base, large)
+        prediction = self.downsampler(views.warp(high_res, large))
+        valid = tokens_to_compare(base_mask, view_masks, views, large)
         error = DISTANCES[self.config.distance](prediction, targets).mean(1, keepdim=True)
-        error = valid * to_views(self._border_weights(large).to(targets), small, "zeros") * error
+        error = valid * views.warp(self._border_weights(large).to(targets), small, padding_mode="zeros") * error
         # A view that shows little of the base image must not weigh as much as a full one.
         scale = valid.sum((1, 2, 3)).clamp(min=0.5 * valid[0].numel())
 
@@ -126,7 +120,7 @@ class MultiViewObjective(Objective):
         weighted, regularizer = reconstruction, reconstruction.new_zeros(())
         if self.uncertainty is not None:
             log_variance = self.uncertainty(high_res.detach())
-            weighted = average(to_views(torch.exp(-log_variance), small) * error)
+            weighted = average(views.warp(torch.exp(-log_variance), small) * error)
             regularizer = (log_variance / 2 * resize(base_mask, size_of(high_res))).mean()
         tv = total_variation(high_res) if self.config.tv_weight > 0 else reconstruction.new_zeros(())
         total = weighted + regularizer + self.config.tv_weight * tv
@@ -198,19 +192,18 @@ def encode_views(encoder: SharpEncoder, views: Views, low_res_size: tuple[int, i
     return features, (resize(masks, size_of(features)) > TOKEN_COVERAGE).to(features.dtype)
 
 
-def tokens_to_compare(base_mask: Tensor, view_masks: Tensor, to_base: Tensor, large: tuple[int, int]) -> Tensor:
+def tokens_to_compare(base_mask: Tensor, view_masks: Tensor, views: View, large: tuple[int, int]) -> Tensor:
     """1 where a token of a view shows image that the base image shows, too: [B*n, 1, h, w].
 
     Args:
         base_mask: [B, 1, H, W].
         view_masks: [B*n, 1, h, w], of :func:`encode_views`.
-        to_base: [B*n, 3, 3].
+        views: B*n of them.
         large: (H, W) of the high-resolution map.
     """
     small = size_of(view_masks)
-    base = resize(base_mask, large).repeat_interleave(len(to_base) // len(base_mask), 0)
-    shown = warp(base, to_base, small, padding_mode="zeros") > 0.5
-    return shown.to(view_masks) * view_masks * inside(to_base, small)
+    shown = views.warp(resize(base_mask, large), small, padding_mode="zeros") > 0.5
+    return shown.to(view_masks) * view_masks * views.inside(small)
 
 
 class UncertaintyNet(nn.Module):

@@ -1,4 +1,4 @@
-"""Views of one picture: mirrored margin, zoom, crop, flip, each as the homography that maps it to the picture.
+"""Crops of one picture: mirrored margin, zoom, shift, flip.
 
 FeatUp (arXiv 2403.10516, section 3) draws them like this; its code swaps x and y, which only square images forgive.
 """
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from featsharp.data.images import image_to_tensor
+from featsharp.ops.views import View
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class CropConfig:
     flip_probability: float = 0.5
 
 
-def sample_crops(count: int, config: CropConfig, rng: np.random.Generator) -> Tensor:
-    """Homographies [n, 3, 3], view to picture (see ``ops.warp``), float32."""
-    return torch.from_numpy(np.stack([_sample_crop(config, rng) for _ in range(count)])).float()
+def sample_crops(count: int, config: CropConfig, rng: np.random.Generator) -> View:
+    """Draw ``count`` views of a picture."""
+    return View(torch.cat([_sample_crop(config, rng).to_base for _ in range(count)]))
 
 
 class Canvas:
@@ -53,9 +54,9 @@ class Canvas:
         pixels = np.pad(np.asarray(picture), [(n, n) for n in self.margin] + [(0, 0)], mode="symmetric")
         self.padded = Image.fromarray(pixels)
 
-    def render(self, homographies: Tensor, size: tuple[int, int]) -> Tensor:
-        """The views of ``homographies`` [n, 3, 3]: [n, 3, h, w] in [0, 1]."""
-        return torch.stack([self._cut(homography.tolist(), size) for homography in homographies])
+    def render(self, views: View, size: tuple[int, int]) -> Tensor:
+        """Cut out views without rotation: [n, 3, h, w] in [0, 1]."""
+        return torch.stack([self._cut(homography.tolist(), size) for homography in views.to_base])
 
     def _cut(self, homography: list[list[float]], size: tuple[int, int]) -> Tensor:
         (x_scale, _, x_shift), (_, y_scale, y_shift), _ = homography
@@ -72,10 +73,10 @@ class Canvas:
         return max(start, 0.0), min(end, float(length + 2 * margin))  # float32 may end a hair outside
 
 
-def _sample_crop(config: CropConfig, rng: np.random.Generator) -> np.ndarray:
+def _sample_crop(config: CropConfig, rng: np.random.Generator) -> View:
     zoom = rng.uniform(1, config.zoom) if rng.uniform() < config.zoom_probability else 1.0
-    flip = -1.0 if rng.uniform() < config.flip_probability else 1.0
+    flip = rng.uniform() < config.flip_probability
     # The padded picture spans -1 - 2 pad to 1 + 2 pad, a view 2 / zoom of it.
     room = 1 + 2 * config.pad - 1 / zoom
     x_shift, y_shift = rng.uniform(-room, room, size=2)
-    return np.array([[flip / zoom, 0, x_shift], [0, 1 / zoom, y_shift], [0, 0, 1]])
+    return View.crop(zoom, (x_shift, y_shift), flip=flip)
