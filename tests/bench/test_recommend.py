@@ -133,7 +133,7 @@ def test_upsamplers_to_be_trained_pay_for_their_normalizer(planted):
             normalizers.append(encode.__self__.normalizer.name)
             return super().forward(image, encode, *sizes)
 
-    UPSAMPLERS._entries["learner"] = replace(UPSAMPLERS["learner"], factory=Watch)
+    UPSAMPLERS["learner"] = replace(UPSAMPLERS["learner"], factory=Watch)
     RecommendTask("toy-vit", upsampler=["bilinear", "learner"], repeat=2).run(CPU, None, progress=False)
     assert set(normalizers) == {"phi-s"}
 

@@ -143,7 +143,7 @@ def test_registering_makes_a_name():
         out = upsampler(torch.randn(1, 3, 8, 8), lambda x: (F.avg_pool2d(x, 4), None), (8, 8))
         assert out.high_res.shape == (1, 3, 4, 4)
     finally:
-        del UPSAMPLERS._entries["test-only"]
+        del UPSAMPLERS["test-only"]
 
 
 # The suite itself
