@@ -1,4 +1,4 @@
-"""Settings of tasks: dataclass fields that know their line in the help of the command."""
+"""Settings of tasks: dataclass fields with all that their flag on the command line needs."""
 
 import dataclasses
 from pathlib import Path
@@ -6,20 +6,24 @@ from typing import Any
 
 
 def setting(default: Any, help: str, **argparse: Any) -> Any:
-    """A field: its default, its line in the help, and what argparse is told beyond (type, nargs, choices, required).
+    """Make a dataclass field that becomes a flag.
 
-    Types beyond argparse's: "count" (a whole number of at least 1) and "size" (HxW).
+    Args:
+        default: Of the field.
+        help: Its line in the help of the command.
+        argparse: Further arguments of ``add_argument``: type, nargs, choices, required, metavar. Types beyond those of
+            argparse are "count" (a whole number of at least 1) and "size" (HxW).
     """
     return dataclasses.field(default=default, metadata={"help": help, **argparse})
 
 
 def setting_fields(task: Any) -> "list[dataclasses.Field[Any]]":
-    """The fields of a task, or of its class, that were made by :func:`setting`."""
+    """List the fields of a task, or of its class, that were made by :func:`setting`."""
     return [field for field in dataclasses.fields(task) if "help" in field.metadata]
 
 
 def settings_of(task: Any) -> dict[str, Any]:
-    """All settings of a task as JSON values."""
+    """Collect the settings of a task as JSON values, by name."""
     return {field.name: _plain(getattr(task, field.name)) for field in setting_fields(task)}
 
 

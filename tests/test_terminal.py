@@ -1,6 +1,10 @@
-"""Tables as lines of text."""
+"""Tables, wrapped text, levels of messages."""
 
-from featsharp.terminal import align
+import logging
+
+import pytest
+
+from featsharp.terminal import align, parse_verbosity, set_up_terminal, with_progress, wrap
 
 ROWS = [("a", "1"), ("longer", "2.25")]
 
@@ -15,3 +19,46 @@ def test_text_is_flush_left_without_blanks_at_the_end():
 
 def test_a_head_alone():
     assert align(("name", "ms"), []) == ["name  ms"]
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("60", 60), ("500", 100), ("10", 38)])
+def test_text_is_wrapped_to_the_terminal_but_to_100_characters_at_most(columns, widest, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    text = " ".join(["word"] * 80)
+    lines = wrap(text, "  name", indent=8)
+    assert widest - 5 < max(map(len, lines)) <= widest
+    assert lines[0].startswith("  name  word")
+    assert all(line.startswith(" " * 8 + "word") for line in lines[1:])
+    assert " ".join(line[8:] for line in lines) == text
+
+
+def test_no_text_has_no_lines():
+    assert wrap("", indent=6) == []
+
+
+def test_flags_of_messages_are_split_off_overrides():
+    assert parse_verbosity(["+a=-v", "-q", "b=1", "~c", "-vv", "--help"]) == (1, ["+a=-v", "b=1", "~c", "--help"])
+    assert parse_verbosity(["verbose=1"]) == (0, ["verbose=1"])
+
+
+@pytest.mark.parametrize(
+    ("verbosity", "level"),
+    [
+        (-2, logging.ERROR),
+        (-1, logging.ERROR),
+        (0, logging.INFO),
+        (1, logging.INFO),
+        (2, logging.DEBUG),
+        (9, logging.DEBUG),
+    ],
+)
+def test_levels(verbosity, level):
+    set_up_terminal(verbosity, usual=logging.INFO)
+    assert logging.getLogger("featsharp").level == level
+
+
+def test_there_is_no_bar_under_q(capsys):
+    """Nor anywhere that is no terminal, but there tqdm itself keeps still."""
+    set_up_terminal(-1)
+    assert list(with_progress([1, 2], "label")) == [1, 2]
+    assert capsys.readouterr().err == ""

@@ -68,7 +68,7 @@ def _print_machine() -> None:
     print(f"featsharp {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     for name in OPTIONAL:
-        print(f"  {name:12} {'found' if importlib.util.find_spec(name) else 'not installed'}")
+        print(f"  {name:12} {'installed' if importlib.util.find_spec(name) else 'not installed'}")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         label = torch.cuda.get_device_name() if device == "cuda" else "CPU"
