@@ -18,14 +18,13 @@ import torch
 
 import featsharp
 from featsharp.backbones.base import Backbone
-from featsharp.configs.compose import compose
 from featsharp.data.images import decode_image
 from featsharp.device import autocast_dtype
 from featsharp.evaluation.fidelity import FidelityMeter
 from featsharp.evaluation.zoom import ZoomMeter
 from featsharp.memory import keep_freed_memory
 from featsharp.model import SharpEncoder
-from featsharp.train import train
+from featsharp.train import main as train
 from featsharp.visualization.figures.pca import draw_pca, pca_row
 from featsharp.visualization.style import save
 
@@ -55,9 +54,7 @@ def main(given: Sequence[str] | None = None) -> None:
         copy_photo(path, photos / "train")
     held_out = [copy_photo(path, photos / "held_out") for path in HELD_OUT]
 
-    print(
-        f"Training on {len(TRAINING)} photographs, {arguments.steps} steps each: FeatSharp, then FeatUp for comparison"
-    )
+    print(f"Training on {len(TRAINING)} photographs, {arguments.steps} steps each: FeatSharp, FeatUp for comparison")
     train_one("featsharp-2x", output, arguments)
     train_one("featup-2x", output / "featup", arguments)
 
@@ -67,9 +64,7 @@ def main(given: Sequence[str] | None = None) -> None:
         "featup": featsharp.load_from_file(output / "featup" / "last.pth"),
         "featsharp": featsharp.load_from_file(output / "last.pth"),
     }
-    columns = {
-        name: encoders[key] for name, key in {"bilinear": "bilinear", "tile": "tile", "FeatSharp": "featsharp"}.items()
-    }
+    columns = {name: encoders[name] for name in ("bilinear", "tile", "featsharp")}
     save(draw_pca([pca_row(decode_image(path), columns) for path in held_out]), output / "features.png")
 
     metrics: dict[str, dict[str, float]] = {"zoom_cosine": {}, "fidelity": {}, "seconds": {}}
@@ -79,9 +74,7 @@ def main(given: Sequence[str] | None = None) -> None:
             metrics[metric][name] = value
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print_table(metrics)
-    print(
-        f"\nPicture: {output / 'features.png'}   checkpoint: {output / 'last.pth'}   figures: {output / 'metrics.json'}"
-    )
+    print(f"\nIn {output}: features.png (the picture), last.pth (the checkpoint), metrics.json (the figures)")
 
 
 def copy_photo(path: str, folder: Path) -> Path:
@@ -96,22 +89,22 @@ def copy_photo(path: str, folder: Path) -> Path:
 
 def train_one(upsampler: str, folder: Path, arguments: argparse.Namespace) -> None:
     """Train with the packaged configuration; artifacts go to ``folder``. An interrupted demo goes on where it was."""
-    train(
-        compose(
-            [
-                f"+model={BACKBONE}",
-                f"+upsampler={upsampler}",
-                f"train_data_dir={arguments.output / 'photos' / 'train'}",
-                f"val_data_dir={arguments.output / 'photos' / 'held_out'}",
-                f"output_base={folder.parent}",
-                f"output_subdir={folder.name}",
-                f"num_training_steps={arguments.steps}",
-                f"batch_size={arguments.batch_size}",
-                "normalizer.num_samples=128",
-                "viz.num_images=1",
-            ]
-        )
+    status = train(
+        [
+            f"+model={BACKBONE}",
+            f"+upsampler={upsampler}",
+            f"train_data_dir={arguments.output / 'photos' / 'train'}",
+            f"val_data_dir={arguments.output / 'photos' / 'held_out'}",
+            f"output_base={folder.parent}",
+            f"output_subdir={folder.name}",
+            f"num_training_steps={arguments.steps}",
+            f"batch_size={arguments.batch_size}",
+            "normalizer.num_samples=128",
+            "viz.num_images=1",
+        ]
     )
+    if status:
+        raise SystemExit(status)
 
 
 def use_fast_type(backbone: Backbone) -> None:
@@ -141,10 +134,8 @@ def measure(encoder: SharpEncoder, images: list[Path]) -> dict[str, float]:
 
 def print_table(metrics: dict[str, dict[str, float]]) -> None:
     print(f"\n{'on held-out photographs':24}{'fidelity':>10}{'zoom cosine':>13}{'seconds':>10}")
-    for name in metrics["fidelity"]:
-        print(
-            f"{name:24}{metrics['fidelity'][name]:10.3f}{metrics['zoom_cosine'][name]:13.3f}{metrics['seconds'][name]:10.3f}"
-        )
+    for name, fidelity in metrics["fidelity"].items():
+        print(f"{name:24}{fidelity:10.3f}{metrics['zoom_cosine'][name]:13.3f}{metrics['seconds'][name]:10.3f}")
 
 
 if __name__ == "__main__":
