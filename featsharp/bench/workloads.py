@@ -174,8 +174,6 @@ def build_encoder(
         statistics = FeatureStatistics(encoder.embed_dim)
         statistics.update(torch.randn(2 * encoder.embed_dim, encoder.embed_dim))
         encoder.normalizer.fit(statistics)
-        # It looks at its values once, which a copy without values could not do.
-        encoder.normalizer(torch.zeros(1, encoder.embed_dim, 1, 1))
     return encoder
 
 
@@ -248,6 +246,8 @@ def _backbone_workload(backbone: Backbone, curve: str, factor: float, batch_size
 
 
 def _encoder_workload(curve: str, encoder: SharpEncoder, batch_size: int, key: str | None) -> Workload:
+    # A fitted normalizer looks at its values once, which a copy without values could not do.
+    encoder.normalizer(torch.zeros(1, encoder.embed_dim, 1, 1, device=encoder.device))
     native = encoder.backbone.grid_size(encoder.backbone.input_size)
     cells = scale_length(native[0], encoder.factor) * scale_length(native[1], encoder.factor)
     return Workload(curve, encoder.factor, encoder, (batch_size, 3, *encoder.input_size), cells, key)

@@ -195,9 +195,12 @@ def test_the_upsampler_is_what_is_not_the_backbone(result):
     assert row_of(result, "bilinear", 2)["upsampler"] == 0
 
 
-def test_no_upsampler_of_ours_needs_values(caplog):
-    for name in ("featsharp", "featup", "tile"):
-        count_operations(build_encoder(create_backbone("toy-vit"), name, 2), (1, 3, 128, 128), CPU)
+def test_no_upsampler_of_ours_needs_values(caplog, tmp_path):
+    normalised = build_encoder(create_backbone("toy-vit"), "featsharp", 2)
+    save_checkpoint(normalised, tmp_path / "last.pth")
+    names = ("featsharp", "featup", "tile")
+    result = FlopsTask("toy-vit", names, (2,), [str(tmp_path / "last.pth")]).run(CPU, None, progress=False)
+    assert row_of(result, "last.pth", 2)["total"] == row_of(result, "featsharp", 2)["total"]
     assert caplog.records == []
 
 

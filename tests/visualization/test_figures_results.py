@@ -292,7 +292,7 @@ def test_cost_joins_files_by_the_content_of_encoders(tmp_path, task, costs):
     figure = draw_cost(trades, title, "pck@0.1")
     (axes,) = figure.axes
     assert np.allclose(axes.containers[0].lines[0].get_xydata(), list(zip(costs, [40, 60], strict=True)))
-    assert [(note.xy, note.get_text()) for note in axes.texts] == [((36.0, 60.0), "2x"), ((9.0, 40.0), "1x")]
+    assert [(note.xy, note.get_text()) for note in axes.texts] == [((9.0, 40.0), "1x"), ((36.0, 60.0), "2x")]
     assert axes.get_ylabel() == "PCK@0.1 (%)"
 
 

@@ -22,7 +22,6 @@ from featsharp.visualization.results import (
 )
 from featsharp.visualization.style import (
     FAINT,
-    INK,
     SMALL,
     amount_axis,
     error_bars,
@@ -41,6 +40,8 @@ COSTS = {
     "flops": ("total", (("MFLOP", 1e6), ("GFLOP", 1e9))),
     "throughput": ("ms_per_image", (("milliseconds", 1.0),)),
 }
+# Where factors stand beside their points, line by line: (right, up).
+CORNERS = ((1, -1), (-1, 1), (1, 1), (-1, -1))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,16 +139,18 @@ def draw_cost(trades: Sequence[Trade], cost: str, metric: str) -> "Figure":
             **line_style(index),
         )
         handles.append(line_handle(line, **line_style(index)))
-    for trade in trades:
-        axes.annotate(
-            f"{trade.factor:g}x",
-            (trade.cost, scale * trade.quality.value),
-            xytext=(5, -3),
-            textcoords="offset points",
-            va="top",
-            fontsize=SMALL,
-            color=INK,
-        )
+        right, up = CORNERS[index % len(CORNERS)]
+        for trade in some:
+            axes.annotate(
+                f"{trade.factor:g}x",
+                (trade.cost, scale * trade.quality.value),
+                xytext=(5 * right, 3 * up),
+                textcoords="offset points",
+                ha="left" if right > 0 else "right",
+                va="bottom" if up > 0 else "top",
+                fontsize=SMALL,
+                color=line_style(index)["color"],
+            )
     style_axes(axes, x=cost, y=name)
     amount_axis(axes, [t.cost for t in trades])
     axes.margins(x=0.12, y=0.08)
