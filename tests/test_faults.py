@@ -25,12 +25,15 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("faults")
 
 
-MANY = [pytest.mark.slow, pytest.mark.timeout(1500)]
+MANY = [pytest.mark.full, pytest.mark.timeout(1500)]
 
 
 @pytest.mark.parametrize(
     ("kills", "streams"),
-    [(3, False), (2, True), pytest.param(50, False, marks=MANY), pytest.param(20, True, marks=MANY)],
+    [
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, False), (2, True))),
+        *(pytest.param(*case, marks=MANY) for case in ((50, False), (20, True))),
+    ],
 )
 def test_a_killed_training_ends_with_the_very_checkpoints_of_an_undisturbed_one(faults, tmp_path, kills, streams):
     """Model, optimiser, best score, place in streams and best checkpoint, bit for bit, and no file is left behind."""
@@ -61,11 +64,9 @@ def test_faults_of_files_and_disks(faults, tmp_path):
 # SIGTERM and failing processes
 
 
-def start(
-    folder: Path, *overrides: str, processes: int = 1, script: str = "featsharp/train.py"
-) -> subprocess.Popen[str]:
+def start(folder: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[str]:
     """The command of a training below ``folder``, under torchrun if there are several processes."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", script]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", "featsharp/train.py"]
     command = [sys.executable, *(launcher if processes > 1 else ["-m", "featsharp.train"])]
     settings = [
         *("+model=toy-vit", "+upsampler=featup-2x", "batch_size=1", "accumulation_steps=2", "num_workers=1"),
@@ -92,7 +93,8 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_saves_and_the_run_goes_on_from_there(faults, tmp_path, processes):
     faults.photos(tmp_path / "photos")
     steps = ("num_training_steps=300", "checkpoint_frequency=10")
@@ -152,63 +154,43 @@ def test_one_shard_serves_two_processes_of_two_workers_with_different_images(fau
     assert sorted(used) == names
 
 
+# An upsampler that fails in the fifth call of the second process.
 FAILING = """
-import sys, time, torch
-from featsharp.training.distributed import average_gradients, start_world
+import os
+import torch.nn.functional as F
 from featsharp.errors import InputError
-import featsharp.train
 
-def train(config):
-    world = start_world("cpu", 30)
-    if world.rank == 1:
-        time.sleep(1)
-        raise InputError("only this process found the image too small")
-    weight = torch.nn.Parameter(torch.ones(3))
-    weight.grad = torch.ones(3)
-    average_gradients([weight], world)
+calls = 0
 
-featsharp.train.train = train
-sys.exit(featsharp.train.main(["+model=toy-vit", "+upsampler=featup-2x", "train_data_dir=x"]))
+def upsample(image, features, size):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls == 5:
+        raise {error}
+    return F.interpolate(features, size)
 """
 
 
-FAILING_STEP = """
-import sys
-import featsharp.train
-from featsharp.training.trainer import Trainer
-
-step = Trainer.train_step
-
-def train_step(self, *batches):
-    if self.world.rank == 1 and self.step == 2:
-        raise RuntimeError("the device of this process is broken")
-    return step(self, *batches)
-
-Trainer.train_step = train_step
-sys.exit(featsharp.train.main())
-"""
-
-
-def test_a_step_that_fails_in_one_process_ends_the_training_with_its_error(faults, tmp_path):
-    """Workers, an unfinished collective of the other process and a tracker do not hold it up."""
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ('RuntimeError("its device is broken")', "RuntimeError: its device is broken"),
+        ('InputError("its image is too small")', "featsharp train: process 1 of 2: its image is too small"),
+    ],
+)
+def test_a_step_that_fails_in_one_process_ends_the_training_with_its_error(faults, tmp_path, monkeypatch, error, said):
+    """Workers and an unfinished collective of the other process do not hold it up."""
     faults.photos(tmp_path / "photos")
-    (tmp_path / "failing.py").write_text(FAILING_STEP)
+    (tmp_path / "failing.py").write_text(FAILING.format(error=error))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     begin = time.monotonic()
-    process = start(tmp_path, f"output_root={tmp_path / 'out'}", processes=2, script=str(tmp_path / "failing.py"))
-    said = finish(process)
+    options = ["upsampler.name=custom", "upsampler.options.function=failing:upsample", "bias_buffer=true"]
+    process = start(tmp_path, f"output_root={tmp_path / 'out'}", *options, processes=2)
+    log = finish(process)
     assert time.monotonic() - begin < 60
     assert process.returncode != 0
-    assert "RuntimeError: the device of this process is broken" in said
+    assert said in log
+    if "InputError" in error:
+        assert "process 0 of 2: lost another process of this run" in log or "exitcode: -15" in log
     assert not (tmp_path / "out" / "last.pth").exists()
-
-
-def test_a_failing_process_ends_all_of_them_with_its_own_error(tmp_path):
-    """The other one waits in a collective meanwhile."""
-    (tmp_path / "failing.py").write_text(FAILING)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    begin = time.monotonic()
-    done = subprocess.run([*launcher, tmp_path / "failing.py"], capture_output=True, text=True, cwd=ROOT, timeout=100)
-    assert time.monotonic() - begin < 60
-    assert done.returncode != 0
-    assert "process 1 of 2: only this process found the image too small" in done.stderr
-    assert "process 0 of 2: lost another process of this run" in done.stderr or "exitcode: -15" in done.stderr

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -262,7 +263,17 @@ def test_a_refused_resumption_leaves_the_files_of_the_earlier_run_alone(photos, 
 NOT_TRAINED = {"custom", "super-resolution", "s2", "s2-pooled"}
 
 
-@pytest.mark.parametrize("upsampler", sorted(options_of("upsampler").keys() - NOT_TRAINED))
+# The other upsamplers differ in their forward pass alone, and tests/golden has steps of theirs.
+QUICK = {"featsharp-linear", "featup-published", "lift"}
+
+
+@pytest.mark.parametrize(
+    "upsampler",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in sorted(options_of("upsampler").keys() - NOT_TRAINED)
+    ],
+)
 def test_every_upsampler_trains_and_loads(photos, upsampler):
     """At a fraction where the method has them; 2 has every other but the identity."""
     factors = getattr(UPSAMPLERS[compose_upsampler(upsampler)].factory, "factors", "any")
@@ -609,6 +620,25 @@ def test_full_disk_keeps_the_checkpoint(photos):
 # Several processes
 
 
+def is_abort_of_gloo(log: str) -> bool:
+    """Whether a thread of gloo ended its process, as benchmarks/two_processes.py counts; nothing else is tried again."""
+    return "SIGABRT" in log and re.search(r"terminate called after throwing an instance of 'gloo::", log) is not None
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("terminate called after throwing an instance of 'gloo::EnforceNotMet'\n Signal 6 (SIGABRT) received", True),
+        ("terminate called after throwing an instance of 'std::bad_alloc'\n Signal 6 (SIGABRT) received", False),
+        ("RuntimeError: gloo/transport/tcp/pair.cc: Connection closed by peer\n exitcode: 1", False),
+        ("Signal 11 (SIGSEGV) received", False),
+    ],
+)
+def test_only_aborts_of_gloo_are_tried_again(log, expected):
+    assert is_abort_of_gloo(log) == expected
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(photos, tmp_path):
     """U1, and the path form of the command, from the root of the repository."""
     # A rotation may come out otherwise from statistics that were summed in another order; its scale may not.
@@ -619,14 +649,14 @@ def test_two_processes_equal_one_with_twice_the_batch(photos, tmp_path):
     assert train(photos, *common, "batch_size=1", output=str(tmp_path / "half")) == 0
     arguments = [*SMALL, "+upsampler=featsharp-2x", f"train_data_dir={photos}", f"output_base={tmp_path / 'two'}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "featsharp/train.py", *arguments, *common, "batch_size=1"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=200,
-    )
+    command = [*launcher, "featsharp/train.py", *arguments, *common, "batch_size=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for last in (False, True):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=200)
+        if last or not is_abort_of_gloo(done.stderr):
+            break
+        warnings.warn(f"gloo ended a process (pytorch issue 188266), tried again:\n{done.stderr}", stacklevel=1)
+        shutil.rmtree(tmp_path / "two", ignore_errors=True)
     assert done.returncode == 0, done.stderr
     image = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

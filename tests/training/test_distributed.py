@@ -135,6 +135,7 @@ def lose_one(world: World) -> None:
         add_over_processes([torch.ones(3)], world)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("work", "processes"), [(merge, 3), (share, 2), (watch, 2), (lose_one, 2)])
 def test_between_processes(work, processes):
     assert together(work, processes) == [0] * processes

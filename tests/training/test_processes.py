@@ -22,6 +22,8 @@ from featsharp.training.distributed import World, gather_objects
 from featsharp.training.signals import Terminated
 from featsharp.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow  # resumption and accumulation in one process: test_trainer.py
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
