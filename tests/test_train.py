@@ -621,7 +621,7 @@ def test_full_disk_keeps_the_checkpoint(photos):
 
 
 def is_abort_of_gloo(log: str) -> bool:
-    """Whether a thread of gloo ended its process, as benchmarks/two_processes.py counts; nothing else is tried again."""
+    """Whether a thread of gloo ended its process (counted by benchmarks/two_processes.py)."""
     return "SIGABRT" in log and re.search(r"terminate called after throwing an instance of 'gloo::", log) is not None
 
 
