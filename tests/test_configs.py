@@ -13,7 +13,7 @@ from featsharp.data.views import ViewConfig
 from featsharp.errors import ConfigError
 from featsharp.normalizers import NORMALIZERS
 from featsharp.train import main
-from featsharp.training.config import RunConfig, ViewsConfig, flatten, to_yaml
+from featsharp.training.config import RunConfig, UpsamplerConfig, ViewsConfig, flatten, to_yaml
 from featsharp.training.downsamplers import DOWNSAMPLERS
 from featsharp.training.loggers import WRITERS
 from featsharp.training.objectives import config_type
@@ -99,9 +99,20 @@ def test_every_normalizer_composes_and_exists(normalizer):
 
 
 def test_no_upsampler_writes_what_a_model_does():
-    for name in options_of("upsampler"):
-        written = set(flatten(yaml.safe_load((CONFIGS / "upsampler" / f"{name}.yaml").read_text())))
-        assert not written & {"model.name", "output_subdir"}
+    for file in (CONFIGS / "upsampler").iterdir():
+        assert not set(flatten(yaml.safe_load(file.read_text()))) & {"model.name", "output_subdir"}
+
+
+def test_an_upsampler_given_twice_or_beside_its_keys():
+    assert compose([*BASE, "upsampler.name=tile"]).upsampler.name == "tile"
+    assert compose([*BASE, "upsampler=tile"]).upsampler.name == "tile"
+    assert compose(
+        ["+model=toy-vit", "+upsampler=featsharp-linear", "upsampler=tile-4x", "train_data_dir=x"]
+    ).upsampler == (UpsamplerConfig("tile", 4))
+    linear = compose([*BASE, "upsampler=featsharp-linear-2x"])
+    assert linear == compose(["+model=toy-vit", "+upsampler=featsharp-linear-2x", "train_data_dir=photos"])
+    with pytest.raises(ConfigError, match="the upsampler is given twice, featsharp and tile; choose one"):
+        compose([*BASE, "+upsampler=tile-2x"])
 
 
 def test_published_presets_override_views_and_objective():

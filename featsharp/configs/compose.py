@@ -12,6 +12,7 @@ from featsharp.errors import ConfigError, MissingDependencyError, unknown_name
 from featsharp.names import parse_upsampler
 from featsharp.training.config import RunConfig, check_values, flatten
 from featsharp.training.objectives import OBJECTIVES, ObjectiveConfig, config_type
+from featsharp.upsamplers import UPSAMPLERS
 
 GROUPS = ("model", "upsampler", "datasets", "normalizer", "objective")
 
@@ -58,8 +59,12 @@ def compose(overrides: Sequence[str]) -> RunConfig:
 
 
 def options_of(group: str) -> dict[str, str]:
-    """Entries of a config group with their descriptions: its files, and for models the short names of backbones."""
-    entries = {name: f"{model.description}." for name, model in MODELS.items()} if group == "model" else {}
+    """Entries of a config group with their descriptions: its files, short names of backbones, names of upsamplers."""
+    entries: dict[str, str] = {}
+    if group == "model":
+        entries = {name: f"{model.description}." for name, model in MODELS.items()}
+    elif group == "upsampler":
+        entries = {name: f"{UPSAMPLERS[name].description}." for name in UPSAMPLERS.names()}
     folder = files("featsharp.configs").joinpath(group)
     for file in folder.iterdir() if folder.is_dir() else ():
         if file.name.endswith(".yaml"):
@@ -99,30 +104,56 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 
 def _expand_names(overrides: Sequence[str]) -> list[str]:
-    """``+upsampler=NAME-FACTORx`` and ``+model=NAME`` as the overrides that they stand for; all others as they are.
+    """Replace ``+upsampler=NAME-FACTORx`` and names without a file by the overrides that they stand for.
 
-    What stands for a model comes first, so that explicit values go before it.
+    What stands for a name comes first, so that explicit values go before it.
     """
-    models: list[str] = []
+    chosen: dict[str, list[str]] = {}
     others: list[str] = []
     given = dict(override.partition("=")[::2] for override in overrides)
-    folder = files("featsharp.configs").joinpath("model")
     for override in overrides:
         key, _, value = override.partition("=")
-        name, factor = parse_upsampler(value) if key.lstrip("+") == "upsampler" else (value, None)
-        if key in ("model", "+model", "++model") and value in MODELS and not folder.joinpath(f"{value}.yaml").is_file():
-            if models and key != "model":  # "+" adds, without it the earlier choice is replaced
-                raise ConfigError(f"the model is given twice, {models[0].partition('=')[2]} and {value}; choose one")
-            models = [f"++model.name={value}", f"++output_subdir={MODELS[value].folder}"]
-        elif factor is None:
+        group = key.lstrip("+")
+        if group not in ("model", "upsampler") or key not in (group, f"+{group}", f"++{group}"):
             others.append(override)
+            continue
+        name, factor = parse_upsampler(value) if group == "upsampler" else (value, None)
+        meaning = _meaning(group, name)
+        if group in chosen and key != group and name in options_of(group):
+            earlier = chosen[group][0].partition("=")[2]
+            raise ConfigError(f"the {group} is given twice, {earlier} and {name}; choose one")
+        if key == group:  # "+" adds, without it the earlier choice is replaced
+            replaced = bool(chosen.pop(group, None))
+            if meaning:
+                others = [other for other in others if other.partition("=")[0].lstrip("+") != group]
+            elif replaced:
+                key = f"+{group}"
+        if meaning:
+            chosen[group] = meaning
         else:
+            others.append(f"{key}={name}")
+        if factor is not None:
             if given.get("upsampler.factor", f"{factor:g}") not in (f"{factor:g}", str(factor)):
                 raise ConfigError(
                     f"{override} and upsampler.factor={given['upsampler.factor']} differ; give one factor"
                 )
-            others += [f"{key}={name}", f"upsampler.factor={factor:.15g}"]
-    return [*models, *others]
+            others.append(f"upsampler.factor={factor:.15g}")
+    return [override for overrides in chosen.values() for override in overrides] + others
+
+
+def _meaning(group: str, name: str) -> list[str]:
+    """Overrides that a name of a group stands for, where it has no file; empty for a name with a file or unknown."""
+    if files("featsharp.configs").joinpath(group, f"{name}.yaml").is_file():
+        return []
+    if group == "model" and name in MODELS:
+        return [f"++model.name={name}", f"++output_subdir={MODELS[name].folder}"]
+    if group == "upsampler" and name in UPSAMPLERS:
+        return [f"++upsampler.name={name}", f"++upsampler.factor={_default_factor(name)}"]
+    return []
+
+
+def _default_factor(upsampler: str) -> int:
+    return 1 if getattr(UPSAMPLERS[upsampler].factory, "factors", "any") == "one" else 2
 
 
 def _objective_type(settings: Mapping[str, Any]) -> type[ObjectiveConfig]:
