@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from featsharp.backbones._probing import MIN_PROBE_GRID, Probe, check_grid_order
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput, embeds_patches
-from featsharp.backbones.blocks import captured, chosen_blocks
 from featsharp.backbones.loading import first_line
 from featsharp.backbones.options import Options
+from featsharp.backbones.tokens import captured, chosen_blocks
 from featsharp.errors import ConfigError
 from featsharp.ops.resize import size_of
 

@@ -10,7 +10,6 @@ MaskCLIP, arXiv 2112.01071). They lie in the space of the text embeddings. Bilin
 head, so there projecting before or after makes no difference.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,16 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featsharp.backbones.base import Backbone, BackboneOutput, embeds_patches
-from featsharp.backbones.blocks import captured, chosen_blocks
-from featsharp.backbones.options import Options
+from featsharp.backbones.options import Options, Triple
+from featsharp.backbones.tokens import FACETS, TokenBackbone, captured, chosen_stage, chosen_summary, to_map
 from featsharp.errors import ConfigError
 from featsharp.ops.resize import size_of
 
-FACETS = ("query", "key", "value")
 STRIDE = 32  # of the last stage of a CLIP ResNet
 
 
-class TransformerTower(Backbone):
+class TransformerTower(TokenBackbone):
     """``open_clip.VisionTransformer``: the transformer of OpenAI's CLIP and its many relatives.
 
     Features are the patch tokens after ``ln_post``; with a CoCa attention pool after the norm in front of that pool.
@@ -49,11 +47,10 @@ class TransformerTower(Backbone):
         mean, std: Whitening.
     """
 
-    def __init__(
-        self, name: str, visual: nn.Module, choices: Options, *, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
+    holder = "visual"
+
+    def __init__(self, name: str, visual: nn.Module, choices: Options, *, mean: Triple, std: Triple) -> None:
         tower: Any = visual
-        blocks = tower.transformer.resblocks
         if tower.patch_size[0] != tower.patch_size[1]:
             raise ConfigError(f"backbone {name!r} has {tower.patch_size[0]}x{tower.patch_size[1]} patches, not square")
         if choices.project and choices.facet in ("query", "key"):
@@ -63,87 +60,58 @@ class TransformerTower(Backbone):
                 f"backbone {name!r} pools with learned queries, which give patches no place in the space of its text; "
                 f"leave out project"
             )
-        layers = chosen_blocks(blocks, choices.layer, name)
-        width = tower.proj.shape[1] if choices.project else tower.conv1.out_channels
-        patch_size = tower.patch_size[0]
-        summary_dims = {
-            "default": tower.proj.shape[1],
-            "projected": tower.proj.shape[1],
-            "pool": tower.proj.shape[0],
-            "cls": tower.conv1.out_channels,
-            "mean": width * len(layers),
-            "none": None,
-        }
+        patch_size, width = tower.patch_size[0], tower.conv1.out_channels
+        pooled, projected = tower.proj.shape
         super().__init__(
             name,
+            visual,
+            choices,
+            tower.transformer.resblocks,
+            width=width,
+            summaries={"projected": projected, "pool": pooled, "cls": width},
+            head_width=projected,
             patch_size=patch_size,
-            embed_dim=width * len(layers),
             input_size=tuple(side * patch_size for side in tower.grid_size),
-            mean=tuple(mean),
-            std=tuple(std),
-            summary_dim=summary_dims[choices.summary],
+            mean=mean,
+            std=std,
         )
-        self.visual: Any = visual
-        self.choices, self.layers = choices, layers
         self.embeds_patches = embeds_patches(tower.conv1, patch_size)
-        self.freeze()
 
-    def extract(self, images: Tensor) -> BackboneOutput:
-        grid = self.grid_size(size_of(images))
-        blocks, token = self.visual.transformer.resblocks, self.choices.facet == "token"
-        # A token of block n is what enters block n + 1; a facet is made from what enters block n.
-        wanted = {layer + token for layer in self.layers}
-        to_end = self.choices.summary not in ("none", "mean")
-        depth = len(blocks) if to_end else max(wanted)
-        entering: dict[int, Tensor] = {}
-        x = self._embed(images, grid)
-        for number, block in enumerate(blocks[:depth]):
-            if number in wanted:
-                entering[number] = x
-            x = block(x)
-        entering[depth] = x
-        parts = [self._patches(layer, entering[layer + token][:, 1:]) for layer in self.layers]
-        features = to_map(parts[0] if len(parts) == 1 else torch.cat(parts, -1), grid)
-        return BackboneOutput(features, self._summary(x, features))
-
-    def _embed(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        visual = self.visual
+    def run(self, images: Tensor) -> tuple[Tensor, Any]:
+        visual, grid = self.visual, self.grid_size(size_of(images))
         patches = visual.conv1(images).flatten(2).transpose(1, 2)
         first = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
         positions = resample_positions(visual.positional_embedding, visual.grid_size, grid)
-        return visual.ln_pre(torch.cat([first, patches], 1) + positions.to(patches.dtype))
+        x = visual.ln_pre(torch.cat([first, patches], 1) + positions.to(patches.dtype))
+        for block in visual.transformer.resblocks:
+            x = block(x)
+        return self.norm(x), x
 
-    def _norm(self, tokens: Tensor) -> Tensor:
+    def norm(self, tokens: Tensor) -> Tensor:
         pool = self.visual.attn_pool
         return self.visual.ln_post(tokens) if pool is None else pool.ln_k(tokens)
 
-    def _patches(self, layer: int, tokens: Tensor) -> Tensor:
-        """What was asked for of the patch tokens that ``entering`` holds for a layer."""
-        facet, project = self.choices.facet, self.choices.project
-        if facet != "token":
-            block = self.visual.transformer.resblocks[layer]
-            attention, part = block.attn, FACETS.index(facet)
-            bias = attention.in_proj_bias
-            tokens = F.linear(
-                block.ln_1(tokens),
-                attention.in_proj_weight.chunk(3)[part],
-                None if bias is None else bias.chunk(3)[part],
-            )
-            if not project:
-                return tokens
-            tokens = attention.out_proj(tokens)
-        tokens = self._norm(tokens)
-        return tokens @ self.visual.proj if project else tokens
+    def source(self, block: Any) -> nn.Module:
+        return block.ln_1
 
-    def _summary(self, x: Tensor, features: Tensor) -> Tensor | None:
-        kind = self.choices.summary
-        if kind == "none":
-            return None
-        if kind == "mean":
-            return features.mean((2, 3))
+    def facet_width(self, block: Any) -> int:
+        return self.visual.conv1.out_channels
+
+    def take(self, block: Any, tensor: Tensor, grid: tuple[int, int]) -> Tensor:
+        if self.options.facet == "token":
+            return tensor
+        attention, part = block.attn, FACETS.index(self.options.facet)
+        weight, bias = attention.in_proj_weight.chunk(3)[part], attention.in_proj_bias
+        tokens = F.linear(tensor[:, 1:], weight, None if bias is None else bias.chunk(3)[part])
+        return attention.out_proj(tokens) if self.options.project else tokens
+
+    def project(self, tokens: Tensor) -> Tensor:
+        return tokens @ self.visual.proj
+
+    def summarise(self, kind: str, tokens: Tensor, output: Any, num_patches: int) -> Tensor:
         if kind == "cls":
-            return self._norm(x[:, 0])
-        pooled = self.visual._pool(x)[0]
+            return tokens[:, 0]
+        pooled = self.visual._pool(output)[0]
         return pooled if kind == "pool" else pooled @ self.visual.proj
 
 
@@ -156,12 +124,10 @@ class ResNetTower(Backbone):
     the maps need none.
     """
 
-    def __init__(
-        self, name: str, visual: nn.Module, choices: Options, *, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
+    def __init__(self, name: str, visual: nn.Module, choices: Options, *, mean: Triple, std: Triple) -> None:
         tower: Any = visual
         stages = [tower.layer1, tower.layer2, tower.layer3, tower.layer4]
-        stage = _one_stage(name, stages, choices)
+        stage = chosen_stage(stages, choices, name)
         if choices.project and stage != len(stages) - 1:
             raise ConfigError(f"backbone {name!r} projects its last stage, {len(stages) - 1}; got layer={stage}")
         width = tower.output_dim if choices.project else stages[stage][-1].conv3.out_channels
@@ -172,8 +138,8 @@ class ResNetTower(Backbone):
             patch_size=4 * 2**stage,
             embed_dim=width,
             input_size=(tower.image_size // STRIDE * STRIDE,) * 2,
-            mean=tuple(mean),
-            std=tuple(std),
+            mean=mean,
+            std=std,
             summary_dim={"none": None, "mean": width}.get(choices.summary, tower.output_dim),
         )
         self.visual: Any = visual
@@ -210,135 +176,153 @@ class ResNetTower(Backbone):
         return torch.func.functional_call(pool, {"positional_embedding": positions}, (x,))
 
 
-class TrunkTower(Backbone):
-    """``open_clip.TimmModel``: a trunk of timm under a head of open_clip (SigLIP, EVA, ConvNeXt, FastViT, PE-Core ...).
+class TrunkTower(TokenBackbone):
+    """``open_clip.TimmModel`` with a transformer of timm (SigLIP, EVA, PE-Core ...) under a head of open_clip.
 
-    Features are what the trunk's ``forward_features`` gives: normalised patch tokens of a transformer, the map of the
-    last stage of a convolutional one. The summary is the image embedding, through the heads of both; for SigLIP, which
-    projects nothing, the output of its attention pool. Positions at other sizes are resampled by timm (bicubic,
-    antialiased); a trunk that cannot (relative position tables) takes its own size only.
+    Features are the normalised patch tokens of the trunk's ``forward_features``. The summary is the image embedding,
+    through the heads of both; for SigLIP, which projects nothing, the output of its attention pool. Positions at other
+    sizes are resampled by timm (bicubic, antialiased); a trunk that cannot (relative position tables) takes its own
+    size only.
 
     Args:
         name: A label.
         visual: ``open_clip.create_model(...).visual`` of this class, its trunk built with ``dynamic_img_size``.
-        choices: Layers, facet, projection and summary.
+        choices: Layer, facet, projection and summary.
         mean, std: Whitening.
         joint_dim: Channels of the space that images and text share.
     """
 
+    holder = "visual"
+
     def __init__(
-        self,
-        name: str,
-        visual: nn.Module,
-        choices: Options,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        joint_dim: int,
+        self, name: str, visual: nn.Module, choices: Options, *, mean: Triple, std: Triple, joint_dim: int
     ) -> None:
         tower: Any = visual
         trunk = tower.trunk
-        stride = trunk.feature_info[-1]["reduction"]
-        tokens = hasattr(trunk, "num_prefix_tokens")
-        has_class_token = tokens and getattr(trunk, "cls_token", None) is not None
-        if choices.summary == "cls" and not has_class_token:
-            raise ConfigError(f"backbone {name!r} has no class token; take another summary, such as projected or pool")
         if choices.project and choices.facet != "token":
             raise ConfigError(f"backbone {name!r}: project goes with facet token only; got {choices.facet!r}")
-        if tokens:
-            layers_taken = chosen_blocks(trunk.blocks, choices.layer, name)
-            patch_size, width = stride, trunk.num_features
-            sources = [_facet_source(name, trunk.blocks[layer], choices.facet) for layer in layers_taken]
-        else:
-            stages = [trunk.get_submodule(info["module"]) for info in trunk.feature_info]
-            stage = _one_stage(name, stages, choices)
-            layers_taken, info = [stage], trunk.feature_info[stage]
-            # Without a layer the trunk ends as it likes; some add a convolution to their last stage.
-            patch_size, width = info["reduction"], trunk.num_features if choices.layer is None else info["num_chs"]
-            sources = [stages[stage]]
-            if choices.project and width != trunk.num_features:
-                raise ConfigError(f"backbone {name!r} projects its last stage only; leave out layer or project")
-        width = joint_dim if choices.project else width
-        dims = {"default": joint_dim, "projected": joint_dim, "none": None, "mean": width * len(layers_taken)}
+        stride, width = trunk.feature_info[-1]["reduction"], trunk.num_features
+        has_class_token = getattr(trunk, "cls_token", None) is not None
         super().__init__(
             name,
-            patch_size=patch_size,
-            embed_dim=width * len(layers_taken),
+            visual,
+            choices,
+            trunk.blocks,
+            width=width,
+            summaries={"projected": joint_dim, "pool": width, **({"cls": width} if has_class_token else {})},
+            head_width=joint_dim,
+            patch_size=stride,
             input_size=tuple(side // stride * stride for side in tower.image_size),
-            mean=tuple(mean),
-            std=tuple(std),
-            summary_dim=dims.get(choices.summary, trunk.num_features),
-            flexible=bool(getattr(trunk, "dynamic_img_size", not tokens)),
+            mean=mean,
+            std=std,
+            flexible=bool(getattr(trunk, "dynamic_img_size", False)),
+        )
+        self.num_prefix_tokens: int = trunk.num_prefix_tokens
+        self.embeds_patches = embeds_patches(getattr(getattr(trunk, "patch_embed", None), "proj", None), stride)
+
+    def run(self, images: Tensor) -> tuple[Tensor, Any]:
+        return self.visual.trunk.forward_features(images), None
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        return self.visual.trunk.norm(tokens)
+
+    def source(self, block: Any) -> nn.Module:
+        attention, facet = block.attn, self.options.facet
+        separate = getattr(attention, f"{facet[0]}_proj", None)
+        if separate is not None:
+            return separate
+        # Attention with a separate q_bias calls no module for its projection.
+        if getattr(attention, "qkv", None) is None or getattr(attention, "q_bias", None) is not None:
+            raise ConfigError(
+                f"the attention of backbone {self.name!r} ({type(attention).__name__}) does not show its {facet}"
+            )
+        return attention.qkv
+
+    def facet_width(self, block: Any) -> int:
+        return self.visual.trunk.num_features
+
+    def take(self, block: Any, tensor: Tensor, grid: tuple[int, int]) -> Tensor:
+        packed = self.options.facet != "token" and tensor.shape[-1] != self.visual.trunk.num_features
+        return tensor.chunk(3, -1)[FACETS.index(self.options.facet)] if packed else tensor
+
+    def project(self, tokens: Tensor) -> Tensor:
+        # The token in the places of the prefix as well, so that a pool of either finds it.
+        alone = tokens.flatten(0, 1)[:, None].expand(-1, self.num_prefix_tokens + 1, -1)
+        return _embed(self.visual, alone).unflatten(0, tokens.shape[:2])
+
+    def summarise(self, kind: str, tokens: Tensor, output: Any, num_patches: int) -> Tensor:
+        if kind == "cls":
+            return tokens[:, 0]
+        return (
+            self.visual.trunk.forward_head(tokens, pre_logits=True) if kind == "pool" else _embed(self.visual, tokens)
+        )
+
+
+class MapTower(Backbone):
+    """``open_clip.TimmModel`` with a convolutional network of timm (ConvNeXt, FastViT ...) under a head of open_clip.
+
+    Features are the map of the last stage, as the trunk's ``forward_features`` gives it, or of one other stage. The
+    summary is the image embedding.
+
+    Args: As for :class:`TrunkTower`.
+    """
+
+    def __init__(
+        self, name: str, visual: nn.Module, choices: Options, *, mean: Triple, std: Triple, joint_dim: int
+    ) -> None:
+        tower: Any = visual
+        trunk = tower.trunk
+        stages = [trunk.get_submodule(info["module"]) for info in trunk.feature_info]
+        stage = chosen_stage(stages, choices, name)
+        # Without a layer the trunk ends as it likes; some add a convolution to their last stage.
+        info = trunk.feature_info[stage]
+        width = trunk.num_features if choices.layer is None else info["num_chs"]
+        if choices.project and width != trunk.num_features:
+            raise ConfigError(f"backbone {name!r} projects its last stage only; leave out layer or project")
+        width = joint_dim if choices.project else width
+        kind = chosen_summary(name, choices.summary, {"projected": joint_dim, "pool": width})
+        stride = trunk.feature_info[-1]["reduction"]
+        super().__init__(
+            name,
+            patch_size=info["reduction"],
+            embed_dim=width,
+            input_size=tuple(side // stride * stride for side in tower.image_size),
+            mean=mean,
+            std=std,
+            summary_dim={"none": None, "mean": width, "pool": trunk.num_features}.get(kind, joint_dim),
+            flexible=bool(getattr(trunk, "dynamic_img_size", True)),
         )
         self.visual: Any = visual
-        self.choices, self.layers = choices, layers_taken
-        self.num_prefix_tokens: int | None = trunk.num_prefix_tokens if tokens else None
+        self.options, self.summary_kind, self.stride = choices, kind, stride
+        self._sources = [] if choices.layer is None else [stages[stage]]
         self.channels_last = str(getattr(trunk, "output_fmt", "NCHW")).endswith("NHWC")
-        self.stride = stride
-        self._sources = [sources[layers_taken.index(layer)] for layer in sorted(set(layers_taken))]
-        embed = getattr(getattr(trunk, "patch_embed", None), "proj", None)
-        self.embeds_patches = tokens and embeds_patches(embed, patch_size)
         self.freeze()
 
     def fit_size(self, height: float, width: float) -> tuple[int, int]:
-        """Whole cells of the last stage, also where an earlier one gives the features."""
+        """Return whole cells of the last stage, also where an earlier one gives the features."""
         fitted = super().fit_size(height, width)
         return (whole_cells(height, self.stride), whole_cells(width, self.stride)) if self.flexible else fitted
 
     def extract(self, images: Tensor) -> BackboneOutput:
-        trunk, grid = self.visual.trunk, self.grid_size(size_of(images))
-        if self.choices.layer is None and self.choices.facet == "token":
-            x = last = trunk.forward_features(images)
-            parts = [last]
-        else:
-            with captured(self._sources) as found:
-                x = trunk.forward_features(images)
-            by_layer = dict(zip(sorted(set(self.layers)), found, strict=True))
-            parts = [self._part(by_layer[layer]) for layer in self.layers]
-        parts = [self._map(part, grid) for part in parts]
-        features = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return BackboneOutput(features, self._summary(x, features))
-
-    def _part(self, found: Tensor) -> Tensor:
-        """Tokens of a block through the final norm, a third of a packed projection, or the map of a stage."""
-        if self.num_prefix_tokens is None:
-            return found
-        if self.choices.facet == "token":
-            return self.visual.trunk.norm(found)
-        width = self.visual.trunk.num_features
-        return found if found.shape[-1] == width else found.chunk(3, -1)[FACETS.index(self.choices.facet)]
-
-    def _map(self, part: Tensor, grid: tuple[int, int]) -> Tensor:
-        """A part as a map [B, C, h, w], projected if asked for."""
-        if self.num_prefix_tokens is not None:
-            part = part[:, self.num_prefix_tokens :]
-            return to_map(self._project(part) if self.choices.project else part, grid)
-        if self.channels_last:
-            part = part.movedim(-1, 1)
-        return to_map(self._project(part.flatten(2).transpose(1, 2)), grid) if self.choices.project else part
-
-    def _project(self, patches: Tensor) -> Tensor:
-        """[B, N, C] to [B, N, D]: the head for each patch as if it were the only one."""
-        alone = patches.flatten(0, 1)
-        if self.num_prefix_tokens is not None:
-            # In the places of the prefix as well, so that a pool of either finds the patch.
-            alone = alone[:, None].expand(-1, self.num_prefix_tokens + 1, -1)
-        else:
+        with captured(self._sources) as taken:
+            last = self.visual.trunk.forward_features(images)
+        part = taken[0] if taken else last
+        features = part.movedim(-1, 1) if self.channels_last else part
+        if self.options.project:  # the head for each place as if it were the only one
+            alone = features.flatten(2).transpose(1, 2).flatten(0, 1)
             alone = alone[:, None, None] if self.channels_last else alone[:, :, None, None]
-        return self._head(alone).unflatten(0, patches.shape[:2])
+            features = to_map(_embed(self.visual, alone).unflatten(0, (len(images), -1)), size_of(features))
+        if self.summary_kind in ("none", "mean"):
+            return BackboneOutput(features, None if self.summary_kind == "none" else features.mean((2, 3)))
+        if self.summary_kind == "pool":
+            return BackboneOutput(features, self.visual.trunk.forward_head(last, pre_logits=True))
+        return BackboneOutput(features, _embed(self.visual, last))
 
-    def _head(self, x: Tensor) -> Tensor:
-        return self.visual.head(self.visual.trunk.forward_head(x))
 
-    def _summary(self, x: Tensor, features: Tensor) -> Tensor | None:
-        kind = self.choices.summary
-        if kind == "none":
-            return None
-        if kind == "mean":
-            return features.mean((2, 3))
-        if kind == "cls":
-            return x[:, 0]
-        return self.visual.trunk.forward_head(x, pre_logits=True) if kind == "pool" else self._head(x)
+def _embed(visual: Any, x: Tensor) -> Tensor:
+    """Image embeddings of what the trunk ends with, through the heads of trunk and tower."""
+    embedded: Tensor = visual.head(visual.trunk.forward_head(x))
+    return embedded
 
 
 def resample_positions(table: Tensor, native: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -362,34 +346,3 @@ def resample_positions(table: Tensor, native: tuple[int, int], grid: tuple[int, 
 def whole_cells(length: float, cell: int) -> int:
     """The nearest multiple of ``cell``, at least one."""
     return max(1, round(length / cell)) * cell
-
-
-def to_map(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[B, h * w, C] to [B, C, h, w], a view."""
-    return patches.transpose(1, 2).unflatten(2, grid)
-
-
-def _one_stage(name: str, stages: Sequence[nn.Module], choices: Options) -> int:
-    if choices.facet != "token":
-        raise ConfigError(f"backbone {name!r} is convolutional: it has no attention with a {choices.facet}")
-    chosen = chosen_blocks(stages, choices.layer, name)
-    if len(chosen) > 1:
-        raise ConfigError(
-            f"the stages of backbone {name!r} have different strides and cannot be concatenated; name one layer, "
-            f"0 to {len(stages) - 1}"
-        )
-    return chosen[0]
-
-
-def _facet_source(name: str, block: Any, facet: str) -> nn.Module:
-    """The module of a block whose output holds the facet: a projection of its own or all three packed."""
-    if facet == "token":
-        return block
-    attention = block.attn
-    own = getattr(attention, f"{facet[0]}_proj", None)
-    if own is not None:
-        return own
-    # Attention with a separate q_bias calls no module for its projection.
-    if getattr(attention, "qkv", None) is None or getattr(attention, "q_bias", None) is not None:
-        raise ConfigError(f"the attention of backbone {name!r} ({type(attention).__name__}) does not show its {facet}")
-    return attention.qkv

@@ -1,4 +1,4 @@
-"""What the models of Hugging Face transformers are as backbones, family by family.
+"""Models of Hugging Face transformers as backbones, family by family.
 
 Shapes:
     tokens [B, P + h * w, C]: P prefix tokens (class token first, then registers), then patches row by row.
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.backbones.base import Backbone, BackboneOutput, embeds_patches
-from featsharp.backbones.blocks import captured, chosen_blocks
 from featsharp.backbones.options import Options
+from featsharp.backbones.tokens import FACETS, TokenBackbone, captured, chosen_stage, chosen_summary, to_map
 from featsharp.errors import ConfigError
 from featsharp.ops.resize import size_of
 
@@ -31,7 +31,7 @@ PROBE_SIDE = 128
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a model's image processor does to pixels in [0, 1].
+    """Whitening and size of a model's image processor, for pixels in [0, 1].
 
     Attributes:
         mean, std: Whitening, three values each.
@@ -43,17 +43,17 @@ class Preprocessing:
     size: tuple[int, int] | None = None
 
 
-class TransformersViT(Backbone):
+class TransformersViT(TokenBackbone):
     """A vision transformer of transformers: its last patch tokens after the final norm (ViT, DeiT, DINOv2, DINOv3).
 
     Patch size, width, blocks and the size of the position table are read from the model. The native size is that of the
     image processor, in whole patches: a 384-pixel model with 14-pixel patches is native at 27 patches, 378 pixels.
 
     Args:
-        name: What ``create_backbone`` builds it from, or a label.
+        name: The name of ``create_backbone``, or a label.
         model: The vision model, with weights.
         preprocessing: Whitening and native size.
-        choices: Layers, facet, projection, summary and size; see :class:`featsharp.backbones.options.Options`.
+        choices: Layer, facet, projection, summary and size.
 
     Raises:
         ConfigError: For a choice that this model does not have, or patches that are not square.
@@ -65,37 +65,32 @@ class TransformersViT(Backbone):
 
     def __init__(self, name: str, model: nn.Module, preprocessing: Preprocessing, choices: Options = DEFAULTS) -> None:
         _check_projection(name, model, choices)
-        config = self.trunk_of(model).config
-        patch_size = _patch_size(name, config)
+        trunk = self.trunk_of(model)
+        config = trunk.config
+        patch_size, width = _patch_size(name, config), config.hidden_size
         table = self.table_size(config)
         # To resample its table, transformers makes it a square first.
         flexible = self.resamples and table[0] == table[1]
         own_size = (preprocessing.size if flexible else None) or table
+        head: Any = getattr(model, "visual_projection", None)
         super().__init__(
             name,
+            model,
+            choices,
+            _module_list(trunk, config.num_hidden_layers),
+            width=width,
+            summaries=self.summaries(config, None if head is None else head.out_features),
+            head_width=0 if head is None else head.out_features,
             patch_size=patch_size,
-            embed_dim=config.hidden_size,
             input_size=_native_size(name, patch_size, own_size, choices.img_size, flexible),
             mean=preprocessing.mean,
             std=preprocessing.std,
             flexible=flexible,
         )
-        self.model: Any = model
-        self.trunk: Any = self.trunk_of(model)
-        self.facet, self.project = choices.facet, choices.project
-        blocks = _module_list(self.trunk, config.num_hidden_layers)
-        self.layers = chosen_blocks(blocks, choices.layer, name)
-        # The model itself ends with the last block and the norm.
-        self.takes_end = choices.layer is None and self.facet == "token"
-        self._blocks = [] if self.takes_end else [blocks[layer] for layer in sorted(set(self.layers))]
-        self._taps = self._blocks if self.facet == "token" else [self._projection(block) for block in self._blocks]
-        self.embed_dim = len(self.layers) * self._width()
-        self.summary = _chosen_summary(name, choices.summary, self.summaries())
-        self.summary_dim = self._summary_width()
-        self.embeds_patches = any(embeds_patches(layer, patch_size) for layer in self.trunk.modules())
+        self.trunk: Any = trunk
+        self.embeds_patches = any(embeds_patches(layer, patch_size) for layer in trunk.modules())
         takes_flag = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         self._arguments: dict[str, Any] = {"interpolate_pos_encoding": True} if takes_flag and flexible else {}
-        self.freeze()
 
     @classmethod
     def trunk_of(cls, model: Any) -> Any:
@@ -107,81 +102,41 @@ class TransformersViT(Backbone):
         """(h, w) in pixels of the images that the position table is for."""
         return pair(config.image_size)
 
-    def summaries(self) -> list[str]:
-        """The kinds of summary that this model has, its default first."""
-        return ["cls", "mean", "none"]
+    @classmethod
+    def summaries(cls, config: Any, projected: int | None) -> dict[str, int | None]:
+        """Channels of the summaries that this model has, its default first; the mean is that of its last tokens."""
+        return {"cls": config.hidden_size, "mean": config.hidden_size}
 
-    def extract(self, images: Tensor) -> BackboneOutput:
-        grid = self.grid_size(size_of(images))
-        num_patches = grid[0] * grid[1]
-        with captured(self._taps) as taken:
-            output = self.run(images)
-        tokens = self.last_tokens(output)
-        if self.takes_end:
-            parts = [self._aligned(tokens[:, -num_patches:])]
-        else:
-            of_layer = {
-                layer: self._finished(self.as_tokens(block, tensor, grid)[:, -num_patches:])
-                for layer, block, tensor in zip(sorted(set(self.layers)), self._blocks, taken, strict=True)
-            }
-            parts = [of_layer[layer] for layer in self.layers]
-        features = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        summary = self._summarise(output, tokens, num_patches)
-        return BackboneOutput(features.transpose(1, 2).unflatten(2, grid), summary)
+    def run(self, images: Tensor) -> tuple[Tensor, Any]:
+        output = self.model(images, **self._arguments)
+        return output.last_hidden_state, output
 
-    def run(self, images: Tensor) -> Any:
-        """The model's own output."""
-        return self.model(images, **self._arguments)
+    def norm(self, tokens: Tensor) -> Tensor:
+        return tokens if self.final_norm is None else getattr(self.trunk, self.final_norm)(tokens)
 
-    def last_tokens(self, output: Any) -> Tensor:
-        """All tokens [B, P + h * w, C] of the last block after the final norm."""
-        return output.last_hidden_state
+    def project(self, tokens: Tensor) -> Tensor:
+        return self.model.visual_projection(tokens)
 
-    def as_tokens(self, block: Any, tensor: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens [B, P + h * w, C] from what ``block``, or the projection in its attention, returned."""
-        return tensor
-
-    def _projection(self, block: nn.Module) -> nn.Linear:
-        """The layer of ``block`` that makes the facet."""
-        names = PROJECTIONS[self.facet]
+    def source(self, block: Any) -> nn.Module:
+        names = PROJECTIONS[self.options.facet]
         for path, module in block.named_modules():
             if path.rpartition(".")[2] in names and isinstance(module, nn.Linear):
                 return module
         raise ConfigError(
-            f"backbone {self.name!r} has no facet {self.facet!r}: no layer of {type(block).__name__} is called "
+            f"backbone {self.name!r} has no facet {self.options.facet!r}: no layer of {type(block).__name__} is called "
             f"{' or '.join(names)}; leave out facet"
         )
 
-    def _width(self) -> int:
-        """Channels of the features of one layer."""
-        return self.embed_dim if self.facet == "token" else self._projection(self._blocks[0]).out_features
+    def facet_width(self, block: Any) -> int:
+        width: Any = self.source(block).out_features
+        return int(width)
 
-    def _finished(self, tokens: Tensor) -> Tensor:
-        """Tokens of a block as the model would end with them; facets stay as they are."""
-        return self._aligned(self._normalised(tokens)) if self.facet == "token" else tokens
-
-    def _normalised(self, tokens: Tensor) -> Tensor:
-        return tokens if self.final_norm is None else getattr(self.trunk, self.final_norm)(tokens)
-
-    def _aligned(self, tokens: Tensor) -> Tensor:
-        """In the space of text, where asked for."""
-        return self.model.visual_projection(tokens) if self.project else tokens
-
-    def _summarise(self, output: Any, tokens: Tensor, num_patches: int) -> Tensor | None:
-        if self.summary == "cls":
-            return tokens[:, 0]
-        if self.summary == "pool":
-            return output.pooler_output
-        if self.summary == "projected":
-            return output.image_embeds
-        if self.summary == "mean":
+    def summarise(self, kind: str, tokens: Tensor, output: Any, num_patches: int) -> Tensor:
+        if kind == "mean":
             return tokens[:, -num_patches:].mean(dim=1)
-        return None
-
-    def _summary_width(self) -> int | None:
-        if self.summary == "projected":
-            return self.model.visual_projection.out_features
-        return None if self.summary == "none" else self.trunk.config.hidden_size
+        if kind == "cls":
+            return tokens[:, 0]
+        return output.pooler_output if kind == "pool" else output.image_embeds
 
 
 class DinoV3ViT(TransformersViT):
@@ -197,11 +152,12 @@ class MaskedAutoencoderViT(TransformersViT):
         super().__init__(name, model, preprocessing, choices)
         self.trunk.config.mask_ratio = 0.0
 
-    def run(self, images: Tensor) -> Any:
+    def run(self, images: Tensor) -> tuple[Tensor, Any]:
         rows, columns = self.grid_size(size_of(images))
         # The encoder keeps, and sorts by, the smallest noise.
         order = torch.arange(rows * columns, device=images.device).expand(len(images), -1)
-        return self.model(images, noise=order, **self._arguments)
+        output = self.model(images, noise=order, **self._arguments)
+        return output.last_hidden_state, output
 
 
 class ClipViT(TransformersViT):
@@ -214,15 +170,14 @@ class ClipViT(TransformersViT):
 
     final_norm = "post_layernorm"
 
-    def summaries(self) -> list[str]:
-        projected = ["projected"] if hasattr(self.model, "visual_projection") else []
-        return [*projected, "cls", "mean", "none"]
+    @classmethod
+    def summaries(cls, config: Any, projected: int | None) -> dict[str, int | None]:
+        own: dict[str, int | None] = {} if projected is None else {"projected": projected}
+        return own | super().summaries(config, projected)
 
-    def last_tokens(self, output: Any) -> Tensor:
-        return self._normalised(output.last_hidden_state)
-
-    def _width(self) -> int:
-        return self.model.visual_projection.out_features if self.project else super()._width()
+    def run(self, images: Tensor) -> tuple[Tensor, Any]:
+        tokens, output = super().run(images)
+        return self.norm(tokens), output
 
 
 class SiglipViT(TransformersViT):
@@ -233,8 +188,10 @@ class SiglipViT(TransformersViT):
 
     final_norm = "post_layernorm"
 
-    def summaries(self) -> list[str]:
-        return [*(["pool"] if self.trunk.config.vision_use_head else []), "none", "mean"]
+    @classmethod
+    def summaries(cls, config: Any, projected: int | None) -> dict[str, int | None]:
+        width = config.hidden_size
+        return {**({"pool": width} if config.vision_use_head else {}), "none": None, "mean": width}
 
 
 class NaFlexViT(SiglipViT):
@@ -252,13 +209,14 @@ class NaFlexViT(SiglipViT):
         side = int(config.num_patches**0.5) * config.patch_size
         return side, side
 
-    def run(self, images: Tensor) -> Any:
+    def run(self, images: Tensor) -> tuple[Tensor, Any]:
         rows, columns = self.grid_size(size_of(images))
         p = self.patch_size
         cells = images.reshape(len(images), 3, rows, p, columns, p)
         patches = cells.permute(0, 2, 4, 3, 5, 1).reshape(len(images), rows * columns, 3 * p * p)
         shapes = torch.tensor([[rows, columns]]).expand(len(images), 2)
-        return self.model(pixel_values=patches, pixel_attention_mask=None, spatial_shapes=shapes)
+        output = self.model(pixel_values=patches, pixel_attention_mask=None, spatial_shapes=shapes)
+        return output.last_hidden_state, output
 
 
 class SamViT(TransformersViT):
@@ -275,26 +233,28 @@ class SamViT(TransformersViT):
     def trunk_of(cls, model: Any) -> Any:
         return model.vision_encoder
 
-    def summaries(self) -> list[str]:
-        return ["none", "mean"]
+    @classmethod
+    def summaries(cls, config: Any, projected: int | None) -> dict[str, int | None]:
+        return {"none": None, "mean": config.hidden_size}
 
-    def last_tokens(self, output: Any) -> Tensor:
-        return output.last_hidden_state.flatten(1, 2)
+    def run(self, images: Tensor) -> tuple[Tensor, Any]:
+        tokens, output = super().run(images)
+        return tokens.flatten(1, 2), output
 
-    def as_tokens(self, block: Any, tensor: Tensor, grid: tuple[int, int]) -> Tensor:
-        if self.facet != "token":
-            tensor = tensor.chunk(3, dim=-1)[list(PROJECTIONS).index(self.facet)]
+    def source(self, block: Any) -> nn.Module:
+        return block.attn.qkv
+
+    def facet_width(self, block: Any) -> int:
+        return self.trunk_of(self.model).config.hidden_size
+
+    def take(self, block: Any, tensor: Tensor, grid: tuple[int, int]) -> Tensor:
+        if self.options.facet != "token":
+            tensor = tensor.chunk(3, dim=-1)[FACETS.index(self.options.facet)]
             window = block.window_size
             if window > 0:  # the attention sees windows of a padded map
                 padded = (-(-grid[0] // window) * window, -(-grid[1] // window) * window)
                 tensor = block.window_unpartition(tensor, window, padded, grid)
         return tensor.flatten(1, 2)
-
-    def _projection(self, block: nn.Module) -> nn.Linear:
-        return block.attn.qkv  # type: ignore[union-attr, return-value]
-
-    def _width(self) -> int:
-        return self.trunk.config.hidden_size
 
 
 class TransformersConvNet(Backbone):
@@ -312,31 +272,23 @@ class TransformersConvNet(Backbone):
 
     def __init__(self, name: str, model: nn.Module, preprocessing: Preprocessing, choices: Options = DEFAULTS) -> None:
         _check_projection(name, model, choices)
-        if choices.facet != "token":
-            raise ConfigError(f"backbone {name!r} is a convolutional network without attention; leave out facet")
         stages = _module_list(model, len(model.config.depths))  # type: ignore[union-attr, arg-type]
-        layers = chosen_blocks(stages, choices.layer, name)
+        stage = chosen_stage(stages, choices, name)
         maps = _stage_maps(model, stages)
-        strides = {layer: PROBE_SIDE // maps[layer].shape[2] for layer in layers}
-        if len(set(strides.values())) > 1:
-            found = ", ".join(f"{stride} in stage {layer}" for layer, stride in strides.items())
-            raise ConfigError(f"the stages of {name!r} differ in stride ({found}); choose one")
-        patch_size = strides[layers[0]]
+        patch_size = PROBE_SIDE // maps[stage].shape[2]
         super().__init__(
             name,
             patch_size=patch_size,
-            embed_dim=sum(maps[layer].shape[1] for layer in layers),
+            embed_dim=maps[stage].shape[1],
             input_size=_native_size(name, patch_size, preprocessing.size, choices.img_size, True),
             mean=preprocessing.mean,
             std=preprocessing.std,
         )
         self.model: Any = model
-        self.layers = layers
-        self.takes_end = choices.layer is None
         self._last_stride = PROBE_SIDE // maps[-1].shape[2]
-        self._stages = [] if self.takes_end else [stages[layer] for layer in sorted(set(layers))]
-        self.summary = _chosen_summary(name, choices.summary, ["pool", "mean", "none"])
-        self.summary_dim = None if self.summary == "none" else maps[-1].shape[1]
+        self._stages = [] if choices.layer is None else [stages[stage]]
+        self.summary_kind = chosen_summary(name, choices.summary, {"pool": None})
+        self.summary_dim = None if self.summary_kind == "none" else maps[-1].shape[1]
         self.freeze()
 
     def extract(self, images: Tensor) -> BackboneOutput:
@@ -345,18 +297,13 @@ class TransformersConvNet(Backbone):
         last = output.last_hidden_state
         if last.ndim == 3:  # DINOv3 ConvNeXt: the pooled token, then the pixels of the map, after the norm
             height, width = size_of(images)
-            last = last[:, 1:].transpose(1, 2).unflatten(2, (height // self._last_stride, width // self._last_stride))
-        if self.takes_end:
-            features = last
-        else:
-            of_layer = dict(zip(sorted(set(self.layers)), taken, strict=True))
-            features = torch.cat([of_layer[layer] for layer in self.layers], dim=1)
+            last = to_map(last[:, 1:], (height // self._last_stride, width // self._last_stride))
         summary = None
-        if self.summary == "pool":
+        if self.summary_kind == "pool":
             summary = output.pooler_output.flatten(1)
-        elif self.summary == "mean":
+        elif self.summary_kind == "mean":
             summary = last.mean(dim=(2, 3))
-        return BackboneOutput(features, summary)
+        return BackboneOutput(taken[0] if taken else last, summary)
 
 
 FAMILIES: dict[str, type[TransformersViT] | type[TransformersConvNet]] = {
@@ -411,21 +358,13 @@ def _check_projection(name: str, model: nn.Module, choices: Options) -> None:
         raise ConfigError(f"the {choices.facet} of {name!r} has no projection; leave out project or facet")
 
 
-def _chosen_summary(name: str, asked: str, kinds: Sequence[str]) -> str:
-    if asked == "default":
-        return kinds[0]
-    if asked not in kinds:
-        raise ConfigError(f"backbone {name!r} has no summary {asked!r}; it has {', '.join(kinds)}")
-    return asked
-
-
 def _module_list(model: nn.Module, length: int) -> list[nn.Module]:
     """The outermost list of as many blocks as the configuration names."""
     return list(next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == length))
 
 
 def _stage_maps(model: nn.Module, stages: Sequence[nn.Module]) -> list[Tensor]:
-    """What each stage makes of a small image; normalisation layers must not learn from it."""
+    """Compute the map of each stage for a small image; normalisation layers must not learn from it."""
     model.eval()
     with torch.no_grad(), captured(stages) as maps:
         model(torch.zeros(1, 3, PROBE_SIDE, PROBE_SIDE))

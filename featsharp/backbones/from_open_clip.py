@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featsharp.backbones._open_clip_towers import ResNetTower, TransformerTower, TrunkTower
+from featsharp.backbones._open_clip_towers import MapTower, ResNetTower, TransformerTower, TrunkTower
 from featsharp.backbones.base import Backbone
 from featsharp.backbones.loading import fill, first_line, import_optional
 from featsharp.backbones.options import Options, parse_whitening
@@ -244,7 +244,9 @@ def _wrap(open_clip: Any, name: str, visual: nn.Module, source: Source, choices:
         return TransformerTower(name, visual, choices, **whitening)
     if isinstance(visual, open_clip.modified_resnet.ModifiedResNet):
         return ResNetTower(name, visual, choices, **whitening)
-    return TrunkTower(name, visual, choices, **whitening, joint_dim=source.config["embed_dim"])
+    trunk: Any = visual.trunk
+    tower = TrunkTower if hasattr(trunk, "num_prefix_tokens") else MapTower
+    return tower(name, visual, choices, **whitening, joint_dim=source.config["embed_dim"])
 
 
 def _whitening(source: Source, key: str) -> tuple[float, float, float] | None:

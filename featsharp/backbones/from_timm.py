@@ -22,14 +22,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featsharp.backbones._timm_facets import inputs_of, project, projection
 from featsharp.backbones._timm_loading import load_timm_model
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput, embeds_patches
-from featsharp.backbones.blocks import chosen_blocks
 from featsharp.backbones.loading import first_line
 from featsharp.backbones.options import Facet, Options
+from featsharp.backbones.tokens import FACETS, TokenBackbone, chosen_stage, chosen_summary
 from featsharp.errors import ConfigError
 
 
@@ -69,7 +69,7 @@ def build(name: str, spec: str, choices: Options) -> Backbone:
     return backbone
 
 
-class TimmViT(Backbone):
+class TimmViT(TokenBackbone):
     """A timm vision transformer: final-norm patch tokens as features.
 
     Patch size, prefix tokens and width are read from the model; whitening comes from its ``pretrained_cfg``, and the
@@ -96,6 +96,8 @@ class TimmViT(Backbone):
         ConfigError: For a model without such tokens, with patches that are not square, or without what is chosen.
     """
 
+    facet_from_inputs = True
+
     def __init__(
         self,
         name: str,
@@ -112,66 +114,45 @@ class TimmViT(Backbone):
                 f"featsharp.backbones.from_callable(model.forward_features)"
             )
         embedding = _embedding(model)
-        patch_size = _square_patch(name, embedding)
-        blocks = _chosen(model, choices, name)
-        width = _int(model, "embed_dim")
-        embed_dim = _channels(model, blocks, choices.facet, width)
-        summary = _summary_kind(choices.summary, _token_summaries(model), name)
+        patch_size, width = _square_patch(name, embedding), _int(model, "embed_dim")
         super().__init__(
             name,
+            model,
+            choices,
+            _blocks(model, choices, name),
+            width=width,
+            summaries=dict.fromkeys(_token_summaries(model), width),
             patch_size=patch_size,
-            embed_dim=embed_dim,
             input_size=_whole_patches(input_size or _native_size(model, patch_size), patch_size),
-            summary_dim={"none": None, "mean": embed_dim}.get(summary, width),
             flexible=_is_naflex(model) or bool(getattr(model, "dynamic_img_size", False)),
             **_whitening(model, mean, std),
         )
-        self.model: Any = model
         self.num_prefix_tokens = _int(model, "num_prefix_tokens")
-        self.blocks = blocks
-        self.facet: Facet = choices.facet
-        self.summary_kind = summary
-        # Without these the model runs to its end, as it is.
-        self.inner = choices.layer is not None or choices.facet != "token"
         self.embeds_patches = embeds_patches(getattr(embedding, "proj", None), patch_size)
-        self.freeze()
 
-    def extract(self, images: Tensor) -> BackboneOutput:
-        final, patches = self._inner(images) if self.inner else self._outer(images)
-        features = patches.transpose(1, 2).unflatten(2, self.grid_size((images.shape[-2], images.shape[-1])))
-        return BackboneOutput(features, self._summary(final, features))
+    def run(self, images: Tensor) -> tuple[Tensor, Any]:
+        return self.model.forward_features(images), None
 
-    def _outer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """All tokens as the model ends [B, P + h * w, C], and those of patches."""
-        tokens = self.model.forward_features(images)
-        return tokens, tokens[:, self.num_prefix_tokens :]
+    def norm(self, tokens: Tensor) -> Tensor:
+        return self.model.norm(tokens)
 
-    def _inner(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
-        """All tokens as the model ends, None where no summary needs them, and the chosen features of patches."""
-        to_end = self.summary_kind in ("cls", "pool")
-        order = sorted(set(self.blocks))
-        blocks = [self.model.blocks[block] for block in order]
-        with inputs_of([block.attn for block in blocks] if self.facet != "token" else []) as inputs:
-            out = self.model.forward_intermediates(
-                images, indices=order, norm=True, stop_early=not to_end, intermediates_only=not to_end, output_fmt="NLC"
-            )
-        final, outputs = out if to_end else (None, out)
-        if self.facet != "token":
-            outputs = [
-                project(block, self.facet, tokens[:, self.num_prefix_tokens :])
-                for block, tokens in zip(blocks, inputs, strict=True)
-            ]
-        return final, _concatenated(self.blocks, order, outputs, 2)
+    def source(self, block: Any) -> nn.Module:
+        _projection(block, self.options.facet)  # or an error
+        return block.attn
 
-    def _summary(self, final: Any, features: Tensor) -> Tensor | None:
-        if self.summary_kind == "cls":
-            return final[:, 0]
-        if self.summary_kind == "pool":
-            return self.model.forward_head(final, pre_logits=True)
-        return features.mean((2, 3)) if self.summary_kind == "mean" else None
+    def facet_width(self, block: Any) -> int:
+        return _projection(block, self.options.facet)[0].shape[0]
+
+    def take(self, block: Any, tensor: Tensor, grid: tuple[int, int]) -> Tensor:
+        if self.options.facet == "token":
+            return tensor
+        return F.linear(tensor[:, self.num_prefix_tokens :], *_projection(block, self.options.facet))
+
+    def summarise(self, kind: str, tokens: Tensor, output: Any, num_patches: int) -> Tensor:
+        return tokens[:, 0] if kind == "cls" else self.model.forward_head(tokens, pre_logits=True)
 
 
-class TimmSAM(Backbone):
+class TimmSAM(TokenBackbone):
     """The image encoder of Segment Anything (arXiv 2304.02643): the output of its last block, before the neck.
 
     It takes one size, 1024 pixels in the weights of the authors: its absolute and relative positions are tables.
@@ -182,6 +163,8 @@ class TimmSAM(Backbone):
 
     Args: As :class:`TimmViT`.
     """
+
+    has_end = False
 
     def __init__(
         self,
@@ -195,38 +178,35 @@ class TimmSAM(Backbone):
     ) -> None:
         patch_embed: Any = model.patch_embed
         patch_size = _square_patch(name, patch_embed)
-        size = input_size or patch_embed.img_size
-        blocks = _chosen(model, choices, name)
-        embed_dim = _channels(model, blocks, choices.facet, _int(model, "embed_dim"))
-        summary = _summary_kind(choices.summary, [], name)
         super().__init__(
             name,
+            model,
+            choices,
+            _blocks(model, choices, name),
+            width=_int(model, "embed_dim"),
+            summaries={},
             patch_size=patch_size,
-            embed_dim=embed_dim,
-            input_size=_whole_patches(size, patch_size),
-            summary_dim=embed_dim if summary == "mean" else None,
+            input_size=_whole_patches(input_size or patch_embed.img_size, patch_size),
             flexible=False,
             **_whitening(model, mean, std),
         )
-        self.model: Any = model
-        self.blocks = blocks
-        self.facet: Facet = choices.facet
         self.embeds_patches = embeds_patches(getattr(patch_embed, "proj", None), patch_size)
-        self.freeze()
 
-    def extract(self, images: Tensor) -> BackboneOutput:
-        order = sorted(set(self.blocks))
-        blocks = [self.model.blocks[block] for block in order]
-        with inputs_of(blocks if self.facet != "token" else []) as inputs:
-            maps = self.model.forward_intermediates(images, indices=order, stop_early=True, intermediates_only=True)
-        if self.facet != "token":
-            # The attention itself may see windows, with padding.
-            maps = [
-                project(block, self.facet, block.norm1(tokens)).permute(0, 3, 1, 2)
-                for block, tokens in zip(blocks, inputs, strict=True)
-            ]
-        features = _concatenated(self.blocks, order, maps, 1)
-        return BackboneOutput(features, None if self.summary_dim is None else features.mean((2, 3)))
+    def run(self, images: Tensor) -> tuple[Tensor, Any]:
+        return self.model.forward_features(images), None
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def source(self, block: Any) -> nn.Module:
+        return block.norm1  # the attention itself may see windows, with padding
+
+    def facet_width(self, block: Any) -> int:
+        return _projection(block, self.options.facet)[0].shape[0]
+
+    def take(self, block: Any, tensor: Tensor, grid: tuple[int, int]) -> Tensor:
+        facet = self.options.facet
+        return (tensor if facet == "token" else F.linear(tensor, *_projection(block, facet))).flatten(1, 2)
 
 
 class TimmStages(Backbone):
@@ -262,13 +242,7 @@ class TimmStages(Backbone):
                 f"timm model {name!r} ({type(model).__name__}) names no stages; wrap it with "
                 f"featsharp.backbones.from_callable(model.forward_features)"
             )
-        if choices.facet != "token":
-            raise ConfigError(
-                f"timm model {name!r} ({type(model).__name__}) has no facet {choices.facet!r}; only token"
-            )
-        if choices.layer is not None and len(choices.layer) > 1:
-            raise ConfigError(f"the stages of timm model {name!r} differ in stride; choose one layer")
-        (stage,) = chosen_blocks(stages, choices.layer, name)
+        stage = chosen_stage(stages, choices, name)
         config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
         size = input_size or _configured_size(model)
         stride = int(stages[stage]["reduction"])
@@ -282,7 +256,7 @@ class TimmStages(Backbone):
         )
         self.model: Any = model
         self.stage = stage
-        self.summary_kind = _summary_kind(choices.summary, ["pool"], name)
+        self.summary_kind = chosen_summary(name, choices.summary, {"pool": None})
         self.norm = True
         self.freeze()
         self._try()
@@ -374,38 +348,31 @@ def _square_patch(name: str, patch_embed: Any) -> int:
     return int(height)
 
 
-def _chosen(model: nn.Module, choices: Options, name: str) -> list[int]:
-    """Blocks whose features are taken; ConfigError where the model has none to choose from."""
+def _blocks(model: nn.Module, choices: Options, name: str) -> Any:
+    """Blocks of a transformer; ConfigError where features from inside are asked for and it shows none."""
     blocks: Any = getattr(model, "blocks", [])
-    inner = choices.layer is not None or choices.facet != "token"
-    if inner and not (len(blocks) and hasattr(model, "forward_intermediates")):
+    if choices.inner and not (len(blocks) and hasattr(model, "forward_intermediates")):
         raise ConfigError(f"timm model {name!r} ({type(model).__name__}) shows no blocks; leave out layer and facet")
-    return chosen_blocks(blocks, choices.layer, name)
+    return blocks
 
 
-def _channels(model: nn.Module, blocks: Sequence[int], facet: Facet, width: int) -> int:
-    if facet == "token":
-        return width * len(blocks)
-    modules: Any = model.blocks
-    return sum(projection(modules[block], facet)[0].shape[0] for block in blocks)
+def _projection(block: nn.Module, facet: Facet) -> tuple[Tensor, Tensor | None]:
+    """Weight [C, width] and bias [C] of the query, key or value projection in a block, views of the model's own.
 
-
-def _concatenated(blocks: Sequence[int], order: Sequence[int], outputs: Sequence[Tensor], dim: int) -> Tensor:
-    """Outputs of the blocks ``order``, in the order of ``blocks``; no copy for one."""
-    by_block = dict(zip(order, outputs, strict=True))
-    return by_block[blocks[0]] if len(blocks) == 1 else torch.cat([by_block[block] for block in blocks], dim)
-
-
-def _summary_kind(asked: str, available: Sequence[str], name: str) -> str:
-    """What "default" means here, or ``asked``; ConfigError for one that the model has not."""
-    if asked == "default":
-        return next(iter(available), "none")
-    if asked not in (*available, "mean", "none"):
-        hint = "; text-aligned summaries come from open_clip: or hf:" if asked == "projected" else ""
-        raise ConfigError(
-            f"timm model {name!r} has no summary {asked!r}; it has {', '.join([*available, 'mean', 'none'])}{hint}"
-        )
-    return asked
+    Raises:
+        ConfigError: For a block without attention, or one that computes them in another way.
+    """
+    attention = getattr(block, "attn", None)
+    letter, part = facet[0], FACETS.index(facet)
+    separate = getattr(attention, f"{letter}_proj", None)
+    if isinstance(separate, nn.Linear):
+        return separate.weight, separate.bias
+    joint, out = getattr(attention, "qkv", None), getattr(attention, "proj", None)
+    if not isinstance(joint, nn.Linear) or not isinstance(out, nn.Linear) or joint.out_features != 3 * out.in_features:
+        raise ConfigError(f"{type(block).__name__} of timm has no linear {facet} projection; leave out facet={facet}")
+    # EVA and BEiT keep the biases apart from the weight.
+    bias = joint.bias.chunk(3)[part] if joint.bias is not None else getattr(attention, f"{letter}_bias", None)
+    return joint.weight.chunk(3)[part], bias
 
 
 def _whitening(model: nn.Module, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> dict[str, Any]:

@@ -170,7 +170,9 @@ def test_the_value_facet_is_what_attention_of_one_token_passes_on():
     seen = []
     hook = model.blocks[0].attn.proj.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     value = TimmViT("mine", model, choices=Options(layer=(0,), facet="value"))
-    features = value(torch.randn(1, 3, 16, 16)).features
+    image = torch.randn(1, 3, 16, 16)
+    features = value(image).features
+    model.forward_features(image)
     hook.remove()
     torch.testing.assert_close(features[..., 0, 0], seen[0][:, 0], atol=1e-6, rtol=1e-5)
 
@@ -489,8 +491,8 @@ def test_hierarchical_transformers_and_mixers_are_fixed_maps():
     ("options", "message"),
     [
         ("layer=5", "has 5 blocks, 0 to 4; got layer=5"),
-        ("layer=1,2", "differ in stride; choose one layer"),
-        ("facet=key", "has no facet 'key'; only token"),
+        ("layer=1,2", "have different strides .* name one layer"),
+        ("facet=key", "without attention: it has no key"),
         ("summary=cls", "no summary 'cls'; it has pool, mean, none"),
         ("img_size=100", "whole patches of 32; the nearest below is 96x96"),
     ],
@@ -712,7 +714,7 @@ def test_options_as_arguments_and_whitening_of_published_numbers():
     )
     assert (backbone.mean, backbone.std) == IMAGENET
     assert (backbone.embed_dim, backbone.summary_dim) == (2 * 192, None)
-    assert backbone.blocks == [2, 11]
+    assert backbone.layers == [2, 11]
 
 
 def test_random_weights_are_seeded_and_leave_the_global_state():
@@ -741,7 +743,7 @@ def test_random_weights_are_seeded_and_leave_the_global_state():
         ("?pretrained=false", "timm: needs a name"),
         ("vit_tiny_patch16_224?pretrained=false&project=true", "has no option 'project'; it has layer, facet, summary"),
         ("vit_tiny_patch16_224?pretrained=false&layer=12", "has 12 blocks, 0 to 11; got layer=12"),
-        ("vit_tiny_patch16_224?pretrained=false&summary=projected", "text-aligned summaries come from open_clip:"),
+        ("vit_tiny_patch16_224?pretrained=false&summary=projected", "no summary 'projected'; it has cls, pool, mean, none"),
         ("vit_tiny_patch16_224?pretrained=false&mean=0.5,1", "three with commas.* got '0.5,1'"),
         ("vit_tiny_patch16_224?pretrained=false&mean=a,b,c", "three with commas.* got 'a,b,c'"),
         ("vit_tiny_patch16_224?pretrained=false&std=1,0,1", "std .* above 0, .* got '1,0,1'"),
