@@ -18,8 +18,8 @@ from featsharp.backbones import (
     list_backbones,
     resolve_backbone,
 )
-from featsharp.backbones.tokens import captured, chosen_blocks
 from featsharp.backbones.options import COMMON, OPTIONS, Options, parse_options, parse_whitening
+from featsharp.backbones.tokens import captured, chosen_blocks
 from featsharp.backbones.toy import ToyViT
 from featsharp.backbones.windowed import WindowedBackbone
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint
