@@ -1,4 +1,4 @@
-"""What of URLs may be shown: not the parts that hold passwords and tokens."""
+"""Redaction of URLs: the parts that hold passwords and tokens are not shown."""
 
 import re
 
@@ -18,7 +18,7 @@ _VALUE = re.compile(r"([^=&;]+=)[^&;]*|[^&;]+")
 
 
 def redact_url(text: str) -> str:
-    """A text without the secrets of the URLs in it, for logs, messages and files that are passed on.
+    """Redact the URLs in a text, for logs, messages and files that are passed on.
 
     Names, passwords, values of queries and fragments become ``***``; the names of the values stay. Text without URLs
     is returned as it is. What a command takes otherwise (``--token abc``) is not recognised.
@@ -31,7 +31,7 @@ def redact_url(text: str) -> str:
 
 
 def redact_setting(value: str) -> str:
-    """A value of the configuration without the secrets of the URLs in it.
+    """Redact the URLs in a value of the configuration.
 
     Where it is one URL as a whole, blanks belong to that; a reader of text, as :func:`redact_url` is, would stop there.
     """

@@ -94,8 +94,8 @@ def test_nothing_in_the_package_unpickles_or_runs_what_it_reads():
         if (risky := risky_calls(path.read_text(encoding="utf-8")))
     }
     # The one command that is run is the user's own: pipe: entries of the data settings.
-    assert list(found) == ["data/streams.py"]
-    (line,) = found["data/streams.py"]
+    assert list(found) == ["data/_fetch.py"]
+    (line,) = found["data/_fetch.py"]
     assert "subprocess.Popen(command, shell=True" in line
 
 

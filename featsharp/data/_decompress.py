@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable
 from typing import IO, BinaryIO, Protocol, cast
 
-# What damaged data raises. OSError may also come from the stream below: see ``Source.error``.
+# Errors of damaged data. OSError may also come from the stream below: see ``Source.error``.
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, OSError)
 
 _MAX_XZ_MEMORY = 1 << 28  # a header may claim any; xz -9 needs 65 MiB
@@ -16,7 +16,7 @@ _CHUNK = 1 << 16
 
 
 class _Decoder(Protocol):
-    """What ``bz2.BZ2Decompressor`` and ``lzma.LZMADecompressor`` are: for one member."""
+    """Interface of ``bz2.BZ2Decompressor`` and ``lzma.LZMADecompressor``: for one member."""
 
     @property
     def eof(self) -> bool: ...
@@ -52,8 +52,8 @@ class Source:
             raise
 
 
-def decompressed(source: Source) -> IO[bytes]:
-    """What a stream holds, by its first bytes; what is not compressed as it is. Only for ``read(size)``."""
+def decompress(source: Source) -> IO[bytes]:
+    """Decompress a stream by its first bytes; what is not compressed stays as it is. Only for ``read(size)``."""
     head = source.head
     if head.startswith(b"\x1f\x8b\x08"):
         return cast(IO[bytes], gzip.GzipFile(fileobj=cast(BinaryIO, source), mode="rb"))  # only reads

@@ -27,7 +27,7 @@ _ASK_AGAIN = {408, 425, 429}  # statuses below 500 of servers that may answer la
 
 
 class FetchConfig(NamedTuple):
-    """How long to wait for a shard, and how often to ask for it before what is left of it is given up."""
+    """Attempts and waits for a shard, before what is left of it is given up."""
 
     attempts: int = 4
     backoff: float = 1.0  # seconds before the second attempt; twice as many before each further one
@@ -35,7 +35,7 @@ class FetchConfig(NamedTuple):
 
 
 def is_temporary(error: Exception) -> bool:
-    """Whether another attempt to fetch may help."""
+    """Return whether another attempt to fetch may help."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500 or error.code in _ASK_AGAIN
     return not isinstance(error, (InvalidURL, ValueError))
@@ -43,7 +43,7 @@ def is_temporary(error: Exception) -> bool:
 
 @contextmanager
 def open_address(address: str, timeout: float) -> Iterator[IO[bytes]]:
-    """The bytes behind an address or command, as a file that can be read once; OSError where they cannot be had."""
+    """Open an address or start a command, as a file that can be read once; OSError where that fails."""
     if address.startswith(PIPE):
         with _run(address.removeprefix(PIPE), timeout) as output:
             yield output
@@ -60,7 +60,7 @@ def open_address(address: str, timeout: float) -> Iterator[IO[bytes]]:
 
 
 def describe_error(error: BaseException) -> str:
-    """The text of an error of fetching, without secrets."""
+    """Describe an error of fetching without secrets."""
     if isinstance(error, (InvalidURL, ValueError)):
         return "the address is not valid"  # the error's text would show parts of it
     return redact_url(" ".join(str(error).split())) or type(error).__name__

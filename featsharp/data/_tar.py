@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, Self
 
 from featsharp.data._decompress import DAMAGE as DECOMPRESSION_DAMAGE
-from featsharp.data._decompress import Source, decompressed
+from featsharp.data._decompress import Source, decompress
 from featsharp.data.images import is_image_name
 from featsharp.data.skips import count_of_others
 from featsharp.errors import DataError
@@ -48,7 +48,7 @@ class TarMember(NamedTuple):
 
 
 class TarIndex(NamedTuple):
-    """What a tar file holds."""
+    """Contents of a tar file."""
 
     members: list[TarMember]
     skipped: list[tuple[str, str]]  # (name, reason) of damage and of members that are refused
@@ -56,7 +56,7 @@ class TarIndex(NamedTuple):
 
 
 class StreamMember(NamedTuple):
-    """The next member of a stream: an image's bytes, or why there is none (``name`` may then be the tar's own)."""
+    """Member of a stream: an image's bytes, or why there is none (``name`` is empty where that is about the tar)."""
 
     name: str
     data: bytes
@@ -64,7 +64,7 @@ class StreamMember(NamedTuple):
 
 
 def index_tar(path: Path) -> TarIndex:
-    """The images of a tar file in stored order.
+    """Index the images of a tar file in stored order.
 
     A damaged or truncated file gives the members up to the damage and one entry that says where it is. Raises DataError
     for a compressed tar, which cannot be read at random.
@@ -98,7 +98,7 @@ def index_tar(path: Path) -> TarIndex:
 
 
 def stream_tar(file: BinaryIO | IO[bytes], max_bytes: int = MAX_MEMBER_BYTES) -> Iterator[StreamMember]:
-    """The images of a tar that can only be read once, in stored order, and what is wrong with it.
+    """Read the images of a tar that can only be read once, in stored order, and what is wrong with it.
 
     It may be compressed with gzip, bzip2 or xz, also in several members, as when compressed tars were joined.
     The last entry has no name when it is about the tar itself. Members that are no images by name are one entry at the
@@ -107,7 +107,7 @@ def stream_tar(file: BinaryIO | IO[bytes], max_bytes: int = MAX_MEMBER_BYTES) ->
     images = others = 0
     source = Source(file)
     try:
-        with tarfile.open(fileobj=decompressed(source), mode="r|", tarinfo=_Header) as tar:
+        with tarfile.open(fileobj=decompress(source), mode="r|", tarinfo=_Header) as tar:
             for info in _members(tar):
                 verdict = _verdict(info)
                 if verdict == _OTHER:
@@ -131,12 +131,12 @@ def stream_tar(file: BinaryIO | IO[bytes], max_bytes: int = MAX_MEMBER_BYTES) ->
 
 
 def is_compressed_name(name: str) -> bool:
-    """Whether a file of this name is a compressed tar."""
+    """Return whether a file of this name is a compressed tar."""
     return os.path.basename(name).lower().endswith(_COMPRESSED_EXTENSIONS)
 
 
 def refuse_compressed(path: Path) -> DataError:
-    """The error for a compressed tar."""
+    """Make the error for a compressed tar."""
     ending = path.name.lower().rpartition(".")[2]
     tool = {"bz2": "bzip2", "tbz2": "bzip2", "xz": "xz", "txz": "xz", "zst": "zstd", "tzst": "zstd", "lz4": "lz4"}
     return DataError(
@@ -146,7 +146,7 @@ def refuse_compressed(path: Path) -> DataError:
 
 
 class _Header(tarfile.TarInfo):
-    """Leaves a note of what ended the archive: tarfile takes a damaged header after the first for its end."""
+    """A header that notes how the archive ended: tarfile takes a damaged one after the first for its end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -196,7 +196,7 @@ def _note(tar: tarfile.TarFile) -> str:
 
 
 def _ended_by(tar: tarfile.TarFile) -> str:
-    """What ended an archive all of whose members have been read; empty for an end mark."""
+    """Damage that ended an archive after its last readable member; empty for an end mark."""
     return "" if _note(tar) == _END_MARK else _note(tar)
 
 
@@ -212,7 +212,7 @@ def _verdict(info: tarfile.TarInfo) -> str:
 
 
 def _leads_outside(name: str) -> bool:
-    """Whether a path is absolute or climbs, also as Windows reads it."""
+    """Return whether a path is absolute or climbs, also as Windows reads it."""
     return bool(re.match(r"[/\\]|[A-Za-z]:", name)) or ".." in re.split(r"[/\\]", name)
 
 

@@ -15,7 +15,7 @@ PIPE = "pipe:"
 
 
 class WeightedPath(NamedTuple):
-    """One entry of ``train_data_dir`` and its kin."""
+    """Entry of a ``*_data_dir`` setting."""
 
     path: Path | str  # the latter names shards that are streamed
     weight: float = 1.0
@@ -47,7 +47,7 @@ def parse_data_dir(value: object) -> list[WeightedPath]:
 
 
 def is_stream(path: object) -> bool:
-    """Whether an entry of a ``*_data_dir`` setting names shards that are streamed."""
+    """Return whether an entry of a ``*_data_dir`` setting names shards that are streamed."""
     return isinstance(path, str) and (path.startswith(PIPE) or bool(re.match("https?://", path, re.IGNORECASE)))
 
 
@@ -115,5 +115,5 @@ def _weighted_path(path: object, weight: object) -> WeightedPath:
 
 
 def is_weight(value: object) -> bool:
-    """Whether a value is a positive, finite number."""
+    """Return whether a value is a positive, finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0

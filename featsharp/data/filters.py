@@ -1,4 +1,4 @@
-"""Which images are of use for training; the others are skipped and counted like damaged ones."""
+"""Filter of images that are of no use for training; they are skipped and counted like damaged ones."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Predicate = Callable[[Image.Image, str], bool]
 
 @dataclass(frozen=True)
 class ImageFilter:
-    """Why an image is of no use, if it is not.
+    """Filter by size, colour and a function of the user.
 
     Uniform images are always left out: those of which no channel spans more than one level.
 
@@ -40,7 +40,7 @@ class ImageFilter:
             load_function(self.predicate, "data.filter")
 
     def __call__(self, image: Image.Image, name: str) -> str:
-        """The reason to leave an image out; empty when there is none. Raises ConfigError where the predicate fails."""
+        """Return the reason to leave an image out, or "" to keep it; ConfigError where the predicate fails."""
         if min(image.size) < self.min_size:
             return f"{TOO_SMALL} ({image.width} x {image.height} pixels, the shorter side below {self.min_size})"
         ranges = [int(high) - int(low) for low, high in image.getextrema()]  # type: ignore[misc]

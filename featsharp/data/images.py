@@ -39,7 +39,7 @@ def decode_image(
 
     Args:
         data: Encoded bytes, the path of a file, or a Pillow image of any mode (left unchanged).
-        name: What errors call the image; the path when there is one, else "image".
+        name: Of the image in errors; the path when there is one, else "image".
         upright: False leaves the EXIF orientation alone: labels and points belong to the pixels as they are stored.
 
     Returns:
@@ -75,7 +75,7 @@ def decode_image(
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as a tensor [3, H, W], float32 in [0, 1]; raises InputError for any other mode."""
+    """Convert an RGB image to a tensor [3, H, W], float32 in [0, 1]; InputError for any other mode."""
     if image.mode != "RGB":
         raise InputError(f"expected an image of mode RGB, got {image.mode}; pass it through decode_image first")
     pixels = torch.from_numpy(np.array(image))
@@ -103,7 +103,7 @@ def try_decode(image: EncodedImage, skipped: list[tuple[str, str]]) -> Image.Ima
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file or tar member of this name counts as an image: known extension, no hidden part (``.x``)."""
+    """Return whether a file or tar member counts as an image by name: known extension, no hidden part (``.x``)."""
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") and part not in (".", "..") for part in path.parts)
     return not hidden and path.suffix.lower() in IMAGE_EXTENSIONS
@@ -162,5 +162,5 @@ def _grey16_to_rgb(image: Image.Image, name: str) -> Image.Image:
     if grey.min() < 0 or grey.max() > 65535:
         levels = f"{grey.min()}..{grey.max()}"
         raise DataError(f"{name}: grey values {levels} are outside 0..65535; store it with 8 or 16 bits per channel")
-    # 65535 / 255 = 257 exactly; Pillow's own conversion would clip at 255 instead.
+    # 65535 / 255 = 257 exactly; Pillow's conversion would clip at 255 instead.
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")

@@ -27,7 +27,7 @@ from featsharp.errors import ConfigError, FeatSharpError
 
 
 class ViewBatch(NamedTuple):
-    """One step's data, and what had to be passed over to get it."""
+    """Data of one step, and what was passed over for it."""
 
     views: Views
     skipped: list[tuple[str, str]]  # (name, reason)
@@ -44,7 +44,7 @@ class ViewDataset:
         mixture: Where images come from.
         size: (h, w) of the base view in pixels.
         config: Ranges of the views.
-        seed: Of the random views; independent of the mixture's own.
+        seed: Of the random views; independent of the mixture's seed.
     """
 
     def __init__(self, mixture: ImageMixture, size: tuple[int, int], config: ViewConfig, seed: int) -> None:
@@ -54,7 +54,7 @@ class ViewDataset:
         return self.sample(n)
 
     def sample(self, n: int, division: Division = Division()) -> tuple[Views, list[tuple[str, str]]]:  # noqa: B008
-        """Sample ``n`` of a run whose samples are divided so (which matters for streams only)."""
+        """Load sample ``n`` of a run whose samples are divided so (which matters for streams only)."""
         loaded = self.mixture.load(n, division)
         rng = np.random.default_rng((self.seed, n))
         return sample_views(loaded.image, self.size, self.config, rng), loaded.skipped
@@ -63,7 +63,7 @@ class ViewDataset:
 class StepSampler:
     """The sample numbers of every step from ``first_step`` to ``last_step`` (exclusive) for one rank.
 
-    With ``distinct`` samples, these come again in every epoch, in an order of its own that ``seed`` decides.
+    With ``distinct`` samples, these come again in every epoch, each time in another order that ``seed`` decides.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class StepSampler:
 def load_views(
     dataset: ViewDataset, sampler: StepSampler, num_workers: int, places: Places | None = None
 ) -> Generator[ViewBatch]:
-    """The batches of ``sampler``, decoded in ``num_workers`` processes (0: in this one).
+    """Load the batches of ``sampler``, decoded in ``num_workers`` processes (0: in this one).
 
     Args:
         dataset: Of samples.
@@ -119,7 +119,7 @@ def load_views(
     if sampler.distinct:
         check_repeatable(dataset.mixture)
     places = {} if places is None else places
-    dataset.mixture.go_on_from(places)  # not from what was read for another purpose: this pass has readers of its own
+    dataset.mixture.go_on_from(places)  # not from what was read for another purpose: this pass has other readers
     division = Division(sampler.batch_size, sampler.world, max(1, num_workers))
     lifeline = Pipe(duplex=False)
     loader: DataLoader[_Loaded | FeatSharpError] = DataLoader(
@@ -131,7 +131,7 @@ def load_views(
         # Workers are forked where the system forks: their threads would fight for the cores of the training process.
         worker_init_fn=functools.partial(_prepare_worker, lifeline=lifeline),
         prefetch_factor=2 if num_workers else None,
-        # Without a generator of its own the loader would draw from the global one, and a resumed run once more.
+        # Without its generator the loader would draw from the global one, and a resumed run once more.
         generator=torch.Generator().manual_seed(0),
     )
     batches = iter(loader)  # held, as letting go of it waits for the workers
@@ -148,7 +148,7 @@ def load_views(
 
 
 def check_repeatable(mixture: ImageMixture) -> None:
-    """ConfigError where samples cannot be given again."""
+    """Raise ConfigError where samples cannot be given again."""
     if mixture.has_streams:
         raise ConfigError(
             "feature_cache.samples repeats samples, which shards by URL or pipe cannot give again; copy them to a disk "
@@ -199,7 +199,7 @@ def _prepare_worker(worker: int, lifeline: tuple[Connection, Connection]) -> Non
     Finalize(None, end_commands, exitpriority=0)
     Thread(target=_end_with_the_other_end, args=lifeline, daemon=True).start()
     # Schedulers send it to all processes of a group, and workers are needed until the training process has saved. The
-    # second one is the loader's own, for workers that do not end.
+    # second one is the loader's, for workers that do not end.
     received: list[int] = []
 
     def on_term(number: int, frame: object) -> None:

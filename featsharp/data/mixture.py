@@ -36,7 +36,7 @@ class LoadedImage(NamedTuple):
 
 
 class Division(NamedTuple):
-    """How the sample numbers of a run are divided among its readers (see ``featsharp.data.streams``).
+    """Division of the sample numbers of a run among its readers (see ``featsharp.data.streams``).
 
     Rank r of ``world`` takes the samples ``(s * world + r) * batch_size ...`` in step s; its worker s modulo
     ``workers`` decodes them.
@@ -70,13 +70,13 @@ class ImageMixture:
 
     Sample n comes from a source with probability proportional to its weight (over seeds; within one sequence the shares
     are kept as evenly as a golden-ratio rotation can). Each source is walked in shuffled epochs: all of its images,
-    in an order of that epoch's own, before any comes again. Both are functions of (seed, n) alone, with nothing stored,
+    in an order of that epoch, before any comes again. Both are functions of (seed, n) alone, with nothing stored,
     so any sample number costs the same few dozen integer steps. Streams are walked by each reader on its own: which of
     their images sample n is depends on the division of the samples, too, and going far ahead means reading up to there.
 
     An unusable image is replaced by another one of its source, so that shares stay what they are. Files and local
-    shards draw it from all images of the source, in an order that is the sample's own: each usable image takes an equal
-    part in the replacements, and what sample n is does not depend on other samples. Streams read on, so that each
+    shards draw it from all images of the source, in an order that belongs to the sample: each usable image takes an
+    equal part in the replacements, and what sample n is does not depend on other samples. Streams read on, so that each
     usable image comes once per epoch whatever lies between; where their readers are has then to be kept
     (:meth:`places`).
 
@@ -142,7 +142,7 @@ class ImageMixture:
 
     @property
     def has_streams(self) -> bool:
-        """Whether some source can only be read in order."""
+        """True if some source can only be read in order."""
         return bool(self._streams)
 
     @property
@@ -155,7 +155,7 @@ class ImageMixture:
         return damaged + others
 
     def check(self) -> None:
-        """Raise DataError for a source without a usable image: shares of others would hide it for the whole run."""
+        """Raise DataError for a source without a usable image, which shares of others would hide for the whole run."""
         for source in self.sources:
             skipped: list[tuple[str, str]] = []
             if not any(self._decode(image, skipped) for image in itertools.islice(source.probe(), self.max_failures)):
@@ -177,7 +177,7 @@ class ImageMixture:
         }
 
     def go_on_from(self, places: Mapping[str, tuple[int, int]]) -> None:
-        """Start readers of streams at :meth:`places` of an earlier process; a sample before these is found without."""
+        """Start readers of streams at :meth:`places` of an earlier process; samples before these do without."""
         self.close()
         self._starts = dict(places)
 

@@ -97,7 +97,7 @@ class ShardStream:
     def images(
         self, sample: int, *, seed: int = 0, reader: int = 0, readers: int = 1, start: StreamPlace | None = None
     ) -> Iterator[EncodedImage]:
-        """The images of one reader that may serve its ``sample``, from its own on; those that are taken are used up.
+        """Images of one reader for its ``sample``, from the one of that number on; those that are taken are used up.
 
         Calls for growing samples read on where they are; each sample that was left out in between stands for one image.
 

@@ -28,7 +28,7 @@ MARGIN = 0.125
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """How views are drawn.
+    """Ranges that views are drawn from.
 
     Attributes:
         num_views: Jitters per image, besides the base view.
@@ -117,7 +117,7 @@ def cut_canvas(
 
 
 def canvas_margin(size: tuple[int, int]) -> tuple[int, int]:
-    """Margin (my, mx) in pixels around a base view of (h, w)."""
+    """Compute the margin (my, mx) in pixels around a base view of (h, w)."""
     return round(size[0] * MARGIN), round(size[1] * MARGIN)
 
 
@@ -134,7 +134,7 @@ def sample_homography(size: tuple[int, int], config: ViewConfig, rng: np.random.
 
 
 def similarity(size: tuple[int, int], scale: float, angle: float, shift: np.ndarray) -> np.ndarray:
-    """Scale and rotation (in pixels, so that right angles stay right on non-square views), then a (x, y) shift."""
+    """Compose scale, rotation (in pixels: right angles stay right on non-square views) and a (x, y) shift."""
     aspect = np.diag([size[1], size[0], 1.0])
     rotation = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
     matrix = np.linalg.inv(aspect) @ rotation @ aspect @ np.diag([scale, scale, 1.0])
@@ -143,7 +143,7 @@ def similarity(size: tuple[int, int], scale: float, angle: float, shift: np.ndar
 
 
 def corner_homography(moves: np.ndarray) -> np.ndarray:
-    """The projective map that moves the corners (-1,-1), (1,-1), (1,1), (-1,1) by ``moves`` [4, 2]."""
+    """Compute the projective map that moves the corners (-1,-1), (1,-1), (1,1), (-1,1) by ``moves`` [4, 2]."""
     corners = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
     rows, values = [], []
     for (x, y), (u, v) in zip(corners, corners + moves, strict=True):
@@ -153,7 +153,7 @@ def corner_homography(moves: np.ndarray) -> np.ndarray:
 
 
 def base_view(views: Views) -> tuple[Tensor, Tensor]:
-    """The base images [B, 3, h, w] and masks [B, 1, h, w]: the centre of the canvases, unresampled."""
+    """Cut out the base images [B, 3, h, w] and masks [B, 1, h, w]: the centre of the canvases, unresampled."""
     my, mx = _margin_of(views.canvas)
     inner = (..., slice(my, views.canvas.shape[-2] - my), slice(mx, views.canvas.shape[-1] - mx))
     return views.canvas[inner], views.mask[inner]

@@ -88,7 +88,7 @@ class MappedFeatures:
             return header, {"high_res": len(header)}, len(header) + entry.nbytes
         entries: dict[str, object] = {"__metadata__": self._metadata} if self._metadata else {}
         starts, end = {}, 0
-        # The wider type first, so that every tensor starts at a multiple of its own size.
+        # The wider type first, so that every tensor starts at a multiple of its size.
         for key, entry in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
             starts[key], end = end, end + entry.nbytes
             name = _DTYPES[entry.dtype][0]

@@ -17,7 +17,7 @@ from featsharp.ops.views import View
 
 @dataclass(frozen=True)
 class CropConfig:
-    """How views are drawn; the published numbers.
+    """Ranges that crops are drawn from; the defaults are the published numbers.
 
     Attributes:
         pad: Mirrored margin around the picture, as a share of its side (published: 30 of 224 pixels).

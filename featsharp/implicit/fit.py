@@ -32,7 +32,7 @@ from featsharp.checkpoint import read_checkpoint, restoring, write_checkpoint
 from featsharp.data.images import decode_image, image_to_tensor
 from featsharp.errors import CheckpointError, ConfigError, InputError, unknown_name
 from featsharp.implicit.crops import Canvas, CropConfig, sample_crops
-from featsharp.implicit.fitted import FIT_FILE, ImplicitFeatures, fitted_from
+from featsharp.implicit.fitted import FIT_FILE, ImplicitFeatures, build_fitted
 from featsharp.implicit.network import FREQUENCY_KINDS, ImplicitNetwork, colour_range, frequency_table
 from featsharp.implicit.objective import FitLosses, FitObjective
 from featsharp.implicit.projection import Projection
@@ -46,7 +46,7 @@ ENCODE_BATCH = 10
 LEARNING_RATE = 2e-3
 STARTS = ("bilinear", "nothing")
 
-# Streams of random numbers, told apart by the second part of their seed.
+# Streams of random numbers: the second part of their seeds.
 VIEW_STREAM, HELD_OUT_STREAM, START_STREAM, STEP_STREAM = range(4)
 
 # Shows progress over a sequence; the second argument names the work.
@@ -142,7 +142,7 @@ class Fitter:
             "settings": {**dataclasses.asdict(config), "size": list(self.size)},
         }
         content = None if resume is None else self._read(resume)
-        saved = None if content is None else fitted_from(content, resume)
+        saved = None if content is None else build_fitted(content, resume)
 
         self.views = sample_crops(config.views, config.crops, np.random.default_rng((config.seed, VIEW_STREAM)))
         self.targets, projection = self._encode_targets(None if saved is None else saved.projection)
@@ -199,7 +199,7 @@ class Fitter:
                 self.save(path)
 
     def train_step(self) -> FitLosses:
-        """One optimiser step."""
+        """Make one optimiser step."""
         config = self.config
         rng = np.random.default_rng((config.seed, STEP_STREAM, self.step))
         chosen = torch.from_numpy(rng.integers(len(self.targets), size=config.views_per_step))
@@ -231,12 +231,12 @@ class Fitter:
 
     @torch.no_grad()
     def low_res(self) -> Tensor:
-        """The backbone's own features of the image, [1, C, h, w] float32."""
+        """Encode the image: [1, C, h, w] float32."""
         return self._encode(self.fitted.image[None] / 255)
 
     @torch.no_grad()
     def held_out_views(self, count: int) -> tuple[Tensor, View]:
-        """Features [n, C, h, w] of views that no fit has seen, and these views."""
+        """Encode views that no fit has seen: features [n, C, h, w], and these views."""
         rng = np.random.default_rng((self.config.seed, HELD_OUT_STREAM))
         views = sample_crops(count, self.config.crops, rng).to(self.device)
         images = self.canvas.render(views, self.size).to(self.device)
@@ -259,11 +259,11 @@ class Fitter:
         return torch.cat(projected), projection
 
     def _encode(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] to the backbone's features, float32."""
+        """Encode [B, 3, H, W] in [0, 1] to the backbone's features, float32."""
         return self.encoder.backbone(self.encoder.input_conditioner(images)).features.float()
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """The content of a file of the same fit."""
+        """Read a file of the same fit."""
         content = read_checkpoint(path, FIT_FILE)
         with restoring(path):
             check_backbone(self.encoder.backbone, content["backbone"], path)
@@ -292,7 +292,7 @@ class Fitter:
 
 @contextmanager
 def seeded(device: torch.device, *key: int) -> Iterator[None]:
-    """Random numbers within depend on ``key`` alone, and those outside are as if nothing had happened."""
+    """Make random numbers within depend on ``key`` alone, and leave those outside as if nothing had happened."""
     devices = [device] if device.type == "cuda" else []
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     with torch.random.fork_rng(devices):

@@ -56,11 +56,11 @@ class ImplicitFeatures(nn.Module):
         return self.base.shape[-2] * self.render, self.base.shape[-1] * self.render
 
     def guide(self, size: tuple[int, int]) -> Tensor:
-        """The image at another size, [1, 3, h, w] in [0, 1]."""
+        """Resize the image: [1, 3, h, w] in [0, 1]."""
         return resize(self.image[None].float() / 255, size)
 
     def components(self, guide: Tensor) -> Tensor:
-        """The map before it is projected back: [1, K, H, W], of the size of ``guide``.
+        """Compute the map before it is projected back: [1, K, H, W], of the size of ``guide``.
 
         Args:
             guide: [1, 3, H, W], the image in [0, 1] at any size.
@@ -69,7 +69,7 @@ class ImplicitFeatures(nn.Module):
 
     @torch.no_grad()
     def features(self, size: tuple[int, int] | None = None, points: int = POINTS_AT_ONCE) -> Tensor:
-        """The features of the whole image, in the backbone's own space.
+        """Compute the features of the whole image, in the backbone's space.
 
         Args:
             size: (H, W) in cells; None: one per pixel of the fitted image. Detail of place ends at the resolution
@@ -133,11 +133,11 @@ def load_fit(path: str | PathLike[str]) -> ImplicitFeatures:
         >>> load_fit("fits/photo.pth").features((512, 512))  # doctest: +SKIP
     """
     with restoring(path):
-        return fitted_from(read_checkpoint(path, FIT_FILE), path).eval()
+        return build_fitted(read_checkpoint(path, FIT_FILE), path).eval()
 
 
-def fitted_from(content: Mapping[str, Any], path: object) -> ImplicitFeatures:
-    """The fit in the content of a file."""
+def build_fitted(content: Mapping[str, Any], path: object) -> ImplicitFeatures:
+    """Build the fit from the content of a file."""
     try:
         # Building draws weights that the file's replace; nobody's random numbers should change for that.
         with torch.random.fork_rng(devices=[]):

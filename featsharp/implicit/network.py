@@ -1,7 +1,7 @@
 """The implicit network: a function of place and colour that is fitted to one image.
 
 FeatUp (arXiv 2403.10516, section 3.2): Fourier features of (row, column, R, G, B), then three 1x1 layers. It has no
-grid of its own, so it can be evaluated at any resolution.
+grid, so it can be evaluated at any resolution.
 
 Shapes: N points, I inputs per point (5, or 2 without colour), 30 frequencies, K channels of the result.
 """
@@ -54,11 +54,11 @@ class ImplicitNetwork(nn.Module):
 
     @property
     def sees_colour(self) -> bool:
-        """Whether the colours are inputs."""
+        """True if the colours are inputs."""
         return len(self.frequencies) == 5
 
     def forward(self, image: Tensor, top: int = 0, height: int | None = None) -> Tensor:
-        """The map of an image, or of some rows of it.
+        """Evaluate the map of an image, or of some rows of it.
 
         Args:
             image: [1, 3, h, W] in [0, 1].
@@ -74,7 +74,7 @@ class ImplicitNetwork(nn.Module):
         return out.T.unflatten(1, (rows, width))[None]
 
     def at(self, points: Tensor, colours: Tensor) -> Tensor:
-        """Single points.
+        """Evaluate single points.
 
         Args:
             points: [N, 2], (row, column), -1 and 1 at the edges of the image.
@@ -108,7 +108,7 @@ class ImplicitNetwork(nn.Module):
 
 
 def frequency_table(kind: str, size: tuple[int, int], *, colour: bool = True) -> Tensor:
-    """Angular frequencies of the inputs, [5, 30], or [2, 30] without colour; geometric, from e^-2 up.
+    """Compute the angular frequencies of the inputs, [5, 30], or [2, 30] without colour; geometric, from e^-2 up.
 
     Args:
         kind: "resolved" ends, for each coordinate, at two pixels per period, and for colours at two steps of 8-bit
@@ -130,13 +130,13 @@ def frequency_table(kind: str, size: tuple[int, int], *, colour: bool = True) ->
 
 
 def colour_range(image: Tensor) -> Tensor:
-    """Lowest and highest value of each colour of an image [3, H, W]: [2, 3]."""
+    """Compute the lowest and highest value of each colour of an image [3, H, W]: [2, 3]."""
     if image.ndim != 3 or len(image) != 3:
         raise InputError(f"an image is [3, H, W]; got {tuple(image.shape)}")
     return torch.stack([image.amin((1, 2)), image.amax((1, 2))])
 
 
 def cell_centres(size: tuple[int, int]) -> Tensor:
-    """[h, w, 2] (row, column) of the centres of h x w cells, -1 and 1 at the outer edges."""
+    """Compute the centres of h x w cells: [h, w, 2], (row, column), -1 and 1 at the outer edges."""
     rows, columns = ((2 * torch.arange(n, dtype=torch.float32) + 1) / n - 1 for n in size)
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1)

@@ -27,7 +27,7 @@ class FitLosses(NamedTuple):
 
 
 class FitObjective(nn.Module):
-    """Pools a map as the backbone does and weighs the error by a learned uncertainty.
+    """Loss that pools a map as the backbone does and weighs the error by a learned uncertainty.
 
     Args:
         dim: K.
@@ -46,7 +46,7 @@ class FitObjective(nn.Module):
                 parameter.mul_(0.1)
 
     def forward(self, features: Tensor, targets: Tensor, views: View) -> FitLosses:
-        """Losses of one step.
+        """Compute the losses of one step.
 
         Args:
             features: [1, K, r*h, r*w], the map of the whole image.
@@ -56,7 +56,7 @@ class FitObjective(nn.Module):
         magnitude = features.norm(dim=1, keepdim=True)
         full = torch.cat([magnitude, features], 1)
         pooled = self.downsampler(views.warp(full, size_of(full)))
-        # Tokens whose centre lies in the mirrored margin say nothing about the image.
+        # Tokens whose centre lies in the mirrored margin do not describe the image.
         valid = views.inside(size_of(targets))
         spread = (self.uncertainty(targets) + 0.1).exp().clamp(min=LEAST_SPREAD)
         error = (pooled[:, 1:] - targets).square().mean(1, keepdim=True)
@@ -71,13 +71,13 @@ class FitObjective(nn.Module):
 
 
 def squared_variation(x: Tensor) -> Tensor:
-    """Mean squared difference of vertical neighbours plus that of horizontal ones; 0 along an axis of one cell."""
+    """Compute the mean squared difference of vertical and horizontal neighbours, added; 0 along an axis of one cell."""
     differences = (x.diff(dim=-2), x.diff(dim=-1))
     return sum((d.square().mean() for d in differences if d.numel()), x.new_zeros(()))
 
 
 def blur(x: Tensor) -> Tensor:
-    """5 x 5 Gaussian of sigma 1 over [B, C, H, W], borders repeated."""
+    """Blur with a 5 x 5 Gaussian of sigma 1 over [B, C, H, W], borders repeated."""
     taps = torch.exp(-(torch.arange(-2.0, 3.0, device=x.device) ** 2) / 2).to(x.dtype)
     taps = (taps / taps.sum()).expand(x.shape[1], 1, 5)
     padded = F.pad(x, (2, 2, 2, 2), mode="replicate")

@@ -30,7 +30,7 @@ class Projection(nn.Module):
 
     @classmethod
     def fit(cls, features: Tensor, dim: int) -> "Projection":
-        """The first min(``dim``, C) components of [B, C, h, w].
+        """Fit the first min(``dim``, C) components to [B, C, h, w].
 
         Exact, from the covariance in float64: the published randomised PCA gives another basis with every call.
 
@@ -52,11 +52,11 @@ class Projection(nn.Module):
         return cls(mean.float(), basis.float(), scale.float())
 
     def project(self, features: Tensor) -> Tensor:
-        """[B, C, h, w] to [B, K, h, w]."""
+        """Project [B, C, h, w] to [B, K, h, w]."""
         centred = features - self.mean[:, None, None]
         return torch.einsum("kc,bchw->bkhw", self.basis / self.scale, centred)
 
     def restore(self, components: Tensor) -> Tensor:
-        """[B, K, h, w] to [B, C, h, w]: the features, but for what lay outside of the K components."""
+        """Map [B, K, h, w] back to [B, C, h, w]: the features, but for what lay outside of the K components."""
         features = torch.einsum("kc,bkhw->bchw", self.basis * self.scale, components)
         return features.add_(self.mean[:, None, None])  # in place: the map may be large

@@ -9,8 +9,9 @@ from featsharp.normalizers.cache import (
     load_statistics,
     save_statistics,
 )
+from featsharp.normalizers.identity import NoNormalizer
+from featsharp.normalizers.layer_norm import ChannelLayerNorm
 from featsharp.normalizers.phi_s import PhiS, PhiSNoAlpha, PhiSOnlyAlpha
-from featsharp.normalizers.simple import ChannelLayerNorm, NoNormalizer
 from featsharp.normalizers.statistics import FeatureStatistics
 
 __all__ = [

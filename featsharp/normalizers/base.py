@@ -18,7 +18,7 @@ _RELATIVE_SPREAD_FLOOR = 1e-12
 
 
 class Normalizer(nn.Module):
-    """Maps features to a space of comparable scale. Subclasses implement ``_normalize`` and, if they can, the inverse.
+    """Map to features of comparable scale. Subclasses implement ``_normalize`` and, if they can, the inverse.
 
     Computed in float32 whatever autocast or the features' dtype say (float64 for float64 features): means can be far
     larger than spreads, which 16 bits cannot resolve. Floating buffers stay float32 under ``.to(dtype)``, ``.half()``
@@ -28,7 +28,7 @@ class Normalizer(nn.Module):
         embed_dim: Channels C of the features.
 
     Attributes:
-        name: What :func:`create_normalizer` builds it from.
+        name: Of the normalizer in :func:`create_normalizer`.
         needs_fit: Whether :meth:`fit` must come before the first use.
         invertible: Whether :meth:`denormalize` exists.
 
@@ -60,7 +60,7 @@ class Normalizer(nn.Module):
         return self._run(self._normalize, features)
 
     def denormalize(self, features: Tensor) -> Tensor:
-        """The inverse of :meth:`forward`: [B, C, H, W] to the same shape and dtype, in the backbone's own space.
+        """Invert :meth:`forward`: [B, C, H, W] to the same shape and dtype, in the backbone's space.
 
         Raises:
             InputError, ConfigError: As :meth:`forward`; ConfigError also when there is no inverse.
@@ -165,5 +165,5 @@ def create_normalizer(name: str, embed_dim: int) -> Normalizer:
 
 
 def list_normalizers() -> list[Entry[Normalizer]]:
-    """All normalizers with their one-line descriptions, by name."""
+    """List all normalizers with their one-line descriptions, by name."""
     return NORMALIZERS.entries()

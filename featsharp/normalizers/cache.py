@@ -29,7 +29,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class StatisticsKey:
-    """What the statistics of a backbone's features depend on.
+    """All that the statistics of a backbone's features depend on.
 
     Args:
         backbone: Name of the backbone.
@@ -48,16 +48,16 @@ class StatisticsKey:
     seed: int
 
     def to_json(self) -> str:
-        """The key as text, the same for equal keys."""
+        """Write the key as text, the same for equal keys."""
         return json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True)
 
     def digest(self) -> str:
-        """SHA-256 of :meth:`to_json`, the name of the cache file."""
+        """Compute SHA-256 of :meth:`to_json`, the name of the cache file."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
 class CachedStatistics(NamedTuple):
-    """What a cache file holds."""
+    """Contents of a cache file."""
 
     statistics: FeatureStatistics
     transforms: dict[str, dict[str, Tensor]]  # normalizer name -> its buffers
@@ -89,7 +89,7 @@ def fit_with_cache(
 
 
 def load_statistics(key: StatisticsKey, cache_dir: str | Path | None = None) -> CachedStatistics | None:
-    """What was saved for ``key``; None, with a warning where there is a file, when it is absent or unusable."""
+    """Load the entry of ``key``; None when it is absent, or, with a warning, unusable."""
     safetensors = _safetensors()
     path = cache_path(key, cache_dir)
     if not path.exists():
@@ -136,8 +136,8 @@ def cache_path(key: StatisticsKey, cache_dir: str | Path | None = None) -> Path:
 
 def _restore(normalizer: Normalizer, buffers: dict[str, Tensor] | None) -> bool:
     """Put cached buffers into the normalizer; False when they are absent or are not a fit of this very module."""
-    own = dict(normalizer.named_buffers())
-    if buffers is None or {k: v.shape for k, v in buffers.items()} != {k: v.shape for k, v in own.items()}:
+    present = dict(normalizer.named_buffers())
+    if buffers is None or {k: v.shape for k, v in buffers.items()} != {k: v.shape for k, v in present.items()}:
         return False
     if not (buffers["fitted"] and all(value.isfinite().all() for value in buffers.values())):
         return False

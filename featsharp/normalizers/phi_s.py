@@ -60,7 +60,7 @@ class PhiS(Normalizer):
 
 @NORMALIZERS.register("phi-s-noalpha", "rotation of PHI-S alone: all channels get the same variance; invertible")
 class PhiSNoAlpha(PhiS):
-    """Mean removal and rotation: distances are those of the backbone's own space. Buffers as :class:`PhiS`."""
+    """Mean removal and rotation: distances are those of the backbone's space. Buffers as :class:`PhiS`."""
 
     name = "phi-s-noalpha"
     scales = False

@@ -1,7 +1,7 @@
 """Mean and covariance of feature vectors, collected batch by batch in float64.
 
-The parallel update of Chan, Golub and LeVeque (1979): exact for any split into batches and for any order of merging
-parts, and free of the cancellation of the sum-of-squares formula.
+The parallel update of Chan, Golub and LeVeque (1979): exact for any split into batches and for any order of merging,
+and free of the cancellation of the sum-of-squares formula.
 
 Shapes: B batch, C channels, (H, W) token grid, N vectors.
 """
@@ -27,7 +27,7 @@ class FeatureStatistics:
 
     @property
     def count(self) -> int:
-        """How many vectors were seen."""
+        """Number of vectors seen."""
         return self._count
 
     @property

@@ -1,4 +1,4 @@
-"""Normalizers that need no statistics: LayerNorm over channels, and none.
+"""LayerNorm over the channels of each token, as FeatUp (arXiv 2403.10516) has it.
 
 Shapes: B batch, C channels, (H, W) token grid.
 """
@@ -25,16 +25,3 @@ class ChannelLayerNorm(Normalizer):
     def _normalize(self, features: Tensor) -> Tensor:
         weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
         return F.layer_norm(features.movedim(1, -1), (self.embed_dim,), weight, bias).movedim(-1, 1)
-
-
-@NORMALIZERS.register("none", "features as the backbone gives them")
-class NoNormalizer(Normalizer):
-    """Identity, both ways; ``fit`` only records the variance that :attr:`variance_scale` reports."""
-
-    name = "none"
-
-    def _normalize(self, features: Tensor) -> Tensor:
-        return features
-
-    def _denormalize(self, features: Tensor) -> Tensor:
-        return features
