@@ -176,9 +176,18 @@ def evil_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     sys.modules.pop("evil_module", None)
 
 
-@pytest.mark.parametrize("key", sorted(set(text_keys()) - MAY_IMPORT))
+QUICK_KEYS = ("output_root", "viz.project")  # a folder and a name
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        key if key in QUICK_KEYS else pytest.param(key, marks=pytest.mark.slow)
+        for key in sorted(set(text_keys()) - MAY_IMPORT)
+    ],
+)
 def test_other_keys_import_nothing(key, photos, evil_module):
-    """Whether such a value is refused or taken for a name or a folder."""
+    """Refused, or taken for a name or a folder."""
     for value in ("evil_module:run", "evil_module.run"):
         main([*arguments(photos), "viz.type=none", f"{key}={value}"])
         assert not evil_module.exists()
@@ -191,6 +200,6 @@ def test_options_of_an_upsampler_that_takes_no_function_import_nothing(photos, e
 
 
 def test_the_documented_key_does_import(photos, evil_module):
-    """What makes the tests above tell something."""
+    """Without which the tests above would prove nothing."""
     assert main([*arguments(photos), "viz.type=none", "data.filter='evil_module:run'"]) == 0
     assert evil_module.exists()

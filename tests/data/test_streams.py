@@ -33,11 +33,9 @@ from featsharp.data.mixture import Division, ImageMixture
 from featsharp.data.skips import SkipLog
 from featsharp.data.sources import open_source
 from featsharp.data.streams import ShardStream, deal, shuffle
-from featsharp.data.views import ViewConfig, Views
+from featsharp.data.views import ViewConfig
 from featsharp.errors import ConfigError, DataError, FeatSharpError
 from featsharp.train import main
-from featsharp.training.objectives import Losses
-from featsharp.training.trainer import Trainer
 from featsharp.urls import redact_url
 
 
@@ -634,6 +632,19 @@ def test_workers_that_wait_for_data_and_their_commands_end_with_a_killed_trainin
 # Training
 
 
+STOPPING_WRITER = """
+class Writer:
+    def __init__(self, folder): pass
+    def config(self, config): pass
+    def image(self, name, image, step): pass
+    def close(self): pass
+    def scalar(self, name, value, step):
+        if step == 3:
+            raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.slow
 def test_training_from_a_url_and_a_pipe_goes_on_where_it_stopped(server, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("FEATSHARP_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -644,18 +655,12 @@ def test_training_from_a_url_and_a_pipe_goes_on_where_it_stopped(server, tmp_pat
     data = f"train_data_dir=[['{server}/{{0..9}}.tar', 3], ['pipe:cat {tmp_path}/packed/shard-00000{{0,1}}.tar', 1]]"
     common = ["+model=toy-vit", "+upsampler=featup-2x", data, "batch_size=2", "num_workers=1", "progress=false"]
     common += ["normalizer.num_samples=4", "normalizer.batch_size=4", "viz.num_images=1", "viz.type=none"]
-    common += ["num_training_steps=4", "checkpoint_frequency=2"]
+    common += ["num_training_steps=4", "checkpoint_frequency=2", "log_frequency=1"]
     assert main([*common, "output_base=whole"]) == 0, caplog.text
 
-    def stop_at_the_fourth(trainer: Trainer, views: Views) -> Losses:
-        if trainer.step == 3:
-            raise KeyboardInterrupt
-        return train_step(trainer, views)
-
-    train_step = Trainer.train_step
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", stop_at_the_fourth)
-        assert main([*common, "output_base=halves"]) == 130
+    (tmp_path / "stopping_writer.py").write_text(STOPPING_WRITER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main([*common, "output_base=halves", "viz.type=stopping_writer:Writer"]) == 130
     assert main([*common, "output_base=halves"]) == 0
     whole, halves = (read_checkpoint(Path(base, "toy-vit/64/last.pth"))["model"] for base in ("whole", "halves"))
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
