@@ -1,4 +1,4 @@
-"""What the adapters of backbones add to the forward pass of the bare model.
+"""Time that the adapters of backbones add to the forward pass of the bare model.
 
     python benchmarks/adapters.py --output benchmarks/results/adapters-cpu.json
 

@@ -58,7 +58,7 @@ BEFORE_FIRST, STARTING, WRITING, STEPPING = (
 
 
 class KillSeries(NamedTuple):
-    """What came of one killed training."""
+    """Outcome of one killed training."""
 
     moments: Counter[str]  # in what moments it was killed, how often
     steps: int

@@ -32,7 +32,7 @@ def main() -> None:
     parts = [
         INTRODUCTION,
         describe(ops),
-        "![Time by gain, and cost per output cell by size](assets/performance.png)",
+        "![Time by factor, and cost per output cell by size](assets/performance.png)",
         f"## Upsamplers, without the backbone\n\n{module_table(ops)}\n\n{backbone_lines(ops)}",
         "## Operations by backend\n\n"
         "A backend may be faster, never different. `local_attention` is what JBU (one head, 32 channels of query and\n"
@@ -101,7 +101,7 @@ def module_table(ops: dict[str, Any]) -> str:
         for name in MODULES
         for factor in factors
     ]
-    return table(["", "gain", *COLUMNS], rows)
+    return table(["", "factor", *COLUMNS], rows)
 
 
 def backbone_lines(ops: dict[str, Any]) -> str:
@@ -115,7 +115,7 @@ def backend_table(ops: dict[str, Any]) -> str:
         for row in sorted(ops["ops"], key=lambda row: (row["name"], row["factor"]))
         if row["name"] not in MODULES and "peak_bytes" in row
     ]
-    return table(["", "gain", *COLUMNS], rows)
+    return table(["", "factor", *COLUMNS], rows)
 
 
 def scaling_table(ops: dict[str, Any]) -> str:
@@ -150,7 +150,7 @@ def encode_table(encode: dict[str, Any]) -> str:
         ]
         for row in encode["encode"]
     ]
-    header = ["", "gain", "dtype", "passes", "passes alone", "encode (quartiles)", "ratio", "peak memory"]
+    header = ["", "factor", "dtype", "passes", "passes alone", "encode (quartiles)", "ratio", "peak memory"]
     return table(header, rows)
 
 
@@ -161,7 +161,7 @@ def draw(ops: dict[str, Any], path: Path) -> None:
         times = [find(ops["ops"], name=name, factor=factor)["forward"]["median"] for factor in factors]
         left.bar([x + 0.16 * (i - 2) for x in range(len(factors))], times, 0.16, label=name)
     left.set(yscale="log", xticks=range(len(factors)), xticklabels=[f"{factor}x" for factor in factors])
-    left.set(xlabel="gain over 16 x 16 features", ylabel="forward, milliseconds")
+    left.set(xlabel="factor over 16 x 16 features", ylabel="forward, milliseconds")
     left.legend(fontsize=7)
     for name, group in scaling(ops).items():
         right.plot([row["side"] for row in group], [cost(row) for row in group], marker="o", label=name)

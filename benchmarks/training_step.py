@@ -200,7 +200,7 @@ def run_steps(overrides: list[str], now: Callable[[], float]) -> tuple[list[dict
 
 
 def decode_milliseconds(trainer: Trainer) -> float:
-    """What a batch takes to be read, decoded and cut in one process: median of a few."""
+    """Milliseconds to read, decode and cut a batch in one process: median of a few."""
     times = []
     for first in range(0, 5 * trainer.config.batch_size, trainer.config.batch_size):
         start = time.perf_counter()
@@ -308,7 +308,7 @@ def table(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def bfloat16_hardware(device: str) -> list[str]:
-    """What multiplies bfloat16 here, as far as the system tells."""
+    """Name the hardware that multiplies bfloat16 here, as far as the system knows."""
     if torch.device(device).type == "cuda":
         return ["tensor cores"] if torch.cuda.is_bf16_supported(including_emulation=False) else []
     try:

@@ -24,7 +24,7 @@ from featsharp.evaluation.images import ImageSet
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
 
-PORTION = 24  # views at a time
+CHUNK = 24  # views at a time
 
 
 def main() -> None:
@@ -71,9 +71,9 @@ def draw(image: Image, encoder: SharpEncoder, count: int, seed: tuple[int, int])
 
 @torch.inference_mode()
 def encode(encoder: SharpEncoder, views: Views) -> tuple[Tensor, Tensor]:
-    """What the backbone says about every view, [n, C, h, w], and where that counts, [n, 1, h, w]."""
+    """Features of every view, [n, C, h, w], and where they count, [n, 1, h, w]."""
     images, masks = render_views(views, encoder.backbone.input_size)
-    features = torch.cat([encode_raw(encoder, encoder.input_conditioner(part)) for part in images.split(PORTION)])
+    features = torch.cat([encode_raw(encoder, encoder.input_conditioner(part)) for part in images.split(CHUNK)])
     grid = (features.shape[-2], features.shape[-1])
     shown = (resize(masks, grid) > 0.99).float() * views.jitters.inside(grid)
     # The outermost tokens say least about what the view shows.
@@ -85,9 +85,7 @@ def mean_of_views(encoder: SharpEncoder, views: Views) -> Tensor:
     features, valid = encode(encoder, views)
     size = (4 * features.shape[-2], 4 * features.shape[-1])
     total, count = torch.zeros(1), torch.zeros(1)
-    for part, shown, jitters in zip(
-        features.split(PORTION), valid.split(PORTION), views.jitters.split(PORTION), strict=True
-    ):
+    for part, shown, jitters in zip(features.split(CHUNK), valid.split(CHUNK), views.jitters.split(CHUNK), strict=True):
         back = jitters.inverse()
         weight = back.warp(shown, size, padding_mode="zeros") * back.inside(size)
         total = total + (back.warp(part, size, padding_mode="border") * weight).sum(0)

@@ -1,4 +1,4 @@
-"""Two checkouts side by side in one run: encoding against its backbone passes, and what a command takes to start.
+"""Compare two checkouts in one run: encoding against its backbone passes, and the start of commands.
 
     git worktree add ../before 3d8a0b0
     python benchmarks/walltime.py --before ../before --after . --repeat 9
@@ -55,10 +55,9 @@ print(json.dumps({key: statistics.median(values[1:]) for key, values in times.it
 """
 ENCODERS = {
     "shipped weights, 2x": ("vits14-focus/featsharp-2x", "2"),
-    "featsharp, 2x": ("featsharp", "2"),
-    "featsharp, 4x": ("featsharp", "4"),
+    "featsharp untrained, 4x": ("featsharp", "4"),
 }
-RUNS_OF_AN_ENCODER = 6  # in one process; the first is not counted
+RUNS_OF_AN_ENCODER = 4  # in one process; the first is not counted
 
 
 def main() -> None:
@@ -94,11 +93,11 @@ def main() -> None:
 
 def measure(checkout: Path, photo: Path, features: Path) -> dict[str, float]:
     """Measure every figure of a checkout once, by the name of its row."""
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for label, (name, factor) in ENCODERS.items():
         times = json.loads(run(checkout, "-c", ENCODE, name, factor, str(RUNS_OF_AN_ENCODER))[0])
-        found[f"{label}: encoding (ms)"] = times["encode"]
-        found[f"{label}: encoding over its backbone passes"] = times["encode"] / times["passes"]
+        figures[f"{label}: encoding (ms)"] = times["encode"]
+        figures[f"{label}: encoding over its backbone passes"] = times["encode"] / times["passes"]
     upsample = ("-m", "featsharp.cli.main", "upsample")
     for label, command in (
         ("featsharp upsample, one picture", (*upsample, str(photo), "-o", str(features))),
@@ -106,8 +105,8 @@ def measure(checkout: Path, photo: Path, features: Path) -> dict[str, float]:
         ("featsharp upsample --help", (*upsample, "--help")),
     ):
         _, wall, cpu = run(checkout, *command)
-        found[f"{label}: wall (s)"], found[f"{label}: CPU (s)"] = wall, cpu
-    return found
+        figures[f"{label}: wall (s)"], figures[f"{label}: CPU (s)"] = wall, cpu
+    return figures
 
 
 def run(checkout: Path, *arguments: str) -> tuple[str, float, float]:

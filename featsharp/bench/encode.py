@@ -95,17 +95,15 @@ def bench_encode(
     measurements, failed = measure_workloads(workloads, device, repeat=repeat)
     rows = [
         {
-            "upsampler": found.workload.curve,
-            "factor": found.workload.factor,
-            "dtype": f"{found.workload.autocast} autocast".removeprefix("torch.")
-            if found.workload.autocast
-            else "float32",
-            "passes": found.passes,
-            "encode": asdict(found.time),
-            "backbone": asdict(found.backbone),
-            "peak_bytes": found.peak_bytes,
+            "upsampler": one.workload.curve,
+            "factor": one.workload.factor,
+            "dtype": f"{one.workload.autocast} autocast".removeprefix("torch.") if one.workload.autocast else "float32",
+            "passes": one.passes,
+            "encode": asdict(one.time),
+            "backbone": asdict(one.backbone),
+            "peak_bytes": one.peak_bytes,
         }
-        for found in sorted(measurements, key=lambda found: found.workload.factor)
+        for one in sorted(measurements, key=lambda one: one.workload.factor)
     ]
     return rows, [entry for entry in skipped if entry["curve"] != "identity"] + failed
 

@@ -88,7 +88,7 @@ def find_failure(function: Callable[[], object], *, foreign: bool = False) -> st
     except FeatSharpError as error:
         return str(error)
     except Exception as error:
-        # Of a CPU it has no class of its own.
+        # On a CPU the error has no class of its kind.
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             return "out of memory"
         if foreign:
@@ -109,7 +109,7 @@ def summarize(milliseconds: Sequence[float]) -> Timing:
 
 
 def describe_noise(timings: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A line that warns of cases whose quartiles are far apart, of timings as mappings; none where there are none."""
+    """Warn in a line of cases whose quartiles are far apart, of timings as mappings; no line where there are none."""
     noisy = [name for name, time in timings.items() if time["high"] - time["low"] > NOISY * time["median"]]
     if not noisy:
         return []

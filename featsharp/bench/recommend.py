@@ -33,7 +33,7 @@ from featsharp.upsamplers.base import UpsampleFeatures, check_factor, scale_leng
 from featsharp.weights import list_weights
 
 READY, SHIPPED, CHECKPOINT, NEEDS_TRAINING = "ready", "shipped", "checkpoint", "needs training"
-# Of the reasons why nothing can be ranked.
+# Most reasons that an error lists.
 SHOWN_REASONS = 3
 
 # An encoder to its scores by name, each higher for a better one; the first decides.
@@ -221,7 +221,7 @@ def _fit(
     taken = f"takes {format_memory(peak)} of {format_memory(limit)}"
     if not encoder.upsampler.by_parts:
         raise ConfigError(f"{taken} and cannot work in parts")
-    # Its own limit is for what it takes beside the result.
+    # An encoder's limit is for the memory beside the result.
     left = limit - _result_bytes(call())
     if left < 1:
         raise ConfigError(f"{taken}; the result alone is as large")

@@ -97,24 +97,24 @@ class ThroughputTask(CurvesTask):
             *describe_skipped(result["skipped"]),
         ]
 
-    def _row(self, found: Measurement) -> dict[str, Any]:
-        per_image = found.time.median / self.batch_size
+    def _row(self, one: Measurement) -> dict[str, Any]:
+        per_image = one.time.median / self.batch_size
         return {
-            "curve": found.workload.curve,
-            "factor": found.workload.factor,
-            "cells": found.workload.cells,
-            "passes": found.passes // self.batch_size,
-            "time": asdict(found.time),
+            "curve": one.workload.curve,
+            "factor": one.workload.factor,
+            "cells": one.workload.cells,
+            "passes": one.passes // self.batch_size,
+            "time": asdict(one.time),
             "ms_per_image": per_image,
-            "us_per_token": 1000 * per_image / found.workload.cells,
-            "backbone_ms_per_image": found.backbone.median / self.batch_size,
-            "peak_bytes": found.peak_bytes,
-            **found.workload.recipe,
+            "us_per_token": 1000 * per_image / one.workload.cells,
+            "backbone_ms_per_image": one.backbone.median / self.batch_size,
+            "peak_bytes": one.peak_bytes,
+            **one.workload.recipe,
         }
 
 
 def find_attention(workload: Workload, device: torch.device) -> list[str]:
-    """PyTorch's attention operators that a workload runs, by name; empty for a backbone with its own, or none."""
+    """Find PyTorch's attention operators that a workload runs, by name; none where a backbone has other attention."""
     images = noise(workload.input_shape, device)
     with counting() as counter:
         workload.module(images)

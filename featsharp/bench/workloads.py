@@ -101,7 +101,7 @@ def list_workloads(
     batch_size: int = 1,
     normalizer: str | None = None,
 ) -> tuple[list[Workload], list[dict[str, Any]]]:
-    """The points of all curves, by factor, and those that cannot be, as {"curve", "factor", "reason"}.
+    """List the points of all curves, by factor, and those that cannot be, as {"curve", "factor", "reason"}.
 
     Args:
         backbone: Shared by all.
@@ -119,7 +119,11 @@ def list_workloads(
     """
     named = [parse_upsampler(curve, UPSAMPLERS) for curve in curves]
     curves = [name for name, _ in named]
-    at = [(name, check_factor(f, "any", "a curve of cost")) for name, own in named for f in ([own] if own else factors)]
+    at = [
+        (name, check_factor(f, "any", "a curve of cost"))
+        for name, fixed in named
+        for f in ([fixed] if fixed else factors)
+    ]
     for name in curves:
         if ":" not in name and name not in (DIRECT, PASSES):
             UPSAMPLERS[name]  # unknown ones are refused before anything is measured

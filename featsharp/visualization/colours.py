@@ -1,4 +1,4 @@
-"""Numbers as colours, without matplotlib."""
+"""Numbers as colours, without matplotlib, which training does not need."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ VIRIDIS = (
 
 
 def colour_map(values: Tensor, low: float, high: float) -> Tensor:
-    """Float [h, w] to RGB [3, h, w] in [0, 1]: dark blue at ``low`` and below, yellow at ``high`` and above."""
+    """Map float [h, w] to RGB [3, h, w] in [0, 1]: dark blue at ``low`` and below, yellow at ``high`` and above."""
     colours = torch.tensor(VIRIDIS, device=values.device) / 255
     place = ((values.float() - low) / max(high - low, 1e-12)).clamp(0, 1) * (len(VIRIDIS) - 1)
     below = place.long().clamp(max=len(VIRIDIS) - 2)

@@ -1,4 +1,4 @@
-"""What training learns beside the upsampler, as pictures: bias buffer, uncertainty, kernels of the downsampler.
+"""Pictures of what training learns beside the upsampler: bias buffer, uncertainty, kernels of the downsampler.
 
 Pictures are float [3, H, W] in [0, 1] on the CPU. Single maps are drawn in viridis, dark for low and yellow for high.
 """
@@ -16,7 +16,7 @@ MAX_KERNELS = 32
 
 
 def bias_picture(bias: Tensor, size: tuple[int, int]) -> Tensor:
-    """A bias buffer [1, C, h, w] in two cells of ``size``, PCA and length (from 0 up): [3, H, 2 * W]."""
+    """Draw a bias buffer [1, C, h, w] in two cells of ``size``, PCA and length (from 0 up): [3, H, 2 * W]."""
     bias = (bias - bias.mean((2, 3), keepdim=True)).detach().cpu().float()
     length = bias[0].norm(dim=0)
     return panel([FeaturePCA(bias)(bias)[0], colour_map(length, 0, length.max().item())], size)
@@ -25,7 +25,7 @@ def bias_picture(bias: Tensor, size: tuple[int, int]) -> Tensor:
 def uncertainty_picture(
     samples: list[tuple[Tensor, Tensor]], value_range: tuple[float, float], size: tuple[int, int]
 ) -> Tensor:
-    """Images beside their log variances in cells of ``size``, a row each: [3, n * H, 2 * W].
+    """Draw images beside their log variances in cells of ``size``, a row each: [3, n * H, 2 * W].
 
     Args:
         samples: Image [3, height, width] in [0, 1] and log variance [h, w], n times.
@@ -36,7 +36,7 @@ def uncertainty_picture(
 
 
 def middle_range(maps: list[Tensor]) -> tuple[float, float]:
-    """From the 1st to the 99th percentile of all values of some maps."""
+    """Compute the 1st and the 99th percentile of all values of some maps."""
     # Not torch.quantile, which refuses more than 2^24 values.
     values = torch.cat([values.flatten() for values in maps]).sort().values
     last = len(values) - 1
@@ -44,7 +44,7 @@ def middle_range(maps: list[Tensor]) -> tuple[float, float]:
 
 
 def kernel_picture(kernels: Tensor, side: int) -> Tensor:
-    """Non-negative kernels [rows, cols, K, K] as a mosaic, about ``side`` pixels high or wide.
+    """Draw non-negative kernels [rows, cols, K, K] as a mosaic, about ``side`` pixels high or wide.
 
     All share one scale, from 0 to the largest weight. A weight is a square of whole pixels; white lines run between
     kernels.

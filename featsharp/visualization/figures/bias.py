@@ -59,7 +59,7 @@ def make_figure(arguments: argparse.Namespace) -> "Figure":
             features = _random_features(create_backbone(name).to(device), arguments.images, device)
             measured[name] = _measured_pattern(name, features)
     if not measured:
-        raise ConfigError("whose bias? Give --checkpoint FILE ... or --backbone NAME ..., or both")
+        raise ConfigError("nothing to draw; give --checkpoint FILE ... or --backbone NAME ..., or both")
     average = f"mean features of {arguments.images} random images"
     return draw_bias({"learned bias buffers": learned, average: list(measured.values())})
 

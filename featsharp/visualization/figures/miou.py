@@ -64,18 +64,18 @@ def read_miou(contents: Iterable[Mapping[str, Any]], metric: str = "miou") -> li
     Raises:
         DataError: For two encoders of one label, size and factor.
     """
-    found: list[tuple[Size, Entry, Number]] = []
+    sized: list[tuple[Size, Entry, Number]] = []
     for content in contents:
         for entry in entries(content):
             try:
                 height, width = entry.result["low_res_size"]
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{content['file']}: {entry.label!r} does not say its low_res_size") from error
-            found.append((Size(height, width), entry, number(entry, metric, content["file"])))
-    lines = line_names([(size, entry) for size, entry, _ in found])
+            sized.append((Size(height, width), entry, number(entry, metric, content["file"])))
+    lines = line_names([(size, entry) for size, entry, _ in sized])
     points = [
         Point(size, line, entry.factor, value, entry.backbone, entry.upsampler == "identity")
-        for line, (size, entry, value) in zip(lines, found, strict=True)
+        for line, (size, entry, value) in zip(lines, sized, strict=True)
     ]
     twice = [key for key, count in Counter(point[:3] for point in points).items() if count > 1]
     if twice:
@@ -127,8 +127,8 @@ def draw_miou(points: Sequence[Point], metric: str = "miou") -> "Figure":
 
 
 def _start(points: Sequence[Point], line: Sequence[Point]) -> Point | None:
-    """The point of the backbone's own features that a line starts from, if it has none at factor 1 itself."""
+    """Find the point of the bare backbone that a line starts from, if it has none at factor 1 itself."""
     if not line or line[0].factor <= 1:
         return None
-    found = [p for p in points if p.identity and (p.size, p.backbone) == (line[0].size, line[0].backbone)]
-    return found[0] if len(found) == 1 else None
+    starts = [p for p in points if p.identity and (p.size, p.backbone) == (line[0].size, line[0].backbone)]
+    return starts[0] if len(starts) == 1 else None

@@ -73,12 +73,12 @@ def draw_pr(curves: Sequence[Curve]) -> "Figure":
         )  # fmt: skip
     handles = []
     for index, curve in enumerate(curves):
-        found = [(r, p) for p, r in zip(curve.precision, curve.recall, strict=True) if p + r > 0]
+        drawn = [(r, p) for p, r in zip(curve.precision, curve.recall, strict=True) if p + r > 0]
         style = line_style(index)
-        label = f"{curve.label}, F {curve.ods.value:.3f}" + ("" if found else " (nothing found)")
+        label = f"{curve.label}, F {curve.ods.value:.3f}" + ("" if drawn else " (nothing found)")
         handles.append(line_handle(label, **style))
         marker = style.pop("marker")
-        axes.plot([r for r, _ in found], [p for _, p in found], label=curve.label, clip_on=False, **style)
+        axes.plot([r for r, _ in drawn], [p for _, p in drawn], label=curve.label, clip_on=False, **style)
         axes.plot(
             *curve.best, marker, color=style["color"], markersize=7, markeredgecolor="white", zorder=3, clip_on=False
         )
