@@ -1,10 +1,14 @@
 """Commands start at once: help and messages about missing files come before anything large is imported."""
 
+import argparse
+import dataclasses
 import json
 import subprocess
 import sys
 
+from featsharp.cli import fit
 from featsharp.cli.main import COMMANDS
+from featsharp.implicit import FitConfig
 
 # Imported by no command before it has something to do.
 LARGE = ("torch", "numpy", "PIL", "timm", "torchvision", "hydra", "omegaconf", "matplotlib", "transformers", "tqdm")
@@ -70,3 +74,13 @@ def test_missing_files_are_noticed_before_anything_large_is_imported(tmp_path):
     ]
     # Nor does a look at which weights are on this machine need the libraries of their models.
     assert (listing[0], set(listing[2]) & {"timm", "torchvision", "transformers"}) == (0, set())
+
+
+def test_defaults_of_fit_are_those_of_its_configuration():
+    """Its help names them without importing their module."""
+    parser = argparse.ArgumentParser()
+    fit.add_arguments(parser)
+    given = vars(parser.parse_args(["photo.jpg", "--backbone", "toy-vit", "-o", "out"]))
+    names = given.keys() & {field.name for field in dataclasses.fields(FitConfig)}
+    assert len(names) == 7
+    assert {name: given[name] for name in names} == {name: getattr(FitConfig(), name) for name in names}
