@@ -35,7 +35,7 @@ class CachedBackbone(WrappedBackbone):
         remove_leftovers(self.folder, older_than=3600)
 
     def extract(self, images: Tensor) -> BackboneOutput:
-        paths = [self.folder / f"{_digest(image)}.safetensors" for image in images]
+        paths = [self.folder / f"{_digest(image, self.autocast_dtype)}.safetensors" for image in images]
         kept = [_read(path) for path in paths]
         missing = [i for i, tensors in enumerate(kept) if tensors is None]
         if missing:
@@ -52,9 +52,12 @@ class CachedBackbone(WrappedBackbone):
         return BackboneOutput(stack("features"), stack("summary") if "summary" in whole[0] else None)
 
 
-def _digest(image: Tensor) -> str:
-    """A name for the content of [3, H, W]."""
-    digest = hashlib.blake2b(f"{tuple(image.shape)}{image.dtype}".encode(), digest_size=16)
+def _digest(image: Tensor, wished: torch.dtype | None) -> str:
+    """A name for the content of [3, H, W], and for an autocast of the caller, under which features are others."""
+    device = image.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    about = f"{tuple(image.shape)}{image.dtype}{'' if autocast in (None, wished) else autocast}"
+    digest = hashlib.blake2b(about.encode(), digest_size=16)
     digest.update(image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -79,6 +79,13 @@ def test_other_weights_sizes_and_types_are_not_mixed_up(tmp_path):
     backbone.autocast_dtype = torch.bfloat16
     CachedBackbone(backbone, tmp_path)(images)
     assert backbone.seen == 1
+    backbone = Counting()
+    cached = CachedBackbone(backbone, tmp_path)
+    cached(images)
+    assert backbone.seen == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        cached(images)
+    assert backbone.seen == 1
 
 
 def test_features_beyond_half_precision_are_kept_whole(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
 from featsharp.data.views import ViewConfig, Views, base_view, sample_homography
 from featsharp.errors import ConfigError, InputError
@@ -188,3 +189,27 @@ def test_views_in_parts_have_the_same_losses_and_gradients():
         gradients = [p.grad for p in [*encoder.parameters(), *objective.parameters()] if p.requires_grad]
         found.append((list(losses), gradients))
     torch.testing.assert_close(found[1], found[0])
+
+
+class Watched(Backbone):
+    """Mean colours of patches; notes whether it runs under autocast."""
+
+    def __init__(self) -> None:
+        super().__init__("watched", patch_size=8, embed_dim=3, input_size=(64, 64))
+        self.under_autocast: list[bool] = []
+
+    def extract(self, images: torch.Tensor) -> BackboneOutput:
+        self.under_autocast.append(torch.is_autocast_enabled("cpu"))
+        return BackboneOutput(torch.nn.functional.avg_pool2d(images, 8), None)
+
+
+@pytest.mark.parametrize("caller", [False, True])
+def test_the_type_of_the_upsampler_is_not_that_of_backbone_passes(caller):
+    """Tiles are encoded as views are: as the caller of the step has it."""
+    backbone = Watched()
+    encoder = create_encoder(backbone, "tile", 2, bias_buffer=True)
+    objective = MultiViewObjective(3, 2, MultiViewConfig(downsampler="area"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=caller):
+        objective.backward(encoder, some_views(), (64, 64), torch.bfloat16)
+    assert set(backbone.under_autocast) == {caller}
+    assert len(backbone.under_autocast) == 2  # views; low resolution and tiles
