@@ -10,7 +10,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple, Self
+from typing import IO, BinaryIO, NamedTuple, Self
 
 from featsharp.data._decompress import DAMAGE as DECOMPRESSION_DAMAGE
 from featsharp.data._decompress import Source, decompress
@@ -74,8 +74,8 @@ def index_tar(path: Path) -> TarIndex:
     others = 0
     try:
         end = path.stat().st_size
-        with tarfile.open(path, "r:", tarinfo=_Header) as tar:
-            for info in _members(tar):
+        with _Tar.open(path, "r:") as tar:
+            for info in tar.all_members():
                 # A negative size, of any kind of member, would send tarfile backwards for ever.
                 if info.size < 0 or (info.isreg() and info.size > end - info.offset_data):
                     skipped.append((str(path), _cut_inside(info.name)))
@@ -87,8 +87,8 @@ def index_tar(path: Path) -> TarIndex:
                     others += not info.isdir()
                 else:
                     skipped.append((f"{path}/{info.name}", verdict))
-            if _ended_by(tar):
-                skipped.append((str(path), _ended_by(tar)))
+            if tar.damage:
+                skipped.append((str(path), tar.damage))
     # Damaged headers surface as any of these; tarfile wraps only some of them.
     except (*_DAMAGE, OSError) as error:
         if _is_compressed(path):
@@ -107,8 +107,8 @@ def stream_tar(file: BinaryIO | IO[bytes], max_bytes: int = MAX_MEMBER_BYTES) ->
     images = others = 0
     source = Source(file)
     try:
-        with tarfile.open(fileobj=decompress(source), mode="r|", tarinfo=_Header) as tar:
-            for info in _members(tar):
+        with _Tar.open(fileobj=decompress(source), mode="r|") as tar:
+            for info in tar.all_members():
                 verdict = _verdict(info)
                 if verdict == _OTHER:
                     others += not info.isdir()
@@ -119,8 +119,8 @@ def stream_tar(file: BinaryIO | IO[bytes], max_bytes: int = MAX_MEMBER_BYTES) ->
                     assert content is not None  # of a regular member
                     yield StreamMember(info.name, content.read())
                     images += 1
-            if _ended_by(tar):
-                yield StreamMember("", b"", _ended_by(tar))
+            if tar.damage:
+                yield StreamMember("", b"", tar.damage)
     except (*_DAMAGE, *DECOMPRESSION_DAMAGE) as error:
         if source.error:
             raise source.error from None
@@ -146,7 +146,7 @@ def refuse_compressed(path: Path) -> DataError:
 
 
 class _Header(tarfile.TarInfo):
-    """A header that notes how the archive ended: tarfile takes a damaged one after the first for its end."""
+    """A header within bounds, whose errors the archive notes."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -162,42 +162,48 @@ class _Header(tarfile.TarInfo):
         try:
             return super().fromtarfile(tarfile_)
         except tarfile.HeaderError as error:
-            kind: Any = type(error).__name__
-            rest = f"at byte {tarfile_.offset}; all members from there on are lost"
-            tarfile_.ended_by = {  # type: ignore[attr-defined]
-                "EOFHeaderError": _END_MARK,
-                "EmptyHeaderError": "no end-of-archive mark (it may have been cut short between two members)",
-                "TruncatedHeaderError": f"cut short (inside a header {rest})",
-            }.get(kind, f"damaged header ({rest})")
+            assert isinstance(tarfile_, _Tar)
+            tarfile_.note_end(type(error).__name__)
             raise
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """All members of an archive, and of those that follow it in the same file."""
-    zeros = 0  # read since the last member
-    while True:
-        info = tar.next()
-        # tarfile would keep every header, a gigabyte for a million members.
-        tar.members.clear()  # type: ignore[attr-defined]
-        if info is not None:
-            zeros = 0
-            yield info
-        elif _note(tar) == _END_MARK and zeros < MAX_PADDING:
-            zeros += tarfile.BLOCKSIZE
-            tar.offset += tarfile.BLOCKSIZE
-        else:
-            if zeros and not _note(tar).startswith("damaged"):
-                tar.ended_by = _END_MARK  # type: ignore[attr-defined]
-            return
+class _Tar(tarfile.TarFile):
+    """An archive that notes how it ended: tarfile takes a damaged header after the first for its end."""
 
+    tarinfo = _Header
+    _ended_by = ""
 
-def _note(tar: tarfile.TarFile) -> str:
-    return str(getattr(tar, "ended_by", ""))
+    def note_end(self, error: str) -> None:
+        """Note the error of the header at the present place, by its class."""
+        rest = f"at byte {self.offset}; all members from there on are lost"
+        self._ended_by = {
+            "EOFHeaderError": _END_MARK,
+            "EmptyHeaderError": "no end-of-archive mark (it may have been cut short between two members)",
+            "TruncatedHeaderError": f"cut short (inside a header {rest})",
+        }.get(error, f"damaged header ({rest})")
 
+    def all_members(self) -> Iterator[tarfile.TarInfo]:
+        """All members, and those of archives that follow in the same file."""
+        zeros = 0  # read since the last member
+        while True:
+            info = self.next()
+            # tarfile would keep every header, a gigabyte for a million members.
+            self.members.clear()  # type: ignore[attr-defined]
+            if info is not None:
+                zeros = 0
+                yield info
+            elif self._ended_by == _END_MARK and zeros < MAX_PADDING:
+                zeros += tarfile.BLOCKSIZE
+                self.offset += tarfile.BLOCKSIZE
+            else:
+                if zeros and not self._ended_by.startswith("damaged"):
+                    self._ended_by = _END_MARK
+                return
 
-def _ended_by(tar: tarfile.TarFile) -> str:
-    """Damage that ended an archive after its last readable member; empty for an end mark."""
-    return "" if _note(tar) == _END_MARK else _note(tar)
+    @property
+    def damage(self) -> str:
+        """Description of the damage behind the last readable member; empty for an archive with an end mark."""
+        return "" if self._ended_by == _END_MARK else self._ended_by
 
 
 def _verdict(info: tarfile.TarInfo) -> str:

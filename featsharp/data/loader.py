@@ -33,7 +33,8 @@ class ViewBatch(NamedTuple):
     skipped: list[tuple[str, str]]  # (name, reason)
 
 
-# Where each reader is in each stream: what a run has to keep to go on with the very same images.
+# Position of each reader in each stream: what a run has to keep to go on with the very same images. torchdata's
+# StatefulDataLoader would carry it, but ties all of a run's data to one number of workers (docs/experiments.md).
 Places = dict[str, tuple[int, int]]
 
 
