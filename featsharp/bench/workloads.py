@@ -30,6 +30,7 @@ from featsharp.settings import setting
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import check_factor, scale_length
 from featsharp.upsamplers.registration import plain_options
+from featsharp.weights import list_weights
 
 DIRECT, PASSES = "direct", "passes"
 TRAINING_NORMALIZER = "phi-s"
@@ -208,7 +209,9 @@ def backbone_passes(backbone: Backbone, function: Callable[[], object]) -> list[
 
 
 def label_files(texts: Sequence[str]) -> dict[str, str]:
-    """Files by label: the given one of ``LABEL=FILE``, otherwise the shortest end of the path that no other file has.
+    """Label files: by the label of ``LABEL=FILE``, else the shortest end of the path that no other file has.
+
+    Shipped weights go by their whole name.
 
     Raises:
         ConfigError: For a file that is there twice, and for two of one label.
@@ -218,7 +221,7 @@ def label_files(texts: Sequence[str]) -> dict[str, str]:
     files: dict[str, str] = {}
     for index, (label, path) in enumerate(zip(labels, paths, strict=True)):
         others = [other for i, other in enumerate(parts) if i != index and not labels[i]]
-        name = label or _shortest_end(parts[index], others)
+        name = label or (path if path in list_weights() else _shortest_end(parts[index], others))
         if name in files:
             raise ConfigError(f"two files are called {name!r}; name them apart: LABEL={path}")
         files[name] = path

@@ -230,6 +230,7 @@ def test_labels_are_the_shortest_ends_of_paths(tmp_path):
     # What has a label needs no room.
     assert label_files(["mine=a/x.pth", "b/x.pth"]) == {"mine": "a/x.pth", "x.pth": "b/x.pth"}
     assert label_files(["runs/lr=1e-3/x.pth"]) == {"x.pth": "runs/lr=1e-3/x.pth"}
+    assert list(label_files(["vits14-focus/featsharp-2x"])) == ["vits14-focus/featsharp-2x"]
     assert label_files([]) == {}
     for same in (["a/x.pth", "a/x.pth"], ["x=a.pth", "x=b.pth"], ["x.pth=a.pth", "b/x.pth"]):
         with pytest.raises(ConfigError, match=r"two files are called .*LABEL="):
