@@ -3,11 +3,18 @@
 import logging
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+
+# The Hugging Face libraries read these when they are imported: no test asks a network or finds what the user fetched.
+_HUB = tempfile.TemporaryDirectory(prefix="featsharp-hub-")
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": _HUB.name}
+for _name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
+    os.environ.pop(_name, None)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

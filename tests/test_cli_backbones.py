@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,11 @@ def run(*arguments: str) -> int:
 
 
 @pytest.fixture
-def caches(tmp_path, monkeypatch) -> Path:
+def caches(monkeypatch) -> Path:
     """Empty caches of the Hugging Face hub and of torch.hub."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    return tmp_path
+    shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
+    monkeypatch.setenv("TORCH_HOME", constants.HF_HUB_CACHE)
+    return Path(constants.HF_HUB_CACHE)
 
 
 def cached(cache: Path, repository: str, file: str, content: str = "") -> None:

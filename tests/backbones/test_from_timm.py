@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.from_timm import TimmSAM, TimmStages, TimmViT
@@ -267,17 +268,21 @@ def test_registers_are_skipped_and_the_class_token_is_the_summary():
     torch.testing.assert_close(out.summary, tokens[:, 0])
 
 
-def test_native_size_is_whole_patches_and_uses_the_stored_embedding(monkeypatch):
+class NoResampling(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.interpolate:
+            raise AssertionError("resampled at the native size")
+        return function(*args, **(kwargs or {}))
+
+
+def test_native_size_is_whole_patches_and_uses_the_stored_embedding():
     model = tiny(img_size=100, dynamic_img_size=True)  # 6 whole patches of 16
     backbone = TimmViT("mine", model)
     assert backbone.input_size == (96, 96)
 
-    def no_resampling(*args, **kwargs):
-        raise AssertionError("resampled at the native size")
-
-    monkeypatch.setattr(torch.nn.functional, "interpolate", no_resampling)
-    backbone(torch.zeros(1, 3, 96, 96))
-    with pytest.raises(AssertionError, match="resampled"):
+    with NoResampling():
+        backbone(torch.zeros(1, 3, 96, 96))
+    with pytest.raises(AssertionError, match="resampled"), NoResampling():
         backbone(torch.zeros(1, 3, 96, 112))
 
 
@@ -748,15 +753,18 @@ def test_random_weights_are_seeded_and_leave_the_global_state():
         ("vit_tiny_patch16_224?pretrained=false&mean=a,b,c", "three with commas.* got 'a,b,c'"),
         ("vit_tiny_patch16_224?pretrained=false&std=1,0,1", "std .* above 0, .* got '1,0,1'"),
         ("test_vit4", "No pretrained weights exist for test_vit4.*weights=FILE"),
-        ("vit_huge_patch14_xp_224?pretrained=false&facet=key", "ParallelScalingBlock of timm has no linear key"),
     ],
 )
-def test_wrong_names_and_options(spec, message, monkeypatch):
-    if "huge" in spec:  # its class in a size that builds at once
-        real = timm.create_model
-        monkeypatch.setattr(timm, "create_model", lambda name, **given: real(name, depth=1, embed_dim=64, num_heads=4))
+def test_wrong_names_and_options(spec, message):
     with pytest.raises(ConfigError, match=message):
         create_backbone(f"timm:{spec}")
+
+
+def test_blocks_without_a_projection_of_their_own_are_refused():
+    from timm.models.vision_transformer import ParallelScalingBlock
+
+    with pytest.raises(ConfigError, match="ParallelScalingBlock of timm has no linear key"):
+        TimmViT("mine", tiny(block_fn=ParallelScalingBlock), choices=Options(facet="key"))
 
 
 def test_patches_that_are_not_square_are_refused():
@@ -765,10 +773,7 @@ def test_patches_that_are_not_square_are_refused():
 
 
 @pytest.mark.parametrize("spec", ["vit_tiny_patch16_224", "hf-hub:timm/vit_tiny_patch16_224.augreg_in21k"])
-def test_weights_that_cannot_be_had_say_what_to_do(spec, monkeypatch, tmp_path):
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+def test_weights_that_cannot_be_had_say_what_to_do(spec):
     with pytest.raises(MissingDependencyError, match=r"vit_tiny_patch16_224.*cannot be fetched.*weights=FILE.*=false"):
         create_backbone(f"timm:{spec}")
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones._transformers_families import TransformersConvNet
@@ -618,19 +619,23 @@ def test_vision_only_checkpoints_of_clip(saved, tmp_path):
     assert torch.equal(again(images).features, whole.create(project=True)(images).features)
 
 
-def test_native_size_is_whole_patches_and_uses_the_stored_table(tmp_path, monkeypatch):
+class NoResampling(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.interpolate:
+            raise AssertionError("resampled at the native size")
+        return function(*args, **(kwargs or {}))
+
+
+def test_native_size_is_whole_patches_and_uses_the_stored_table(tmp_path):
     config = transformers.SiglipVisionConfig(**{**TOWER, "image_size": 104, "patch_size": 14})
     transformers.SiglipVisionModel(config).save_pretrained(tmp_path)
     transformers.SiglipImageProcessor(size={"height": 104, "width": 104}).save_pretrained(tmp_path)
     backbone = create_backbone(f"hf:{tmp_path}")
     assert backbone.input_size == (98, 98)
 
-    def no_resampling(*args, **kwargs):
-        raise AssertionError("resampled at the native size")
-
-    monkeypatch.setattr(torch.nn.functional, "interpolate", no_resampling)
-    backbone(torch.zeros(1, 3, 98, 98))
-    with pytest.raises(AssertionError, match="resampled"):
+    with NoResampling():
+        backbone(torch.zeros(1, 3, 98, 98))
+    with pytest.raises(AssertionError, match="resampled"), NoResampling():
         backbone(torch.zeros(1, 3, 98, 112))
 
 
@@ -706,7 +711,7 @@ def test_weights_from_elsewhere(saved, tmp_path):
         family.create(weights="nowhere")
 
 
-def test_a_published_name_takes_configuration_and_weights_from_a_directory(saved, offline):
+def test_a_published_name_takes_configuration_and_weights_from_a_directory(saved):
     backbone = create_backbone("hf:google/siglip2-base-patch16-224", weights=saved("siglip").path)
     assert backbone.weights_hash() == saved("siglip").create().weights_hash()
     assert backbone.name.startswith("hf:google/siglip2-base-patch16-224?weights=")
@@ -726,14 +731,7 @@ def test_a_checkpoint_of_another_architecture_lists_the_keys(saved, tmp_path):
             saved("vit").create(weights=tmp_path / file)
 
 
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty_cache"))
-
-
-def test_weights_that_cannot_be_had_say_what_to_do(offline):
+def test_weights_that_cannot_be_had_say_what_to_do():
     with pytest.raises(MissingDependencyError, match=r"cannot be fetched.*hf download google/siglip2.*hf:DIRECTORY"):
         create_backbone("hf:google/siglip2-so400m-patch16-512")
 
@@ -912,10 +910,8 @@ class TinyModel(PreTrainedModel):
 
 
 @pytest.fixture
-def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def remote(tmp_path: Path) -> Path:
     """A directory with code of its own, as RADIO has: summary and patch tokens in a pair, pixels in [0, 1]."""
-    dynamic = pytest.importorskip("transformers.dynamic_module_utils")
-    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     path = tmp_path / "tiny"
     path.mkdir()
     (path / "configuration_tiny.py").write_text(REMOTE_CONFIG)
