@@ -60,7 +60,7 @@ def load_published(
         kind: "featup", "lift", "jafar" or "anyup".
         path: A PyTorch file (a state dict, or a Lightning checkpoint) or a .safetensors file.
         backbone: A name of ``list_backbones()`` or a backbone.
-        factor: Gain in each direction; see the table.
+        factor: In each direction; see the table.
         final_fixup: Only for "featup": whether the convolution after the last level is used. It was trained after the
             fourth level, so by default it is at factor 16 only.
         max_memory: Limit of the memory that encoding takes; see ``SharpEncoder.max_memory``.
@@ -202,7 +202,7 @@ _READERS: dict[str, Callable[[dict[str, Tensor], float, Backbone, bool | None], 
 
 
 def _cross_attention_names() -> dict[str, str]:
-    """What JAFAR and AnyUp have in common."""
+    """Names that JAFAR and AnyUp have in common."""
     return {
         "upsampler.image_encoder": "image_encoder",
         "upsampler.query_encoder": "query_encoder",
@@ -276,7 +276,7 @@ def _our_state(encoder: SharpEncoder, weights: _Weights, path: object) -> dict[s
 
 
 def _published_name(ours: str, names: Mapping[str, str]) -> str:
-    """What the authors call a tensor of ours; "" for one that they do not have."""
+    """The authors' name of a tensor of ours; "" for one that they do not have."""
     for beginning, theirs in names.items():
         if ours == beginning or ours.startswith(f"{beginning}."):
             return theirs + ours.removeprefix(beginning)

@@ -30,6 +30,7 @@ from featsharp.settings import setting
 from featsharp.terminal import align, with_progress
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import UpsampleFeatures, check_factor, scale_length
+from featsharp.upsamplers.chunked import works_in_chunks
 from featsharp.weights import list_weights
 
 READY, SHIPPED, CHECKPOINT, NEEDS_TRAINING = "ready", "shipped", "checkpoint", "needs training"
@@ -219,7 +220,7 @@ def _fit(
     if limit is None or peak <= limit:
         return {"peak_bytes": peak, "in_parts": False}
     taken = f"takes {format_memory(peak)} of {format_memory(limit)}"
-    if not encoder.upsampler.by_parts:
+    if not works_in_chunks(encoder.upsampler):
         raise ConfigError(f"{taken} and cannot work in parts")
     # An encoder's limit is for the memory beside the result.
     left = limit - _result_bytes(call())

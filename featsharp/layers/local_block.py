@@ -22,8 +22,8 @@ from featsharp.ops.windows import check_window
 
 NUM_HEADS = 16
 # Cells that are processed at a time where no gradient is needed: 350 MiB for ViT-S. But not fewer than so many rows:
-# those at the edges of a band are computed twice.
-BAND_CELLS, MIN_BAND_ROWS = 2**14, 16
+# those at the edges of a chunk are computed twice.
+CHUNK_CELLS, MIN_CHUNK_ROWS = 2**14, 16
 ROPE_BASE, XPOS_BASE = 50000.0, 512.0
 
 # How attention knows where a key is: by a bias on its score, or by turning queries and keys, or not at all.
@@ -81,19 +81,24 @@ class LocalBlock(nn.Module):
                 self.scale2 = nn.Parameter(torch.full((out_dim,), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, D] to [B, H, W, C]; without gradients, large maps are processed in bands of rows."""
+        """[B, H, W, D] to [B, H, W, C]; without gradients, large maps are processed in chunks of rows."""
         batch, height, width, _ = x.shape
-        rows = max(MIN_BAND_ROWS, BAND_CELLS // (batch * width))
+        rows = max(MIN_CHUNK_ROWS, CHUNK_CELLS // (batch * width))
         if height <= rows or torch.compiler.is_compiling() or self._needs_grad(x):
-            return self.part(x, whole((height, width)))
+            return self.compute_chunk(x, whole((height, width)))
+        return self.compute_rows(x, rows)
+
+    def compute_rows(self, x: Tensor, rows: int) -> Tensor:
+        """As :meth:`forward`, ``rows`` rows of the result at a time."""
+        batch, height, width, _ = x.shape
         out = None
         for start in range(0, height, rows):
             box = Box(start, min(height, start + rows), 0, width)
             seen = box.grow(self.halo, (height, width))
-            band = self.part(seen.cut_channels_last(x), box.relative_to(seen))
+            chunk = self.compute_chunk(seen.cut_channels_last(x), box.relative_to(seen))
             if out is None:
-                out = band.new_empty(batch, height, width, self.out_dim)
-            out[:, box.top : box.bottom] = band
+                out = chunk.new_empty(batch, height, width, self.out_dim)
+            out[:, box.top : box.bottom] = chunk
         assert out is not None
         return out
 
@@ -102,8 +107,8 @@ class LocalBlock(nn.Module):
         """How many cells around it, in each direction, a cell of the result depends on."""
         return 0 if self.attention is None else self.attention.window // 2
 
-    def part(self, x: Tensor, box: Box) -> Tensor:
-        """The cells ``box`` of the result for [B, H, W, D]: [B, *box.size, C]."""
+    def compute_chunk(self, x: Tensor, box: Box) -> Tensor:
+        """Compute the cells ``box`` of the result for [B, H, W, D]: [B, *box.size, C]."""
         out = box.cut_channels_last(x)
         if self.attention is not None:
             attended = _gated(self.attention(self.norm1(x), box), self.scale1)
@@ -231,9 +236,9 @@ def _rotate_along(x: Tensor, decay: int) -> Tensor:
     place = torch.arange(length, device=x.device) - length // 2
     share = torch.arange(0, channels, 2, device=x.device) / channels
     angle = place[:, None] * ROPE_BASE**-share
-    gain = ((share + 0.4) / 1.4) ** (decay * place[:, None] / XPOS_BASE)
+    fade = ((share + 0.4) / 1.4) ** (decay * place[:, None] / XPOS_BASE)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = gain * angle.cos(), gain * angle.sin()
+    cos, sin = fade * angle.cos(), fade * angle.sin()
     return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
 
 

@@ -3,7 +3,7 @@
     W_eff = W * (softplus(t) + 0.05) / (sigma(W) + 1e-6)
 
 ``sigma`` is the largest singular value, tracked by one power-iteration step per training forward; the scalar ``t`` is
-learned and starts where the numerator is 1. A stacked weight (query, key and value) is scaled part by part. Checkpoints
+learned and starts where the numerator is 1. A stacked weight (query, key and value) is scaled block by block. Checkpoints
 hold the product as a plain weight (:func:`folded_state`), so that inference knows nothing of this.
 """
 
@@ -39,7 +39,7 @@ class SpectralScale(nn.Module):
         self.register_buffer("v", right[..., 0, :].to(weight.dtype).contiguous())
 
     def norms(self, weight: Tensor) -> Tensor:
-        """The estimated largest singular value of each part, [parts]."""
+        """The estimated largest singular value of each block, [parts]."""
         with torch.autocast(weight.device.type, enabled=False):
             return torch.einsum("pr,prc,pc->p", self.u, weight.unflatten(0, (self.parts, -1)), self.v)
 
@@ -77,19 +77,19 @@ def folded_state(module: nn.Module) -> dict[str, Tensor]:
     the class that torch makes for a parametrised layer, and loses ``weight`` for both.)
     """
     state = dict(module.state_dict())
-    for name, part in module.named_modules():
-        if isinstance(part, SpectralScale):
+    for name, scale in module.named_modules():
+        if isinstance(scale, SpectralScale):
             prefix = name.removesuffix("0")  # "(layer.)parametrizations.weight."
             raw = state[f"{prefix}original"]
             state = {key: value for key, value in state.items() if not key.startswith(prefix)}
-            state[f"{prefix.removesuffix('parametrizations.weight.')}weight"] = part.scaled(raw).detach()
+            state[f"{prefix.removesuffix('parametrizations.weight.')}weight"] = scale.scaled(raw).detach()
     return state
 
 
 def spectral_norms(module: nn.Module) -> dict[str, Tensor]:
     """Learned spectral norms by layer name, each [parts]."""
     return {
-        name.removesuffix(".parametrizations.weight.0"): F.softplus(part.log_scale.detach()).flatten() + FLOOR
-        for name, part in module.named_modules()
-        if isinstance(part, SpectralScale)
+        name.removesuffix(".parametrizations.weight.0"): F.softplus(scale.log_scale.detach()).flatten() + FLOOR
+        for name, scale in module.named_modules()
+        if isinstance(scale, SpectralScale)
     }

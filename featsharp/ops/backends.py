@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Problem:
-    """What the choice of a backend may depend on: facts about the arguments, never their values."""
+    """Facts about the arguments that the choice of a backend may depend on, never their values."""
 
     device: str  # "cpu", "cuda" ...
     dtypes: tuple[torch.dtype, ...]

@@ -49,7 +49,7 @@ class Axis:
         start = first * cells - halo  # of the slab, in cells of the map
         self.first, self.count = first, count
         self.length = count * cells + window - 1
-        # The part of the slab that lies on the map.
+        # The cells of the slab that lie on the map.
         self.inner = slice(max(0, -start), min(self.length, length - start))
         self.on_map = slice(self.inner.start + start, self.inner.stop + start)
         # Cells beyond the border that a query of the map can see, and the cells of the slab that they mirror.
@@ -162,7 +162,7 @@ class BlockGrid:
         return slab
 
     def add_slab(self, x: Tensor, chunk: Chunk, slab: Tensor) -> None:
-        """The adjoint of :meth:`cut_slab`: add ``slab`` to the map ``x``; overwrites parts of ``slab``."""
+        """The adjoint of :meth:`cut_slab`: add ``slab`` to the map ``x``; overwrites cells of ``slab``."""
         rows, cols = chunk.rows, chunk.cols
         for cell, source in rows.mirrored:
             slab[:, source].add_(slab[:, cell])
@@ -248,7 +248,7 @@ class BlockCall:
         return x[:, : query.shape[1], : query.shape[2]].contiguous()
 
     def cut(self, x: Tensor, chunk: Chunk, name: str) -> Tensor:
-        """The part of a map that the chunk sees: [B, cells, cells, N, C]."""
+        """The cells of a map that the chunk sees: [B, cells, cells, N, C]."""
         images = chunk.images.stop - chunk.images.start
         slab = self.scratch(name, images, chunk.rows.length, chunk.cols.length, *x.shape[3:])
         return self.grid.cut_slab(x, chunk, slab)

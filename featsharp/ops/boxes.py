@@ -1,4 +1,4 @@
-"""Rectangular parts of a map, for work that is done piece by piece."""
+"""Rectangles of cells of a map, for work that is done chunk by chunk."""
 
 from typing import NamedTuple
 
@@ -38,6 +38,10 @@ class Box(NamedTuple):
     def cut_channels_last(self, x: Tensor) -> Tensor:
         """A view of these cells of ``x`` [B, H, W, C]."""
         return x[:, self.top : self.bottom, self.left : self.right]
+
+    def covers(self, size: tuple[int, int]) -> bool:
+        """Whether these are all cells of a map of ``size`` (h, w)."""
+        return self.top == 0 and self.left == 0 and self.bottom == size[0] and self.right == size[1]
 
 
 def whole(size: tuple[int, int]) -> Box:

@@ -94,7 +94,7 @@ def _plan(order: int) -> tuple[tuple[str, int], ...] | None:
 
 
 def _paley_kind(order: int) -> str | None:
-    """Which of Paley's constructions gives exactly this order."""
+    """The one of Paley's constructions that gives exactly this order."""
     if order % 4 == 0 and _is_prime(order - 1):
         return "paley1"
     half = order // 2 - 1

@@ -41,27 +41,31 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def enlarge(x: Tensor, size: tuple[int, int], box: Box) -> Tensor:
-    """The cells ``box`` of ``resize(x, size)``, up to rounding, for a ``size`` not below that of ``x`` [B, C, h, w].
+    """Compute the cells ``box`` of ``resize(x, size)``, for a ``size`` not below that of ``x`` [B, C, h, w].
 
-    Looks only at what they depend on.
+    All of them are equal to those of ``resize``, some of them up to rounding and from no more than they depend on.
     """
-    return enlarge_piece(x, whole(size_of(x)), size_of(x), size, box)
+    return enlarge_chunk(x, whole(size_of(x)), size_of(x), size, box)
 
 
-def enlarge_piece(x: Tensor, piece: Box, source_size: tuple[int, int], size: tuple[int, int], box: Box) -> Tensor:
-    """:func:`enlarge` of a map of which only a piece is there.
+def enlarge_chunk(x: Tensor, chunk: Box, source_size: tuple[int, int], size: tuple[int, int], box: Box) -> Tensor:
+    """:func:`enlarge` a map of which only a chunk is there.
 
     Args:
-        x: [B, C, *piece.size], the cells ``piece`` of a map of ``source_size`` (h, w).
-        piece: At least :func:`source_box` of ``box``.
+        x: [B, C, *chunk.size], the cells ``chunk`` of a map of ``source_size`` (h, w).
+        chunk: At least :func:`source_box` of ``box``.
         size: (H, W) of the whole enlarged map.
         box: Cells of it.
 
     Returns:
         [B, C, *box.size].
     """
-    x = _enlarge_axis(x, piece.top, source_size[0], size[0], box.top, box.bottom, 2)
-    return _enlarge_axis(x, piece.left, source_size[1], size[1], box.left, box.right, 3)
+    if box.covers(size):
+        return resize(x, size)
+    if source_size == size:
+        return box.relative_to(chunk).cut(x)
+    x = _enlarge_axis(x, chunk.top, source_size[0], size[0], box.top, box.bottom, 2)
+    return _enlarge_axis(x, chunk.left, source_size[1], size[1], box.left, box.right, 3)
 
 
 def source_box(box: Box, source_size: tuple[int, int], size: tuple[int, int]) -> Box:

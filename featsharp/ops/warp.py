@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def homography_grid(homography: Tensor, size: tuple[int, int]) -> Tensor:
-    """Where each pixel centre of a view lies in the base image.
+    """Places of the pixel centres of a view in the base image.
 
     Args:
         homography: [B, 3, 3], view to base.
@@ -50,13 +50,13 @@ def warp(
 
 
 def sample(base: Tensor, grid: Tensor, *, mode: str = "bilinear", padding_mode: str = "reflection") -> Tensor:
-    """What ``base`` [B, C, H, W] shows at the places of :func:`homography_grid`; see :func:`warp`."""
+    """Sample ``base`` [B, C, H, W] at the places of :func:`homography_grid`; see :func:`warp`."""
     full = base.to(torch.promote_types(base.dtype, torch.float32))
     return F.grid_sample(full, grid.to(full), mode=mode, padding_mode=padding_mode, align_corners=False).to(base.dtype)
 
 
 def inside(homography: Tensor, size: tuple[int, int]) -> Tensor:
-    """Which pixel centres of a view lie inside the base image: [B, 1, h, w], 1 or 0, dtype of ``homography``."""
+    """Mask of the pixel centres of a view that lie inside the base image: [B, 1, h, w], 1 or 0, dtype of ``homography``."""
     return grid_inside(homography_grid(homography, size))
 
 

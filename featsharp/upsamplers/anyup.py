@@ -18,50 +18,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featsharp.ops.boxes import Box, whole
-from featsharp.ops.resize import size_of
-from featsharp.upsamplers.base import GuidedUpsampler
-from featsharp.upsamplers.jafar import (
+from featsharp.layers.cross_attention import (
     DIM,
-    MAX_BAND_SCORES,
+    MAX_SCORES,
     NUM_HEADS,
     AxialRope,
     PaddedConv2d,
     Padding,
-    averaged_attention,
-    check_guidance_scale,
-    recomputed,
-    residual_encoder,
-    scaled_guidance,
+    attend,
+    build_encoder,
+    recompute,
 )
+from featsharp.layers.guidance import check_guidance_scale, shrink_guidance
+from featsharp.ops.boxes import Box
+from featsharp.ops.resize import size_of
+from featsharp.upsamplers.chunked import ChunkedGuidedUpsampler, ComputeChunk
 from featsharp.upsamplers.registration import register_upsampler
 
 NUM_FILTERS = 128
 FILTER_SIDE = 5
 # A place sees what lies within 1 / INVERSE_REACH of the image to each side; whole, so that windows are exact.
 INVERSE_REACH = 10
-# Sides of the blocks of queries that attend together, as a part of the output: few enough keys, large enough products.
+# Sides of the blocks of queries that attend together, as a fraction of the output: few enough keys, large enough products.
 BLOCKS_PER_SIDE = 8
 # Numbers that the feature layer holds at once: 32 MiB in float32.
 MAX_CODE_NUMBERS = 2**23
 
 
 @register_upsampler("anyup", "AnyUp: attention to raw features nearby, one set of weights for every backbone")
-class AnyUp(GuidedUpsampler):
+class AnyUp(ChunkedGuidedUpsampler):
     """Windowed cross-attention with weights that do not depend on the backbone: 845,056 parameters for any C.
 
     Args:
         embed_dim: Channels C; no parameter depends on it.
-        factor: Gain in each direction.
+        factor: In each direction.
         guidance_scale: An image larger than this many times the output grid is shrunk to that before it is encoded,
             which bounds memory; None, as published, takes it as it is.
-        query_padding: What the 3 x 3 convolution of the queries finds beyond the border, "reflect" or "zeros".
+        query_padding: Of the 3 x 3 convolution of the queries, "reflect" or "zeros".
     """
 
     trainable = True
     needs = "image"
     paper = "AnyUp, arXiv 2510.12764"
-    by_parts = True
 
     def __init__(
         self,
@@ -73,22 +71,24 @@ class AnyUp(GuidedUpsampler):
     ) -> None:
         super().__init__(embed_dim, factor)
         self.guidance_scale = check_guidance_scale(guidance_scale)
-        self.image_encoder = residual_encoder(3)
+        self.image_encoder = build_encoder(3)
         self.rope = AxialRope()
-        self.query_encoder = residual_encoder(DIM)
+        self.query_encoder = build_encoder(DIM)
         self.query_conv = PaddedConv2d(DIM, DIM, 3, query_padding)
-        self.key_encoder = residual_encoder(DIM)
-        self.feature_encoder = nn.Sequential(FeatureCode(), *residual_encoder(DIM)[1:])
-        self.aggregation = residual_encoder(2 * DIM, kernel_size=3)
+        self.key_encoder = build_encoder(DIM)
+        self.feature_encoder = nn.Sequential(FeatureCode(), *build_encoder(DIM)[1:])
+        self.aggregation = build_encoder(2 * DIM, kernel_size=3)
         self.query_norm, self.key_norm = (nn.RMSNorm(DIM) for _ in range(2))
         self.query_proj, self.key_proj = (nn.Linear(DIM, DIM) for _ in range(2))
 
-    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.upsample_part(features, self.prepare(features, image, size), None, whole(size), size)
+    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
+        query, key = self.project(low_res, image, size)
+        value = low_res.permute(0, 2, 3, 1)
+        return lambda box, tiles: attend_nearby(query, key, value, box).permute(0, 3, 1, 2)
 
-    def prepare(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Queries [B, H, W, d] and keys [B, h, w, d]; group normalisation needs the whole image."""
-        encoded = self.rope(self.image_encoder(scaled_guidance(image, size, self.guidance_scale)))
+    def project(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Compute queries [B, H, W, d] and keys [B, h, w, d]; group normalisation needs the whole image."""
+        encoded = self.rope(self.image_encoder(shrink_guidance(image, size, self.guidance_scale)))
         query = self.query_conv(F.adaptive_avg_pool2d(self.query_encoder(encoded), size))
         key = F.adaptive_avg_pool2d(self.key_encoder(encoded), size_of(low_res))
         code = self.feature_encoder(F.normalize(low_res.float(), dim=1).to(low_res.dtype))
@@ -98,33 +98,42 @@ class AnyUp(GuidedUpsampler):
         query = self.query_proj(self.query_norm(query.permute(0, 2, 3, 1).to(dtype)))
         return query, self.key_proj(self.key_norm(key.permute(0, 2, 3, 1).to(dtype)))
 
-    def upsample_part(
-        self, low_res: Tensor, guide: tuple[Tensor, Tensor], tiles: Tensor | None, box: Box, size: tuple[int, int]
-    ) -> Tensor:
-        query, key = guide
-        value = low_res.permute(0, 2, 3, 1)
-        rows, cols = Windows(size[0], low_res.shape[2]), Windows(size[1], low_res.shape[3])
-        side = _block_side(len(low_res), rows, cols)
-        bands = []
-        for top, bottom in _steps(box.top, box.bottom, side):
-            band = []
-            for left, right in _steps(box.left, box.right, side):
-                block = Box(top, bottom, left, right)
-                seen = Box(*rows.seen(top, bottom), *cols.seen(left, right))
-                allowed = (
-                    rows.mask(top, bottom, query.device)[:, None, :, None]
-                    & cols.mask(left, right, query.device)[None, :, None, :]
-                )
-                out = recomputed(
-                    averaged_attention,
-                    block.cut_channels_last(query).flatten(1, 2),
-                    seen.cut_channels_last(key).flatten(1, 2),
-                    seen.cut_channels_last(value).flatten(1, 2),
-                    allowed.flatten(2).flatten(0, 1),
-                )
-                band.append(out.unflatten(1, block.size))
-            bands.append(torch.cat(band, 2))
-        return torch.cat(bands, 1).permute(0, 3, 1, 2)
+
+def attend_nearby(query: Tensor, key: Tensor, value: Tensor, box: Box, *, max_scores: int = MAX_SCORES) -> Tensor:
+    """Attend to the cells of the :class:`Windows` of each place.
+
+    Args:
+        query: [B, H, W, d].
+        key: [B, h, w, d].
+        value: [B, h, w, C].
+        box: Cells of the output grid to compute.
+        max_scores: Scores that are held at once, or those of one query.
+
+    Returns:
+        [B, *box.size, C].
+    """
+    rows, cols = Windows(query.shape[1], key.shape[1]), Windows(query.shape[2], key.shape[2])
+    side = _block_side(len(query), rows, cols, max_scores)
+    lines = []
+    for top, bottom in _steps(box.top, box.bottom, side):
+        line = []
+        for left, right in _steps(box.left, box.right, side):
+            block = Box(top, bottom, left, right)
+            seen = Box(*rows.seen(top, bottom), *cols.seen(left, right))
+            allowed = (
+                rows.mask(top, bottom, query.device)[:, None, :, None]
+                & cols.mask(left, right, query.device)[None, :, None, :]
+            )
+            out = recompute(
+                attend,
+                block.cut_channels_last(query).flatten(1, 2),
+                seen.cut_channels_last(key).flatten(1, 2),
+                seen.cut_channels_last(value).flatten(1, 2),
+                allowed.flatten(2).flatten(0, 1),
+            )
+            line.append(out.unflatten(1, block.size))
+        lines.append(torch.cat(line, 2))
+    return torch.cat(lines, 1)
 
 
 class FeatureCode(nn.Module):
@@ -135,8 +144,9 @@ class FeatureCode(nn.Module):
     with ``taps`` the number of cells under the filter, fewer at the border.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_numbers: int = MAX_CODE_NUMBERS) -> None:
         super().__init__()
+        self.max_numbers = max_numbers  # that are held at once
         self.basis = nn.Parameter(torch.empty(NUM_FILTERS, 1, FILTER_SIDE, FILTER_SIDE))
         nn.init.kaiming_uniform_(self.basis, math.sqrt(5))  # as convolutions start
 
@@ -150,8 +160,8 @@ class FeatureCode(nn.Module):
                 padding=FILTER_SIDE // 2,
             )
             # A few channels at a time: all of them would make a map of 128 C channels.
-            channels = max(1, MAX_CODE_NUMBERS // (NUM_FILTERS * x[:, 0].numel()))
-            total = sum(recomputed(self._code, part.to(dtype), taps) for part in x.split(channels, 1))
+            channels = max(1, self.max_numbers // (NUM_FILTERS * x[:, 0].numel()))
+            total = sum(recompute(self._code, chunk.to(dtype), taps) for chunk in x.split(channels, 1))
         assert isinstance(total, Tensor)
         return total / x.shape[1]
 
@@ -176,7 +186,7 @@ class Windows:
         return self._first(start), self._last(stop - 1)
 
     def mask(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """Which of the cells ``seen`` each place sees: bool [places, cells]."""
+        """Mask of the cells ``seen`` that each place sees: bool [places, cells]."""
         first, last = self.seen(start, stop)
         cell = torch.arange(first, last, device=device)
         places = range(start, stop)
@@ -195,10 +205,10 @@ class Windows:
         return 2 * INVERSE_REACH * self.places
 
 
-def _block_side(images: int, rows: Windows, cols: Windows) -> int:
+def _block_side(images: int, rows: Windows, cols: Windows, max_scores: int) -> int:
     """Side of the square blocks of places that attend together, so that their scores fit."""
     side = -(-max(rows.places, cols.places) // BLOCKS_PER_SIDE)
-    while side > 1 and images * NUM_HEADS * _pairs(side, rows) * _pairs(side, cols) > MAX_BAND_SCORES:
+    while side > 1 and images * NUM_HEADS * _pairs(side, rows) * _pairs(side, cols) > max_scores:
         side //= 2
     return side
 

@@ -12,26 +12,36 @@ Convention:
 import math
 import numbers
 import operator
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from featsharp.errors import ConfigError, InputError
-from featsharp.ops.boxes import Box
 from featsharp.ops.resize import resize, size_of
 
-# Which gains the mathematics of a method allows.
+# Factors that the mathematics of a method allows.
 Factors = Literal["any", "whole", "powers of two", "one"]
 
 
 class Encode(Protocol):
-    """[N, 3, h*p, w*p] whitened -> (features [N, C, h, w], summary [N, C_s] or None)."""
+    """A function from images to features, such as ``SharpEncoder.encode``.
 
-    def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor | None]: ...
+    Args:
+        images: [N, 3, h*p, w*p], whitened, patches of p pixels.
+        patch_stride: Pixels from token to token; left out for the patch size. Only the upsampler "stride" says one, so
+            a function of your own that serves the others need not take it.
+
+    Returns:
+        Features [N, C, h, w] and the summary [N, C_s], or None where the backbone has none.
+    """
+
+    def __call__(self, images: Tensor, /, *, patch_stride: int | None = None) -> tuple[Tensor, Tensor | None]: ...
 
 
 class UpsampleFeatures(NamedTuple):
-    """What a sharp encoder returns; the summary is the backbone's own, from the low-resolution pass."""
+    """Features of a sharp encoder; the summary is the backbone's, from the low-resolution pass, unchanged."""
 
     low_res: Tensor  # [B, C, h, w]
     high_res: Tensor  # [B, C, H, W]: factor * h, factor * w, or the size asked for
@@ -43,8 +53,8 @@ class Upsampler(nn.Module):
 
     Attributes:
         embed_dim: Channels C of the features.
-        factor: Gain f in each direction, an int where it is whole.
-        factors: Gains that the method allows: "any" from 1 upwards (and any output size), "whole", "powers of two" or
+        factor: f, size of the result over that of the low-resolution map in each direction; an int where it is whole.
+        factors: Those that the method allows: "any" from 1 upwards (and any output size), "whole", "powers of two" or
             "one".
         input_upsample_factor: How much larger than the low-resolution pass the image should be to be of use: f for
             upsamplers that look at tiles or larger images, 1 for guided ones.
@@ -57,10 +67,6 @@ class Upsampler(nn.Module):
         num_maps: Maps of C channels that the result holds, one after the other on the channel axis.
         function_options: Options that may name code to be imported, as "module:function".
         window: Side in cells of the largest window that the method looks through; None without one.
-        by_parts: Whether ``upsample_part`` is implemented (``prepare`` where needed, ``write_tiles`` with tiles),
-            so that a map can be made piece by piece where memory is scarce (:mod:`featsharp.upsamplers.chunked`).
-        halo: How many cells of the tile map around its own, in each direction, a cell of the result depends on; None
-            for an upsampler that looks at no tiles.
     """
 
     factors: Factors = "any"
@@ -71,8 +77,6 @@ class Upsampler(nn.Module):
     num_maps: int = 1
     function_options: tuple[str, ...] = ()
     window: int | None = None
-    by_parts: bool = False
-    halo: int | None = None
 
     def __init__(self, embed_dim: int, factor: float) -> None:
         super().__init__()
@@ -86,46 +90,13 @@ class Upsampler(nn.Module):
     def forward(
         self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
     ) -> UpsampleFeatures:
-        """Sharpen what ``encode`` says about an image.
+        """Sharpen the features of images.
 
         Args:
             image: [B, 3, height, width], whitened, any size.
             encode: See :class:`Encode`.
             low_res_size: (h, w) in pixels of the low-resolution pass, a size that the backbone takes.
             output_size: (H, W) of the result in cells; None: ``factor`` times the low-resolution grid.
-        """
-        raise NotImplementedError
-
-    def write_tiles(
-        self,
-        out: Tensor,
-        image: Tensor,
-        encode: Encode,
-        low_res_size: tuple[int, int],
-        grid: tuple[int, int],
-        max_tile_batch: int,
-    ) -> None:
-        """Encode the tiles of one image, at most ``max_tile_batch`` at a time, into the map ``out`` [1, C, H, W].
-
-        ``grid`` is the (h, w) of the low-resolution map.
-        """
-        raise NotImplementedError
-
-    def prepare(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> Any:
-        """What all parts of a map of ``size`` need, made once: nothing, or tensors in lists, tuples or dicts."""
-        return None
-
-    def upsample_part(
-        self, low_res: Tensor, guide: Any, tiles: Tensor | None, box: Box, size: tuple[int, int]
-    ) -> Tensor:
-        """The cells ``box`` of a result of ``size`` (H, W), as :meth:`forward` computes them: [B, C, *box.size].
-
-        Args:
-            low_res: [B, C, h, w].
-            guide: From :meth:`prepare`.
-            tiles: The tile map of ``box`` and ``halo`` cells around it, as far as they exist; None without tiles.
-            box: Cells of the high-resolution map.
-            size: (H, W) of the whole map.
         """
         raise NotImplementedError
 
@@ -199,7 +170,7 @@ class GuidedUpsampler(Upsampler):
             output_size: (H, W); None: ``factor`` times the grid of the features.
 
         Returns:
-            [B, C, H, W] in the dtype of the features.
+            [B, C, H, W] in the dtype of the features; computed in that of the weights, where there are any.
 
         Raises:
             InputError: When features and image do not belong together, or the size cannot be made.
@@ -214,11 +185,18 @@ class GuidedUpsampler(Upsampler):
                 f"the image must be [B, 3, height, width] with the batch of the features, {len(features)}; got "
                 f"{tuple(image.shape)}"
             )
-        return self.upsample_to(features, image, self.high_res_grid(features, output_size))
+        dtype = weight_dtype(self) or features.dtype
+        size = self.high_res_grid(features, output_size)
+        return self.upsample_to(features.to(dtype), image.to(dtype), size).to(features.dtype)
 
     def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """Features [B, C, h, w] and an image of any size [B, 3, height, width] to [B, C, *size]."""
+        """Sharpen features [B, C, h, w] by an image [B, 3, height, width] of any size: [B, C, *size]."""
         raise NotImplementedError
+
+
+def weight_dtype(module: nn.Module) -> torch.dtype | None:
+    """Type of the first floating-point parameter of a module; None for a module without any."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def check_factor(factor: float, allowed: Factors, name: str) -> float:
@@ -252,6 +230,16 @@ def check_whole(name: str, value: int, least: int) -> int:
     return value
 
 
+def check_tile_batch(limit: int | None) -> int | None:
+    """Return ``limit``; raise ConfigError unless it is None or a whole number of at least 1."""
+    return None if limit is None else check_whole("max_tile_batch", limit, 1)
+
+
+def name_function(function: Callable[..., Any]) -> str:
+    """Name a function for a message."""
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
 def _check_size(size: tuple[int, int]) -> tuple[int, int]:
     try:
         # index() would fix a size that a compiled graph leaves open.
@@ -269,16 +257,16 @@ def scale_length(length: int, factor: float) -> int:
 
 
 def level_factors(factor: float) -> list[int]:
-    """Gains of the levels of a stack: the prime factors, ascending, of the factor or of the next whole number."""
+    """Factors of the levels of a stack: the prime factors, ascending, of the factor or of the next whole number."""
     return prime_factors(math.ceil(factor))
 
 
 def level_sizes(grid: tuple[int, int], factors: list[int], size: tuple[int, int]) -> list[tuple[int, int]]:
     """The grid after each level: whole multiples, the last one ``size``, none larger than that."""
-    sizes, gain = [], 1
+    sizes, total = [], 1
     for factor in factors:
-        gain *= factor
-        sizes.append((min(grid[0] * gain, size[0]), min(grid[1] * gain, size[1])))
+        total *= factor
+        sizes.append((min(grid[0] * total, size[0]), min(grid[1] * total, size[1])))
     return [*sizes[:-1], size]
 
 

@@ -1,6 +1,6 @@
 """CARAFE: every new cell is a weighted mean of the old cells around it, with weights that the features predict.
 
-CARAFE (arXiv 1905.02188), here a stack of levels of a whole gain q. Per level, for the features x [B, C, h, w]:
+CARAFE (arXiv 1905.02188), here a stack of levels of a whole factor q. Per level, for the features x [B, C, h, w]:
 
     logits = pixel_shuffle(encoder(compressor(x)), q)            [B, k k, q h, q w]
     out(i) = sum_p softmax_p(logits(i)) * x[i // q + p],         p in a k x k window
@@ -36,7 +36,7 @@ class CARAFE(GuidedUpsampler):
 
     Args:
         embed_dim: Channels C.
-        factor: Gain, whole; 6 means a level of 2 and one of 3.
+        factor: In each direction, whole; 6 means a level of 2 and one of 3.
         kernel_size: k, odd and at least 3 (a softmax over one cell is 1, whatever is learned): 5 in the paper, 3 in
             FeatUp.
         encoder_kernel: Side of the encoder's convolution, odd.
@@ -76,8 +76,8 @@ class CARAFE(GuidedUpsampler):
             raise ConfigError(f"unknown start {start!r}; use {' or '.join(map(repr, STARTS))}")
         self.window = kernel_size
         self.levels = nn.ModuleList(
-            CARAFELevel(embed_dim, gain, kernel_size, encoder_kernel, compressed, border, start)
-            for gain in level_factors(self.factor)
+            CARAFELevel(embed_dim, factor, kernel_size, encoder_kernel, compressed, border, start)
+            for factor in level_factors(self.factor)
         )
 
     def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -87,12 +87,12 @@ class CARAFE(GuidedUpsampler):
 
 
 class CARAFELevel(nn.Module):
-    """One reassembly [B, C, h, w] -> [B, C, gain * h, gain * w]; the arguments are those of :class:`CARAFE`."""
+    """One reassembly [B, C, h, w] -> [B, C, factor * h, factor * w]; the arguments are those of :class:`CARAFE`."""
 
     def __init__(
         self,
         embed_dim: int,
-        gain: int,
+        factor: int,
         kernel_size: int,
         encoder_kernel: int,
         compressed: int,
@@ -100,16 +100,16 @@ class CARAFELevel(nn.Module):
         start: Start,
     ) -> None:
         super().__init__()
-        self.gain, self.kernel_size, self.border = gain, kernel_size, border
+        self.factor, self.kernel_size, self.border = factor, kernel_size, border
         self.compressor = nn.Conv2d(embed_dim, compressed, 1)
-        self.encoder = nn.Conv2d(compressed, (gain * kernel_size) ** 2, encoder_kernel, padding=encoder_kernel // 2)
+        self.encoder = nn.Conv2d(compressed, (factor * kernel_size) ** 2, encoder_kernel, padding=encoder_kernel // 2)
         nn.init.xavier_uniform_(self.compressor.weight)
         nn.init.normal_(self.encoder.weight, std=ENCODER_STD)
         nn.init.zeros_(self.compressor.bias)  # type: ignore[arg-type]
         nn.init.zeros_(self.encoder.bias)  # type: ignore[arg-type]
         if start == "bilinear":
             with torch.no_grad():
-                self.encoder.bias.copy_(_bilinear_logits(gain, kernel_size).flatten())  # type: ignore[union-attr]
+                self.encoder.bias.copy_(_bilinear_logits(factor, kernel_size).flatten())  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
         value = x.permute(0, 2, 3, 1)[:, :, :, None]
@@ -117,18 +117,18 @@ class CARAFELevel(nn.Module):
         return out.squeeze(3).permute(0, 3, 1, 2)
 
     def weights(self, x: Tensor) -> Tensor:
-        """[B, gain * h, gain * w, k, k], at least float32; entry (i, j) is the cell at (i - k // 2, j - k // 2)."""
-        logits = F.pixel_shuffle(self.encoder(self.compressor(x)), self.gain)
+        """[B, factor * h, factor * w, k, k], at least float32; entry (i, j) is the cell at (i - k // 2, j - k // 2)."""
+        logits = F.pixel_shuffle(self.encoder(self.compressor(x)), self.factor)
         weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
         return weights.permute(0, 2, 3, 1).unflatten(3, (self.kernel_size, self.kernel_size))
 
 
-def _bilinear_logits(gain: int, kernel_size: int) -> Tensor:
-    """Logarithms of bilinear weights, in the order that the pixel shuffle reads: [k k, gain, gain]."""
+def _bilinear_logits(factor: int, kernel_size: int) -> Tensor:
+    """Logarithms of bilinear weights, in the order that the pixel shuffle reads: [k k, factor, factor]."""
     # Where the new cells of one old cell lie, and the old cells around it, in old cells from its centre.
-    places = (torch.arange(gain) + 0.5) / gain - 0.5
+    places = (torch.arange(factor) + 0.5) / factor - 0.5
     cells = torch.arange(kernel_size) - kernel_size // 2
-    axis = (1 - (places - cells[:, None]).abs()).clamp(min=0)  # [k, gain]
+    axis = (1 - (places - cells[:, None]).abs()).clamp(min=0)  # [k, factor]
     weights = axis[:, None, :, None] * axis[None, :, None, :]
     return (weights + LEAST_WEIGHT).log().flatten(0, 1)
 

@@ -1,35 +1,186 @@
-"""Sharp features within a given amount of memory.
+"""Upsamplers that make their map chunk by chunk, and the planning that keeps them within a given amount of memory.
 
-The low-resolution pass comes first and shows what one pass through the backbone costs. Then the tiles go through it, as
-many at a time as fit, straight into the map that is to be returned, and the upsampler turns that map part by part into
-the result, in parts as large as fit. What a part costs is predicted from shapes alone (:mod:`featsharp.memory`).
+A method implements :meth:`ChunkedUpsampler.prepare_chunks`; without a limit the whole map is one chunk. With one, the
+low-resolution pass comes first and shows what a pass through the backbone costs. Then the tiles go through it, as many
+at a time as fit, straight into the map that is to be returned, and the upsampler turns that map chunk by chunk into the
+result, in chunks as large as fit. What a chunk costs is predicted from shapes alone (:mod:`featsharp.memory`).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from featsharp.errors import ConfigError, InputError
+from featsharp.layers.tiles import Process, encode_with_tiles, write_tile_map
 from featsharp.memory import PeakMeter, format_memory, predict, return_freed_memory
-from featsharp.ops.boxes import Box
+from featsharp.ops.boxes import Box, whole
 from featsharp.ops.resize import resize, size_of
-from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
+from featsharp.upsamplers.base import (
+    Encode,
+    GuidedUpsampler,
+    UpsampleFeatures,
+    Upsampler,
+    check_tile_batch,
+    check_whole,
+    weight_dtype,
+)
 
-# What PyTorch's operators and the allocator take unseen: a part of the memory, and heap for small tensors.
+# What PyTorch's operators and the allocator take unseen: a share of the memory, and heap for small tensors.
 UNSEEN_SHARE, UNSEEN_BYTES = 0.1, 2**24
-# Sides of the square parts that are tried in turn. Larger ones only leave the caches; smaller ones compute more cells
+# Sides of the square chunks that are tried in turn. Larger ones only leave the caches; smaller ones compute more cells
 # twice, those at their edges.
-PART_SIDES = (128, 96, 64, 48, 32, 24, 16, 12, 8)
+CHUNK_SIDES = (128, 96, 64, 48, 32, 24, 16, 12, 8)
 
+# (cells of the result, tile map of these cells and the halo around them or None) -> [B, C, *box.size]
+ComputeChunk = Callable[[Box, Tensor | None], Tensor]
 # (low-resolution features [B, C, h, w], shape [B, C, H, W], dtype) -> room for the high-resolution ones
 Allocate = Callable[[Tensor, tuple[int, ...], torch.dtype], Tensor]
 
 
+class ChunkedUpsampler(Upsampler):
+    """Base of methods that can make their map chunk by chunk; derive from one of its two kinds below.
+
+    Attributes:
+        halo: Cells of the tile map around a chunk, in each direction, that the chunk depends on (0 without tiles). None
+            for options with which a method needs all of the map at once: the whole map is then its only chunk.
+        uses_tiles: Whether chunks are made of a tile map too.
+    """
+
+    halo: int | None = 0
+    uses_tiles: bool = False
+
+    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
+        """Compute what all chunks of a map share, and return the function that computes a chunk.
+
+        Args:
+            low_res: [B, C, h, w].
+            image: [B, 3, height, width], whitened, any size.
+            size: (H, W) of the whole map.
+
+        Returns:
+            A function of a box of cells and of the tile map of this box and ``halo`` cells around it, as far as they
+            exist (None without tiles), that returns the features [B, C, *box.size].
+        """
+        raise NotImplementedError
+
+
+class ChunkedGuidedUpsampler(ChunkedUpsampler, GuidedUpsampler):
+    """A guided upsampler that works in chunks; subclasses implement ``prepare_chunks`` instead of ``upsample_to``."""
+
+    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.prepare_chunks(features, image, size)(whole(size), None)
+
+
+class TiledUpsampler(ChunkedUpsampler):
+    """An upsampler that looks at tiles; subclasses implement ``prepare_chunks`` and, maybe, ``process_tiles``.
+
+    Args:
+        embed_dim, factor: As for :class:`Upsampler`.
+        overlap: Least number of tokens that neighbouring tiles share; more tiles are then encoded, and where they
+            overlap they are blended linearly. 0 gives factor x factor tiles, side by side.
+        max_tile_batch: Most images given to ``encode`` at once; None: all of them, the fastest.
+    """
+
+    uses_tiles = True
+
+    def __init__(self, embed_dim: int, factor: float, *, overlap: int = 0, max_tile_batch: int | None = None) -> None:
+        super().__init__(embed_dim, factor)
+        self.overlap = check_whole("overlap", overlap, 0)
+        self.max_tile_batch = check_tile_batch(max_tile_batch)
+
+    @property
+    def input_upsample_factor(self) -> float:
+        return self.factor if self.uses_tiles else 1
+
+    def forward(
+        self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
+    ) -> UpsampleFeatures:
+        if self.uses_tiles:
+            low_res, tiles, summary = self.encode_tiles(image, encode, low_res_size, output_size)
+        else:
+            (low_res, summary), tiles = encode(resize(image, low_res_size)), None
+        size = self.high_res_grid(low_res, output_size)
+        return UpsampleFeatures(low_res, self.fuse(low_res, image, tiles, size), summary)
+
+    def fuse(self, low_res: Tensor, image: Tensor, tiles: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """Compute the whole map from what the backbone returned.
+
+        Args:
+            low_res: [B, C, h, w].
+            image: [B, 3, height, width], any size.
+            tiles: The tile map [B, ..., *size], of what :meth:`process_tiles` returned; None without tiles.
+            size: (H, W) of the result.
+
+        Returns:
+            [B, C, H, W] in the dtype of ``low_res``.
+        """
+        dtype = weight_dtype(self) or low_res.dtype
+        tiles = None if tiles is None else tiles.to(dtype)
+        chunk = self.prepare_chunks(low_res.to(dtype), image.to(dtype), size)(whole(size), tiles)
+        return chunk.to(low_res.dtype)
+
+    def process_tiles(self, tiles: Tensor) -> Tensor:
+        """Process the features of tiles [N, C, h, w] before they are stitched: [N, ..., h, w]."""
+        return tiles
+
+    def encode_tiles(
+        self,
+        image: Tensor,
+        encode: Encode,
+        low_res_size: tuple[int, int],
+        output_size: tuple[int, int] | None = None,
+        *,
+        process: Process | None = None,
+    ) -> UpsampleFeatures:
+        """Low-resolution features and, as ``high_res``, the tile map; ``process`` instead of :meth:`process_tiles`."""
+        return UpsampleFeatures(
+            *encode_with_tiles(
+                image,
+                encode,
+                low_res_size,
+                self.factor if output_size is None else None,
+                lambda low_res: self.high_res_grid(low_res, output_size),
+                overlap=self.overlap,
+                max_tile_batch=self.max_tile_batch,
+                process=process or self.process_tiles,
+            )
+        )
+
+    def write_tiles(
+        self,
+        out: Tensor,
+        image: Tensor,
+        encode: Encode,
+        low_res_size: tuple[int, int],
+        grid: tuple[int, int],
+        batch: int,
+    ) -> None:
+        """Write the tile map of one image into ``out`` [1, C, H, W], ``batch`` tiles at a time.
+
+        ``grid`` is the (h, w) of the low-resolution map.
+        """
+        write_tile_map(
+            out,
+            image,
+            encode,
+            low_res_size,
+            grid,
+            overlap=self.overlap,
+            max_tile_batch=batch,
+            process=self.process_tiles,
+        )
+
+
+def works_in_chunks(upsampler: Upsampler) -> bool:
+    """Whether the memory of an upsampler can be limited."""
+    return isinstance(upsampler, ChunkedUpsampler) and upsampler.halo is not None
+
+
 def allocate_beside(low_res: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Room on the device of the low-resolution features."""
+    """Allocate the high-resolution map on the device of the low-resolution features."""
     return low_res.new_empty(shape, dtype=dtype)
 
 
@@ -45,7 +196,9 @@ def upsample_within(
     finish: Callable[[Tensor], Tensor] = lambda features: features,
     allocate: Allocate = allocate_beside,
 ) -> UpsampleFeatures:
-    """What ``upsampler(image, encode, low_res_size, output_size)`` returns, up to rounding, without gradients.
+    """Compute ``upsampler(image, encode, low_res_size, output_size)``, up to rounding, within ``max_memory``.
+
+    Without gradients.
 
     Args:
         image: [B, 3, H, W], B >= 1; processed one by one.
@@ -56,9 +209,9 @@ def upsample_within(
 
     Raises:
         InputError: When that is too little for this image, with the least that works; without an image.
-        ConfigError: When the upsampler cannot work by parts, or is in training.
+        ConfigError: When the upsampler cannot work in chunks, or is in training.
     """
-    if not upsampler.by_parts:
+    if not isinstance(upsampler, ChunkedUpsampler) or upsampler.halo is None:
         raise ConfigError(
             f"{type(upsampler).__name__} makes its map in one piece, so its memory cannot be limited; leave out "
             "max_memory or take another upsampler"
@@ -67,24 +220,50 @@ def upsample_within(
         raise ConfigError("max_memory is for encoders in eval mode; call eval() first, or set max_memory to None")
     if not len(image):
         raise InputError("max_memory needs at least one image; got an empty batch")
+    make_plan = partial(_plan, upsampler, image, low_res_size, output_size, max_memory, finish)
     with return_freed_memory():
-        return _upsample_within(upsampler, image, encode, low_res_size, output_size, max_memory, finish, allocate)
+        return upsample_in_chunks(
+            upsampler, image, encode, low_res_size, make_plan, output_size=output_size, finish=finish, allocate=allocate
+        )
 
 
-def _upsample_within(
-    upsampler: Upsampler,
+@dataclass(frozen=True)
+class Plan:
+    """How a map is made.
+
+    Attributes:
+        tile_batch: Tiles that go through the backbone at once.
+        chunk: (h, w) in cells of the chunks of the result.
+        dtype: Of the result.
+    """
+
+    tile_batch: int
+    chunk: tuple[int, int]
+    dtype: torch.dtype
+
+
+@torch.no_grad()
+def upsample_in_chunks(
+    upsampler: ChunkedUpsampler,
     image: Tensor,
     encode: Encode,
     low_res_size: tuple[int, int],
-    output_size: tuple[int, int] | None,
-    max_memory: int,
-    finish: Callable[[Tensor], Tensor],
-    allocate: Allocate,
+    make_plan: Callable[[Tensor, int], Plan],
+    *,
+    output_size: tuple[int, int] | None = None,
+    finish: Callable[[Tensor], Tensor] = lambda features: features,
+    allocate: Allocate = allocate_beside,
 ) -> UpsampleFeatures:
+    """Compute a map by a plan; the other arguments are those of :func:`upsample_within`.
+
+    Args:
+        make_plan: Returns the plan for the low-resolution features [1, C, h, w] of the first image, and the bytes that
+            this pass took.
+    """
     with PeakMeter() as meter:
         features, summary = encode(resize(image[:1], low_res_size))
     grid, size = size_of(features), upsampler.high_res_grid(features, output_size)
-    plan = _plan(upsampler, features, image, low_res_size, size, meter.peak, max_memory, finish)
+    plan = make_plan(features, meter.peak)
     low_res, summaries = [features], [summary]
     for i in range(1, len(image)):
         features, summary = encode(resize(image[i : i + 1], low_res_size))
@@ -94,115 +273,105 @@ def _upsample_within(
     out = allocate(finished, (*finished.shape[:2], *size), plan.dtype)
     for i, features in enumerate(low_res):
         one, target = image[i : i + 1], out[i : i + 1]
-        if upsampler.halo is not None:
+        kept = None
+        if isinstance(upsampler, TiledUpsampler) and upsampler.uses_tiles:
             upsampler.write_tiles(target, one, encode, low_res_size, grid, plan.tile_batch)
-        _upsample_parts(upsampler, features, one, target, plan.part, finish)
-    found = [summary for summary in summaries if summary is not None]
-    return UpsampleFeatures(finished, out, torch.cat(found) if found else None)
+            kept = _KeptTiles(target, upsampler.halo or 0, features)
+        compute = upsampler.prepare_chunks(features, one, size)
+        for box in _split(size, plan.chunk):
+            chunk = compute(box, None if kept is None else kept.read(box))
+            box.cut(target).copy_(finish(chunk))
+    some = [summary for summary in summaries if summary is not None]
+    return UpsampleFeatures(finished, out, torch.cat(some) if some else None)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    tile_batch: int  # images that go through the backbone at once
-    part: tuple[int, int]  # (h, w) of the parts of the result
-    dtype: torch.dtype  # of the result
+def _split(size: tuple[int, int], chunk: tuple[int, int]) -> list[Box]:
+    """Split a map into chunks, row by row."""
+    return [
+        Box(top, min(size[0], top + chunk[0]), left, min(size[1], left + chunk[1]))
+        for top in range(0, size[0], chunk[0])
+        for left in range(0, size[1], chunk[1])
+    ]
 
 
 def _plan(
-    upsampler: Upsampler,
-    low_res: Tensor,
+    upsampler: ChunkedUpsampler,
     images: Tensor,
     low_res_size: tuple[int, int],
-    size: tuple[int, int],
-    pass_bytes: int,
+    output_size: tuple[int, int] | None,
     max_memory: int,
     finish: Callable[[Tensor], Tensor],
-) -> _Plan:
+    low_res: Tensor,
+    pass_bytes: int,
+) -> Plan:
+    """Plan the largest chunks and tile batches that fit; see :func:`upsample_within` and :func:`upsample_in_chunks`."""
+    grid, size = size_of(low_res), upsampler.high_res_grid(low_res, output_size)
     # Low-resolution features of all images, and once more while they are put together.
     held = 2 * len(images) * low_res.nbytes
     large_bytes = 0  # the image that tiles are cut from, where it has to be resized
-    height, width = size_of(low_res)
-    large = size[0] * (low_res_size[0] // height), size[1] * (low_res_size[1] // width)
-    if upsampler.halo is not None and size_of(images) != large:
+    large = size[0] * (low_res_size[0] // grid[0]), size[1] * (low_res_size[1] // grid[1])
+    if upsampler.uses_tiles and size_of(images) != large:
         large_bytes = images.shape[1] * large[0] * large[1] * images.element_size()
     held_for_passes = held + large_bytes
 
     available = int((1 - UNSEEN_SHARE) * max_memory) - UNSEEN_BYTES
-    for side in PART_SIDES:
-        part = _even_share(size[0], side), _even_share(size[1], side)
-        part_bytes, result = predict(_prepare_and_make_part, upsampler, finish, low_res, images[:1], size, part)
-        part_bytes += held
-        if part_bytes <= available:
+    for side in CHUNK_SIDES:
+        chunk = _even_share(size[0], side), _even_share(size[1], side)
+        chunk_bytes, result = predict(_make_one_chunk, upsampler, finish, low_res, images[:1], size, chunk)
+        chunk_bytes += held
+        if chunk_bytes <= available:
             break
     pass_needs = held_for_passes + pass_bytes
-    if max(pass_needs, part_bytes) > available:
-        least = int((max(pass_needs, part_bytes) + UNSEEN_BYTES) / (1 - UNSEEN_SHARE)) + 1
+    if max(pass_needs, chunk_bytes) > available:
+        least = int((max(pass_needs, chunk_bytes) + UNSEEN_BYTES) / (1 - UNSEEN_SHARE)) + 1
         raise InputError(
             f"max_memory={format_memory(max_memory)} is too little: one pass through the backbone takes "
-            f"{format_memory(pass_needs)}, {part[0]}x{part[1]} features {format_memory(part_bytes)}; the least that "
+            f"{format_memory(pass_needs)}, {chunk[0]}x{chunk[1]} features {format_memory(chunk_bytes)}; the least that "
             f"works for this image is {format_memory(least)}"
         )
     # A backbone outside of PyTorch shows no memory at all.
-    return _Plan(max(1, (available - held_for_passes) // max(1, pass_bytes)), part, result.dtype)
+    return Plan(max(1, (available - held_for_passes) // max(1, pass_bytes)), chunk, result.dtype)
 
 
 def _even_share(length: int, side: int) -> int:
-    """The largest of the fewest parts of at most ``side`` cells."""
+    """The largest of the fewest chunks of at most ``side`` cells."""
     return -(-length // -(-length // side))
 
 
-def _prepare_and_make_part(
-    upsampler: Upsampler,
+def _make_one_chunk(
+    upsampler: ChunkedUpsampler,
     finish: Callable[[Tensor], Tensor],
     low_res: Tensor,
     image: Tensor,
     size: tuple[int, int],
-    part: tuple[int, int],
+    chunk: tuple[int, int],
 ) -> Tensor:
-    """All that lives while a part in the middle of the map is made."""
-    top, left = (size[0] - part[0]) // 2, (size[1] - part[1]) // 2
-    box = Box(top, top + part[0], left, left + part[1])
-    guide = upsampler.prepare(low_res, image, size)
+    """Make a chunk in the middle of the map, with all that lives at that time."""
+    top, left = (size[0] - chunk[0]) // 2, (size[1] - chunk[1]) // 2
+    box = Box(top, top + chunk[0], left, left + chunk[1])
+    compute = upsampler.prepare_chunks(low_res, image, size)
     tiles = kept = None
-    if upsampler.halo is not None:
+    if upsampler.uses_tiles:
         # What _KeptTiles holds: two times the rows above, and the columns to the left.
-        seen = box.grow(upsampler.halo, size).size
-        kept = low_res.new_empty(1, upsampler.embed_dim, upsampler.halo, 2 * size[1] + seen[0])
+        halo = upsampler.halo or 0
+        seen = box.grow(halo, size).size
+        kept = low_res.new_empty(1, upsampler.embed_dim, halo, 2 * size[1] + seen[0])
         below = low_res.new_empty(1, upsampler.embed_dim, *seen)
         tiles = torch.cat([below])
         del below
-    result = finish(upsampler.upsample_part(low_res, guide, tiles, box, size))
+    result = finish(compute(box, tiles))
     del tiles, kept
     return result
 
 
-def _upsample_parts(
-    upsampler: Upsampler,
-    low_res: Tensor,
-    image: Tensor,
-    out: Tensor,
-    part: tuple[int, int],
-    finish: Callable[[Tensor], Tensor],
-) -> None:
-    """Turn ``out`` from the tile map, where there is one, into the result."""
-    size = size_of(out)
-    guide: Any = upsampler.prepare(low_res, image, size)
-    kept = None if upsampler.halo is None else _KeptTiles(out, upsampler.halo, low_res)
-    for top in range(0, size[0], part[0]):
-        for left in range(0, size[1], part[1]):
-            box = Box(top, min(size[0], top + part[0]), left, min(size[1], left + part[1]))
-            tiles = None if kept is None else kept.read(box)
-            box.cut(out).copy_(finish(upsampler.upsample_part(low_res, guide, tiles, box, size)))
-
-
 class _KeptTiles:
-    """A tile map that is overwritten part by part, in row-major order; keeps what later parts still have to see."""
+    """A tile map that is overwritten chunk by chunk, in row-major order; keeps what later chunks still have to see."""
 
     def __init__(self, out: Tensor, halo: int, like: Tensor) -> None:
         self._out, self._halo, self._like = out, halo, like
-        # Rows above the current band of parts, and those above the next one.
+        # Rows above the current row of chunks, and those above the next one.
         self._above = self._next_above = like.new_empty(*out.shape[:2], 0, out.shape[3])
-        # Columns to the left of the next part, from its first row downwards.
+        # Columns to the left of the next chunk, from its first row downwards.
         self._left = self._above
 
     def read(self, box: Box) -> Tensor:

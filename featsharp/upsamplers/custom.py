@@ -4,14 +4,13 @@ It is then trained around, benchmarked and compared by the same commands as the 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from featsharp.errors import InputError
 from featsharp.registry import load_function
-from featsharp.upsamplers.base import GuidedUpsampler
+from featsharp.upsamplers.base import GuidedUpsampler, name_function
 from featsharp.upsamplers.registration import HasEmbedDim, register_upsampler
 
 # (whitened image [B, 3, height, width], features [B, C, h, w], (H, W)) -> [B, C, H, W]
@@ -27,7 +26,7 @@ class FromFunction(GuidedUpsampler):
 
     Args:
         embed_dim: Channels C.
-        factor: Gain in each direction; the function is asked for the size that comes of it.
+        factor: In each direction; the function is asked for the size that comes of it.
         function: Called with the whitened image [B, 3, height, width] (any size), the features [B, C, h, w] and the
             size (H, W); returns [B, C, H, W]. Or text that names one, ``"module:function"``.
 
@@ -46,7 +45,7 @@ class FromFunction(GuidedUpsampler):
         self.trainable = any(parameter.requires_grad for parameter in self.parameters())
 
     def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        name = name_of(self.function)
+        name = name_function(self.function)
         result = self.function(image, features, size)
         wanted = (*features.shape[:2], *size)
         if not isinstance(result, Tensor):
@@ -68,7 +67,7 @@ class FromFunction(GuidedUpsampler):
         return result.to(features.dtype)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, function={name_of(self.function)}"
+        return f"{super().extra_repr()}, function={name_function(self.function)}"
 
 
 def from_function(function: UpsampleFunction | str, backbone: HasEmbedDim | int, factor: float) -> FromFunction:
@@ -77,15 +76,10 @@ def from_function(function: UpsampleFunction | str, backbone: HasEmbedDim | int,
     Args:
         function: See :class:`FromFunction`.
         backbone: Anything with ``embed_dim``, or the number of channels.
-        factor: Gain in each direction, at least 1.
+        factor: In each direction, at least 1.
 
     >>> nearest = from_function(lambda image, features, size: torch.nn.functional.interpolate(features, size), 8, 2)
     >>> nearest.upsample(torch.zeros(1, 8, 3, 4), torch.zeros(1, 3, 24, 32)).shape
     torch.Size([1, 8, 6, 8])
     """
     return FromFunction(backbone if isinstance(backbone, int) else backbone.embed_dim, factor, function=function)
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """What messages call a function."""
-    return getattr(function, "__qualname__", type(function).__name__)

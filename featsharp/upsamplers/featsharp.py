@@ -10,7 +10,7 @@ slowly, because tiles only enter through gates that have to open first. Our defa
 of all maps, mostly the first one, in the place of the first map; the paper's own path is behind ``start="published"``.
 
 Tiles disagree with the low-resolution map in their coarse structure (each lacks the context of the others, which shows
-as seams) and are better in their fine one. The input "details" is that fine part alone: every tile minus its own blur.
+as seams) and are better in their fine one. The input "details" is that fine structure alone: every tile minus its own blur.
 
 Without attention and SwiGLU the result is a linear map of the inputs. Tiles are then weighted before they are stitched:
 however many inputs are made of them, there is one map to keep.
@@ -20,7 +20,7 @@ import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,57 +28,46 @@ from torch import Tensor, nn
 
 from featsharp.errors import ConfigError, unknown_name
 from featsharp.layers.local_block import LocalBlock, Position
+from featsharp.layers.tiles import Process, compute_details, encode_tile_map, keep_tiles
 from featsharp.ops.boxes import Box, whole
 from featsharp.ops.resize import resize, size_of
 from featsharp.ops.windows import check_window
-from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler, level_factors
-from featsharp.upsamplers.featup import FeatUp
-from featsharp.upsamplers.interpolate import Bilinear
-from featsharp.upsamplers.jafar import JAFAR
-from featsharp.upsamplers.registration import register_upsampler
-from featsharp.upsamplers.resfu import ReSFU
-from featsharp.upsamplers.tile import (
-    Process,
-    check_tile_batch,
-    encode_tiles,
-    fine_part,
-    tile_map,
-    unchanged,
-    write_tiles,
-)
+from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler, check_tile_batch, level_factors
+from featsharp.upsamplers.chunked import ChunkedGuidedUpsampler, ComputeChunk, TiledUpsampler
+from featsharp.upsamplers.registration import build_upsampler, register_upsampler
 
-# Maps computed from the low-resolution features and the image.
-GUIDED_INPUTS = ("jbu", "jafar", "resfu", "bilinear", "rgb")
+# Maps that other upsamplers compute, and the names of these.
+BRANCHES = {"jbu": "featup", "jafar": "jafar", "resfu": "resfu", "bilinear": "bilinear"}
 # Maps stitched from tiles: what becomes of the features of a tile.
-TILE_INPUTS: dict[str, Process] = {"tiles": unchanged, "details": fine_part}
-INPUTS = (*GUIDED_INPUTS, *TILE_INPUTS)
+TILE_INPUTS: dict[str, Process] = {"tiles": keep_tiles, "details": compute_details}
+INPUTS = (*BRANCHES, "rgb", *TILE_INPUTS)
 # Channels of the colour input.
 RGB_DIM = 16
 # Gates of the block at the start.
 LAYER_SCALE = {"published": 1e-6, "mix": 0.1}
-# Part of the tiles in the mixed residual path at the start; 0.3 had the best fidelity of the untrained mixes.
+# Share of the tiles in the mixed residual path at the start; 0.3 had the best fidelity of the untrained mixes.
 TILE_SHARE = 0.3
 # How much of the details is added to the first map at the start.
-DETAIL_GAIN = 0.75
+DETAIL_WEIGHT = 0.75
 
 Widths = Literal["lean", "published"]
 Start = Literal["mix", "published"]
 
 
 @register_upsampler("featsharp", "FeatSharp: JBU and tiles fused by local attention and SwiGLU")
-class FeatSharp(Upsampler):
+class FeatSharp(TiledUpsampler):
     """The paper's upsampler: JBU + tiles, LayerNorm, local attention, SwiGLU, slice.
 
     Args:
         embed_dim: Channels C, a multiple of 8.
         factor: f; the backbone runs 1 + f^2 times per image (f rounded up).
         inputs: Maps to fuse, from "jbu", "jafar", "resfu", "bilinear", "rgb" (16 channels), "tiles" and "details"
-            (tiles without their coarse structure; with both, attention or SwiGLU cannot work by parts). The first is
+            (tiles without their coarse structure; with both, attention or SwiGLU cannot work in chunks). The first is
             the residual path and must have C channels. The paper has JBU and tiles, the default; the published
             configurations have JAFAR and tiles.
         window: Side of the attention window, odd.
-        attention, ffn: Parts of the block; without both it is one linear layer (which the published code meant to have
-            but cannot build).
+        attention, ffn: Whether the block has them; without both it is one linear layer (which the published code meant
+            to have but cannot build).
         layer_norm: Whether the block normalises its inputs; off in the published configurations.
         position: "alibi" (a bias on scores, falling with the distance), "rope" or "xpos" (rotary embeddings, options of
             the published code that no published configuration uses) or "none".
@@ -112,7 +101,7 @@ class FeatSharp(Upsampler):
         start: Start = "mix",
         max_tile_batch: int | None = None,
     ) -> None:
-        super().__init__(embed_dim, factor)
+        super().__init__(embed_dim, factor, max_tile_batch=max_tile_batch)
         if widths not in ("lean", "published"):
             raise ConfigError(f"unknown widths {widths!r}; use 'lean' or 'published'")
         if start not in LAYER_SCALE:
@@ -125,9 +114,8 @@ class FeatSharp(Upsampler):
         check_window(window)
         self.inputs = _check_inputs(inputs)
         self.window = window if attention else None
-        self.max_tile_batch = check_tile_batch(max_tile_batch)
         self.branches = nn.ModuleDict(
-            {name: _branch(name, embed_dim, factor, start) for name in self.inputs if name not in TILE_INPUTS}
+            {name: _build_branch(name, embed_dim, factor, start) for name in self.inputs if name not in TILE_INPUTS}
         )
         self.tile_inputs = [name for name in self.inputs if name in TILE_INPUTS]
         # One vector per tile of the image: a tile may learn where it was cut out.
@@ -155,21 +143,11 @@ class FeatSharp(Upsampler):
             if start == "mix":
                 nn.init.zeros_(self.block.bias)
                 self.block.weight.data.copy_(_start_mix(self.input_dims))
-        one_map = isinstance(self.block, nn.Linear) or len(self.tile_inputs) <= 1
-        self.by_parts = one_map and all(branch.by_parts for branch in self.branches.values())
+        self.uses_tiles = bool(self.tile_inputs)
         self._reach = self.block.halo if isinstance(self.block, LocalBlock) else 0
-        self.halo = self._reach if self.tile_inputs else None
-
-    @property
-    def input_upsample_factor(self) -> float:
-        return self.factor if self.tile_inputs else 1
-
-    def forward(
-        self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
-    ) -> UpsampleFeatures:
-        low_res, tiles, summary = self._encode(image, encode, low_res_size, output_size, self.process_tiles)
-        size = self.high_res_grid(low_res, output_size)
-        return UpsampleFeatures(low_res, self.fuse(low_res, image, tiles, size), summary)
+        # The map to be returned has room for one tile map.
+        one_map = isinstance(self.block, nn.Linear) or len(self.tile_inputs) <= 1
+        self.halo = self._reach if one_map else None
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """JBU inside FeatSharp may learn at a rate of its own."""
@@ -181,10 +159,14 @@ class FeatSharp(Upsampler):
         return [self.block] if isinstance(self.block, LocalBlock) else []
 
     def linear_maps(self, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> Tensor:
-        """What :attr:`linear_weight` is applied to: all inputs, [B, D, H, W]."""
-        low_res, tiles, _ = self._encode(image, encode, low_res_size, None, self._tile_parts)
+        """Compute all inputs [B, D, H, W], the maps that :attr:`linear_weight` is applied to."""
+        tiles = None
+        if self.uses_tiles:
+            low_res, tiles, _ = self.encode_tiles(image, encode, low_res_size, process=self._stack_tile_inputs)
+        else:
+            low_res, _ = encode(resize(image, low_res_size))
         size = self.high_res_grid(low_res)
-        maps = self._guided_maps(low_res, image, size)
+        maps = {name: branch.upsample_to(low_res, image, size) for name, branch in self._branches()}
         return self._join(maps | self._tile_maps(tiles, whole(size), size))
 
     @property
@@ -200,90 +182,42 @@ class FeatSharp(Upsampler):
         return weight
 
     def process_tiles(self, tiles: Tensor) -> Tensor:
-        """What is stitched of the features of tiles.
-
-        Args:
-            tiles: [N, C, h, w].
+        """Compute what is stitched from the features of tiles [N, C, h, w].
 
         Returns:
             The tile inputs one after the other, [N, n C, h, w]; with a linear block their weighted sum, [N, C, h, w].
         """
         if isinstance(self.block, LocalBlock):
-            return self._tile_parts(tiles)
+            return self._stack_tile_inputs(tiles)
+        tiles = tiles.to(self.block.weight.dtype)
         return reduce(operator.add, [self._weigh(name, TILE_INPUTS[name](tiles)) for name in self.tile_inputs])
 
-    def fuse(self, low_res: Tensor, image: Tensor, tiles: Tensor | None, size: tuple[int, int]) -> Tensor:
-        """What comes after the backbone.
+    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
+        branches = {name: branch.prepare_chunks(low_res, image, size) for name, branch in self._branches()}
 
-        Args:
-            low_res: [B, C, h, w].
-            image: [B, 3, height, width], any size.
-            tiles: What :meth:`process_tiles` makes of the tiles, stitched: [B, ..., *size]; None without tiles.
-            size: (H, W) of the result.
+        def compute(box: Box, tiles: Tensor | None) -> Tensor:
+            seen = box.grow(self._reach, size)
+            maps = {name: compute_branch(seen, None) for name, compute_branch in branches.items()}
+            if isinstance(self.block, nn.Linear):
+                return self._weighted_sum(maps, tiles, box, size)
+            x = self._stack(maps | self._tile_maps(tiles, seen, size))
+            out = self.block(x) if box.covers(size) else self.block.compute_chunk(x, box.relative_to(seen))
+            return out.permute(0, 3, 1, 2)
 
-        Returns:
-            [B, C, H, W].
-        """
-        maps = self._guided_maps(low_res, image, size)
-        if isinstance(self.block, nn.Linear):
-            return self._weighted_sum(maps, tiles, whole(size), size)
-        return self.block(self._stack(maps | self._tile_maps(tiles, whole(size), size))).permute(0, 3, 1, 2)
+        return compute
 
-    def write_tiles(
-        self,
-        out: Tensor,
-        image: Tensor,
-        encode: Encode,
-        low_res_size: tuple[int, int],
-        grid: tuple[int, int],
-        max_tile_batch: int,
-    ) -> None:
-        write_tiles(out, image, encode, low_res_size, grid, max_tile_batch=max_tile_batch, process=self.process_tiles)
-
-    def prepare(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> dict[str, Any]:
-        return {name: branch.prepare(low_res, image, size) for name, branch in self._branches()}
-
-    def upsample_part(
-        self, low_res: Tensor, guide: dict[str, Any], tiles: Tensor | None, box: Box, size: tuple[int, int]
-    ) -> Tensor:
-        seen = box.grow(self._reach, size)
-        maps = {name: branch.upsample_part(low_res, guide[name], None, seen, size) for name, branch in self._branches()}
-        if isinstance(self.block, nn.Linear):
-            return self._weighted_sum(maps, tiles, box, size)
-        stacked = self._stack(maps | self._tile_maps(tiles, seen, size))
-        return self.block.part(stacked, box.relative_to(seen)).permute(0, 3, 1, 2)
-
-    def _encode(
-        self,
-        image: Tensor,
-        encode: Encode,
-        low_res_size: tuple[int, int],
-        output_size: tuple[int, int] | None,
-        process: Process,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Low-resolution features, the map of processed tiles where they are an input, and the summary."""
-        if not self.tile_inputs:
-            low_res, summary = encode(resize(image, low_res_size))
-            return low_res, None, summary
-        limit = self.max_tile_batch
-        return encode_tiles(self, image, encode, low_res_size, output_size, max_tile_batch=limit, process=process)
-
-    def _guided_maps(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-        """The inputs that need no tiles, [B, c, *size] each."""
-        return {name: branch.upsample_to(low_res, image, size) for name, branch in self._branches()}
-
-    def _tile_parts(self, tiles: Tensor) -> Tensor:
+    def _stack_tile_inputs(self, tiles: Tensor) -> Tensor:
         """All tile inputs one after the other: [N, n C, h, w] of features [N, C, h, w]."""
-        parts = [TILE_INPUTS[name](tiles) for name in self.tile_inputs]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        inputs = [TILE_INPUTS[name](tiles) for name in self.tile_inputs]
+        return inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
 
-    def _tile_maps(self, parts: Tensor | None, box: Box, size: tuple[int, int]) -> dict[str, Tensor]:
-        """The tile inputs [B, C, *box.size] of their stitched ``parts`` there."""
-        if parts is None:
+    def _tile_maps(self, tiles: Tensor | None, box: Box, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The tile inputs [B, C, *box.size] of the cells ``box``, of which ``tiles`` is the tile map."""
+        if tiles is None:
             return {}
-        maps = dict(zip(self.tile_inputs, parts.split(self.embed_dim, 1), strict=True))
+        maps = dict(zip(self.tile_inputs, tiles.split(self.embed_dim, 1), strict=True))
         if self.tile_position is not None:
-            maps["tiles"] = maps["tiles"] + self._tile_positions(box, size).to(parts.dtype)
+            maps["tiles"] = maps["tiles"] + self._tile_positions(box, size).to(tiles.dtype)
         return maps
 
     def _weighted_sum(self, maps: dict[str, Tensor], tiles: Tensor | None, box: Box, size: tuple[int, int]) -> Tensor:
@@ -297,22 +231,20 @@ class FeatSharp(Upsampler):
         return reduce(operator.add, terms) + self.block.bias[:, None, None]
 
     def _weigh(self, name: str, x: Tensor) -> Tensor:
-        """What a linear block adds for an input [B, c, H, W]: [B, C, H, W]."""
+        """The term of a linear block for an input [B, c, H, W]: [B, C, H, W]."""
         assert isinstance(self.block, nn.Linear)
         weights = dict(zip(self.inputs, self.block.weight.split(list(self.input_dims.values()), 1), strict=True))
         return F.conv2d(x, weights[name][..., None, None])
 
-    def _branches(self) -> Iterator[tuple[str, GuidedUpsampler]]:
-        for name, branch in self.branches.items():
-            assert isinstance(branch, GuidedUpsampler)
-            yield name, branch
+    def _branches(self) -> Iterator[tuple[str, ChunkedGuidedUpsampler]]:
+        return ((name, cast(ChunkedGuidedUpsampler, branch)) for name, branch in self.branches.items())
 
     def _join(self, maps: dict[str, Tensor]) -> Tensor:
         """All inputs in their order: [B, D, H, W]."""
         return torch.cat([maps[name] for name in self.inputs], 1)
 
     def _stack(self, maps: dict[str, Tensor]) -> Tensor:
-        """What the block gets: [B, c, H, W] each to [B, H, W, D]."""
+        """The input of the block: [B, c, H, W] each to [B, H, W, D]."""
         stacked = self._join(maps).permute(0, 2, 3, 1)
         if self.mix is None:
             return stacked
@@ -372,7 +304,7 @@ class ProgressiveFeatSharp(Upsampler):
         self.levels = nn.ModuleList(
             FeatSharp(
                 embed_dim,
-                gain,
+                step,
                 inputs=inputs,
                 window=window,
                 attention=attention,
@@ -382,7 +314,7 @@ class ProgressiveFeatSharp(Upsampler):
                 widths=widths,
                 start=start,
             )
-            for gain in level_factors(self.factor) or [1]
+            for step in level_factors(self.factor) or [1]
         )
 
     @property
@@ -396,10 +328,8 @@ class ProgressiveFeatSharp(Upsampler):
     def spectral_modules(self) -> list[nn.Module]:
         return [module for level in self._levels() for module in level.spectral_modules()]
 
-    def _levels(self) -> Iterator[FeatSharp]:
-        for level in self.levels:
-            assert isinstance(level, FeatSharp)
-            yield level
+    def _levels(self) -> list[FeatSharp]:
+        return [cast(FeatSharp, level) for level in self.levels]
 
     def forward(
         self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
@@ -410,8 +340,8 @@ class ProgressiveFeatSharp(Upsampler):
         for level in self._levels():
             size = level.high_res_grid(features)
             tiles = None
-            if level.tile_inputs:
-                tiles = tile_map(
+            if level.uses_tiles:
+                tiles = encode_tile_map(
                     image,
                     encode,
                     low_res_size,
@@ -424,25 +354,16 @@ class ProgressiveFeatSharp(Upsampler):
         return UpsampleFeatures(low_res, features, summary)
 
 
-class ColourMap(GuidedUpsampler):
+class ColourMap(ChunkedGuidedUpsampler):
     """The input "rgb": the image at the grid of the result, projected to 16 channels."""
-
-    by_parts = True
 
     def __init__(self, embed_dim: int, factor: float) -> None:
         super().__init__(embed_dim, factor)
         self.proj = nn.Conv2d(3, RGB_DIM, 1)
 
-    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.proj(resize(image, size)).to(features.dtype)
-
-    def prepare(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        return resize(image, size)
-
-    def upsample_part(
-        self, low_res: Tensor, guide: Tensor, tiles: Tensor | None, box: Box, size: tuple[int, int]
-    ) -> Tensor:
-        return self.proj(box.cut(guide)).to(low_res.dtype)
+    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
+        guidance = resize(image, size)
+        return lambda box, tiles: self.proj(box.cut(guidance)).to(low_res.dtype)
 
 
 def _check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
@@ -458,17 +379,12 @@ def _check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
     return tuple(inputs)
 
 
-def _branch(name: str, embed_dim: int, factor: float, start: Start) -> GuidedUpsampler:
-    """The guided upsampler that computes an input."""
-    branch_start: Literal["published", "bilinear"] = "published" if start == "published" else "bilinear"
-    if name == "jbu":
-        return FeatUp(embed_dim, factor, start=branch_start)
-    if name == "resfu":
-        return ReSFU(embed_dim, factor, start=branch_start)
-    branches: dict[str, type[GuidedUpsampler]] = {
-        "jafar": JAFAR, "bilinear": Bilinear, "rgb": ColourMap
-    }  # fmt: skip
-    return branches[name](embed_dim, factor)
+def _build_branch(name: str, embed_dim: int, factor: float, start: Start) -> Upsampler:
+    """Build the upsampler that computes an input."""
+    if name == "rgb":
+        return ColourMap(embed_dim, factor)
+    options = {"start": "published" if start == "published" else "bilinear"} if name in ("jbu", "resfu") else {}
+    return build_upsampler(BRANCHES[name], embed_dim, factor, options)
 
 
 def _start_mix(dims: Mapping[str, int]) -> Tensor:
@@ -476,7 +392,7 @@ def _start_mix(dims: Mapping[str, int]) -> Tensor:
     first = next(iter(dims))
     share = dict.fromkeys(dims, 0.0) | {first: 1.0}
     if "details" in dims and first != "details":
-        share["details"] = DETAIL_GAIN
+        share["details"] = DETAIL_WEIGHT
     elif "tiles" in dims and first != "tiles":
         share |= {first: 1 - TILE_SHARE, "tiles": TILE_SHARE}
     return torch.cat([share[name] * torch.eye(dims[first], channels) for name, channels in dims.items()], 1)

@@ -18,7 +18,7 @@ There the guidance of a level is the whole image under an adaptive average, also
 the product of kernels is computed as published, floor and all.
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from featsharp.errors import ConfigError
-from featsharp.ops.boxes import Box
+from featsharp.layers.guidance import pool_guidance
+from featsharp.ops.boxes import Box, whole
 from featsharp.ops.local_attention import local_attention
 from featsharp.ops.local_filter import local_filter
-from featsharp.ops.resize import enlarge, enlarge_piece, resize, size_of, source_box
+from featsharp.ops.resize import enlarge, enlarge_chunk, size_of, source_box
 from featsharp.ops.windows import border_cells
-from featsharp.upsamplers.base import GuidedUpsampler, level_factors, level_sizes
+from featsharp.upsamplers.base import level_factors, level_sizes
+from featsharp.upsamplers.chunked import ChunkedGuidedUpsampler, ComputeChunk
 from featsharp.upsamplers.registration import register_upsampler
 
 KEY_DIM = 32
@@ -47,20 +49,20 @@ FIXUP_SHARE = 0.1
 # The floor of the sum of the product of kernels.
 MIN_WEIGHT_SUM = 1e-7
 # Weights of FeatUp's own flavour that are held at once: 16 MiB in float32.
-MAX_BAND_WEIGHTS = 2**22
+MAX_WEIGHTS = 2**22
 
 Start = Literal["bilinear", "published"]
 Flavour = Literal["featsharp", "featup"]
 
 
 @register_upsampler("featup", "FeatUp: a stack of learned joint bilateral filters guided by the image")
-class FeatUp(GuidedUpsampler):
+class FeatUp(ChunkedGuidedUpsampler):
     """One JBU level per prime factor of ``factor`` (of the next whole number, for a fraction), each with its own
     parameters; the last one filters at the size asked for.
 
     Args:
         embed_dim: Channels C.
-        factor: Gain; 6 means a level of 2 and one of 3.
+        factor: In each direction; 6 means a level of 2 and one of 3.
         start: "bilinear" starts close to the bilinear map, "published" as the authors' code does.
         flavour: "featsharp" is the filter alone, as in the paper and in FeatSharp; "featup" has the fix-ups, dropout
             and bicubic enlargement of FeatUp's own code, and is what its published weights are for. The first is the
@@ -71,7 +73,6 @@ class FeatUp(GuidedUpsampler):
     trainable = True
     needs = "image"
     paper = "FeatUp, arXiv 2403.10516"
-    by_parts = True
 
     def __init__(
         self,
@@ -87,40 +88,38 @@ class FeatUp(GuidedUpsampler):
             raise ConfigError(f"unknown flavour {flavour!r}; use 'featsharp' or 'featup'")
         own = flavour == "featup"
         level = FixedUpLevel if own else JBULevel
-        self.levels = nn.ModuleList(level(gain, start=start) for gain in level_factors(self.factor))
+        self.levels = nn.ModuleList(level(step, start=start) for step in level_factors(self.factor))
         self.final_fixup = FinalFixup(embed_dim) if own and final_fixup else None
-        self.by_parts = not own
+        # Chunks of a bicubic enlargement are not implemented.
+        self.halo = None if own else 0
         self.keeps_space = "nearly" if own else "yes"
 
-    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        for level, level_size in zip(self.levels, self._sizes(features, size), strict=True):
-            features = level(features, image, level_size)
-        out = resize(features, size)  # there already, unless there is no level
-        return out if self.final_fixup is None else self.final_fixup(out)
+    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
+        sizes = level_sizes(size_of(low_res), level_factors(self.factor), size)[: len(self.levels)]
+        guidance = [level.pool(image, grid) for level, grid in zip(self._levels(), sizes, strict=True)]
 
-    def prepare(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> list[Tensor]:
-        """The guidance of every level: the image, averaged over the cells of its output."""
-        return [pool_guidance(image, level_size) for level_size in self._sizes(low_res, size)]
+        def compute(box: Box, tiles: Tensor | None) -> Tensor:
+            out = self._compute(low_res, guidance, box, size)
+            return out if self.final_fixup is None else self.final_fixup(out)
 
-    def upsample_part(
-        self, low_res: Tensor, guide: list[Tensor], tiles: Tensor | None, box: Box, size: tuple[int, int]
-    ) -> Tensor:
-        if not guide:
+        return compute
+
+    def _compute(self, low_res: Tensor, guidance: list[Tensor], box: Box, size: tuple[int, int]) -> Tensor:
+        """The cells ``box`` of the map of ``size`` that as many levels make as there is guidance for."""
+        if not guidance:
             return enlarge(low_res, size, box)
-        *guides, last = guide
-        level = self.levels[len(guides)]
-        assert isinstance(level, JBULevel)
+        *before, last = guidance
+        level = self._levels()[len(before)]
         # The cells that this level reads, and those of the level before that they come from.
         seen = box.grow(WINDOW // 2, size)
-        source_size = size_of(guides[-1] if guides else low_res)
+        source_size = size_of(before[-1] if before else low_res)
         below = source_box(seen, source_size, size)
-        source = self.upsample_part(low_res, guides, None, below, source_size)
-        value = enlarge_piece(source, below, source_size, size, seen)
+        source = self._compute(low_res, before, below, source_size)
+        value = level.enlarge(source, below, source_size, size, seen)
         return box.relative_to(seen).cut(level.filter(value, seen.cut(last)))
 
-    def _sizes(self, low_res: Tensor, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """The grid after every level."""
-        return level_sizes(size_of(low_res), level_factors(self.factor), size)[: len(self.levels)]
+    def _levels(self) -> list["JBULevel"]:
+        return [cast(JBULevel, level) for level in self.levels]
 
 
 class JBULevel(nn.Module):
@@ -142,10 +141,22 @@ class JBULevel(nn.Module):
     def forward(self, source: Tensor, image: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """[B, C, h, w] and an image [B, 3, H, W] of any size to [B, C, *size]; None: ``factor`` times (h, w)."""
         size = size or (self.factor * source.shape[-2], self.factor * source.shape[-1])
-        return self.filter(resize(source, size), pool_guidance(image, size))
+        source_size = size_of(source)
+        value = self.enlarge(source, whole(source_size), source_size, size, whole(size))
+        return self.filter(value, self.pool(image, size))
+
+    def pool(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """The guidance [B, 3, *size] of a level whose output has ``size``."""
+        return pool_guidance(image, size)
+
+    def enlarge(
+        self, source: Tensor, chunk: Box, source_size: tuple[int, int], size: tuple[int, int], box: Box
+    ) -> Tensor:
+        """Enlarge the map below; see :func:`featsharp.ops.resize.enlarge_chunk`."""
+        return enlarge_chunk(source, chunk, source_size, size, box)
 
     def filter(self, x: Tensor, guidance: Tensor) -> Tensor:
-        """The bilateral filter of a map [B, C, H, W] under guidance [B, 3, H, W]: [B, C, H, W]."""
+        """Filter a map [B, C, H, W] bilaterally under guidance [B, 3, H, W]: [B, C, H, W]."""
         key = self.keys(guidance).permute(0, 2, 3, 1)[:, :, :, None]
         value = x.permute(0, 2, 3, 1)[:, :, :, None]
         out = local_attention(
@@ -169,38 +180,48 @@ class JBULevel(nn.Module):
 
 
 class FixedUpLevel(JBULevel):
-    """A level of FeatUp's own code: bicubic enlargement, dropout, weights corrected by a network; 6233 parameters."""
+    """A level of FeatUp's own code: bicubic enlargement, dropout, weights corrected by a network; 6233 parameters.
 
-    def __init__(self, factor: int, *, start: Start = "bilinear") -> None:
+    Args:
+        factor, start: As for :class:`JBULevel`.
+        max_weights: Filter weights that are held at once.
+    """
+
+    def __init__(self, factor: int, *, start: Start = "bilinear", max_weights: int = MAX_WEIGHTS) -> None:
         super().__init__(factor, start=start)
+        self.max_weights = max_weights
         first, gelu, second = self.keys
         self.keys = nn.Sequential(first, gelu, nn.Dropout2d(0.1), second)
         taps = WINDOW**2
         self.fixup = nn.Sequential(nn.Conv2d(taps + 3, taps, 1), nn.GELU(), nn.Dropout2d(0.1), nn.Conv2d(taps, taps, 1))
 
-    def forward(self, source: Tensor, image: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        size = size or (self.factor * source.shape[-2], self.factor * source.shape[-1])
-        large = F.interpolate(source, size, mode="bicubic", align_corners=False)
-        return self.filter(large, F.adaptive_avg_pool2d(image, size))
+    def pool(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        return F.adaptive_avg_pool2d(image, size)
+
+    def enlarge(
+        self, source: Tensor, chunk: Box, source_size: tuple[int, int], size: tuple[int, int], box: Box
+    ) -> Tensor:
+        """Enlarge a whole map bicubically."""
+        return F.interpolate(source, size, mode="bicubic", align_corners=False)
 
     def filter(self, x: Tensor, guidance: Tensor) -> Tensor:
-        """As :meth:`JBULevel.filter`, in bands of rows: the weights of a map are many times its guidance.
+        """As :meth:`JBULevel.filter`, in chunks of rows: the weights of a map are many times its guidance.
 
-        In training every band draws its own dropout for the fix-up.
+        In training every chunk draws its own dropout for the fix-up.
         """
         key, size = self.keys(guidance), size_of(x)
-        rows = max(1, MAX_BAND_WEIGHTS // (len(x) * WINDOW**2 * size[1]))
-        bands = [Box(top, min(size[0], top + rows), 0, size[1]) for top in range(0, size[0], rows)]
-        parts = []
-        for band in bands:
-            seen = band.grow(WINDOW // 2, size)
+        rows = max(1, self.max_weights // (len(x) * WINDOW**2 * size[1]))
+        chunks = []
+        for top in range(0, size[0], rows):
+            box = Box(top, min(size[0], top + rows), 0, size[1])
+            seen = box.grow(WINDOW // 2, size)
             inputs = seen.cut(x), seen.cut(key), seen.cut(guidance)
-            if len(bands) > 1 and torch.is_grad_enabled():
+            if rows < size[0] and torch.is_grad_enabled():
                 out = checkpoint(self._filter_all, *inputs, use_reentrant=False)
             else:
                 out = self._filter_all(*inputs)
-            parts.append(band.relative_to(seen).cut(out))
-        return torch.cat(parts, 2)
+            chunks.append(box.relative_to(seen).cut(out))
+        return torch.cat(chunks, 2)
 
     def _filter_all(self, x: Tensor, key: Tensor, guidance: Tensor) -> Tensor:
         weights = self._kernel(key).to(key.dtype)
@@ -232,10 +253,3 @@ class FinalFixup(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + FIXUP_SHARE * self.layers(x)
-
-
-def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Average the image over the cells of a (h, w) grid, or enlarge it where it is the smaller one."""
-    if image.shape[-2] >= size[0] and image.shape[-1] >= size[1]:
-        return F.adaptive_avg_pool2d(image, size)
-    return resize(image, size)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from featsharp.errors import ConfigError, InputError
 from featsharp.ops.resize import resize, size_of
 from featsharp.registry import load_function
-from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
-from featsharp.upsamplers.custom import name_of
+from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler, name_function
 from featsharp.upsamplers.registration import register_upsampler
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -74,7 +73,7 @@ class SuperResolution(_OnePass):
 
     Args:
         embed_dim: Channels C.
-        factor: Gain in each direction.
+        factor: In each direction.
         enlarge: Takes images [B, 3, h, w] in [0, 1] and returns them in at least that size, of any factor; or text that
             names such a function, ``"module:function"``.
         mean, std: The whitening of the images, which is undone around the call, three values each; the backbone's own.
@@ -122,7 +121,8 @@ class SuperResolution(_OnePass):
         return (large.to(image.dtype).clamp(0, 1) - mean) / std
 
     def _check(self, large: object, pixels: Tensor) -> None:
-        name, wanted = name_of(self.enlarge), f"images [{len(pixels)}, 3, >={pixels.shape[2]}, >={pixels.shape[3]}]"
+        name = name_function(self.enlarge)
+        wanted = f"images [{len(pixels)}, 3, >={pixels.shape[2]}, >={pixels.shape[3]}]"
         if not isinstance(large, Tensor):
             raise InputError(f"{name} has to return {wanted}; got a {type(large).__name__}")
         enough = large.ndim == 4 and large.shape[2] >= pixels.shape[2] and large.shape[3] >= pixels.shape[3]

@@ -19,7 +19,7 @@ class UpsampleLayer(nn.Module):
         upsampler: Name of a guided upsampler (one that needs no tiles: "featup", "jafar", "resize-conv" ...), or an
             object, for example the ``upsampler`` of a trained encoder.
         embed_dim: Channels C of the features; only with a name.
-        factor: Gain in each direction; only with a name.
+        factor: In each direction; only with a name.
         options: Keyword arguments of the upsampler's class; only with a name.
         recompute: Activation checkpointing: in training nothing inside the upsampler is kept, and it is computed again
             in the backward pass. Less memory for one more forward; the gradients are the same. (Running statistics of

@@ -13,8 +13,8 @@ has no part in the softmax.
 
 The paper leaves some things open, which are read here as follows: the two contrasts have parameters of their own; the
 grouped convolution leads back to d channels; the guided filter is the fast one of He and Sun (arXiv 1505.00996), which
-also averages its coefficients; the dilation, at gains that are not whole, is the nearest whole number. Parameters that
-cancel are left out: the offsets of the norms before a difference. FeatSharp (arXiv 2502.16025) compares with a variant
+also averages its coefficients; the dilation, at factors that are not whole, is the nearest whole number. Parameters
+that cancel are left out: the offsets of the norms before a difference. FeatSharp (arXiv 2502.16025) compares with a variant
 that sees the tile map beside the image: "resfu-tiled".
 """
 
@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from featsharp.errors import ConfigError
+from featsharp.layers.guidance import pool_guidance
+from featsharp.ops.boxes import Box, whole
 from featsharp.ops.resize import resize, size_of
-from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler
-from featsharp.upsamplers.featup import pool_guidance
+from featsharp.upsamplers.chunked import ChunkedGuidedUpsampler, ComputeChunk, TiledUpsampler
 from featsharp.upsamplers.registration import register_upsampler
-from featsharp.upsamplers.tile import check_tile_batch, encode_tiles
 
 DIM = 32
 HIDDEN = 128
@@ -57,12 +57,15 @@ Start = Literal["bilinear", "published"]
 
 
 @register_upsampler("resfu", "ReSFU: nine bilinear samples, weighted by guided similarity")
-class ReSFU(GuidedUpsampler):
+class ReSFU(ChunkedGuidedUpsampler):
     """ReSFU with the image as guidance.
+
+    Under a limit on memory only the weighted samples are computed in chunks: the weights are normalised over all of the
+    image, and need several hundred numbers per new cell.
 
     Args:
         embed_dim: Channels C.
-        factor: Gain, 1 or more.
+        factor: In each direction, 1 or more.
         start: "bilinear" starts close to the bilinear map, "published" at a mean over three low-resolution cells.
 
     Raises:
@@ -79,19 +82,20 @@ class ReSFU(GuidedUpsampler):
         super().__init__(embed_dim, factor)
         self.similarity = Similarity(embed_dim, guidance_channels=3, start=start)
 
-    def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.similarity(features, pool_guidance(image, size))
+    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
+        weights = self.similarity(low_res, pool_guidance(image, size))
+        return lambda box, tiles: weighted_samples(low_res, weights, box)
 
 
 @register_upsampler("resfu-tiled", "ReSFU, guided by the tile map beside the image")
-class TiledReSFU(Upsampler):
-    """ReSFU whose guidance is the image and, stacked on it, the map of :class:`featsharp.upsamplers.tile.Tile`.
+class TiledReSFU(TiledUpsampler):
+    """ReSFU whose guidance is the image and, stacked on it, the tile map.
 
     The result is still made of low-resolution features: tiles say where edges are, not what is there.
 
     Args:
         embed_dim: Channels C.
-        factor: Gain, 1 or more.
+        factor: In each direction, 1 or more.
         start: As in :class:`ReSFU`.
         max_tile_batch: Most images given to ``encode`` at once; None: all of them, the fastest.
 
@@ -104,30 +108,27 @@ class TiledReSFU(Upsampler):
     needs = "image, tiles"
     keeps_space = "yes"
     paper = "ReSFU, arXiv 2407.02283, with tiles as in FeatSharp, arXiv 2502.16025"
+    halo = None  # norms are over the whole tile map
 
     def __init__(
         self, embed_dim: int, factor: float, *, start: Start = "bilinear", max_tile_batch: int | None = None
     ) -> None:
-        super().__init__(embed_dim, factor)
-        self.max_tile_batch = check_tile_batch(max_tile_batch)
+        super().__init__(embed_dim, factor, max_tile_batch=max_tile_batch)
         self.similarity = Similarity(embed_dim, guidance_channels=3 + embed_dim, start=start)
 
-    @property
-    def input_upsample_factor(self) -> float:
-        return self.factor
+    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
+        colours = pool_guidance(image, size)
 
-    def forward(
-        self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
-    ) -> UpsampleFeatures:
-        low_res, tiles, summary = encode_tiles(
-            self, image, encode, low_res_size, output_size, max_tile_batch=self.max_tile_batch
-        )
-        colours = pool_guidance(image, size_of(tiles)).to(tiles.dtype)
-        return UpsampleFeatures(low_res, self.similarity(low_res, torch.cat([colours, tiles], 1)), summary)
+        def compute(box: Box, tiles: Tensor | None) -> Tensor:
+            assert tiles is not None
+            weights = self.similarity(low_res, torch.cat([colours.to(tiles.dtype), tiles], 1))
+            return weighted_samples(low_res, weights, box)
+
+        return compute
 
 
 class Similarity(nn.Module):
-    """All that is learned: from features and guidance to the features at the guidance's size.
+    """Weights of the nine samples of each new cell, from features and guidance: all that is learned.
 
     Args:
         embed_dim: C.
@@ -146,16 +147,12 @@ class Similarity(nn.Module):
             self.semantic.scores.bias[CENTRE] = START_SCORE[start]  # type: ignore[index]
 
     def forward(self, features: Tensor, guidance: Tensor) -> Tensor:
-        """Features [B, C, h, w] and guidance [B, G, H, W] to [B, C, H, W] in the dtype of the features."""
-        return weighted_samples(features, self.weights(features, guidance))
-
-    def weights(self, features: Tensor, guidance: Tensor) -> Tensor:
-        """Of the nine samples of each new cell: [B, 9, H, W], at least float32, with a sum of one."""
+        """Features [B, C, h, w] and guidance [B, G, H, W] to [B, 9, H, W], at least float32, with a sum of one."""
         grid, size = size_of(features), size_of(guidance)
-        gain = max(1, _round(size[0] / grid[0])), max(1, _round(size[1] / grid[1]))
+        dilation = max(1, _round(size[0] / grid[0])), max(1, _round(size[1] / grid[1]))
         query = self.query(guidance.to(features.dtype))
         key = resize(self.key(features), size)
-        scores = self.semantic(key, guided_filter(query, key), gain) + self.detail(blur(query), query, gain)
+        scores = self.semantic(key, guided_filter(query, key), dilation) + self.detail(blur(query), query, dilation)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         return scores.masked_fill(~inside_image(grid, size, scores.device), -torch.inf).softmax(1)
 
@@ -189,24 +186,26 @@ class PairedContrast(nn.Module):
         return self.scores(self.norm(hidden))
 
 
-def weighted_samples(x: Tensor, weights: Tensor) -> Tensor:
+def weighted_samples(x: Tensor, weights: Tensor, box: Box | None = None) -> Tensor:
     """Sum of nine bilinear samples around the place of each new cell, one low-resolution cell apart.
 
     Args:
         x: [B, C, h, w].
         weights: [B, 9, H, W], in the order of ``OFFSETS``.
+        box: Cells to compute; None: all.
 
     Returns:
-        [B, C, H, W] in the dtype of ``x``; sums are at least float32. Beside it no more than two samples are held
+        [B, C, *box.size] in the dtype of ``x``; sums are at least float32. Beside it no more than two samples are held
         at a time, also for the backward pass, which makes them again.
     """
     size = size_of(weights)
-    with torch.autocast(x.device.type, enabled=False):  # sums are float32 whatever is around
+    box = box or whole(size)
+    with torch.autocast(x.device.type, enabled=False):  # sums are float32, as those of autocast's own softmax
         full = x.to(torch.promote_types(x.dtype, torch.float32))
-        rows = {dy: _sampler(x.shape[2], size[0], dy, full) @ full for dy in (-1, 0, 1)}
-        columns = {dx: _sampler(x.shape[3], size[1], dx, full).T for dx in (-1, 0, 1)}
-        out = full.new_zeros(*x.shape[:2], *size)
-        for (dy, dx), weight in zip(OFFSETS, weights.to(full.dtype).split(1, 1), strict=True):
+        rows = {dy: _sampler(x.shape[2], size[0], dy, full)[box.top : box.bottom] @ full for dy in (-1, 0, 1)}
+        columns = {dx: _sampler(x.shape[3], size[1], dx, full)[box.left : box.right].T for dx in (-1, 0, 1)}
+        out = full.new_zeros(*x.shape[:2], *box.size)
+        for (dy, dx), weight in zip(OFFSETS, box.cut(weights).to(full.dtype).split(1, 1), strict=True):
             if torch.is_grad_enabled():
                 out = out + checkpoint(_weighted_sample, rows[dy], columns[dx], weight, use_reentrant=False)
             else:
@@ -251,7 +250,7 @@ def blur(x: Tensor) -> Tensor:
 
 
 def inside_image(grid: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
-    """Which of the nine samples of each cell of ``size`` are centred inside of the image or on its edge: [9, H, W]."""
+    """Mask of the nine samples of each cell of ``size`` centred inside of the image or on its edge: [9, H, W]."""
     rows, columns = (
         torch.stack([_ticks(cells, length, offset, device) for offset in (-1, 0, 1)])
         for cells, length in zip(grid, size, strict=True)
@@ -269,7 +268,7 @@ def _sampler(cells: int, length: int, offset: int, like: Tensor) -> Tensor:
 
 
 def _ticks(cells: int, length: int, offset: int, device: torch.device) -> Tensor:
-    """Where the samples of ``length`` new cells lie on an axis of ``cells`` old ones, from its start.
+    """Places of the samples of ``length`` new cells on an axis of ``cells`` old ones, from its start.
 
     In whole numbers, of which an old cell has 2 * length: what lies exactly on the edge stays there.
     """
@@ -283,5 +282,5 @@ def _start(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
-def _round(gain: float) -> int:
-    return math.floor(gain + 0.5)
+def _round(x: float) -> int:
+    return math.floor(x + 0.5)

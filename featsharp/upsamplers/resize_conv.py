@@ -33,7 +33,7 @@ class ResizeConv(GuidedUpsampler):
 
     Args:
         embed_dim: Channels C.
-        factor: Gain, 1 or more; a level of 2 and one of 3 for 6, and for 5.5 too.
+        factor: In each direction, 1 or more; a level of 2 and one of 3 for 6, and for 5.5 too.
         start: "bilinear" starts close to bilinear interpolation, level by level; "published" with PyTorch's own
             initialisation.
 

@@ -21,10 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featsharp.errors import ConfigError
+from featsharp.layers.tiles import encode_tile_map
 from featsharp.ops.resize import resize, size_of
-from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler, check_whole, scale_length
+from featsharp.upsamplers.base import (
+    Encode,
+    UpsampleFeatures,
+    Upsampler,
+    check_tile_batch,
+    check_whole,
+    scale_length,
+)
 from featsharp.upsamplers.registration import register_upsampler
-from featsharp.upsamplers.tile import check_tile_batch, tile_map
 
 
 @register_upsampler("s2", "features of several scales concatenated: bilinear and tiles")
@@ -35,7 +42,7 @@ class S2(Upsampler):
 
     Args:
         embed_dim: Channels C of the features; the result has C for every scale.
-        factor: Gain in each direction.
+        factor: In each direction.
         scales: Of the image, distinct numbers of at least 1. Default: 1 and the factor.
         overlap, max_tile_batch: As for ``tile``.
     """
@@ -73,7 +80,7 @@ class S2(Upsampler):
             features = low_res
             if scale > 1:
                 cells = scale_length(grid[0], scale), scale_length(grid[1], scale)
-                features = tile_map(
+                features = encode_tile_map(
                     image,
                     encode,
                     low_res_size,
@@ -86,7 +93,7 @@ class S2(Upsampler):
         return UpsampleFeatures(low_res, torch.cat(maps, 1), summary)
 
     def fit(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """The features of one scale on the grid of the result."""
+        """Bring the features of one scale to the grid of the result."""
         return resize(features, size)
 
     def extra_repr(self) -> str:

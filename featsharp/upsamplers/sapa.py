@@ -1,6 +1,6 @@
 """SAPA: every new cell attends to the old cells around it, by the similarity of image and features.
 
-SAPA (arXiv 2209.12866), here a stack of levels of a whole gain q. Per level, for features x on (h, w) and the image y
+SAPA (arXiv 2209.12866), here a stack of levels of a whole factor q. Per level, for features x on (h, w) and the image y
 averaged over the cells of (q h, q w):
 
     query = Linear(LayerNorm(y)), 3 -> 64;   key = Linear(LayerNorm(x)), C -> 64
@@ -15,10 +15,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from featsharp.errors import ConfigError
+from featsharp.layers.guidance import pool_guidance
 from featsharp.ops.local_attention import local_attention
 from featsharp.ops.resize import size_of
 from featsharp.upsamplers.base import GuidedUpsampler, level_factors
-from featsharp.upsamplers.featup import pool_guidance
 from featsharp.upsamplers.registration import register_upsampler
 
 DIM = 64
@@ -35,7 +35,7 @@ class SAPA(GuidedUpsampler):
 
     Args:
         embed_dim: Channels C, any number.
-        factor: Gain, whole; 6 means a level of 2 and one of 3.
+        factor: In each direction, whole; 6 means a level of 2 and one of 3.
         border: "clip" makes the window smaller at the edge of the map, so weights of real cells sum to one; "zeros" has
             cells with logit 0 and value 0 there, as published, and results fade towards the edge.
         norm_guidance: Whether the colours of a pixel are normalised by their own mean and deviation, as published. That
@@ -58,7 +58,7 @@ class SAPA(GuidedUpsampler):
         if border not in BORDERS:
             raise ConfigError(f"unknown border {border!r}; use {' or '.join(map(repr, BORDERS))}")
         self.levels = nn.ModuleList(
-            SAPALevel(embed_dim, gain, border, norm_guidance) for gain in level_factors(self.factor)
+            SAPALevel(embed_dim, factor, border, norm_guidance) for factor in level_factors(self.factor)
         )
 
     def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -68,11 +68,11 @@ class SAPA(GuidedUpsampler):
 
 
 class SAPALevel(nn.Module):
-    """One attention [B, C, h, w] -> [B, C, gain * h, gain * w]; the arguments are those of :class:`SAPA`."""
+    """One attention [B, C, h, w] -> [B, C, factor * h, factor * w]; the arguments are those of :class:`SAPA`."""
 
-    def __init__(self, embed_dim: int, gain: int, border: SAPABorder, norm_guidance: bool) -> None:
+    def __init__(self, embed_dim: int, factor: int, border: SAPABorder, norm_guidance: bool) -> None:
         super().__init__()
-        self.gain, self.border = gain, border
+        self.factor, self.border = factor, border
         # What is added to all keys alike adds the same to all scores of a query, and the softmax does not see it, save
         # where published borders stay at 0.
         bias = border == "zeros"
@@ -87,9 +87,9 @@ class SAPALevel(nn.Module):
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
         """x [B, C, h, w] and an image [B, 3, H, W] of any size."""
         height, width = size_of(x)
-        guidance = pool_guidance(image, (self.gain * height, self.gain * width)).permute(0, 2, 3, 1)
+        guidance = pool_guidance(image, (self.factor * height, self.factor * width)).permute(0, 2, 3, 1)
         value = x.permute(0, 2, 3, 1)
         query = self.query_proj(self.query_norm(guidance.to(x.dtype)))
         key = self.key_proj(self.key_norm(value))
-        heads = (part[:, :, :, None] for part in (query, key, value))
+        heads = (x[:, :, :, None] for x in (query, key, value))
         return local_attention(*heads, window=WINDOW, border=self.border).squeeze(3).permute(0, 3, 1, 2)

@@ -15,8 +15,6 @@ Convention:
 
 import math
 from functools import reduce
-from inspect import signature
-from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,12 +23,6 @@ from featsharp.errors import ConfigError
 from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
 from featsharp.upsamplers.registration import register_upsampler
-
-
-class StridedEncode(Protocol):
-    """:class:`Encode` with a choice of the pixels from token to token, such as ``SharpEncoder.encode``."""
-
-    def __call__(self, images: Tensor, /, *, patch_stride: int) -> tuple[Tensor, Tensor | None]: ...
 
 
 @register_upsampler("stride", "a smaller stride of the patch embedding, for vision transformers")
@@ -69,15 +61,25 @@ class Stride(Upsampler):
         grid, size = size_of(low_res), self.high_res_grid(low_res, output_size)
         if size == grid:
             return UpsampleFeatures(low_res, low_res, summary)
-        gain = self.factor if output_size is None else max(size[0] / grid[0], size[1] / grid[1])
+        factor = self.factor if output_size is None else max(size[0] / grid[0], size[1] / grid[1])
         patch = low_res_size[0] // grid[0]
-        stride = patch_stride(patch, gain)
-        tokens, _ = _strided(encode)(small, patch_stride=stride)
+        stride = compute_stride(patch, factor)
+        try:
+            tokens, _ = encode(small, patch_stride=stride)
+        except TypeError as error:
+            # Functions that serve all other upsamplers need not take it, and only calling them shows whether they do.
+            if "patch_stride" not in str(error):
+                raise
+            raise ConfigError(
+                "the upsampler 'stride' changes the stride of the backbone's patches, but the function that encodes "
+                "knows no patch_stride=; use a SharpEncoder on a vision transformer (timm:MODEL, vits14-focus, "
+                "toy-vit, or a module of transformers or torch.hub in from_callable)"
+            ) from error
         return UpsampleFeatures(low_res, read_tokens(tokens, patch, stride, low_res_size, size), summary)
 
 
-def patch_stride(patch_size: int, factor: float) -> int:
-    """The stride that is nearest to giving ``factor`` as many tokens per axis; of two, the smaller one."""
+def compute_stride(patch_size: int, factor: float) -> int:
+    """Compute the stride nearest to giving ``factor`` as many tokens per axis; of two, the smaller one."""
     if factor > patch_size:
         raise ConfigError(
             f"the smallest stride, one pixel, makes {patch_size} tokens per axis of a {patch_size}-pixel patch; got a "
@@ -89,7 +91,7 @@ def patch_stride(patch_size: int, factor: float) -> int:
 def read_tokens(
     tokens: Tensor, patch_size: int, stride: int, image_size: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
-    """The map of ``size`` cells that covers the image, from tokens of overlapping patches.
+    """Read the map of ``size`` cells that covers the image from tokens of overlapping patches.
 
     Args:
         tokens: [B, C, h, w].
@@ -119,17 +121,5 @@ def _read_axis(x: Tensor, positions: Tensor, spread: int, dim: int) -> Tensor:
     taps = positions.floor().long() + torch.arange(1 - spread, spread + 1, device=x.device)[:, None]  # [taps, cells]
     weights = (1 - (positions - taps).abs() / spread).clamp(min=0) * ((taps >= 0) & (taps <= last))
     weights = (weights / weights.sum(0)).unflatten(1, (-1, *(3 - dim) * [1]))
-    parts = (x.index_select(dim, index) * weight for index, weight in zip(taps.clamp(0, last), weights, strict=True))
-    return reduce(torch.add, parts)
-
-
-def _strided(encode: Encode) -> StridedEncode:
-    # The call of every module takes any keywords; its forward says which.
-    parameters = signature(getattr(encode, "forward", encode)).parameters
-    if "patch_stride" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
-        raise ConfigError(
-            "the upsampler 'stride' changes the stride of the backbone's patches, but the function that encodes knows "
-            "no patch_stride=; use a SharpEncoder on a vision transformer (timm:MODEL, vits14-focus, toy-vit, or "
-            "a module of transformers or torch.hub in from_callable)"
-        )
-    return cast(StridedEncode, encode)
+    terms = (x.index_select(dim, index) * weight for index, weight in zip(taps.clamp(0, last), weights, strict=True))
+    return reduce(torch.add, terms)

@@ -16,6 +16,7 @@ from featsharp.ops.boxes import whole
 from featsharp.ops.resize import resize
 from featsharp.upsamplers import UPSAMPLERS, register_upsampler
 from featsharp.upsamplers.base import GuidedUpsampler
+from featsharp.upsamplers.chunked import ChunkedGuidedUpsampler
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -44,18 +45,20 @@ class Hungry(GuidedUpsampler):
     """Takes 160 MiB for the whole map."""
 
     def upsample_to(self, features, image, size):
-        return self.upsample_part(features, None, None, whole(size), size)
-
-    def upsample_part(self, low_res, guide, tiles, box, size):
-        cells = box.size[0] * box.size[1]
-        scratch = low_res.new_ones(cells * SCRATCH_PER_CELL)
-        return box.cut(resize(low_res, size)) * scratch[0]
+        return hungry_chunk(features, whole(size), size)
 
 
-class Patient(Hungry):
-    """As hungry, but part by part."""
+def hungry_chunk(low_res, box, size):
+    cells = box.size[0] * box.size[1]
+    scratch = low_res.new_ones(cells * SCRATCH_PER_CELL)
+    return box.cut(resize(low_res, size)) * scratch[0]
 
-    by_parts = True
+
+class Patient(ChunkedGuidedUpsampler):
+    """As hungry, but chunk by chunk."""
+
+    def prepare_chunks(self, low_res, image, size):
+        return lambda box, tiles: hungry_chunk(low_res, box, size)
 
 
 PLANTED = {kind.__name__.lower(): kind for kind in (Sleeper, Learner, Hungry, Patient)}

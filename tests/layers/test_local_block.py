@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from featsharp.errors import ConfigError
-from featsharp.layers import local_block
 from featsharp.layers.local_block import (
     LocalBlock,
     LocalSelfAttention,
@@ -199,20 +198,22 @@ def test_even_windows_are_refused_at_once():
         LocalSelfAttention(32, window=4)
 
 
-def test_bands_and_parts_equal_the_whole(monkeypatch):
-    """Without gradients a large map is processed in bands; any part can be asked for."""
+def test_chunks_equal_the_whole():
+    """Without gradients a large map is processed in chunks of rows; any chunk can be asked for."""
     block = LocalBlock(32, 16, layer_scale=0.5).eval()
     x = torch.randn(2, 21, 13, 32)
-    expected = block(x)  # gradients are needed: in one piece
-    monkeypatch.setattr(local_block, "BAND_CELLS", 1)
+    expected = block(x)
     for rows in (1, 4, 20, 30):
-        monkeypatch.setattr(local_block, "MIN_BAND_ROWS", rows)
         with torch.no_grad():
-            torch.testing.assert_close(block(x), expected.detach(), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(block.compute_rows(x, rows), expected.detach(), atol=1e-5, rtol=1e-5)
     box = Box(5, 9, 2, 13)
     seen = box.grow(block.halo, (21, 13))
-    part = block.part(seen.cut_channels_last(x), box.relative_to(seen))
-    torch.testing.assert_close(part, box.cut_channels_last(expected), atol=1e-5, rtol=1e-5)
+    chunk = block.compute_chunk(seen.cut_channels_last(x), box.relative_to(seen))
+    torch.testing.assert_close(chunk, box.cut_channels_last(expected), atol=1e-5, rtol=1e-5)
+    large = torch.randn(1, 160, 130, 32)  # more cells than are processed at a time
+    with torch.no_grad():
+        out = block(large)
+    torch.testing.assert_close(out, block(large).detach(), atol=1e-5, rtol=1e-5)
 
 
 def rotated(vector, row, col, decay):

@@ -166,7 +166,7 @@ def test_gradients(attend, border, factor, value_heads):
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
-def test_chunks_and_bands_change_neither_result_nor_gradients(attend, monkeypatch):
+def test_chunks_change_neither_result_nor_gradients(attend, monkeypatch):
     tensors = [t.requires_grad_() for t in inputs(3, 13, 10, heads=2, key_dim=3, value_dim=4)]
 
     def run():
@@ -175,7 +175,7 @@ def test_chunks_and_bands_change_neither_result_nor_gradients(attend, monkeypatc
 
     whole = run()
     monkeypatch.setattr(blocks, "MAX_CHUNK_NUMBERS", 1)
-    monkeypatch.setattr(reference, "MAX_BAND_NUMBERS", 1)
+    monkeypatch.setattr(reference, "MAX_CHUNK_NUMBERS", 1)
     torch.testing.assert_close(run(), whole, atol=1e-12, rtol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(attend(*tensors, window=7), whole[0].detach(), atol=1e-12, rtol=1e-12)
@@ -200,7 +200,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_is_bounded_by_the_chunk_and_not_by_the_map(module, monkeypatch):
     limit = 400_000
     monkeypatch.setattr(blocks, "MAX_CHUNK_NUMBERS", limit)
-    monkeypatch.setattr(reference, "MAX_BAND_NUMBERS", limit)
+    monkeypatch.setattr(reference, "MAX_CHUNK_NUMBERS", limit)
     query, key, value = inputs(1, 400, 16, 2, 2, 2, torch.float32)
     bias = torch.zeros(2, 7, 7)
     with LargestTensor() as watch, torch.no_grad():

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 from featsharp.errors import ConfigError
 from featsharp.ops.boxes import Box
-from featsharp.upsamplers import anyup
-from featsharp.upsamplers.anyup import AnyUp, FeatureCode, Windows
+from featsharp.upsamplers.anyup import AnyUp, FeatureCode, Windows, attend_nearby
 
 
 def window(place: int, places: int, cells: int) -> range:
@@ -41,13 +40,11 @@ def looped_attention(query, key, value):
 
 @pytest.mark.parametrize("scores", [2**24, 4000])
 @pytest.mark.parametrize(("grid", "size"), [((3, 5), (7, 11)), ((1, 4), (3, 4)), ((13, 7), (26, 30))])
-def test_attention_equals_the_loop(grid, size, scores, monkeypatch):
-    monkeypatch.setattr(anyup, "MAX_BAND_SCORES", scores)
-    module = AnyUp(6, 2).double()
+def test_attention_equals_the_loop(grid, size, scores):
     query = torch.randn(2, *size, 128, dtype=torch.float64)
     key, value = torch.randn(2, *grid, 128, dtype=torch.float64), torch.randn(2, 6, *grid, dtype=torch.float64)
     box = Box(1, size[0], 0, size[1] - 2)
-    out = module.upsample_part(value, (query, key), None, box, size)
+    out = attend_nearby(query, key, value.permute(0, 2, 3, 1), box, max_scores=scores).permute(0, 3, 1, 2)
     torch.testing.assert_close(out, box.cut(looped_attention(query, key, value)), atol=1e-6, rtol=0)
 
 
@@ -62,9 +59,8 @@ def test_windows_are_exact(places, cells):
 
 
 @pytest.mark.parametrize("numbers", [2**23, 1])
-def test_feature_code_equals_the_loop(numbers, monkeypatch):
-    monkeypatch.setattr(anyup, "MAX_CODE_NUMBERS", numbers)
-    layer = FeatureCode().double()
+def test_feature_code_equals_the_loop(numbers):
+    layer = FeatureCode(max_numbers=numbers).double()
     x = torch.randn(2, 3, 4, 7, dtype=torch.float64)
     out = layer(x)
     for b, y, col in [(0, 0, 0), (1, 3, 6), (0, 2, 3), (1, 1, 5)]:
@@ -81,19 +77,23 @@ def test_feature_code_equals_the_loop(numbers, monkeypatch):
         torch.testing.assert_close(out[b, :, y, col], mean, atol=1e-9, rtol=0)
 
 
-def test_chunks_and_blocks_have_the_same_gradient(monkeypatch):
-    module, image = AnyUp(6, 3).double(), torch.randn(1, 3, 40, 56, dtype=torch.float64)
-    features = torch.randn(1, 6, 4, 5, dtype=torch.float64)
+def test_blocks_of_attention_have_the_same_gradient():
+    box, value = Box(0, 7, 0, 9), torch.randn(1, 4, 5, 6, dtype=torch.float64)
+    query, key = (torch.randn(1, *size, 128, dtype=torch.float64, requires_grad=True) for size in ((7, 9), (4, 5)))
 
-    def gradients():
-        module.zero_grad()
-        module.upsample(features, image).square().sum().backward()
-        return [p.grad.clone() for p in module.parameters()]
+    def gradients(max_scores):
+        out = attend_nearby(query, key, value, box, max_scores=max_scores)
+        return torch.autograd.grad(out.square().sum(), [query, key])
 
-    at_once = gradients()
-    monkeypatch.setattr(anyup, "MAX_CODE_NUMBERS", 1)
-    monkeypatch.setattr(anyup, "MAX_BAND_SCORES", 1)
-    torch.testing.assert_close(gradients(), at_once, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradients(1), gradients(2**24), atol=1e-6, rtol=1e-5)
+
+
+def test_chunks_of_the_feature_code_have_the_same_gradient():
+    one, many = FeatureCode(max_numbers=1).double(), FeatureCode().double()
+    one.load_state_dict(many.state_dict())
+    x = torch.randn(1, 6, 4, 5, dtype=torch.float64)
+    gradients = [torch.autograd.grad(layer(x).square().sum(), layer.basis) for layer in (one, many)]
+    torch.testing.assert_close(*gradients, atol=1e-9, rtol=1e-9)
 
 
 def test_parameters_are_those_of_the_paper_for_any_width():
@@ -116,11 +116,13 @@ def test_the_weights_serve_any_number_of_channels():
 def test_a_place_sees_nothing_beyond_its_window():
     module = AnyUp(4, 2)
     features = torch.randn(1, 4, 20, 20)
-    query, key = module.prepare(features, torch.randn(1, 3, 40, 40), (40, 40))
+    query, key = module.project(features, torch.randn(1, 3, 40, 40), (40, 40))
     changed = features.clone()
     changed[..., 10:, :] += 100
     box = Box(0, 40, 0, 40)
-    first, second = (module.upsample_part(x, (query, key), None, box, (40, 40)) for x in (features, changed))
+    first, second = (
+        attend_nearby(query, key, x.permute(0, 2, 3, 1), box).permute(0, 3, 1, 2) for x in (features, changed)
+    )
     # Row 15 is centred at 15.5 / 40 = 0.3875, so its window ends with 0.4875 of the image, in cell 9.
     assert torch.equal(first[..., :16, :], second[..., :16, :])
     assert not torch.equal(first[..., 16, :], second[..., 16, :])

@@ -21,7 +21,7 @@ def randomise(module: torch.nn.Module) -> None:
 def loop_level(level, x, border):
     """The formula, one cell and one of its neighbours at a time."""
     _, channels, height, width = x.shape
-    gain, k = level.gain, level.kernel_size
+    gain, k = level.factor, level.kernel_size
     compressed = torch.einsum("oc,bchw->bohw", level.compressor.weight[:, :, 0, 0], x)
     compressed = compressed + level.compressor.bias[:, None, None]
     reach = level.encoder.weight.shape[-1] // 2
@@ -65,7 +65,7 @@ def test_each_level_reads_the_one_before():
     upsampler = CARAFE(3, 6, compressed=4, kernel_size=3).double()
     randomise(upsampler)
     features = torch.randn(1, 3, 2, 3, dtype=torch.float64)
-    assert [level.gain for level in upsampler.levels] == [2, 3]
+    assert [level.factor for level in upsampler.levels] == [2, 3]
     with torch.no_grad():
         half = loop_level(upsampler.levels[0], features, "replicate")
         expected = loop_level(upsampler.levels[1], half, "replicate")

@@ -3,7 +3,6 @@
 import gc
 import re
 import weakref
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +14,8 @@ from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError, InputError
 from featsharp.memory import PeakMeter, parse_memory
 from featsharp.ops.resize import resize
-from featsharp.upsamplers import GuidedUpsampler, bounded
-from featsharp.upsamplers.chunked import upsample_within
+from featsharp.upsamplers import GuidedUpsampler
+from featsharp.upsamplers.chunked import UNSEEN_BYTES, UNSEEN_SHARE, Plan, upsample_in_chunks, upsample_within
 from featsharp.upsamplers.featsharp import FeatSharp
 
 CASES = [
@@ -35,6 +34,8 @@ CASES = [
     ("featsharp", 2, {"attention": False, "inputs": ("bilinear", "rgb", "tiles")}),
     ("featsharp", 2.5, {"attention": False, "ffn": False, "inputs": ("tiles", "bilinear", "details")}),
     ("anyup", 2, {}),
+    ("resfu", 2, {}),
+    ("featsharp", 2, {"inputs": ("resfu", "tiles")}),
     ("bilinear", 2.5, {}),
     ("tile", 1.5, {}),
     ("featup", 3.5, {}),
@@ -51,40 +52,39 @@ def build(name, factor, options):
     return encoder
 
 
-@pytest.fixture
-def small_parts(monkeypatch):
-    """Parts of 5 x 5 cells, whatever the memory."""
-    set_plan(monkeypatch, tile_batch=2, part=(5, 5))
+def in_chunks(encoder, images, chunk, tile_batch):
+    """Features made in chunks of a given size, whatever the memory."""
 
+    def make_plan(low_res, pass_bytes):
+        return Plan(tile_batch, chunk, torch.float32)
 
-def set_plan(monkeypatch, **choice):
-    original = bounded._plan
-    monkeypatch.setattr(bounded, "_plan", lambda *arguments: replace(original(*arguments), **choice))
+    size = encoder.low_res_size(images.shape[2:])
+    return upsample_in_chunks(encoder.upsampler, images, encoder.encode, size, make_plan)
 
 
 @pytest.mark.parametrize(("name", "factor", "options"), CASES)
-def test_small_parts_make_the_same_features(name, factor, options, small_parts):
+def test_small_chunks_make_the_same_features(name, factor, options):
     encoder = build(name, factor, options)
     k = encoder.upsampler.input_upsample_factor
     images = torch.randn(2, 3, int(40 * k) + 3, int(56 * k))
     with torch.no_grad():
         expected = encoder(images, return_summary=True)
-        encoder.max_memory = GENEROUS
-        out = encoder(images, return_summary=True)
-    for one, other in zip(out, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=3e-5, rtol=1e-4)
+    out = in_chunks(encoder, images, (5, 5), 2)
+    encoder.max_memory = GENEROUS
+    limited = encoder(images, return_summary=True)
+    for one, other, wanted in zip(out, limited, expected, strict=True):
+        torch.testing.assert_close(one, wanted, atol=3e-5, rtol=1e-4)
+        torch.testing.assert_close(other, wanted, atol=3e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("part", [(1, 1), (2, 9), (11, 2), (3, 3), (100, 4)])
-def test_parts_of_any_shape_see_the_tiles_around_them(part, monkeypatch):
-    """Parts smaller than the halo, too: what a neighbour overwrote must have been kept."""
-    set_plan(monkeypatch, tile_batch=3, part=part)
+@pytest.mark.parametrize("chunk", [(1, 1), (2, 9), (11, 2), (3, 3), (100, 4)])
+def test_chunks_of_any_shape_see_the_tiles_around_them(chunk):
+    """Chunks smaller than the halo, too: what a neighbour overwrote must have been kept."""
     encoder = build("featsharp", 2, {})
     images = torch.randn(1, 3, 40, 72)
     with torch.no_grad():
         expected = encoder(images).high_res
-        encoder.max_memory = GENEROUS
-        torch.testing.assert_close(encoder(images).high_res, expected, atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(in_chunks(encoder, images, chunk, 3).high_res, expected, atol=3e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "factor", "options"), CASES)
@@ -140,8 +140,8 @@ def test_more_memory_means_more_tiles_at_once():
         low_res = encoder.encode(resize(images, (64, 64))).features
     for passes in (4, 9):
         batches.clear()
-        room = bounded.UNSEEN_BYTES + 2 * low_res.nbytes + int((passes + 0.5) * meter.peak)
-        upsample_within(encoder.upsampler, images, encode, (64, 64), int(room / (1 - bounded.UNSEEN_SHARE)))
+        room = UNSEEN_BYTES + 2 * low_res.nbytes + int((passes + 0.5) * meter.peak)
+        upsample_within(encoder.upsampler, images, encode, (64, 64), int(room / (1 - UNSEEN_SHARE)))
         last = [16 % passes] if 16 % passes else []
         assert batches == [1, *(16 // passes) * [passes], *last]
 
@@ -227,7 +227,7 @@ def test_a_backbone_outside_of_pytorch():
 
 def test_an_upsampler_that_works_in_one_piece_is_refused():
     class InOnePiece(GuidedUpsampler):
-        def upsample(self, features, image):
+        def upsample_to(self, features, image, size):
             return features.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
     encoder = create_encoder("toy-vit", InOnePiece(32, 2), max_memory="2GiB")

@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from featsharp.backbones import create_backbone
 from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError
+from featsharp.layers.tiles import compute_details
 from featsharp.ops.boxes import whole
 from featsharp.ops.resize import resize
+from featsharp.upsamplers.chunked import works_in_chunks
 from featsharp.upsamplers.featsharp import FeatSharp, ProgressiveFeatSharp
-from featsharp.upsamplers.tile import Tile, encode_tiles, fine_part
+from featsharp.upsamplers.tile import Tile
 
 CHANNELS, SIZE = 32, (32, 48)
 
@@ -60,7 +62,7 @@ def test_silent_projections_leave_the_first_input_bit_for_bit(backbone, image, i
         if upsampler.tile_position is not None:
             upsampler.tile_position.normal_()
         out = upsampler(image, backbone, SIZE)
-        low_res, tiles, _ = encode_tiles(Tile(CHANNELS, 2), image, backbone, SIZE)
+        low_res, tiles, _ = Tile(CHANNELS, 2).encode_tiles(image, backbone, SIZE)
         if inputs[0] == "tiles":
             positions = upsampler.tile_position.repeat_interleave(4, 2).repeat_interleave(6, 3)
             expected = tiles + positions
@@ -78,7 +80,7 @@ def test_the_block_sees_the_maps_in_the_order_of_the_option(backbone, image):
     with torch.no_grad():
         out = upsampler(image, backbone, SIZE)
         maps = [
-            encode_tiles(Tile(CHANNELS, 2), image, backbone, SIZE).high_res,
+            Tile(CHANNELS, 2).encode_tiles(image, backbone, SIZE).high_res,
             *(upsampler.branches[name].upsample(out.low_res, image) for name in inputs[1:]),
         ]
     assert seen[0].shape == (2, 8, 12, 3 * CHANNELS)
@@ -151,7 +153,7 @@ def test_the_default_start_mixes_tiles_into_the_first_input(backbone, image, inp
         for name, share in zip(inputs, shares, strict=True):
             tiles = name == "tiles"
             branch = None if tiles else upsampler.branches[name].upsample(out.low_res, image)
-            expected += share * (encode_tiles(Tile(CHANNELS, 2), image, backbone, SIZE).high_res if tiles else branch)
+            expected += share * (Tile(CHANNELS, 2).encode_tiles(image, backbone, SIZE).high_res if tiles else branch)
     torch.testing.assert_close(out.high_res, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -196,7 +198,7 @@ def test_a_linear_block_starts_as_the_mix(backbone, image):
         out = FeatSharp(CHANNELS, 2, inputs=("bilinear", "rgb", "tiles"), attention=False, ffn=False)(
             image, backbone, SIZE
         )
-        tiles = encode_tiles(Tile(CHANNELS, 2), image, backbone, SIZE).high_res
+        tiles = Tile(CHANNELS, 2).encode_tiles(image, backbone, SIZE).high_res
         expected = 0.7 * resize(out.low_res, (8, 12)) + 0.3 * tiles
     torch.testing.assert_close(out.high_res, expected, atol=1e-5, rtol=1e-5)
 
@@ -276,8 +278,8 @@ def test_the_fine_part_is_what_blurring_takes_away(size):
             cols = slice(j * width // small.shape[3], -(-(j + 1) * width // small.shape[3]))
             small[..., i, j] = x[..., rows, cols].mean((2, 3))
     blur = F.interpolate(small, size, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(fine_part(x), x - blur)
-    torch.testing.assert_close(fine_part(x + 3), fine_part(x))
+    torch.testing.assert_close(compute_details(x), x - blur)
+    torch.testing.assert_close(compute_details(x + 3), compute_details(x))
 
 
 @pytest.mark.parametrize("factor", [2, 1])
@@ -286,12 +288,12 @@ def test_details_are_computed_tile_by_tile(backbone, image, factor):
     upsampler = FeatSharp(CHANNELS, factor, inputs=("bilinear", "details"), attention=False, ffn=False)
     with torch.no_grad():
         out = upsampler(image, backbone, SIZE)
-        tiles = encode_tiles(Tile(CHANNELS, factor), image, backbone, SIZE).high_res
+        tiles = Tile(CHANNELS, factor).encode_tiles(image, backbone, SIZE).high_res
         expected = resize(out.low_res, (4 * factor, 6 * factor)).clone()
         for i in range(factor):
             for j in range(factor):
                 cell = (..., slice(4 * i, 4 * i + 4), slice(6 * j, 6 * j + 6))
-                expected[cell] += 0.75 * fine_part(tiles[cell])
+                expected[cell] += 0.75 * compute_details(tiles[cell])
     torch.testing.assert_close(out.high_res, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -312,9 +314,9 @@ def test_tiles_are_weighted_before_they_are_stitched(backbone, image):
     height, width = 10, 15
     with torch.no_grad():
         windows = Tile(CHANNELS, 2.5)
-        tiles = encode_tiles(windows, image, backbone, SIZE).high_res
+        tiles = windows.encode_tiles(image, backbone, SIZE).high_res
         tiles = tiles + upsampler._tile_positions(whole((height, width)), (height, width))
-        details = encode_tiles(windows, image, backbone, SIZE, process=fine_part).high_res
+        details = windows.encode_tiles(image, backbone, SIZE, process=compute_details).high_res
         colour = upsampler.branches["rgb"].proj(resize(image, (height, width)))
         stacked = torch.cat([tiles, colour, details], 1).permute(0, 2, 3, 1)
         expected = upsampler.block(stacked).permute(0, 3, 1, 2)
@@ -329,12 +331,12 @@ def test_a_block_gets_tiles_and_details_in_their_order(backbone, image):
     upsampler.block.register_forward_pre_hook(lambda module, args: seen.append(args[0].permute(0, 3, 1, 2)))
     with torch.no_grad():
         low_res = upsampler(image, backbone, SIZE).low_res
-        tiles = encode_tiles(Tile(CHANNELS, 2), image, backbone, SIZE).high_res
-        details = encode_tiles(Tile(CHANNELS, 2), image, backbone, SIZE, process=fine_part).high_res
+        tiles = Tile(CHANNELS, 2).encode_tiles(image, backbone, SIZE).high_res
+        details = Tile(CHANNELS, 2).encode_tiles(image, backbone, SIZE, process=compute_details).high_res
     positions = upsampler.tile_position.detach().repeat_interleave(4, 2).repeat_interleave(6, 3)
     expected = torch.cat([resize(low_res, (8, 12)), details, tiles + positions], 1)
     torch.testing.assert_close(seen[0], expected)
-    assert not upsampler.by_parts
+    assert not works_in_chunks(upsampler)
 
 
 @pytest.mark.parametrize(

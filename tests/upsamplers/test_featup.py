@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from featsharp.errors import ConfigError
 from featsharp.ops.boxes import Box, whole
-from featsharp.upsamplers import featup
 from featsharp.upsamplers.base import prime_factors
-from featsharp.upsamplers.featup import FeatUp, FixedUpLevel, JBULevel, pool_guidance
+from featsharp.upsamplers.chunked import works_in_chunks
+from featsharp.upsamplers.featup import FeatUp, FixedUpLevel, JBULevel
 
 
 def neighbours(x: torch.Tensor) -> torch.Tensor:
@@ -154,19 +154,6 @@ def test_unknown_start():
         FeatUp(4, 2, start="sharp")
 
 
-def test_guidance_is_averaged_over_cells():
-    image = torch.randn(1, 3, 12, 20)
-    torch.testing.assert_close(pool_guidance(image, (3, 4)), F.avg_pool2d(image, (4, 5)))
-    assert torch.equal(pool_guidance(image, (12, 20)), image)
-
-
-def test_guidance_from_a_small_image_is_enlarged():
-    image = torch.randn(1, 3, 4, 5)
-    expected = F.interpolate(image, (8, 10), mode="bilinear", align_corners=False)
-    assert torch.equal(pool_guidance(image, (8, 10)), expected)
-    assert pool_guidance(image, (3, 10)).shape == (1, 3, 3, 10)
-
-
 @pytest.mark.parametrize(
     ("factor", "size", "sizes"),
     [
@@ -187,11 +174,10 @@ def test_the_last_level_makes_the_size_asked_for(factor, size, sizes):
     out = upsampler.upsample(source, image, size)
     assert out.shape[-2:] == sizes[-1]
     torch.testing.assert_close(out, expected)
-    # By parts, too.
-    guide = upsampler.prepare(source, image, sizes[-1])
+    # In chunks, too.
+    compute = upsampler.prepare_chunks(source, image, sizes[-1])
     for box in (whole(sizes[-1]), Box(2, 5, 3, 7), Box(4, 5, 0, 8)):
-        part = upsampler.upsample_part(source, guide, None, box, sizes[-1])
-        torch.testing.assert_close(part, box.cut(expected), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(compute(box, None), box.cut(expected), atol=1e-6, rtol=1e-6)
 
 
 def test_without_a_level_a_larger_map_is_bilinear():
@@ -217,9 +203,8 @@ def fixed_up_level(level: FixedUpLevel, source, image, size):
 
 @pytest.mark.parametrize("weights", [2**22, 1, 49 * 11 * 2 * 4])
 @pytest.mark.parametrize(("sigma", "theta"), [(1.0, 0.2), (-0.1, 2.5)])
-def test_a_level_of_featups_own_flavour(sigma, theta, weights, monkeypatch):
-    monkeypatch.setattr(featup, "MAX_BAND_WEIGHTS", weights)
-    level = FixedUpLevel(2).double().eval()
+def test_a_level_of_featups_own_flavour(sigma, theta, weights):
+    level = FixedUpLevel(2, max_weights=weights).double().eval()
     with torch.no_grad():
         level.sigma.fill_(sigma)
         level.log_temperature.fill_(theta)
@@ -243,7 +228,7 @@ def test_featups_own_flavour():
     assert sum(p.numel() for p in upsampler.parameters()) == 4 * 6233 + 4**2 + 4
     assert sum(p.numel() for p in FeatUp(4, 16, flavour="featup", final_fixup=False).parameters()) == 4 * 6233
     assert (upsampler.keeps_space, FeatUp(4, 16).keeps_space) == ("nearly", "yes")
-    assert (upsampler.by_parts, FeatUp(4, 16).by_parts) == (False, True)
+    assert (works_in_chunks(upsampler), works_in_chunks(FeatUp(4, 16))) == (False, True)
     source, image = torch.randn(1, 4, 2, 3), torch.randn(1, 3, 40, 50)
     upsampler.train()
     assert not torch.equal(upsampler.upsample(source, image), upsampler.upsample(source, image))  # dropout

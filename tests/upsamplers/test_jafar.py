@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from featsharp.errors import ConfigError
+from featsharp.layers.cross_attention import DIM, NUM_HEADS, AxialRope, attend_in_chunks
 from featsharp.ops.boxes import Box
-from featsharp.upsamplers import jafar
-from featsharp.upsamplers.jafar import DIM, JAFAR, NUM_HEADS, AxialRope
+from featsharp.upsamplers.jafar import JAFAR
 
 
 def looped_attention(query, key, value):
@@ -27,25 +27,23 @@ def looped_attention(query, key, value):
     return out
 
 
-@pytest.mark.parametrize("band", [2**24, 40])
-def test_attention_equals_the_loop(band, monkeypatch):
-    monkeypatch.setattr(jafar, "MAX_BAND_SCORES", band)
+@pytest.mark.parametrize("max_scores", [2**24, 40])
+def test_attention_equals_the_loop(max_scores):
     query, key, value = torch.randn(2, 15, DIM), torch.randn(2, 6, DIM), torch.randn(2, 6, 5)
-    torch.testing.assert_close(jafar._attention_in_bands(query, key, value), looped_attention(query, key, value))
+    out = attend_in_chunks(query, key, value, max_scores=max_scores)
+    torch.testing.assert_close(out, looped_attention(query, key, value))
 
 
-def test_bands_have_the_same_gradient(monkeypatch):
-    module, image = JAFAR(16, 2), torch.randn(1, 3, 40, 56)
-    features = torch.randn(1, 16, 3, 5)
+def test_chunks_have_the_same_gradient():
+    query, key = (torch.randn(1, count, DIM, requires_grad=True) for count in (60, 15))
+    value = torch.randn(1, 15, 16)
 
-    def gradients():
-        module.zero_grad()
-        module.upsample(features, image).square().sum().backward()
-        return [p.grad.clone() for p in module.parameters()]
+    def gradients(max_scores):
+        return torch.autograd.grad(
+            attend_in_chunks(query, key, value, max_scores=max_scores).square().sum(), [query, key]
+        )
 
-    whole = gradients()
-    monkeypatch.setattr(jafar, "MAX_BAND_SCORES", 1)
-    torch.testing.assert_close(gradients(), whole)
+    torch.testing.assert_close(gradients(1), gradients(2**24))
 
 
 def test_output_stays_in_the_hull_of_the_features():
@@ -92,14 +90,14 @@ def test_guidance_matters():
 @pytest.mark.parametrize(("factor", "size"), [(1.5, (5, 8)), (2, (9, 31)), (1, (3, 5)), (14, (4, 60))])
 def test_any_size_is_made(factor, size):
     module, features, image = JAFAR(16, factor), torch.randn(2, 16, 3, 5), torch.randn(2, 3, 21, 33)
-    query, key = module.prepare(features, image, size)
+    query, key = module.project(features, image, size)
     value = features.flatten(2).transpose(1, 2)
     expected = looped_attention(query.flatten(1, 2), key, value).transpose(1, 2).unflatten(2, size)
     out = module.upsample(features, image, size)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
     box = Box(1, 3, 2, 5)
-    part = module.upsample_part(features, (query, key), None, box, size)
-    torch.testing.assert_close(part, box.cut(out), atol=1e-5, rtol=1e-4)
+    chunk = module.prepare_chunks(features, image, size)(box, None)
+    torch.testing.assert_close(chunk, box.cut(out), atol=1e-5, rtol=1e-4)
 
 
 def test_guidance_is_scaled_to_the_output_grid_or_not_at_all():

@@ -164,7 +164,7 @@ def test_gradients_are_those_of_the_loop_and_none_is_dead():
     features = torch.randn(1, 3, 2, 3, dtype=torch.float64, requires_grad=True)
     guidance = torch.randn(1, 3, 4, 6, dtype=torch.float64)
     results = (
-        upsampler.similarity(features, guidance),
+        weighted_samples(features, upsampler.similarity(features, guidance)),
         loop_resfu(upsampler.similarity, features, guidance, (2, 2)),
     )
     weights = torch.randn_like(results[0])
@@ -290,8 +290,9 @@ def test_tiles_are_guidance_beside_the_image(factor, output_size):
     with torch.no_grad():
         out, tiles = upsampler(*arguments), Tile(8, factor)(*arguments)
         guidance = torch.cat([F.adaptive_avg_pool2d(image, tiles.high_res.shape[2:]), tiles.high_res], 1)
-        expected = upsampler.similarity(tiles.low_res, guidance)
-        blind = upsampler.similarity(tiles.low_res, torch.cat([guidance[:, :3], 0 * tiles.high_res], 1))
+        expected = weighted_samples(tiles.low_res, upsampler.similarity(tiles.low_res, guidance))
+        unseen = torch.cat([guidance[:, :3], 0 * tiles.high_res], 1)
+        blind = weighted_samples(tiles.low_res, upsampler.similarity(tiles.low_res, unseen))
     torch.testing.assert_close(out.high_res, expected)
     assert (out.high_res - blind).abs().max() > 0.01
     assert torch.equal(out.low_res, tiles.low_res)
@@ -326,7 +327,7 @@ def test_similarity_of_half_types_sums_to_one():
     similarity = Similarity(8, 3, "bilinear").to(torch.float16)
     features, guidance = torch.randn(1, 8, 3, 5).half(), torch.randn(1, 3, 6, 10).half()
     with torch.no_grad():
-        weights = similarity.weights(features, guidance)
+        weights = similarity(features, guidance)
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights.sum(1), torch.ones(1, 6, 10))
     assert (weights[:, :3, 0] == 0).all()  # above the image

@@ -31,7 +31,7 @@ def linear(x, layer):
 def loop_level(level, x, image, border):
     """The formula, one new cell at a time."""
     height, width = x.shape[2:]
-    gain = level.gain
+    gain = level.factor
     pixels = image.shape[2] // (gain * height)
     guidance = F.avg_pool2d(image, pixels)
     rows = []
@@ -75,7 +75,7 @@ def test_each_level_reads_the_one_before():
     randomise(upsampler)
     features = torch.randn(1, 4, 1, 2, dtype=torch.float64)
     image = torch.randn(1, 3, 12, 24, dtype=torch.float64)
-    assert [level.gain for level in upsampler.levels] == [2, 3]
+    assert [level.factor for level in upsampler.levels] == [2, 3]
     with torch.no_grad():
         half = loop_level(upsampler.levels[0], features, image, "clip")
         expected = loop_level(upsampler.levels[1], half, image, "clip")

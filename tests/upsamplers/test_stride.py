@@ -9,7 +9,7 @@ from featsharp.backbones import create_backbone, from_callable
 from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError, InputError
 from featsharp.ops.resize import resize
-from featsharp.upsamplers.stride import Stride, patch_stride, read_tokens
+from featsharp.upsamplers.stride import Stride, compute_stride, read_tokens
 
 PATCH = 8
 
@@ -36,7 +36,7 @@ def test_a_ramp_is_read_where_the_cells_are(factor):
     height, width = 40, 56
     image = ramps(height, width)
     out = Stride(3, factor)(image, mean_colour, (height, width)).high_res[0]
-    stride = patch_stride(PATCH, factor)
+    stride = compute_stride(PATCH, factor)
     rows = (torch.arange(out.shape[1]).double() + 0.5) * height / out.shape[1]
     columns = (torch.arange(out.shape[2]).double() + 0.5) * width / out.shape[2]
     # No patch is centred closer to the border than half its size.
@@ -104,7 +104,7 @@ def test_gradients_of_reading():
     ],
 )
 def test_strides(patch, factor, stride):
-    assert patch_stride(patch, factor) == stride
+    assert compute_stride(patch, factor) == stride
 
 
 @pytest.mark.parametrize("output_size", [None, (11, 17), (8, 40)])
@@ -168,6 +168,14 @@ def test_a_function_that_knows_no_stride():
         Stride(3, 2)(torch.randn(1, 3, 16, 16), lambda images: mean_colour(images), (16, 16))
     with pytest.raises(ConfigError, match="knows no patch_stride="):
         Stride(32, 2)(torch.randn(1, 3, 16, 16), create_backbone("toy-vit"), (16, 16))
+
+
+def test_another_type_error_is_not_hidden():
+    def encode(images, *, patch_stride=None):
+        return mean_colour(images) if patch_stride is None else len(patch_stride)
+
+    with pytest.raises(TypeError, match=r"has no len\(\)"):
+        Stride(3, 2)(torch.randn(1, 3, 16, 16), encode, (16, 16))
 
 
 def test_a_backbone_without_patches():

@@ -182,8 +182,8 @@ class DefaultDevice(Bilinear):
 
 
 class Single(Bilinear):
-    def upsample_to(self, features, image, size):
-        return super().upsample_to(features.float(), image, size)
+    def upsample(self, features, image, output_size=None):
+        return super().upsample(features, image, output_size).float()
 
 
 class Fading(Bilinear):

@@ -86,7 +86,7 @@ def backward(
 
 
 def scratch_bytes(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> int:
-    """What :func:`forward` takes for itself beside its result."""
+    """Bytes that :func:`forward` takes for itself beside its result."""
     grid = block_grid(query, key, window, border)
     block_numbers = _block_numbers(grid, query.shape[4] + value.shape[4])
     cells, blocks = grid.largest_chunk(len(query), max_blocks(block_numbers, query.device))
@@ -106,7 +106,7 @@ def _block_numbers(grid: BlockGrid, dims: int) -> int:
 
 
 class _Call(BlockCall):
-    """What the chunks of one call share, with the spread bias."""
+    """Tensors that the chunks of one call share, with the spread bias."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> None:
         grid = block_grid(query, key, window, border)

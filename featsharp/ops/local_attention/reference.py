@@ -6,21 +6,21 @@ from torch.utils.checkpoint import checkpoint
 
 from featsharp.ops.windows import border_cells
 
-# Numbers that one band of query rows may gather: 64 MiB in float32.
-MAX_BAND_NUMBERS = 2**24
+# Numbers that one chunk of query rows may gather: 64 MiB in float32.
+MAX_CHUNK_NUMBERS = 2**24
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> Tensor:
-    """[B, fH, fW, N or 1, E], band by band; where a gradient is needed, bands are recomputed instead of kept."""
+    """[B, fH, fW, N or 1, E], chunk by chunk; where a gradient is needed, chunks are recomputed instead of kept."""
 
-    bands = []
+    chunks = []
     with torch.autocast(value.device.type, enabled=False):  # sums are float32 whatever is around
-        for rows in _bands(query, value, window):
+        for rows in _chunks(query, value, window):
             arguments = (query[:, rows], key, value, bias, window, border, rows.start)
-            bands.append(
+            chunks.append(
                 checkpoint(attend, *arguments, use_reentrant=False) if torch.is_grad_enabled() else attend(*arguments)
             )
-    return torch.cat(bands, 1)
+    return torch.cat(chunks, 1)
 
 
 def attend(
@@ -50,9 +50,9 @@ def attend(
     return torch.einsum("brcnij,brcijnd->brcnd", weights, values).to(value.dtype)
 
 
-def _bands(query: Tensor, value: Tensor, window: int) -> list[slice]:
-    """Slices of query rows that gather at most MAX_BAND_NUMBERS each, or one row."""
+def _chunks(query: Tensor, value: Tensor, window: int) -> list[slice]:
+    """Slices of query rows that gather at most MAX_CHUNK_NUMBERS each, or one row."""
     batch, rows, cols, heads, dim = query.shape
     per_row = batch * cols * window**2 * (heads * (dim + 2) + value.shape[3] * value.shape[4])
-    step = max(1, MAX_BAND_NUMBERS // per_row)
+    step = max(1, MAX_CHUNK_NUMBERS // per_row)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

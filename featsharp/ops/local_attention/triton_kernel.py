@@ -36,7 +36,7 @@ def _cell(position, length, BORDER: tl.constexpr):
 
 @triton.jit
 def _offset(y, x, row, col):
-    """Where (y, x) is, in numbers; a map may have more than 32 bits count."""
+    """Offset of (y, x), in numbers; a map may have more than 32 bits count."""
     return y.to(tl.int64) * row + x * col
 
 

@@ -39,7 +39,7 @@ def backward(grad: Tensor, weights: Tensor, value: Tensor, border: str) -> tuple
 
 
 class _Call(BlockCall):
-    """What the chunks of one call share, with the padded weights."""
+    """Tensors that the chunks of one call share, with the padded weights."""
 
     def __init__(self, weights: Tensor, value: Tensor, border: str) -> None:
         grid = block_grid(weights, value, weights.shape[-1], border)
@@ -63,7 +63,7 @@ class _Call(BlockCall):
 
 
 def scratch_bytes(weights: Tensor, value: Tensor, border: str) -> int:
-    """What :func:`forward` takes for itself beside its result."""
+    """Bytes that :func:`forward` takes for itself beside its result."""
     grid = block_grid(weights, value, weights.shape[-1], border)
     numbers = _block_numbers(grid, value.shape[4])
     cells, blocks = grid.largest_chunk(len(weights), max_blocks(numbers, value.device))

@@ -21,7 +21,7 @@ def forward(weights: Tensor, value: Tensor, border: str) -> Tensor:
 
 
 def _entry(weights: Tensor, value: Tensor, i: int, j: int, border: str) -> Tensor:
-    """What entry (i, j) of the windows adds."""
+    """The term of entry (i, j) of the windows."""
     factor, halo = weights.shape[1] // value.shape[1], weights.shape[4] // 2
     rows = torch.arange(weights.shape[1], device=value.device) // factor + i - halo
     cols = torch.arange(weights.shape[2], device=value.device) // factor + j - halo

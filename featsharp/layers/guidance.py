@@ -1,0 +1,39 @@
+"""Guidance: the image at the grid that a guided upsampler needs it on."""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from featsharp.errors import ConfigError
+from featsharp.ops.resize import resize
+
+
+def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average an image over the cells of a grid, or enlarge it where it is the smaller one.
+
+    Args:
+        image: [B, 3, height, width].
+        size: (h, w) of the grid.
+
+    Returns:
+        [B, 3, h, w].
+    """
+    if image.shape[-2] >= size[0] and image.shape[-1] >= size[1]:
+        return F.adaptive_avg_pool2d(image, size)
+    return resize(image, size)
+
+
+def shrink_guidance(image: Tensor, size: tuple[int, int], scale: float | None) -> Tensor:
+    """Shrink an image larger than ``scale`` times a grid of ``size`` (h, w) to that; None: leave it as it is."""
+    if scale is None:
+        return image
+    height, width = (max(1, round(scale * side)) for side in size)
+    return resize(image, (min(image.shape[2], height), min(image.shape[3], width)))
+
+
+def check_guidance_scale(scale: float | None) -> float | None:
+    """Return ``scale``; raise ConfigError unless it is None or a positive number."""
+    if scale is not None and not (isinstance(scale, int | float) and 0 < scale < math.inf):
+        raise ConfigError(f"guidance_scale must be a positive number, or None for the image as it is; got {scale!r}")
+    return scale
