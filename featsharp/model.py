@@ -1,11 +1,12 @@
 """The sharp encoder: image -> backbone -> normalizer -> bias buffer -> upsampler -> sharp features.
 
+FeatSharp (arXiv 2502.16025), figure 2.
+
 Convention:
     Images given to a sharp encoder are already whitened (``input_conditioner`` does it). Both feature maps cover the
     whole image whatever its size: nothing is cropped or padded, each axis is scaled on its own.
 """
 
-import warnings
 from os import PathLike
 from typing import TYPE_CHECKING, Any, overload
 
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.errors import ConfigError, InputError
 from featsharp.layers.bias_buffer import BiasBuffer
+from featsharp.layers.input_conditioner import InputConditioner
 from featsharp.memory import parse_memory
 from featsharp.normalizers import Normalizer
 from featsharp.ops.resize import resize, size_of
-from featsharp.upsamplers.base import UpsampleFeatures, Upsampler, scale_length
+from featsharp.upsamplers.base import UpsampleFeatures, Upsampler, scale_length, weight_dtype
 from featsharp.upsamplers.chunked import Allocate, allocate_beside, upsample_within
 
 if TYPE_CHECKING:
@@ -27,49 +29,6 @@ if TYPE_CHECKING:
     Picture = str | PathLike[str] | Image
 
 __all__ = ["InputConditioner", "SharpEncoder", "UpsampleFeatures"]
-
-
-class InputConditioner(nn.Module):
-    """Whitening of pixels in [0, 1], like torchvision's ``Normalize``: ``(x - mean) / std`` per channel.
-
-    It warns once about input that looks whitened already (values outside of [0, 1]). It holds no tensors, so it works
-    in the processes of a data loader whatever device the encoder is on.
-    """
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.mean, self.std = tuple(mean), tuple(std)
-        self._warned = False
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[..., 3, H, W] in [0, 1], floating point, to the same shape and dtype."""
-        if not images.is_floating_point():
-            raise InputError(f"input_conditioner takes pixels in [0, 1]; got {images.dtype}, divide by 255 first")
-        # On a GPU the look at the values would make the host wait.
-        if (
-            not self._warned
-            and images.device.type == "cpu"
-            and images.numel()
-            and (images.amin() < -0.01 or images.amax() > 1.01)
-        ):
-            warnings.warn(
-                f"input_conditioner got values from {images.amin():.2f} to {images.amax():.2f}; it expects pixels in "
-                "[0, 1]. Are the images already whitened, or in 0..255?",
-                stacklevel=2,
-            )
-            self._warned = True
-        return (images - self._constants(self.mean, images)) / self._constants(self.std, images)
-
-    def invert(self, images: Tensor) -> Tensor:
-        """Whitened images back to pixels in [0, 1]."""
-        return images * self._constants(self.std, images) + self._constants(self.mean, images)
-
-    def extra_repr(self) -> str:
-        return f"mean={self.mean}, std={self.std}"
-
-    @staticmethod
-    def _constants(values: tuple[float, ...], images: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=images.dtype, device=images.device)[:, None, None]
 
 
 class SharpEncoder(nn.Module):
@@ -81,6 +40,12 @@ class SharpEncoder(nn.Module):
         normalizer: Fitted, or to be fitted before use.
         bias_buffer: None for none.
         max_memory: See :attr:`max_memory`.
+
+    Types:
+        Images of any floating-point type are taken. Every part computes in the type of its weights, so
+        ``encoder.to(torch.bfloat16)`` or ``encoder.backbone.to(torch.bfloat16)`` is all it needs; a ``torch.autocast``
+        around the call reaches backbone and upsampler alike. ``low_res``, ``high_res`` and ``summary`` come in one
+        type, that of the encoder's weights (:attr:`dtype`), under autocast too.
     """
 
     _anchor: Tensor
@@ -96,7 +61,6 @@ class SharpEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.max_memory = max_memory
-        self._upsample_within = upsample_within
         if upsampler.embed_dim != backbone.embed_dim:
             raise ConfigError(
                 f"the upsampler is for {upsampler.embed_dim} channels, but backbone {backbone.name!r} has "
@@ -122,7 +86,7 @@ class SharpEncoder(nn.Module):
     def max_memory(self) -> int | None:
         """Bytes that encoding may take beside weights, inputs and results; None for no limit.
 
-        Set it to bytes or to text like "2GiB". Tiles and rows are then processed in portions that fit, images one by
+        Set it to bytes or to text like "2GiB". Tiles and cells are then processed in chunks that fit, images one by
         one, without gradients, in eval mode; the features are the same up to rounding. Raises ConfigError for what is
         no amount; an amount that is too little shows when an image is encoded. Held against the system on Linux CPUs.
         """
@@ -134,8 +98,13 @@ class SharpEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the encoder is."""
+        """Device of the encoder."""
         return self._anchor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the features: of the upsampler's weights or, without any, that to which the encoder was cast."""
+        return weight_dtype(self.upsampler) or self._anchor.dtype
 
     @property
     def embed_dim(self) -> int:
@@ -144,7 +113,7 @@ class SharpEncoder(nn.Module):
 
     @property
     def factor(self) -> float:
-        """Gain of the high-resolution map over the low-resolution one, in each direction."""
+        """Size of the high-resolution map over that of the low-resolution one, in each direction."""
         return self.upsampler.factor
 
     @property
@@ -158,21 +127,24 @@ class SharpEncoder(nn.Module):
         return self._image_size(self.backbone.input_size)
 
     def encode(self, images: Tensor, *, patch_stride: int | None = None) -> BackboneOutput:
-        """Whitened images of a size that the backbone takes to normalised, de-biased features.
+        """Encode whitened images of a size that the backbone takes to normalised, de-biased features.
 
         Only the bias buffer gets a gradient.
 
         Args:
-            images: [B, 3, h*p, w*p].
+            images: [B, 3, h*p, w*p], of any floating-point type.
             patch_stride: Pixels from token to token, for backbones whose patches may overlap; None: the patch size.
+
+        Returns:
+            Features [B, C, h, w] and the summary [B, C_s] or None, of type :attr:`dtype`.
         """
         backbone = self.backbone if patch_stride is None else self.backbone.with_patch_stride(patch_stride)
         with torch.no_grad():
             features, summary = backbone(images)
-            features = self.normalizer(features)
+            features = self.normalizer(features.to(self.dtype))
         if self.bias_buffer is not None:
             features = self.bias_buffer(features)
-        return BackboneOutput(features, summary)
+        return BackboneOutput(features, None if summary is None else summary.to(self.dtype))
 
     def forward(
         self,
@@ -187,7 +159,9 @@ class SharpEncoder(nn.Module):
         """Sharp features of whitened images.
 
         Args:
-            images: [B, 3, H, W], whitened, any size from one patch upwards.
+            images: [B, 3, H, W], whitened, floating point, any size from one patch upwards. They are resized to
+                ``low_res_size`` for the low-resolution pass, and upsamplers that look at tiles or larger images resize
+                them to ``upsampler.input_upsample_factor`` times that: more pixels than this add no detail.
             denormalize: True returns features in the backbone's own space, False in normalised space (PHI-S: every
                 channel has mean 0 and variance about 1).
             return_summary: Whether to return the backbone's summary (CLS or pooled token of the low-resolution pass,
@@ -200,13 +174,35 @@ class SharpEncoder(nn.Module):
 
         Returns:
             ``low_res`` [B, C, h, w], ``high_res`` [B, C, factor * h, factor * w] or of ``output_size`` (S2 has several
-            maps of C channels on top of each other), ``summary`` [B, C_s] or None.
+            maps of C channels on top of each other), ``summary`` [B, C_s] or None, all of type :attr:`dtype`.
 
         Raises:
             InputError: For images that are no [B, 3, H, W] batch or too small, a summary that the backbone lacks, or an
                 output size that the upsampler cannot make.
             InputError: When ``max_memory`` is too little for these images; it names the least that works.
         """
+        self._check(images, return_summary)
+        images = images.to(self.dtype)
+        size = low_res_size or self.low_res_size(size_of(images))
+        if self.max_memory is not None:
+            low_res, high_res, summary = upsample_within(
+                self.upsampler,
+                images,
+                self.encode,
+                size,
+                self.max_memory,
+                output_size=output_size,
+                finish=lambda features: self._finish(features, denormalize),
+                allocate=allocate or allocate_beside,
+            )
+        elif allocate is not None:
+            raise ConfigError("allocate= needs a limit on memory; set max_memory, for example to '2GiB'")
+        else:
+            low_res, high_res, summary = self.upsampler(images, self.encode, size, output_size)
+            low_res, high_res = self._finish(low_res, denormalize), self._finish(high_res, denormalize)
+        return UpsampleFeatures(low_res, high_res, summary if return_summary else None)
+
+    def _check(self, images: Tensor, return_summary: bool) -> None:
         if images.ndim != 4 or images.shape[1] != 3:
             raise InputError(f"a sharp encoder takes whitened images [B, 3, H, W]; got {tuple(images.shape)}")
         if not len(images):
@@ -217,28 +213,17 @@ class SharpEncoder(nn.Module):
             )
         if return_summary and self.backbone.summary_dim is None:
             raise InputError(f"backbone {self.backbone.name!r} has no summary; call without return_summary")
-        size = low_res_size or self.low_res_size(size_of(images))
-        if self.max_memory is not None:
-            low_res, high_res, summary = self._upsample_within(
-                self.upsampler,
-                images,
-                self.encode,
-                size,
-                self.max_memory,
-                output_size=output_size,
-                finish=self.normalizer.denormalize if denormalize else nn.Identity(),
-                allocate=allocate or allocate_beside,
-            )
-        elif allocate is not None:
-            raise ConfigError("allocate= needs a limit on memory; set max_memory, for example to '2GiB'")
-        else:
-            low_res, high_res, summary = self.upsampler(images, self.encode, size, output_size)
-            if denormalize:
-                low_res, high_res = self.normalizer.denormalize(low_res), self._denormalize_maps(high_res)
-        return UpsampleFeatures(low_res, high_res, summary if return_summary else None)
+
+    def _finish(self, features: Tensor, denormalize: bool) -> Tensor:
+        """Maps of the upsampler [B, n C, H, W] in the type and the space that the caller gets."""
+        features = features.to(self.dtype)
+        if not denormalize:
+            return features
+        maps = features.unflatten(1, (-1, self.embed_dim)).flatten(0, 1)  # S2 has several on top of each other
+        return self.normalizer.denormalize(maps).unflatten(0, (len(features), -1)).flatten(1, 2)
 
     def compile(self, **options: Any) -> None:
-        """Compile :meth:`forward` in place with ``torch.compile``, for images of any size.
+        """Compile backbone, normalizer and upsampler in place with ``torch.compile``, for images of any size.
 
         The first images of some sizes take long; torch compiles one function for at most eight encoders of a process
         (``torch._dynamo.config.recompile_limit``). What runs under :attr:`max_memory` is not compiled.
@@ -247,21 +232,15 @@ class SharpEncoder(nn.Module):
             options: Of ``torch.compile``. Default ``dynamic=True``: one graph serves many sizes; False makes a faster
                 one for every size. ``backend="inductor"``, the default, needs a C++ compiler on CPUs.
         """
-        # It looks at what it computes, which a graph cannot. Not done on import, which would load the compiler.
-        self._upsample_within = torch.compiler.disable(upsample_within)
-        super().compile(**({"dynamic": True} | options))
+        # The upsampler's graph holds all the rest, which it calls as `encode`.
+        self.upsampler.compile(**({"dynamic": True} | options))
 
-    def _denormalize_maps(self, high_res: Tensor) -> Tensor:
-        """The inverse of the normalizer for every map of C channels."""
-        if self.upsampler.num_maps == 1:
-            return self.normalizer.denormalize(high_res)
-        maps = high_res.unflatten(1, (self.upsampler.num_maps, -1)).flatten(0, 1)
-        return self.normalizer.denormalize(maps).unflatten(0, (len(high_res), -1)).flatten(1, 2)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are not compiled."""
-        state: dict[str, Any] = super().__getstate__()
-        return state | {"_upsample_within": upsample_within}
+    def __repr__(self) -> str:
+        """A line for each part: the modules inside of them would fill pages."""
+        lines = [
+            f"  ({name}): {type(module).__name__}({module.extra_repr()})" for name, module in self.named_children()
+        ]
+        return "\n".join([f"{type(self).__name__}(", *lines, ")"])
 
     def low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) in pixels of the low-resolution pass for an image of ``image_size``."""
@@ -303,14 +282,17 @@ class SharpEncoder(nn.Module):
     ) -> UpsampleFeatures | list[UpsampleFeatures]:
         """Sharp features of one picture or of several, lined up with their pixels.
 
-        A picture is whitened, and scaled (never cropped or padded) so that the low-resolution pass has about as many
-        tokens as at the backbone's native size, with the picture's aspect ratio. Cell (y, x) of an (h, w) map is
-        centred at pixel ``((y + 0.5) * H / h, (x + 0.5) * W / w)`` of the H x W picture.
+        A picture of any size is whitened, and brought to one grid: it is scaled (never cropped or padded) so that the
+        low-resolution pass has about as many tokens as at the backbone's native size, with the picture's aspect ratio;
+        ``high_res`` has ``factor`` times as many in each direction. For more, give ``size=``: twice the height and
+        width make four times the tokens. Cell (y, x) of an (h, w) map is centred at pixel
+        ``((y + 0.5) * H / h, (x + 0.5) * W / w)`` of the H x W picture.
 
         Args:
             image: A file, or a PIL image; or a list of these, of any sizes: those that are scaled to one size go
                 through the backbone as one batch, so give as many at once as memory holds.
-            size: (h, w) in pixels to scale the picture to instead; the picture's own size keeps every detail.
+            size: (h, w) in pixels to scale the picture to instead, at least one patch per side; the picture's own size
+                keeps every detail.
             denormalize: As for :meth:`forward`; None: True wherever the normalizer has an inverse.
             output_size, return_summary, allocate: As for :meth:`forward`; ``allocate`` only for one picture.
 
@@ -336,11 +318,10 @@ class SharpEncoder(nn.Module):
                     low_res_size=low_res_size,
                     output_size=output_size,
                 )
-                parts = zip(
-                    *(len(group) * [None] if x is None else [one.clone() for one in x.split(1)] for x in out),
-                    strict=True,
-                )
-                results |= {index: UpsampleFeatures(*part) for index, part in zip(group, parts, strict=True)}
+                for place, index in enumerate(group):
+                    # Copies: a picture should not hold the memory of all.
+                    one = (None if x is None else x[place : place + 1].clone() for x in out)
+                    results[index] = UpsampleFeatures(*one)  # type: ignore[arg-type]
             return [results[index] for index in range(len(prepared))]
         pixels, low_res_size = self._prepare_picture(image, size)
         return self(

@@ -1,0 +1,51 @@
+"""Whitening of pixels, the first step of every encoder."""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from featsharp.errors import InputError
+
+
+class InputConditioner(nn.Module):
+    """Whitening of pixels in [0, 1], like torchvision's ``Normalize``: ``(x - mean) / std`` per channel.
+
+    It warns once about input that looks whitened already (values outside of [0, 1]). It holds no tensors, so it works
+    in the processes of a data loader whatever device the encoder is on.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._warned = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[..., 3, H, W] in [0, 1], floating point, to the same shape and dtype."""
+        if not images.is_floating_point():
+            raise InputError(f"input_conditioner takes pixels in [0, 1]; got {images.dtype}, divide by 255 first")
+        # On a GPU the look at the values would make the host wait.
+        if (
+            not self._warned
+            and images.device.type == "cpu"
+            and images.numel()
+            and (images.amin() < -0.01 or images.amax() > 1.01)
+        ):
+            warnings.warn(
+                f"input_conditioner got values from {images.amin():.2f} to {images.amax():.2f}; it expects pixels in "
+                "[0, 1]. Are the images already whitened, or in 0..255?",
+                stacklevel=2,
+            )
+            self._warned = True
+        return (images - self._constants(self.mean, images)) / self._constants(self.std, images)
+
+    def invert(self, images: Tensor) -> Tensor:
+        """Whitened images back to pixels in [0, 1]."""
+        return images * self._constants(self.std, images) + self._constants(self.mean, images)
+
+    def extra_repr(self) -> str:
+        return f"mean={self.mean}, std={self.std}"
+
+    @staticmethod
+    def _constants(values: tuple[float, ...], images: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=images.dtype, device=images.device)[:, None, None]
