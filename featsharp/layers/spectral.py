@@ -3,8 +3,8 @@
     W_eff = W * (softplus(t) + 0.05) / (sigma(W) + 1e-6)
 
 ``sigma`` is the largest singular value, tracked by one power-iteration step per training forward; the scalar ``t`` is
-learned and starts where the numerator is 1. A stacked weight (query, key and value) is scaled block by block. Checkpoints
-hold the product as a plain weight (:func:`folded_state`), so that inference knows nothing of this.
+learned and starts where the numerator is 1. A stacked weight (query, key and value) is scaled block by block.
+Checkpoints hold the product as a plain weight (:func:`folded_state`), so that inference knows nothing of this.
 """
 
 import math

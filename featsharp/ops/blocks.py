@@ -8,6 +8,8 @@ Shapes: B images of a chunk, Y x X blocks of a chunk, f queries per cell and axi
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 
@@ -19,11 +21,29 @@ from featsharp.ops.windows import border_cells
 # Queries along a side of a block.
 SIDE = 4
 # Numbers in the scratch memory of a chunk: 8 MiB in float32; less costs calls, more leaves the caches.
-MAX_CHUNK_NUMBERS = 2**21
+CHUNK_NUMBERS = 2**21
 # How much more a GPU gets at a time: it is busy only with large products.
 GPU_CHUNK = 16
 # Stands for minus infinity: far below any score, and still finite when a score is added to it.
 MASKED = -1e38
+
+_limit: ContextVar[int | None] = ContextVar("limit", default=None)
+
+
+@contextmanager
+def limit_chunks(numbers: int) -> Iterator[None]:
+    """Hold at most so many numbers at once in local operations of this context: less memory, more and smaller calls."""
+    token = _limit.set(numbers)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
+def chunk_numbers(default: int) -> int:
+    """Numbers that a chunk may hold: of :func:`limit_chunks`, or a default."""
+    limit = _limit.get()
+    return default if limit is None else limit
 
 
 class Scratch:
@@ -215,7 +235,7 @@ def block_grid(query: Tensor, key: Tensor, window: int, border: str) -> BlockGri
 
 def max_blocks(block_numbers: int, device: torch.device) -> int:
     """Blocks of a chunk, each of which takes ``block_numbers`` of scratch memory."""
-    return MAX_CHUNK_NUMBERS * (1 if device.type == "cpu" else GPU_CHUNK) // block_numbers
+    return chunk_numbers(CHUNK_NUMBERS * (1 if device.type == "cpu" else GPU_CHUNK)) // block_numbers
 
 
 class BlockCall:

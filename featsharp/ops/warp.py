@@ -56,7 +56,7 @@ def sample(base: Tensor, grid: Tensor, *, mode: str = "bilinear", padding_mode: 
 
 
 def inside(homography: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mask of the pixel centres of a view that lie inside the base image: [B, 1, h, w], 1 or 0, dtype of ``homography``."""
+    """Mask of the pixel centres of a view inside the base image: [B, 1, h, w], 1 or 0, dtype of ``homography``."""
     return grid_inside(homography_grid(homography, size))
 
 

@@ -39,7 +39,7 @@ NUM_FILTERS = 128
 FILTER_SIDE = 5
 # A place sees what lies within 1 / INVERSE_REACH of the image to each side; whole, so that windows are exact.
 INVERSE_REACH = 10
-# Sides of the blocks of queries that attend together, as a fraction of the output: few enough keys, large enough products.
+# Sides of the blocks of queries that attend together, as a share of it: few enough keys, large enough products.
 BLOCKS_PER_SIDE = 8
 # Numbers that the feature layer holds at once: 32 MiB in float32.
 MAX_CODE_NUMBERS = 2**23

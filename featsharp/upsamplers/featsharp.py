@@ -10,7 +10,7 @@ slowly, because tiles only enter through gates that have to open first. Our defa
 of all maps, mostly the first one, in the place of the first map; the paper's own path is behind ``start="published"``.
 
 Tiles disagree with the low-resolution map in their coarse structure (each lacks the context of the others, which shows
-as seams) and are better in their fine one. The input "details" is that fine structure alone: every tile minus its own blur.
+as seams) and are better in their fine one. The input "details" is the fine one alone: every tile minus its own blur.
 
 Without attention and SwiGLU the result is a linear map of the inputs. Tiles are then weighted before they are stitched:
 however many inputs are made of them, there is one map to keep.

@@ -14,8 +14,8 @@ has no part in the softmax.
 The paper leaves some things open, which are read here as follows: the two contrasts have parameters of their own; the
 grouped convolution leads back to d channels; the guided filter is the fast one of He and Sun (arXiv 1505.00996), which
 also averages its coefficients; the dilation, at factors that are not whole, is the nearest whole number. Parameters
-that cancel are left out: the offsets of the norms before a difference. FeatSharp (arXiv 2502.16025) compares with a variant
-that sees the tile map beside the image: "resfu-tiled".
+that cancel are left out: the offsets of the norms before a difference. FeatSharp (arXiv 2502.16025) compares with a
+variant that sees the tile map beside the image: "resfu-tiled".
 """
 
 import math

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featsharp.errors import ConfigError, InputError
-from featsharp.ops import blocks
+from featsharp.ops.blocks import limit_chunks
 from featsharp.ops.local_attention import blocked, local_attention, reference
 
 BACKENDS = ["blocked", "reference"]
@@ -166,7 +166,7 @@ def test_gradients(attend, border, factor, value_heads):
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
-def test_chunks_change_neither_result_nor_gradients(attend, monkeypatch):
+def test_chunks_change_neither_result_nor_gradients(attend):
     tensors = [t.requires_grad_() for t in inputs(3, 13, 10, heads=2, key_dim=3, value_dim=4)]
 
     def run():
@@ -174,10 +174,9 @@ def test_chunks_change_neither_result_nor_gradients(attend, monkeypatch):
         return out, *torch.autograd.grad(out.square().sum(), tensors)
 
     whole = run()
-    monkeypatch.setattr(blocks, "MAX_CHUNK_NUMBERS", 1)
-    monkeypatch.setattr(reference, "MAX_CHUNK_NUMBERS", 1)
-    torch.testing.assert_close(run(), whole, atol=1e-12, rtol=1e-12)
-    with torch.no_grad():
+    with limit_chunks(1):
+        torch.testing.assert_close(run(), whole, atol=1e-12, rtol=1e-12)
+    with torch.no_grad(), limit_chunks(1):
         torch.testing.assert_close(attend(*tensors, window=7), whole[0].detach(), atol=1e-12, rtol=1e-12)
 
 
@@ -197,13 +196,11 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("module", [blocked, reference])
-def test_memory_is_bounded_by_the_chunk_and_not_by_the_map(module, monkeypatch):
+def test_memory_is_bounded_by_the_chunk_and_not_by_the_map(module):
     limit = 400_000
-    monkeypatch.setattr(blocks, "MAX_CHUNK_NUMBERS", limit)
-    monkeypatch.setattr(reference, "MAX_CHUNK_NUMBERS", limit)
     query, key, value = inputs(1, 400, 16, 2, 2, 2, torch.float32)
     bias = torch.zeros(2, 7, 7)
-    with LargestTensor() as watch, torch.no_grad():
+    with LargestTensor() as watch, torch.no_grad(), limit_chunks(limit):
         out = module.forward(query, key, value, bias, 7, "clip")
         if module is blocked:
             module.backward(out, query, key, value, bias, out, 7, "clip", [True] * 4)

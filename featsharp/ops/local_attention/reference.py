@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from featsharp.ops.blocks import chunk_numbers
 from featsharp.ops.windows import border_cells
 
 # Numbers that one chunk of query rows may gather: 64 MiB in float32.
-MAX_CHUNK_NUMBERS = 2**24
+CHUNK_NUMBERS = 2**24
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> Tensor:
@@ -51,8 +52,8 @@ def attend(
 
 
 def _chunks(query: Tensor, value: Tensor, window: int) -> list[slice]:
-    """Slices of query rows that gather at most MAX_CHUNK_NUMBERS each, or one row."""
+    """Slices of query rows that gather at most CHUNK_NUMBERS each, or one row."""
     batch, rows, cols, heads, dim = query.shape
     per_row = batch * cols * window**2 * (heads * (dim + 2) + value.shape[3] * value.shape[4])
-    step = max(1, MAX_CHUNK_NUMBERS // per_row)
+    step = max(1, chunk_numbers(CHUNK_NUMBERS) // per_row)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
