@@ -96,8 +96,8 @@ class PeakMeter(TorchDispatchMode):
         super().__exit__(*error)
         # What was there before outlives the meter, and would hold it; results count as long as they live.
         for watch in self._watched:
-            found = watch.peek()
-            if found is not None and self._sizes[found[2][0]] == 0:
+            watched = watch.peek()
+            if watched is not None and self._sizes[watched[2][0]] == 0:
                 watch.detach()
         self._watched.clear()
 

@@ -385,13 +385,13 @@ def _pixels(rows: int, cols: int) -> tuple[int, int]:
     return PATCH * rows, PATCH * cols
 
 
-def _same(what: str, found: object, expected: object) -> None:
-    assert found == expected, f"{what} is {found}, not {expected}"
+def _same(what: str, actual: object, expected: object) -> None:
+    assert actual == expected, f"{what} is {actual}, not {expected}"
 
 
-def _close(what: str, found: Tensor, expected: Tensor, *, tolerance: float = 2e-5) -> None:
+def _close(what: str, actual: Tensor, expected: Tensor, *, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(
-        found, expected, atol=tolerance, rtol=tolerance, msg=lambda message: f"{what}: {message}"
+        actual, expected, atol=tolerance, rtol=tolerance, msg=lambda message: f"{what}: {message}"
     )
 
 

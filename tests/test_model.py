@@ -283,6 +283,17 @@ def test_the_conditioner_has_no_tensors_to_move_or_round():
     assert torch.equal(conditioner(pixels), expected)
 
 
+def test_printed_it_fits_a_screen():
+    lines = repr(fitted_encoder("featsharp", bias=True)).splitlines()
+    assert len(lines) <= 25
+    for part in (
+        "backbone): ToyViT(name='toy-vit'",
+        "normalizer): PhiS",
+        "upsampler): FeatSharp(embed_dim=32, factor=2",
+    ):
+        assert sum(part in line for line in lines) == 1
+
+
 def test_a_list_of_pictures_of_several_sizes_equals_them_one_by_one(tmp_path):
     encoder = fitted_encoder()
     sizes = [(60, 90), (90, 60), (60, 90), (50, 50), (120, 180)]

@@ -27,7 +27,7 @@ def create_upsampler(
     Args:
         name: One of :func:`list_upsamplers`, also with its factor: "bilinear-2x".
         backbone: Anything with ``embed_dim``.
-        factor: Gain in each direction, at least 1, where the name does not give it; which ones a method
+        factor: In each direction, at least 1, where the name does not give it; which ones a method
             allows is its ``factors``.
         options: Keyword arguments of the upsampler's class, for example ``{"widths": "published"}``.
 
@@ -55,6 +55,7 @@ def build_upsampler(name: str, embed_dim: int, factor: float, options: Mapping[s
 
 def options_of_upsampler(name: str) -> list[str]:
     """Keyword arguments that the factory of an upsampler takes."""
+    # A constructor states its options once, with types and defaults; a list beside it would have to repeat them.
     parameters = signature(UPSAMPLERS[name].factory).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 

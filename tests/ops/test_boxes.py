@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from featsharp.ops.boxes import Box, whole
-from featsharp.ops.resize import enlarge, enlarge_piece, resize, source_box
+from featsharp.ops.resize import enlarge, enlarge_chunk, resize, source_box
 
 
 def test_boxes_grow_up_to_the_border():
@@ -24,7 +24,7 @@ def test_cuts_are_views():
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 5, 16, 1.5, 2.3])
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 3)])
-def test_an_enlarged_part_equals_the_part_of_the_enlarged_map(factor, size):
+def test_an_enlarged_chunk_equals_that_of_the_enlarged_map(factor, size):
     x = torch.randn(2, 3, *size)
     large = (round(factor * size[0]), round(factor * size[1]))
     expected = resize(x, large)
@@ -34,6 +34,6 @@ def test_an_enlarged_part_equals_the_part_of_the_enlarged_map(factor, size):
             torch.testing.assert_close(enlarge(x, large, box), box.cut(expected), atol=2e-5, rtol=1e-5)
             # From nothing but the cells that it depends on.
             source = source_box(box, size, large)
-            part = enlarge_piece(source.cut(x), source, size, large, box)
-            torch.testing.assert_close(part, box.cut(expected), atol=2e-5, rtol=1e-5)
+            chunk = enlarge_chunk(source.cut(x), source, size, large, box)
+            torch.testing.assert_close(chunk, box.cut(expected), atol=2e-5, rtol=1e-5)
             assert source.size[0] <= box.size[0] / factor + 4

@@ -95,3 +95,24 @@ def test_features_of_another_type_than_the_weights(name, image):
     for out in (alone, autocast):
         assert out.dtype == torch.bfloat16
         assert F.cosine_similarity(out.float(), exact).min() > 0.99
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_backbone_alone_in_bfloat16(name, image):
+    encoder = build(name)
+    with torch.no_grad():
+        exact = encoder(image, return_summary=True)
+    encoder.backbone.to(torch.bfloat16)
+    for out in encode(encoder, image):
+        check(out, torch.float32, exact)
+
+
+def test_autocast_reaches_backbone_and_upsampler(image):
+    encoder, seen = build("jafar"), {}
+    for part in ("backbone", "upsampler"):
+        for layer in getattr(encoder, part).modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.register_forward_hook(lambda m, i, out, part=part: seen.setdefault(part, set()).add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        encoder(image)
+    assert seen == {"backbone": {torch.bfloat16}, "upsampler": {torch.bfloat16}}
