@@ -243,7 +243,7 @@ def save_weights(encoder: SharpEncoder, path: str | PathLike[str]) -> None:
 
 
 def _describe(encoder: SharpEncoder) -> dict[str, Any]:
-    """How to rebuild an encoder, as JSON values; CheckpointError where a file cannot say that."""
+    """Describe how to rebuild an encoder, as JSON values; CheckpointError where a file cannot say that."""
     if encoder.recipe.get("upsampler") is None:
         raise CheckpointError(
             "this encoder was built from an upsampler object, which no file can name; register its class with "
@@ -259,7 +259,7 @@ def _describe(encoder: SharpEncoder) -> dict[str, Any]:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a checkpoint can hold it: what JSON knows."""
+    """Tell whether a checkpoint can hold a value: what JSON knows."""
     if isinstance(value, list):
         return all(map(_is_plain, value))
     if isinstance(value, dict):

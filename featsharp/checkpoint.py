@@ -29,7 +29,7 @@ WEIGHTS_SUFFIX = ".safetensors"
 
 
 class FileKind(NamedTuple):
-    """What a checkpoint file says that it is."""
+    """Kind of a checkpoint file: its format, version and keys."""
 
     format: str
     version: int  # the newest that this package reads

@@ -60,7 +60,7 @@ class Registry(dict[str, Entry[T]]):
 
 
 def import_named(text: str, option: str, kind: str) -> object:
-    """What ``"module:name"`` names, whose module is imported; what follows the colon may have dots.
+    """Import what ``"module:name"`` names; what follows the colon may have dots.
 
     Args:
         text: As the user wrote it.
@@ -106,8 +106,8 @@ def load_function(function: object, option: str) -> Callable[..., Any]:
         raise ConfigError(
             f"option {option} is a function, or text that names one, such as 'my_module:my_function'; got {function!r}"
         )
-    found = import_named(function, f"option {option}", "function")
-    if not callable(found) or isinstance(found, type):
-        what = "a class; name a function or an object that can be called" if isinstance(found, type) else "no function"
+    named = import_named(function, f"option {option}", "function")
+    if not callable(named) or isinstance(named, type):
+        what = "a class; name a function or an object that can be called" if isinstance(named, type) else "no function"
         raise ConfigError(f"option {option}={function!r}: {function.partition(':')[2]} is {what}")
-    return found
+    return named

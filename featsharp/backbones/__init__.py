@@ -106,7 +106,7 @@ def resolve_backbone(name: str | BackboneName) -> BackboneName:
 
 
 def runs_code(name: str) -> bool:
-    """Whether building a backbone of this name may run code that is in no installed package."""
+    """Tell whether building a backbone of this name may run code that is in no installed package."""
     target = resolve_backbone(name)
     return target.prefix == "hub" or "trust" in target.options
 

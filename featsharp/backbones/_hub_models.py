@@ -1,4 +1,4 @@
-"""What modules of torch.hub repositories promise, as backbones: DINO, DINOv2 and RADIO.
+"""Modules of torch.hub repositories as backbones: DINO, DINOv2, DINOv3 and RADIO.
 
 Shapes:
     tokens [B, P + h * w, C]: P prefix tokens (class token first, then registers), then patches row by row.
@@ -23,13 +23,13 @@ FACETS = ("query", "key", "value")
 
 
 def is_dino(model: nn.Module) -> bool:
-    """Whether a module has the methods of DINO or of DINOv2 and DINOv3, which timm's transformers share in part."""
+    """Tell whether a module has the methods of DINO, DINOv2 and DINOv3, which timm's transformers share in part."""
     prepares = hasattr(model, "prepare_tokens") or hasattr(model, "prepare_tokens_with_masks")
     return prepares and hasattr(model, "get_intermediate_layers") and hasattr(model, "blocks")
 
 
 def is_radio(model: nn.Module) -> bool:
-    """Whether a module brings its whitening as RADIO does."""
+    """Tell whether a module brings its whitening as RADIO does."""
     return callable(getattr(model, "make_preprocessor_external", None)) and hasattr(model, "patch_size")
 
 
@@ -91,14 +91,14 @@ class DinoBackbone(Backbone):
     def extract(self, images: Tensor) -> BackboneOutput:
         grid = self.grid_size(size_of(images))
         if self.choices.facet == "token":
-            found, cls = self._tokens(images)
+            outputs, cls = self._tokens(images)
         else:
             blocks = _flat(self.model.blocks)
             with captured([blocks[layer].attn.qkv for layer in self._ordered]) as packed:
                 cls = self._last(images)[1]
             part, patches = FACETS.index(self.choices.facet), grid[0] * grid[1]
-            found = [output.chunk(3, -1)[part][:, -patches:] for output in packed]
-        by_layer = dict(zip(self._ordered, found, strict=True))
+            outputs = [output.chunk(3, -1)[part][:, -patches:] for output in packed]
+        by_layer = dict(zip(self._ordered, outputs, strict=True))
         parts = [by_layer[layer].transpose(1, 2).unflatten(2, grid) for layer in self.layers]
         features = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if self.choices.summary == "mean":

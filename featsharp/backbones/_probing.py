@@ -1,4 +1,4 @@
-"""How :func:`featsharp.backbones.from_callable` understands a foreign module: by running it.
+"""Facts about a foreign module, measured by running it, for :func:`featsharp.backbones.from_callable`.
 
 Shapes:
     BCHW features [B, C, h, w], or BNC tokens [B, P + h * w, C] with P prefix tokens first, patches row by row.
@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Facts(NamedTuple):
-    """What probing finds out about a module."""
+    """Measured facts about a module."""
 
     patch_size: int
     embed_dim: int
@@ -71,7 +71,7 @@ class Probe:
 
     @torch.no_grad()
     def run(self, size: tuple[int, int]) -> Any:
-        """What the module returns for one image."""
+        """Run the module on one image."""
         try:
             return self.module(self.images(size))
         except Exception as error:  # whatever a foreign module raises, the message has to say what was tried
@@ -134,11 +134,11 @@ def solve_facts(
         return Facts(size[0] // sides[0], native[1], 0, "BCHW", wide is not None)
     length = native[1]
     if wide is not None:
-        found = _patch_of(size, wide[1] - length)
+        patch = _patch_of(size, wide[1] - length)
     elif patch_size is not None:
-        found = patch_size
+        patch = patch_size
     elif num_prefix_tokens is not None:
-        found = _patch_of(size, length - num_prefix_tokens)
+        patch = _patch_of(size, length - num_prefix_tokens)
     else:
         divisors = [p for p in range(2, min(size) + 1) if size[0] % p == 0 and size[1] % p == 0]
         likely = [p for p in divisors if 0 <= length - _num_patches(size, p) <= MAX_GUESSED_PREFIX]
@@ -147,13 +147,13 @@ def solve_facts(
                 f"{name!r} works at {size_text(size)} pixels only, where {length} tokens fit patch sizes "
                 f"{', '.join(map(str, likely))}; pass patch_size="
             )
-        found = likely[0] if likely else None
-    if found is None or length < _num_patches(size, found) or size[0] % found or size[1] % found:
+        patch = likely[0] if likely else None
+    if patch is None or length < _num_patches(size, patch) or size[0] % patch or size[1] % patch:
         raise ConfigError(
             f"{name!r} gives {shape_text(native)} at {size_text(size)} pixels, which as BNC fits no grid of whole "
             f"square patches after prefix tokens; pass patch_size= and num_prefix_tokens=, or pick tokens with output="
         )
-    return Facts(found, native[2], length - _num_patches(size, found), "BNC", wide is not None)
+    return Facts(patch, native[2], length - _num_patches(size, patch), "BNC", wide is not None)
 
 
 @torch.no_grad()

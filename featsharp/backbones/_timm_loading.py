@@ -66,7 +66,7 @@ def load_timm_model(spec: str, choices: Options) -> nn.Module:
 
 
 def _find_source(timm: Any, spec: str, weights: str | None) -> tuple[str, str]:
-    """What ``timm.create_model`` takes, and the architecture that this is."""
+    """Find the source that ``timm.create_model`` takes, and its architecture."""
     if spec.startswith("hf-hub:"):
         return spec, spec
     if not spec:
@@ -85,9 +85,9 @@ def _find_source(timm: Any, spec: str, weights: str | None) -> tuple[str, str]:
         raise ConfigError(f"unknown timm model {architecture!r}; {hint} timm.list_models() lists all")
     folder = None if weights is None else _path(weights)
     if folder is not None and (folder / "config.json").is_file():
-        found = _architecture(timm, folder)
-        if found != architecture:
-            raise BackboneMismatchError(f"{folder} holds a timm model {found!r}, not {architecture!r}; name that one")
+        other = _architecture(timm, folder)
+        if other != architecture:
+            raise BackboneMismatchError(f"{folder} holds a timm model {other!r}, not {architecture!r}; name that one")
         return f"local-dir:{folder}", architecture
     return spec, architecture
 
@@ -146,8 +146,10 @@ def _find_weights(source: str, choices: Options) -> Path | None:
             return place / name
     others = sorted(path for path in place.iterdir() if path.suffix in SUFFIXES)
     if len(others) != 1:
-        found = ", ".join(path.name for path in others) or "none"
-        raise ConfigError(f"{place} needs one file of weights, such as model.safetensors; found {found}; name the file")
+        present = ", ".join(path.name for path in others) or "none"
+        raise ConfigError(
+            f"{place} needs one file of weights, such as model.safetensors; found {present}; name the file"
+        )
     return others[0]
 
 

@@ -327,7 +327,7 @@ FAMILIES: dict[str, type[TransformersViT] | type[TransformersConvNet]] = {
 def _native_size(
     name: str, patch_size: int, own: tuple[int, int] | None, asked: tuple[int, int] | None, flexible: bool
 ) -> tuple[int, int]:
-    """What is asked for, which has to be whole patches, else its own size in whole patches."""
+    """Choose the native size: the one asked for, which has to be whole patches, else the model's in whole patches."""
     if own is not None:
         own = max(1, own[0] // patch_size) * patch_size, max(1, own[1] // patch_size) * patch_size
     if asked is None:

@@ -223,7 +223,7 @@ class Backbone(nn.Module):
 
 
 def embeds_patches(layer: object, patch_size: int) -> bool:
-    """Whether a layer is the patch embedding of a vision transformer: a convolution that cuts an image into patches."""
+    """Tell whether a layer is a patch embedding: a convolution that cuts an image into patches."""
     size = (patch_size, patch_size)
     return isinstance(layer, nn.Conv2d) and layer.in_channels == 3 and layer.kernel_size == layer.stride == size
 

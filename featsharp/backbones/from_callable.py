@@ -30,7 +30,10 @@ _logger = logging.getLogger(__name__)
 
 
 class CallableBackbone(Backbone):
-    """What :func:`from_callable` returns; ``call`` maps whitened images to whatever ``output`` picks features from."""
+    """A module or function as a backbone, from :func:`from_callable`.
+
+    ``call`` maps whitened images to whatever ``output`` picks features from.
+    """
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ def from_callable(
 ) -> Backbone:
     """Wrap a module or function that maps whitened images [B, 3, H, W] to features; frozen and switched to eval mode.
 
-    What is not told is found out by running it on a few images; what is told is checked against that. A module, or a
+    Facts that are not given are measured by running it on a few images, given ones are checked. A module, or a
     method of one such as ``vit.forward_features``, moves and hashes with the backbone; the weights behind a plain
     function or lambda are invisible to ``to()``, ``freeze()`` and ``weights_hash()``.
 
@@ -113,7 +116,7 @@ def from_callable(
             pair.
 
     Raises:
-        ConfigError: When the module cannot be run or understood, when a told fact is wrong, or when its grid runs in
+        ConfigError: When the module cannot be run or understood, when a given fact is wrong, or when its grid runs in
             another order; the message says which argument to pass.
 
     >>> trunk = nn.Conv2d(3, 12, kernel_size=16, stride=16)
@@ -129,16 +132,16 @@ def from_callable(
     native = probe.shape_of(raw)
     wide = probe.shape_elsewhere((input_size[0], 2 * input_size[1]), native) if flexible else None
     facts = solve_facts(name, input_size, native, wide, patch_size, num_prefix_tokens)
-    for fact, told, found in (
+    for fact, given, measured in (
         ("patch_size", patch_size, facts.patch_size),
         ("embed_dim", embed_dim, facts.embed_dim),
         ("num_prefix_tokens", num_prefix_tokens, facts.num_prefix_tokens),
         ("layout", layout, facts.layout),
     ):
-        if told is not None and told != found:
+        if given is not None and given != measured:
             raise ConfigError(
-                f"{name!r} was told {fact}={told!r}, but from its output {shape_text(native)} "
-                f"at {size_text(input_size)} pixels it is {found!r}; drop the argument or pick another output="
+                f"{name!r} was given {fact}={given!r}, but from its output {shape_text(native)} "
+                f"at {size_text(input_size)} pixels it is {measured!r}; drop the argument or pick another output="
             )
     test_size = input_size
     if facts.flexible:

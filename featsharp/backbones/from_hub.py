@@ -93,7 +93,7 @@ def _local_folder(repository: str) -> Path | None:
 
 
 def _load(spec: str, repository: str, folder: Path | None, entry: str, arguments: dict[str, Any]) -> nn.Module:
-    """What the entry returns; random weights are the same at every call."""
+    """Call the entry; random weights are the same at every call."""
     with _explained(spec, repository, folder, entry, arguments), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if folder is None:

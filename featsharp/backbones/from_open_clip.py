@@ -38,7 +38,7 @@ _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layer
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from.
+    """Source of a model.
 
     Attributes:
         config: open_clip's ``model_cfg``: embed_dim, vision_cfg, ...

@@ -325,12 +325,12 @@ def _configured_size(model: nn.Module) -> tuple[int, int]:
 
 
 def _is_sam(model: nn.Module) -> bool:
-    """The only one of timm with a neck after blocks that keep their map."""
+    """Recognise the one model of timm with a neck after blocks that keep their map."""
     return all(hasattr(model, part) for part in ("patch_embed", "blocks", "neck", "rope_window"))
 
 
 def _token_summaries(model: nn.Module) -> list[str]:
-    """What the model has, the one that it is known for first."""
+    """List the summaries that the model has, the one that it is known for first."""
     holder = _embedding(model) if _is_naflex(model) else model
     summaries = ["cls"] if getattr(holder, "cls_token", None) is not None else []
     if getattr(model, "global_pool", ""):

@@ -56,7 +56,7 @@ def build(name: str, source: str, choices: Options) -> Backbone:
 
 
 def _read_config(transformers: Any, name: str, source: str, weights: str | None, trust: bool) -> tuple[str, Any]:
-    """Where the configuration lies, and it: that of the model, or of the weights where the model has none at hand."""
+    """Read the configuration, with its place: of the model, or of the weights where the model has none at hand."""
     complete = weights is not None and os.path.isfile(os.path.join(weights, "config.json"))
     if weights is not None and not os.path.exists(weights):
         raise ConfigError(f"weights of backbone {name!r}: there is no file or directory {weights!r}")
@@ -130,12 +130,12 @@ def _build_model(
 
 
 def _is_foreign(config: Any) -> bool:
-    """Whether its code came with the weights."""
+    """Tell whether its code came with the weights."""
     return not type(config).__module__.startswith("transformers.")
 
 
 def _wants_projection(config: Any, choices: Options) -> bool:
-    """Whether CLIP's projection into the space of text is there and used."""
+    """Tell whether CLIP's projection into the space of text is there and used."""
     has = config.model_type == "clip" or "CLIPVisionModelWithProjection" in (config.architectures or ())
     return has and (choices.project or choices.summary not in ("cls", "mean", "none"))
 
@@ -160,7 +160,7 @@ def _load(build: Any, name: str, place: str, config: Any, arguments: dict[str, A
     except Exception as error:  # whatever reading a foreign file raises, the message has to name it
         raise CheckpointError(f"the weights of {name!r} at {place!r} cannot be read: {first_line(error)}") from error
     missing = sorted(report["missing_keys"])
-    mismatched = [f"{key} {_shape(found)}, not {_shape(wanted)}" for key, found, wanted in report["mismatched_keys"]]
+    mismatched = [f"{key} {_shape(given)}, not {_shape(wanted)}" for key, given, wanted in report["mismatched_keys"]]
     if missing or mismatched:
         spare = sorted(report["unexpected_keys"])
         raise CheckpointError(

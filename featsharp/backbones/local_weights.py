@@ -1,4 +1,4 @@
-"""Whether the weights of a name are on this machine: a look into folders, without network and large imports."""
+"""Look-up of weights on this machine: in folders, without a network and large imports."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from featsharp.names import parse_backbone
 
 
 def has_local_weights(name: str) -> bool | None:
-    """Whether ``create_backbone(name)`` finds its weights without a network; None where only building it can tell.
+    """Tell whether ``create_backbone(name)`` finds its weights without a network; None where only building it can tell.
 
     Args:
         name: As ``create_backbone`` takes it. Of the options only those of the short name's target are minded.
@@ -53,7 +53,7 @@ def _in_torch_hub(entry: str) -> bool | None:
 
 
 def _repository(prefix: str, model: str) -> str | None:
-    """Where a model lies on the hub: timm puts MODEL.TAG into a repository of that name."""
+    """Name the repository of a model on the hub: timm puts MODEL.TAG into a repository of that name."""
     if prefix == "timm":
         return f"timm/{model}" if "." in model else None
     if prefix == "open_clip":
@@ -67,8 +67,8 @@ def _in_hugging_face_cache(family: Family, repository: str) -> bool | None:
     from huggingface_hub import try_to_load_from_cache
 
     def find(file: str) -> Path | None:
-        found = try_to_load_from_cache(repository, file)
-        return Path(found) if isinstance(found, str) else None
+        path = try_to_load_from_cache(repository, file)
+        return Path(path) if isinstance(path, str) else None
 
     if any(find(file) for file in family.weight_files):
         return True

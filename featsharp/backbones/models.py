@@ -93,37 +93,41 @@ FAMILIES: dict[str, Family] = {
 _AT_448 = "448 pixels as in the published FeatSharp configurations; the weights are of 518"
 _CROPPED = "timm's vit_ namesakes stretch the position table at other sizes; these crop it, as RADIO was trained"
 
+
+def _c_radio(size: str, version: int, letter: str, channels: int) -> Model:
+    return Model(
+        f"timm:naflexvit_{size}_patch16_radio_v{version}.c_radio",
+        f"C-RADIOv{version}-{letter}/16: {channels} channels, stride 16, 512 pixels; summary: its first class token",
+        f"c-radio-v{version}/{size}/512",
+        _CROPPED,
+    )
+
+
+def _dino(size: str, patch: int, letter: str, channels: int) -> Model:
+    target, name = f"timm:vit_{size}_patch{patch}_224.dino", f"DINO ViT-{letter}/{patch}"
+    return Model(target, f"{name}: {channels} channels, 224 pixels", f"dino/{size}{patch}/224")
+
+
+def _dinov2(size: str, letter: str, channels: int, folder: str, *, registers: bool, note: str = "") -> Model:
+    return Model(
+        f"timm:vit_{size}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m?img_size=448",
+        f"DINOv2-{letter}/14{' with registers' if registers else ''}: {channels} channels, 448 pixels",
+        f"dinov2/{folder}/448",
+        _AT_448 + note,
+    )
+
+
+def _dinov3(size: str, letter: str, channels: int) -> Model:
+    target, name = f"timm:vit_{size}_patch16_dinov3.lvd1689m", f"DINOv3-{letter}/16"
+    return Model(target, f"{name}: {channels} channels, 256 pixels", f"dinov3/{size}/256")
+
+
 MODELS: dict[str, Model] = {
-    "c-radio-v3-b": Model(
-        "timm:naflexvit_base_patch16_radio_v3.c_radio",
-        "C-RADIOv3-B/16: 768 channels, stride 16, 512 pixels; summary: its first class token",
-        "c-radio-v3/base/512",
-        _CROPPED,
-    ),
-    "c-radio-v3-h": Model(
-        "timm:naflexvit_huge_patch16_radio_v3.c_radio",
-        "C-RADIOv3-H/16: 1280 channels, stride 16, 512 pixels; summary: its first class token",
-        "c-radio-v3/huge/512",
-        _CROPPED,
-    ),
-    "c-radio-v3-l": Model(
-        "timm:naflexvit_large_patch16_radio_v3.c_radio",
-        "C-RADIOv3-L/16: 1024 channels, stride 16, 512 pixels; summary: its first class token",
-        "c-radio-v3/large/512",
-        _CROPPED,
-    ),
-    "c-radio-v4-h": Model(
-        "timm:naflexvit_huge_patch16_radio_v4.c_radio",
-        "C-RADIOv4-H/16: 1280 channels, stride 16, 512 pixels; summary: its first class token",
-        "c-radio-v4/huge/512",
-        _CROPPED,
-    ),
-    "c-radio-v4-so400m": Model(
-        "timm:naflexvit_so400m_patch16_radio_v4.c_radio",
-        "C-RADIOv4-SO400M/16: 1152 channels, stride 16, 512 pixels; summary: its first class token",
-        "c-radio-v4/so400m/512",
-        _CROPPED,
-    ),
+    "c-radio-v3-b": _c_radio("base", 3, "B", 768),
+    "c-radio-v3-h": _c_radio("huge", 3, "H", 1280),
+    "c-radio-v3-l": _c_radio("large", 3, "L", 1024),
+    "c-radio-v4-h": _c_radio("huge", 4, "H", 1280),
+    "c-radio-v4-so400m": _c_radio("so400m", 4, "SO400M", 1152),
     "clip-b16": Model(
         "open_clip:ViT-B-16-quickgelu/openai",
         "OpenAI CLIP ViT-B/16: 768 channels, 224 pixels; project=true for 512 aligned with text",
@@ -143,55 +147,19 @@ MODELS: dict[str, Model] = {
         "dfn-clip/huge/378",
         repository="apple/DFN5B-CLIP-ViT-H-14-378",
     ),
-    "dino-b16": Model("timm:vit_base_patch16_224.dino", "DINO ViT-B/16: 768 channels, 224 pixels", "dino/base16/224"),
-    "dino-b8": Model("timm:vit_base_patch8_224.dino", "DINO ViT-B/8: 768 channels, 224 pixels", "dino/base8/224"),
-    "dino-s16": Model("timm:vit_small_patch16_224.dino", "DINO ViT-S/16: 384 channels, 224 pixels", "dino/small16/224"),
-    "dino-s8": Model("timm:vit_small_patch8_224.dino", "DINO ViT-S/8: 384 channels, 224 pixels", "dino/small8/224"),
-    "dinov2-b": Model(
-        "timm:vit_base_patch14_dinov2.lvd142m?img_size=448",
-        "DINOv2-B/14: 768 channels, 448 pixels",
-        "dinov2/base/448",
-        _AT_448,
-    ),
-    "dinov2-b-reg": Model(
-        "timm:vit_base_patch14_reg4_dinov2.lvd142m?img_size=448",
-        "DINOv2-B/14 with registers: 768 channels, 448 pixels",
-        "dinov2/base-reg/448",
-        _AT_448,
-    ),
-    "dinov2-g": Model(
-        "timm:vit_giant_patch14_reg4_dinov2.lvd142m?img_size=448",
-        "DINOv2-g/14 with registers: 1536 channels, 448 pixels",
-        "dinov2/giant/448",
-        _AT_448,
-    ),
-    "dinov2-l": Model(
-        "timm:vit_large_patch14_reg4_dinov2.lvd142m?img_size=448",
-        "DINOv2-L/14 with registers: 1024 channels, 448 pixels",
-        "dinov2/large/448",
-        _AT_448,
-    ),
-    "dinov2-s": Model(
-        "timm:vit_small_patch14_dinov2.lvd142m?img_size=448",
-        "DINOv2-S/14: 384 channels, 448 pixels",
-        "dinov2/small/448",
-        f"{_AT_448}; FeatUp runs it at img_size=224",
-    ),
-    "dinov2-s-reg": Model(
-        "timm:vit_small_patch14_reg4_dinov2.lvd142m?img_size=448",
-        "DINOv2-S/14 with registers: 384 channels, 448 pixels",
-        "dinov2/small-reg/448",
-        _AT_448,
-    ),
-    "dinov3-b": Model(
-        "timm:vit_base_patch16_dinov3.lvd1689m", "DINOv3-B/16: 768 channels, 256 pixels", "dinov3/base/256"
-    ),
-    "dinov3-l": Model(
-        "timm:vit_large_patch16_dinov3.lvd1689m", "DINOv3-L/16: 1024 channels, 256 pixels", "dinov3/large/256"
-    ),
-    "dinov3-s": Model(
-        "timm:vit_small_patch16_dinov3.lvd1689m", "DINOv3-S/16: 384 channels, 256 pixels", "dinov3/small/256"
-    ),
+    "dino-b16": _dino("base", 16, "B", 768),
+    "dino-b8": _dino("base", 8, "B", 768),
+    "dino-s16": _dino("small", 16, "S", 384),
+    "dino-s8": _dino("small", 8, "S", 384),
+    "dinov2-b": _dinov2("base", "B", 768, "base", registers=False),
+    "dinov2-b-reg": _dinov2("base", "B", 768, "base-reg", registers=True),
+    "dinov2-g": _dinov2("giant", "g", 1536, "giant", registers=True),
+    "dinov2-l": _dinov2("large", "L", 1024, "large", registers=True),
+    "dinov2-s": _dinov2("small", "S", 384, "small", registers=False, note="; FeatUp runs it at img_size=224"),
+    "dinov2-s-reg": _dinov2("small", "S", 384, "small-reg", registers=True),
+    "dinov3-b": _dinov3("base", "B", 768),
+    "dinov3-l": _dinov3("large", "L", 1024),
+    "dinov3-s": _dinov3("small", "S", 384),
     "mae": Model(
         "timm:vit_large_patch16_224.mae",
         "MAE ViT-L/16, not fine-tuned: 1024 channels, 224 pixels",

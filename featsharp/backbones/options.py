@@ -64,7 +64,7 @@ class Options:
 
     @property
     def inner(self) -> bool:
-        """Whether features are taken from inside the model instead of where it ends."""
+        """True where features are taken from inside the model instead of its end."""
         return self.layer is not None or self.facet != "token"
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 HOME = Path(__file__).parent
-# What `featsharp upsample` takes unless told otherwise.
+# The default of `featsharp upsample`.
 DEFAULT = "vits14-focus/featsharp-2x"
 
 
