@@ -117,14 +117,14 @@ def test_by_time_where_no_quality_is_known(planted):
 
 
 def test_who_is_out_is_told_why_and_who_is_no_candidate_is_not_there(planted):
-    task = RecommendTask("toy-vit", upsampler=COMPARED, factor=1.5, repeat=2)
+    task = RecommendTask("toy-vit", upsampler=["bilinear", "custom", "identity", "sapa"], factor=1.5, repeat=2)
     result = task.run(CPU, None, progress=False)
     assert names(result, "out") == ["sapa"]
     assert "factors that are whole; got 1.5" in reason(result, "sapa")
     assert any(line.startswith("out: sapa: SAPA takes factors") for line in task.table(result))
     assert not any("identity" in line or "custom" in line for line in task.table(result))
     assert "identity" in names(
-        RecommendTask("toy-vit", upsampler=COMPARED, factor=1, repeat=2).run(CPU, None, progress=False)
+        RecommendTask("toy-vit", upsampler=["bilinear", "identity"], factor=1, repeat=2).run(CPU, None, progress=False)
     )
 
 
@@ -163,7 +163,7 @@ def test_by_quality_where_it_is_known(planted):
 
 
 def test_a_limit_on_memory_is_kept_in_parts_or_not_at_all(planted):
-    task = RecommendTask("toy-vit", upsampler=COMPARED, memory="100MiB", repeat=2)
+    task = RecommendTask("toy-vit", upsampler=["bilinear", "hungry", "patient"], memory="100MiB", repeat=2)
     result = task.run(CPU, None, progress=False)
     assert result["memory"] == 100 * MIB
     assert "of 100MiB and cannot work in parts" in reason(result, "hungry")
@@ -176,15 +176,17 @@ def test_a_limit_on_memory_is_kept_in_parts_or_not_at_all(planted):
 
 
 def test_a_limit_that_parts_do_not_keep_either(planted):
-    result = RecommendTask("toy-vit", upsampler=COMPARED, memory="18MiB", repeat=2).run(CPU, None, progress=False)
+    result = RecommendTask("toy-vit", upsampler=["bilinear", "patient"], memory="18MiB", repeat=2).run(
+        CPU, None, progress=False
+    )
     assert "too little" in reason(result, "patient")
     assert "bilinear" in names(result)
 
 
 def test_the_users_size_is_the_one_that_is_measured(planted):
-    result = RecommendTask("toy-vit", upsampler=COMPARED, size=(192, 96), repeat=2).run(CPU, None, progress=False)
+    result = RecommendTask("toy-vit", upsampler=["bilinear"], size=(192, 96), repeat=2).run(CPU, None, progress=False)
     assert (result["size"], result["low_res_size"]) == ([192, 96], [96, 48])
-    result = RecommendTask("toy-vit-fixed", upsampler=COMPARED, factor=1.5, repeat=2).run(CPU, None, progress=False)
+    result = RecommendTask("toy-vit-fixed", upsampler=["bilinear"], factor=1.5, repeat=2).run(CPU, None, progress=False)
     assert (result["size"], result["low_res_size"]) == ([96, 96], [64, 64])
     with pytest.raises(InputError, match="smaller than one 8-pixel patch"):
         RecommendTask("toy-vit", upsampler=COMPARED, size=(8, 8)).run(CPU, None, progress=False)
@@ -196,7 +198,7 @@ def test_checkpoints_take_part(planted, tmp_path):
     save_checkpoint(create_encoder("toy-cnn", "learner", 2), tmp_path / "cnn.pth")
     files = [str(tmp_path / name) for name in ("2x.pth", "4x.pth", "cnn.pth", "none.pth")]
     files[2] = f"other={files[2]}"
-    result = RecommendTask("toy-vit", upsampler=COMPARED, checkpoint=files, repeat=2).run(
+    result = RecommendTask("toy-vit", upsampler=["bilinear"], checkpoint=files, repeat=2).run(
         CPU, None, False, quality=quality
     )
     trained = row_of(result, "2x.pth")
@@ -213,7 +215,7 @@ def test_two_checkpoints_of_one_name_both_take_part(planted, tmp_path):
     for file in files:
         file.parent.mkdir(parents=True)
         save_checkpoint(create_encoder("toy-vit", "learner", 2), file)
-    result = RecommendTask("toy-vit", upsampler=COMPARED, checkpoint=list(map(str, files)), repeat=2).run(
+    result = RecommendTask("toy-vit", upsampler=["bilinear"], checkpoint=list(map(str, files)), repeat=2).run(
         CPU, None, False
     )
     assert {row["name"] for row in result["ranked"] if row["kind"] == "checkpoint"} == {

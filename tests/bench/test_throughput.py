@@ -102,6 +102,7 @@ def test_passes_through_the_backbone(found):
     assert rows_of(result, "tile")[2]["backbone_ms_per_image"] == rows_of(result, "passes")[2]["ms_per_image"]
 
 
+@pytest.mark.slow
 def test_more_pixels_take_longer():
     task = ThroughputTask("toy-vit", ("bilinear",), (4, 8), repeat=3)
     result = task.run(CPU, None, progress=False)
