@@ -14,11 +14,13 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from featsharp.errors import InputError, MissingDependencyError
+from featsharp.errors import InputError
 from featsharp.files import replacing
 from featsharp.normalizers.base import Normalizer
 from featsharp.normalizers.statistics import FeatureStatistics
@@ -90,18 +92,17 @@ def fit_with_cache(
 
 def load_statistics(key: StatisticsKey, cache_dir: str | Path | None = None) -> CachedStatistics | None:
     """Load the entry of ``key``; None when it is absent, or, with a warning, unusable."""
-    safetensors = _safetensors()
     path = cache_path(key, cache_dir)
     if not path.exists():
         return None
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             saved_key = (file.metadata() or {}).get("key")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if saved_key != key.to_json():
             raise InputError("it belongs to another key")
         return _unpack(tensors)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         _LOGGER.warning("ignoring the statistics cache %s (%s); computing the statistics again", path, error)
         return None
 
@@ -112,9 +113,6 @@ def save_statistics(key: StatisticsKey, cached: CachedStatistics, cache_dir: str
     Returns:
         The file, or None when it could not be written, which is logged as a warning.
     """
-    _safetensors()
-    from safetensors.torch import save
-
     path = cache_path(key, cache_dir)
     content = save(_pack(cached), metadata={"key": key.to_json()})
     try:
@@ -163,13 +161,3 @@ def _unpack(tensors: dict[str, Tensor]) -> CachedStatistics:
             normalizer, _, buffer = rest.rpartition(".")
             transforms.setdefault(normalizer, {})[buffer] = value
     return CachedStatistics(FeatureStatistics.from_state(state), transforms)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the statistics cache needs safetensors, which is not installed; pip install safetensors"
-        ) from error
-    return safetensors
