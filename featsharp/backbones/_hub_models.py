@@ -15,11 +15,9 @@ from featsharp.backbones._probing import MIN_PROBE_GRID, Probe, check_grid_order
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput, embeds_patches
 from featsharp.backbones.loading import first_line
 from featsharp.backbones.options import Options
-from featsharp.backbones.tokens import captured, chosen_blocks
+from featsharp.backbones.tokens import FACETS, TokenBackbone
 from featsharp.errors import ConfigError
 from featsharp.ops.resize import size_of
-
-FACETS = ("query", "key", "value")
 
 
 def is_dino(model: nn.Module) -> bool:
@@ -33,12 +31,11 @@ def is_radio(model: nn.Module) -> bool:
     return callable(getattr(model, "make_preprocessor_external", None)) and hasattr(model, "patch_size")
 
 
-class DinoBackbone(Backbone):
+class DinoBackbone(TokenBackbone):
     """A transformer with the methods of DINO or DINOv2; features are patch tokens after the final norm.
 
     The two differ in what they return: DINOv2 (and DINOv3, which kept the methods) gives ``forward_features`` as a
-    mapping with ``x_norm_patchtokens`` and ``x_norm_clstoken``, and ``get_intermediate_layers(x, n=[...],
-    return_class_token=True)`` as pairs of patch and class tokens; DINO gives ``get_intermediate_layers(x, n)`` as all
+    mapping with ``x_norm_patchtokens`` and ``x_norm_clstoken``; DINO gives ``get_intermediate_layers(x, n)`` as all
     tokens of the last n blocks. Both norm what they return, and resample positions at other sizes by themselves.
 
     The summary is the final class token. Facets are the output of the packed projection ``blocks[i].attn.qkv``.
@@ -65,66 +62,50 @@ class DinoBackbone(Backbone):
         patch_size = _both(vit.patch_embed.patch_size)
         if patch_size[0] != patch_size[1]:
             raise ConfigError(f"backbone {name!r} has {patch_size[0]}x{patch_size[1]} patches; only square ones work")
-        _check_summary(name, choices, ("default", "cls", "mean", "none"))
-        blocks = _flat(vit.blocks)
-        layers = chosen_blocks(blocks, choices.layer, name)
-        if choices.facet != "token":
-            _check_packed(name, [blocks[layer] for layer in layers])
         width = vit.embed_dim
         super().__init__(
             name,
+            model,
+            choices,
+            _flat(vit.blocks),
+            width=width,
+            summaries={"cls": width},
             patch_size=patch_size[0],
-            embed_dim=width * len(layers),
             input_size=input_size or _whole(_both(vit.patch_embed.img_size), patch_size[0]),
             mean=tuple(mean or IMAGENET_MEAN),
             std=tuple(std or IMAGENET_STD),
-            summary_dim={"none": None, "mean": width * len(layers)}.get(choices.summary, width),
         )
-        self.model: Any = model
-        self.choices, self.layers, self.depth = choices, layers, len(blocks)
-        self._ordered = sorted(set(layers))
         self.gives_mapping = hasattr(model, "prepare_tokens_with_masks")
         self.embeds_patches = embeds_patches(getattr(vit.patch_embed, "proj", None), patch_size[0])
-        self.freeze()
         _self_test(self)
 
-    def extract(self, images: Tensor) -> BackboneOutput:
-        grid = self.grid_size(size_of(images))
-        if self.choices.facet == "token":
-            outputs, cls = self._tokens(images)
-        else:
-            blocks = _flat(self.model.blocks)
-            with captured([blocks[layer].attn.qkv for layer in self._ordered]) as packed:
-                cls = self._last(images)[1]
-            part, patches = FACETS.index(self.choices.facet), grid[0] * grid[1]
-            outputs = [output.chunk(3, -1)[part][:, -patches:] for output in packed]
-        by_layer = dict(zip(self._ordered, outputs, strict=True))
-        parts = [by_layer[layer].transpose(1, 2).unflatten(2, grid) for layer in self.layers]
-        features = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        if self.choices.summary == "mean":
-            return BackboneOutput(features, features.mean((2, 3)))
-        return BackboneOutput(features, None if self.choices.summary == "none" else cls)
-
-    def _tokens(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Patch tokens of the layers in the order of the blocks, and the final class token."""
-        if self._ordered == [self.depth - 1]:
-            patches, cls = self._last(images)
-            return [patches], cls
-        if self.gives_mapping:
-            wanted = sorted({*self._ordered, self.depth - 1})
-            pairs = self.model.get_intermediate_layers(images, n=wanted, return_class_token=True)
-            return [pairs[wanted.index(layer)][0] for layer in self._ordered], pairs[-1][1]
-        first = self._ordered[0]
-        all_tokens = self.model.get_intermediate_layers(images, self.depth - first)
-        return [all_tokens[layer - first][:, 1:] for layer in self._ordered], all_tokens[-1][:, 0]
-
-    def _last(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Patch tokens and class token as the model ends."""
+    def run(self, images: Tensor) -> tuple[Tensor, Any]:
         if self.gives_mapping:
             named = self.model.forward_features(images)
             return named["x_norm_patchtokens"], named["x_norm_clstoken"]
         tokens = self.model.get_intermediate_layers(images, 1)[0]
-        return tokens[:, 1:], tokens[:, 0]
+        return tokens, tokens[:, 0]
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        return self.model.norm(tokens)
+
+    def source(self, block: Any) -> nn.Module:
+        packed = getattr(getattr(block, "attn", None), "qkv", None)
+        if packed is None:
+            raise ConfigError(
+                f"the blocks of backbone {self.name!r} have no attn.qkv, from which a facet could be taken"
+            )
+        return packed
+
+    def facet_width(self, block: Any) -> int:
+        return self.model.embed_dim
+
+    def take(self, block: Any, tensor: Any, grid: tuple[int, int]) -> Tensor:
+        tokens = tensor[0] if isinstance(tensor, list) else tensor  # DINOv3 hands on lists of one
+        return tokens if self.options.facet == "token" else tokens.chunk(3, -1)[FACETS.index(self.options.facet)]
+
+    def summarise(self, kind: str, tokens: Tensor, output: Any, num_patches: int) -> Tensor:
+        return output
 
 
 class RadioBackbone(Backbone):
@@ -248,12 +229,6 @@ def _as_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
 def _check_summary(name: str, choices: Options, known: Sequence[str]) -> None:
     if choices.summary not in known:
         raise ConfigError(f"backbone {name!r} has no summary {choices.summary!r}; it has {', '.join(known)}")
-
-
-def _check_packed(name: str, blocks: Sequence[nn.Module]) -> None:
-    for block in blocks:
-        if getattr(getattr(block, "attn", None), "qkv", None) is None:
-            raise ConfigError(f"the blocks of backbone {name!r} have no attn.qkv, from which a facet could be taken")
 
 
 def _flat(blocks: nn.ModuleList) -> list[Any]:
