@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from featsharp.errors import InputError
@@ -92,6 +90,8 @@ def fit_with_cache(
 
 def load_statistics(key: StatisticsKey, cache_dir: str | Path | None = None) -> CachedStatistics | None:
     """Load the entry of ``key``; None when it is absent, or, with a warning, unusable."""
+    from safetensors import SafetensorError, safe_open
+
     path = cache_path(key, cache_dir)
     if not path.exists():
         return None
@@ -113,6 +113,8 @@ def save_statistics(key: StatisticsKey, cached: CachedStatistics, cache_dir: str
     Returns:
         The file, or None when it could not be written, which is logged as a warning.
     """
+    from safetensors.torch import save
+
     path = cache_path(key, cache_dir)
     content = save(_pack(cached), metadata={"key": key.to_json()})
     try:
