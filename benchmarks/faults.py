@@ -111,7 +111,7 @@ def kill_series(folder: Path, kills: int, seed: int = 0, *, streams: bool = Fals
         command = shards(folder / "shards")
         settings[-1] = f"train_data_dir=[['{command}', 2], '{folder / 'photos'}']"
         settings += [f"{key}={folder / 'photos'}" for key in ("val_data_dir", "dist_train_data_dir")]
-    steps = 8 * kills
+    steps = max(64, 8 * kills)  # enough that none ends before its kill, however the load of the machine changes
     whole, parts = (Life(folder, name, steps, settings) for name in ("whole", "parts"))
     whole.start("dry_run=true").join()  # imports all; how long the next ones take is what is measured
     start = time.perf_counter()

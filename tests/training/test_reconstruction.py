@@ -201,6 +201,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_lift_learns_to_beat_bilinear_in_its_own_loss(photos, tmp_path):
     """X11: seconds of training on a CPU, scored on pictures that it did not see, in eval mode."""
     torch.manual_seed(0)
