@@ -36,20 +36,19 @@ def real_shapes() -> dict[str, tuple[int, ...]]:
         )
     passes = []
     encoder.backbone.register_forward_pre_hook(lambda module, inputs: passes.append(tuple(inputs[0].shape)))
-    fuse, tile_maps = encoder.upsampler.fuse, []
-    encoder.upsampler.fuse = lambda low_res, image, tiles, size: (
-        tile_maps.append(tuple(tiles.shape)),
-        fuse(low_res, image, tiles, size),
-    )[1]
+    stacked = []
+    encoder.upsampler.block.register_forward_pre_hook(lambda module, inputs: stacked.append(inputs[0]))
     images = torch.rand(B, 3, F * H * P, F * W * P)
     out = encoder(images)
     ((batch, *image_shape),) = passes  # low-resolution images and tiles in one batch
+    jbu_map, tile_map = (half.movedim(-1, 1) for half in stacked[0].chunk(2, -1))
     return {
         **found,
         "image": tuple(images.shape),
         "low-res image": (B, *image_shape),
         "tiles": (batch - B, *image_shape),
-        "tile map": tile_maps[0],
+        "JBU map": tuple(jbu_map.shape),
+        "tile map": tuple(tile_map.shape),
         "high_res": tuple(out.high_res.shape),
     }
 
