@@ -71,8 +71,10 @@ def start(folder: Path, *overrides: str, processes: int = 1) -> subprocess.Popen
     settings = [
         *("+model=toy-vit", "+upsampler=featup-2x", "batch_size=1", "accumulation_steps=2", "num_workers=1"),
         *("normalizer.num_samples=8", "normalizer.batch_size=4", "viz.type=none", "viz.num_images=1"),
-        *("progress=false", "val_frequency=0", "checkpoint_frequency=0", f"train_data_dir={folder / 'photos'}"),
+        *("progress=false", "val_frequency=0", "checkpoint_frequency=0"),
     ]
+    if not any(override.startswith("train_data_dir=") for override in overrides):
+        settings.append(f"train_data_dir={folder / 'photos'}")
     return subprocess.Popen(
         [*command, *settings, *overrides],
         stderr=subprocess.PIPE,
