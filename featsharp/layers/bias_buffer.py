@@ -1,6 +1,6 @@
 """The bias buffer: a learned map that cancels the fixed pattern which position embeddings leave in the features.
 
-FeatSharp (arXiv 2502.16025), figure 11. It is added, in normalised space, to everything that the backbone says: the
+FeatSharp (arXiv 2502.16025), figure 11. It is added, in normalised space, to all features of the backbone: the
 low-resolution map, every tile and every training target.
 """
 
@@ -11,10 +11,10 @@ from featsharp.ops.resize import resize, size_of
 
 
 class BiasBuffer(nn.Module):
-    """Adds a learned [1, C, h, w] map, zero at the start, resized to whatever grid the features have.
+    """Learned [1, C, h, w] map, zero at the start, that is resized to the grid of the features and added to them.
 
-    Its spatial mean is taken off: a constant would cancel in training, between prediction and target, and only shift
-    the features that come out.
+    Its spatial mean is subtracted: a constant would cancel in training, between prediction and target, and only shift
+    the output.
 
     Args:
         embed_dim: Channels C.
@@ -30,7 +30,7 @@ class BiasBuffer(nn.Module):
         return features + self.at(size_of(features)).to(features.dtype)
 
     def at(self, grid: tuple[int, int]) -> Tensor:
-        """The map at a grid of (h, w) tokens, [1, C, h, w]."""
+        """Resize the map to a grid of (h, w) tokens: [1, C, h, w]."""
         return resize(self.buffer - self.buffer.mean((2, 3), keepdim=True), grid)
 
     def extra_repr(self) -> str:

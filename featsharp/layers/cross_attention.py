@@ -1,7 +1,7 @@
-"""Cross-attention from an encoded image to low-resolution features: what JAFAR and AnyUp are made of.
+"""Cross-attention from an encoded image to low-resolution features, the core of JAFAR and AnyUp.
 
-JAFAR (arXiv 2506.11136) and AnyUp (arXiv 2510.12764). Shapes: d = 128 channels of queries and keys, 4 heads whose
-attention weights are averaged, so that values stay raw features.
+JAFAR: arXiv 2506.11136, AnyUp: arXiv 2510.12764. Shapes: d = 128 channels of queries and keys, 4 heads
+whose attention weights are averaged, so that values stay raw features.
 """
 
 import math
@@ -29,7 +29,7 @@ class AxialRope(nn.Module):
     """Rotary position embedding of a map [B, d, H, W] with learned frequencies.
 
     Convention:
-        Coordinates run from 0 to 1 over the cells, both ends included; the first half of the channels turns with the
+        Coordinates run from 0 to 1 over the cells, both ends included; the first half of the channels rotates with the
         row, the second with the column, and channel i is paired with channel i + d / 2 as in the original.
     """
 
@@ -47,8 +47,8 @@ class AxialRope(nn.Module):
         cols = torch.linspace(0, 1, width, device=x.device)[None, :, None] * self.frequencies[1].float()
         angle = (rows + cols).permute(2, 0, 1)
         first, second = x.chunk(2, 1)
-        turned = torch.cat([-second, first], 1)
-        return (x * angle.cos() + turned * angle.sin()).to(x.dtype)
+        rotated = torch.cat([-second, first], 1)
+        return (x * angle.cos() + rotated * angle.sin()).to(x.dtype)
 
 
 def build_encoder(channels: int, *, kernel_size: int = 1) -> nn.Sequential:
@@ -98,10 +98,16 @@ class _GroupNorm(nn.GroupNorm):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """Attend with weights that are averaged over heads: [B, Q, d], [B, K, d], [B, K, C] to [B, Q, C].
+    """Attend with weights that are averaged over heads.
 
     Args:
+        query: [B, Q, d].
+        key: [B, K, d].
+        value: [B, K, C].
         allowed: [Q, K], True where a query sees a key, at least one each; None: it sees all.
+
+    Returns:
+        [B, Q, C] in the dtype of ``value``.
     """
     query, key = (x.unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2) for x in (query, key))
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
@@ -120,7 +126,7 @@ def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, *, max_scores: i
 
 
 def recompute(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    """Compute ``function(*arguments)``, and again in a backward pass instead of holding what is in between."""
+    """Compute ``function(*arguments)``, and again in a backward pass instead of holding intermediate results."""
     if not torch.is_grad_enabled():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False)

@@ -24,7 +24,7 @@ class InputConditioner(nn.Module):
         """[..., 3, H, W] in [0, 1], floating point, to the same shape and dtype."""
         if not images.is_floating_point():
             raise InputError(f"input_conditioner takes pixels in [0, 1]; got {images.dtype}, divide by 255 first")
-        # On a GPU the look at the values would make the host wait.
+        # On a GPU this check would make the host wait.
         if (
             not self._warned
             and images.device.type == "cpu"

@@ -26,7 +26,7 @@ NUM_HEADS = 16
 CHUNK_CELLS, MIN_CHUNK_ROWS = 2**14, 16
 ROPE_BASE, XPOS_BASE = 50000.0, 512.0
 
-# How attention knows where a key is: by a bias on its score, or by turning queries and keys, or not at all.
+# Position encoding of keys: a bias on the scores, a rotation of queries and keys, or none.
 Position = Literal["alibi", "rope", "xpos", "none"]
 
 
@@ -40,7 +40,7 @@ class LocalBlock(nn.Module):
         published_widths: Pad the head dim to a power of two and use a SwiGLU of 8 C, as the published code does,
             instead of the exact head dim and 4 C (before the usual factor 2/3).
         layer_norm: Whether the inputs of attention and SwiGLU are normalised.
-        attention, mlp: Which of the two parts there are, at least one.
+        attention, mlp: Whether the block has attention and SwiGLU; at least one.
         position: See :data:`Position`.
         layer_scale: Start value of gamma1 and gamma2; None for a block without them.
     """
@@ -62,7 +62,7 @@ class LocalBlock(nn.Module):
         if not (attention or mlp):
             raise ConfigError("a local block needs attention or SwiGLU; without both it would be a linear layer")
         self.out_dim = out_dim
-        # Attention on its own need not compute channels that are cut off.
+        # Without SwiGLU, attention need not compute channels that are cut off.
         attended_dim = in_dim if mlp else out_dim
         # The published code doubles the SwiGLU by mistake, but only beside attention.
         hidden = 4 * in_dim if published_widths and attention else 4 * out_dim
@@ -104,7 +104,7 @@ class LocalBlock(nn.Module):
 
     @property
     def halo(self) -> int:
-        """How many cells around it, in each direction, a cell of the result depends on."""
+        """Number of cells in each direction that a cell of the result depends on."""
         return 0 if self.attention is None else self.attention.window // 2
 
     def compute_chunk(self, x: Tensor, box: Box) -> Tensor:
@@ -194,7 +194,7 @@ class SwiGLU(nn.Module):
 
 
 class StackedLinear(nn.Linear):
-    """Several linear layers of the same input, computed as one; their spectral norms are learned one by one."""
+    """Several linear layers of the same input, computed as one; each has a learned spectral norm."""
 
     def __init__(self, in_dim: int, out_dim: int, parts: int, *, bias: bool = True) -> None:
         super().__init__(in_dim, parts * out_dim, bias=bias)
@@ -215,28 +215,29 @@ def distance_bias(window: int) -> Tensor:
 
 
 def rotate(x: Tensor, decay: int = 0) -> Tensor:
-    """Turn queries or keys [B, H, W, N, P] by their place, so that products of two depend on their distance only.
+    """Rotate queries or keys by their position, so that products of two depend on their distance only.
 
-    The N * P channels are taken together: the first half turns with the row, the second with the column, neighbouring
+    The N * P channels are taken together: the first half rotates with the row, the second with the column, neighbouring
     channels are pairs, frequencies fall from 1 to 1 / 50000.
 
     Args:
+        x: [B, H, W, N, P].
         decay: xPos: 1 for queries and -1 for keys makes products of distant ones fade on one side and grow on the
             other; 0 for none.
     """
     by_row, by_col = x.flatten(3).float().chunk(2, -1)
     by_row = _rotate_along(by_row.transpose(1, 2), decay).transpose(1, 2)
-    turned = torch.cat([by_row, _rotate_along(by_col, decay)], -1)
-    return turned.to(x.dtype).unflatten(3, x.shape[3:])
+    rotated = torch.cat([by_row, _rotate_along(by_col, decay)], -1)
+    return rotated.to(x.dtype).unflatten(3, x.shape[3:])
 
 
 def _rotate_along(x: Tensor, decay: int) -> Tensor:
-    """[..., L, E], E even: turned by the place along L, counted from the middle, where xPos neither fades nor grows."""
+    """Rotate [..., L, E], E even, by the position along L, counted from the middle, where xPos is neutral."""
     length, channels = x.shape[-2:]
-    place = torch.arange(length, device=x.device) - length // 2
-    share = torch.arange(0, channels, 2, device=x.device) / channels
-    angle = place[:, None] * ROPE_BASE**-share
-    fade = ((share + 0.4) / 1.4) ** (decay * place[:, None] / XPOS_BASE)
+    position = torch.arange(length, device=x.device) - length // 2
+    channel = torch.arange(0, channels, 2, device=x.device) / channels
+    angle = position[:, None] * ROPE_BASE**-channel
+    fade = ((channel + 0.4) / 1.4) ** (decay * position[:, None] / XPOS_BASE)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = fade * angle.cos(), fade * angle.sin()
     return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)

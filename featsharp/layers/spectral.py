@@ -4,7 +4,7 @@
 
 ``sigma`` is the largest singular value, tracked by one power-iteration step per training forward; the scalar ``t`` is
 learned and starts where the numerator is 1. A stacked weight (query, key and value) is scaled block by block.
-Checkpoints hold the product as a plain weight (:func:`folded_state`), so that inference knows nothing of this.
+Checkpoints hold the product as a plain weight (:func:`folded_state`), so that inference needs none of this.
 """
 
 import math
@@ -23,7 +23,7 @@ class SpectralScale(nn.Module):
 
     Args:
         weight: [parts * rows, cols]; only its shape and singular vectors at the start are used.
-        parts: Number of row blocks that are scaled on their own.
+        parts: Number of row blocks that are scaled independently.
     """
 
     u: Tensor
@@ -39,7 +39,7 @@ class SpectralScale(nn.Module):
         self.register_buffer("v", right[..., 0, :].to(weight.dtype).contiguous())
 
     def norms(self, weight: Tensor) -> Tensor:
-        """The estimated largest singular value of each block, [parts]."""
+        """Estimate the largest singular value of each block: [parts]."""
         with torch.autocast(weight.device.type, enabled=False):
             return torch.einsum("pr,prc,pc->p", self.u, weight.unflatten(0, (self.parts, -1)), self.v)
 
@@ -49,7 +49,7 @@ class SpectralScale(nn.Module):
         return self.scaled(weight)
 
     def scaled(self, weight: Tensor) -> Tensor:
-        """The effective weight by the present estimate, which stays as it is."""
+        """Compute the effective weight with the present estimate, which stays as it is."""
         blocks = weight.unflatten(0, (self.parts, -1))
         scale = (F.softplus(self.log_scale) + FLOOR) / (self.norms(weight) + EPS)[:, None]
         return (blocks * scale[..., None]).flatten(0, 1)
@@ -63,7 +63,7 @@ class SpectralScale(nn.Module):
 
 
 def add_spectral(module: nn.Module) -> None:
-    """Reparametrise every ``nn.Linear`` inside ``module``; a layer's ``spectral_parts`` says how it is cut."""
+    """Reparametrise every ``nn.Linear`` inside ``module``, in ``spectral_parts`` row blocks where it has that."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear) and not parametrize.is_parametrized(layer):
             parts = int(getattr(layer, "spectral_parts", 1))
@@ -71,10 +71,10 @@ def add_spectral(module: nn.Module) -> None:
 
 
 def folded_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with plain effective weights, as a module without reparametrisation takes it.
+    """Compute the state dict with plain effective weights, as a module without reparametrisation takes it.
 
-    The module is left alone. (Removing the parametrisations of a deep copy would not leave it alone: the copy shares
-    the class that torch makes for a parametrised layer, and loses ``weight`` for both.)
+    The module does not change. (Removing the parametrisations of a deep copy would change it: the copy shares the
+    class that torch makes for a parametrised layer, and loses ``weight`` for both.)
     """
     state = dict(module.state_dict())
     for name, scale in module.named_modules():

@@ -15,7 +15,7 @@ from featsharp.ops.tiling import add_windows, blend_windows, join_tiles, split_t
 
 # Whitened images [N, 3, h*p, w*p] -> features [N, C, h, w] and a summary [N, C_s] or None.
 EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-# Of the features of tiles [N, C, h, w], before they are stitched.
+# Applied to the features of tiles [N, C, h, w] before they are stitched.
 Process = Callable[[Tensor], Tensor]
 
 
@@ -25,7 +25,7 @@ def keep_tiles(tiles: Tensor) -> Tensor:
 
 
 def compute_details(tiles: Tensor) -> Tensor:
-    """Subtract from every tile [N, C, h, w] its own blur: the means of 2 x 2 cells, enlarged again."""
+    """Subtract from every tile [N, C, h, w] its blur: the means of 2 x 2 cells, enlarged again."""
     half = -(-tiles.shape[-2] // 2), -(-tiles.shape[-1] // 2)
     return tiles - resize(F.adaptive_avg_pool2d(tiles, half), size_of(tiles))
 
@@ -49,7 +49,9 @@ def encode_with_tiles(
         low_res_size: (h, w) of the low-resolution pass and of a tile, in pixels.
         factor: Of the map over the low-resolution grid; None for a map of another size.
         map_size: Returns the (H, W) of the map for low-resolution features.
-        overlap, max_tile_batch, process: As for :func:`encode_tile_map`.
+        overlap: Least number of tokens that neighbours share.
+        max_tile_batch: Most images given to ``encode`` at once; None: all of them.
+        process: Applied to the features of the tiles before they are stitched.
 
     Returns:
         Low-resolution features [B, C, h, w], the tile map [B, C, H, W], and the summary of the low-resolution pass.

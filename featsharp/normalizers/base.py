@@ -20,9 +20,9 @@ _RELATIVE_SPREAD_FLOOR = 1e-12
 class Normalizer(nn.Module):
     """Map to features of comparable scale. Subclasses implement ``_normalize`` and, if they can, the inverse.
 
-    Computed in float32 whatever autocast or the features' dtype say (float64 for float64 features): means can be far
-    larger than spreads, which 16 bits cannot resolve. Floating buffers stay float32 under ``.to(dtype)``, ``.half()``
-    and ``.bfloat16()`` for the same reason.
+    It is computed in float32 under autocast and for 16-bit features too (float64 for float64 features): means can be
+    far larger than spreads, which 16 bits cannot resolve. Floating buffers stay float32 under ``.to(dtype)``,
+    ``.half()`` and ``.bfloat16()`` for the same reason.
 
     Args:
         embed_dim: Channels C of the features.
@@ -120,7 +120,7 @@ class Normalizer(nn.Module):
                 f"normalizer {self.name!r} takes floating features [B, {self.embed_dim}, H, W]; got "
                 f"{tuple(features.shape)} {features.dtype}"
             )
-        # Read the buffer until it is set and then never again: each look makes the host wait for the accelerator.
+        # Read the buffer until it is set and then never again: each read makes the host wait for the accelerator.
         if self.needs_fit and not self._seen_fitted:
             self._seen_fitted = bool(self.fitted)
             if not self._seen_fitted:

@@ -35,8 +35,8 @@ class StatisticsKey:
         backbone: Name of the backbone.
         weights_sha256: ``Backbone.weights_hash()``.
         input_size: (h, w) in pixels of the images that were encoded.
-        data: A tag for the data: whatever tells one set of images from another.
-        samples: How many images were asked for.
+        data: A tag that identifies the set of images.
+        samples: Number of images requested.
         seed: Seed of the draw of images.
     """
 
@@ -72,6 +72,8 @@ def fit_with_cache(
     """Fit ``normalizer`` from the cache, or from ``collect()``, whose result is then cached.
 
     Args:
+        normalizer: Fitted in place.
+        key: Of the statistics that ``collect`` returns.
         collect: Runs the backbone over the data; called only when the cache holds nothing usable for ``key``.
         cache_dir: See :func:`cache_path`.
     """
@@ -127,7 +129,7 @@ def save_statistics(key: StatisticsKey, cached: CachedStatistics, cache_dir: str
 
 
 def cache_path(key: StatisticsKey, cache_dir: str | Path | None = None) -> Path:
-    """The file of ``key`` in ``cache_dir``, by default $FEATSHARP_CACHE, else featsharp in the user's cache folder."""
+    """Path of ``key`` in ``cache_dir``, by default $FEATSHARP_CACHE, else featsharp in the user's cache folder."""
     if cache_dir is None:
         user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         cache_dir = os.environ.get("FEATSHARP_CACHE") or user_cache / "featsharp"
@@ -135,7 +137,7 @@ def cache_path(key: StatisticsKey, cache_dir: str | Path | None = None) -> Path:
 
 
 def _restore(normalizer: Normalizer, buffers: dict[str, Tensor] | None) -> bool:
-    """Put cached buffers into the normalizer; False when they are absent or are not a fit of this very module."""
+    """Load cached buffers into the normalizer; False when they are absent, of other shapes or not fitted."""
     present = dict(normalizer.named_buffers())
     if buffers is None or {k: v.shape for k, v in buffers.items()} != {k: v.shape for k, v in present.items()}:
         return False

@@ -5,9 +5,9 @@ Paper: "PHI-S: Distribution Balancing for Label-Free Multi-Teacher Distillation"
     Sigma = U diag(lambda) U^T,  phi^2 = trace(Sigma) / C,  alpha = 1 / phi,  R = H U^T
     y = alpha R (x - mu),  x = R^T y / alpha + mu
 
-H is a normalised Hadamard matrix: U^T decorrelates the channels, H mixes them in equal parts, so that each gets the
-mean of all variances. R depends on signs and orders that an eigen-decomposition is free to choose: two fits to the
-same data may differ, so whatever is trained on top must keep the R that it was trained with.
+H is a normalised Hadamard matrix: U^T decorrelates the channels, H mixes them equally, so that each gets the mean of
+all variances. R depends on signs and orders that an eigen-decomposition is free to choose: two fits to the same data
+may differ, so modules trained on top must keep the R that they were trained with.
 
 Shapes: B batch, C channels, (H, W) token grid.
 """
@@ -93,7 +93,7 @@ def _per_channel(values: Tensor, features: Tensor) -> Tensor:
 
 
 def _mix_channels(matrix: Tensor, features: Tensor) -> Tensor:
-    """matrix [C, C] applied to every vector of features [B, C, H, W].
+    """Multiply every vector of features [B, C, H, W] by a matrix [C, C].
 
     A matrix product, not a 1x1 convolution: as fast or faster, and convolutions may round to TF32 by default.
     """

@@ -15,8 +15,8 @@ from featsharp.errors import InputError
 class FeatureStatistics:
     """Running count, mean and scatter of vectors with ``embed_dim`` channels.
 
-    The sums live on the device of the last batch. Parts collected by several processes are joined with :meth:`merge`;
-    :meth:`state` and :meth:`from_state` carry them across.
+    The sums are on the device of the last batch. Statistics of several processes are joined with :meth:`merge`;
+    :meth:`state` and :meth:`from_state` transfer them.
     """
 
     def __init__(self, embed_dim: int) -> None:
@@ -78,7 +78,7 @@ class FeatureStatistics:
 
     @torch.no_grad()
     def merge(self, other: "FeatureStatistics") -> None:
-        """Add what ``other`` has seen, as if its batches had come here; ``other`` is left as it is.
+        """Add the vectors of ``other``, which does not change.
 
         Raises:
             InputError: When the channel counts differ.
@@ -94,7 +94,7 @@ class FeatureStatistics:
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> "FeatureStatistics":
-        """The statistics that :meth:`state` described.
+        """Rebuild statistics from :meth:`state`.
 
         Raises:
             InputError: When an entry is missing, has the wrong shape or dtype, or holds NaN or infinite values.
@@ -112,7 +112,7 @@ class FeatureStatistics:
         return statistics
 
     def _combine(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Join with another part: the update of Chan et al.; ``total`` already includes the new vectors."""
+        """Join with other statistics: the update of Chan et al."""
         total = self._count + count
         delta = mean - self._mean.to(mean.device)
         self._mean = self._mean.to(mean.device) + delta * (count / total)

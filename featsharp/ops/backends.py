@@ -38,7 +38,7 @@ class Backend:
         module: Where its ``forward``, ``backward`` and ``scratch_bytes`` are; imported on first use.
         can_run: None where the backend can run a problem, otherwise the reason why not, as a sentence's end:
             "needs ...; got ...".
-        automatic: Whether it is taken unasked; one that was not yet seen to run on its hardware is not.
+        automatic: Whether it may be chosen without being named; not before it has run on its hardware.
     """
 
     op: str
@@ -58,7 +58,7 @@ _forced: list[str] = []
 
 
 def register_backends(*backends: Backend) -> None:
-    """Make backends known, the fastest of each operation first."""
+    """Register backends, the fastest of each operation first."""
     for backend in backends:
         _backends.setdefault(backend.op, []).append(backend)
 
@@ -69,12 +69,12 @@ def list_backends(op: str | None = None) -> list[Backend]:
 
 
 def wanted_backend(name: str | None) -> str | None:
-    """The backend that the caller named, or the one of :func:`use_backend` around the call, or None for any."""
+    """Return the named backend, else that of the surrounding :func:`use_backend`, else None for any."""
     return name or (_forced[-1] if _forced else None)
 
 
 def choose_backend(op: str, problem: Problem, name: str | None = None) -> Backend:
-    """The named backend, or the fastest one that can run.
+    """Choose the named backend, or the fastest one that can run.
 
     Raises:
         ConfigError: When the named backend is unknown or cannot run, or none can.
@@ -98,7 +98,7 @@ def choose_backend(op: str, problem: Problem, name: str | None = None) -> Backen
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within this context every operation uses the backend ``name`` unless its caller names another.
+    """Use the backend ``name`` for every operation of this context whose caller names none.
 
     For comparisons. The setting is global to the process, and code compiled by torch keeps what it was compiled with.
 

@@ -22,7 +22,7 @@ from featsharp.ops.windows import border_cells
 SIDE = 4
 # Numbers in the scratch memory of a chunk: 8 MiB in float32; less costs calls, more leaves the caches.
 CHUNK_NUMBERS = 2**21
-# How much more a GPU gets at a time: it is busy only with large products.
+# Factor on it on a GPU, which only large products keep busy.
 GPU_CHUNK = 16
 # Stands for minus infinity: far below any score, and still finite when a score is added to it.
 MASKED = -1e38
@@ -32,7 +32,7 @@ _limit: ContextVar[int | None] = ContextVar("limit", default=None)
 
 @contextmanager
 def limit_chunks(numbers: int) -> Iterator[None]:
-    """Hold at most so many numbers at once in local operations of this context: less memory, more and smaller calls."""
+    """Limit the numbers that local operations of this context hold at once: less memory, more and smaller calls."""
     token = _limit.set(numbers)
     try:
         yield
@@ -102,7 +102,7 @@ class Chunk:
 
 
 class BlockGrid:
-    """How the maps of one call are cut.
+    """Division of the maps of one call into blocks.
 
     Args:
         key_size: (H, W) of keys and values.
@@ -154,7 +154,7 @@ class BlockGrid:
         return padded
 
     def padding(self, x: Tensor) -> int:
-        """How many padded queries :meth:`pad_queries` makes of ``x``; 0 where it makes no copy."""
+        """Count the padded queries that :meth:`pad_queries` makes of ``x``; 0 where it makes no copy."""
         size = (self.blocks[0] * self.side, self.blocks[1] * self.side)
         return 0 if x.shape[1:3] == size else len(x) * size[0] * size[1]
 
@@ -260,15 +260,15 @@ class BlockCall:
         return self.grid.chunks(self._size[0], self._max_blocks)
 
     def new_queries(self, like: Tensor) -> Tensor:
-        """Room for something of every padded query, with the heads and channels of ``like``."""
+        """Uninitialised values of all padded queries, with the heads and channels of ``like``."""
         return like.new_empty(*self._size, *like.shape[3:])
 
     def crop(self, x: Tensor, query: Tensor) -> Tensor:
-        """Padded queries back to those of ``query``."""
+        """Crop padded queries to those of ``query``."""
         return x[:, : query.shape[1], : query.shape[2]].contiguous()
 
     def cut(self, x: Tensor, chunk: Chunk, name: str) -> Tensor:
-        """The cells of a map that the chunk sees: [B, cells, cells, N, C]."""
+        """Cut the cells that the chunk sees out of a map: [B, cells, cells, N, C]."""
         images = chunk.images.stop - chunk.images.start
         slab = self.scratch(name, images, chunk.rows.length, chunk.cols.length, *x.shape[3:])
         return self.grid.cut_slab(x, chunk, slab)

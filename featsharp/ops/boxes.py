@@ -19,7 +19,7 @@ class Box(NamedTuple):
         return self.bottom - self.top, self.right - self.left
 
     def grow(self, cells: int, size: tuple[int, int]) -> "Box":
-        """With ``cells`` more on every side, as far as a map of ``size`` (h, w) has them."""
+        """Add ``cells`` on every side, as far as a map of ``size`` (h, w) has them."""
         return Box(
             max(0, self.top - cells),
             min(size[0], self.bottom + cells),
@@ -40,7 +40,7 @@ class Box(NamedTuple):
         return x[:, self.top : self.bottom, self.left : self.right]
 
     def covers(self, size: tuple[int, int]) -> bool:
-        """Whether these are all cells of a map of ``size`` (h, w)."""
+        """Return whether these are all cells of a map of ``size`` (h, w)."""
         return self.top == 0 and self.left == 0 and self.bottom == size[0] and self.right == size[1]
 
 

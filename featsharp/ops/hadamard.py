@@ -22,7 +22,7 @@ from featsharp.errors import ConfigError
 
 
 def hadamard(order: int) -> Tensor:
-    """A Hadamard matrix divided by the root of its order.
+    """Build a Hadamard matrix divided by the root of its order.
 
     Returns:
         [order, order] float64 on the CPU, every entry +-1/sqrt(order), rows orthonormal.
@@ -42,7 +42,7 @@ def hadamard(order: int) -> Tensor:
 
 
 def has_hadamard(order: int) -> bool:
-    """Whether :func:`hadamard` can build this order."""
+    """Return whether :func:`hadamard` can build this order."""
     return _plan(order) is not None
 
 
@@ -53,7 +53,7 @@ def require_hadamard(order: int) -> None:
 
 
 def nearest_orders(order: int) -> tuple[int, int]:
-    """The nearest orders below (0 when there is none) and above ``order`` that can be built."""
+    """Return the nearest orders below (0 when there is none) and above ``order`` that can be built."""
     below, above = max(order - 1, 0), max(order + 1, 1)
     while below and not has_hadamard(below):
         below -= 1
@@ -72,7 +72,7 @@ def _no_construction(order: int) -> ConfigError:
 
 @cache
 def _plan(order: int) -> tuple[tuple[str, int], ...] | None:
-    """Kronecker factors (construction, order), left to right, or None when no combination is found."""
+    """Kronecker factors (construction, order), left to right, or None when no combination reaches the order."""
     if order < 1:
         return None
     power = order & -order  # the largest power of two that divides order

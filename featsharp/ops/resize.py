@@ -43,17 +43,18 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 def enlarge(x: Tensor, size: tuple[int, int], box: Box) -> Tensor:
     """Compute the cells ``box`` of ``resize(x, size)``, for a ``size`` not below that of ``x`` [B, C, h, w].
 
-    All of them are equal to those of ``resize``, some of them up to rounding and from no more than they depend on.
+    They equal those of ``resize`` up to rounding and are computed from no more than they depend on.
     """
     return enlarge_chunk(x, whole(size_of(x)), size_of(x), size, box)
 
 
 def enlarge_chunk(x: Tensor, chunk: Box, source_size: tuple[int, int], size: tuple[int, int], box: Box) -> Tensor:
-    """:func:`enlarge` a map of which only a chunk is there.
+    """:func:`enlarge` a map of which only a chunk is given.
 
     Args:
-        x: [B, C, *chunk.size], the cells ``chunk`` of a map of ``source_size`` (h, w).
-        chunk: At least :func:`source_box` of ``box``.
+        x: [B, C, *chunk.size].
+        chunk: Cells of the map that ``x`` holds, at least :func:`source_box` of ``box``.
+        source_size: (h, w) of the whole map.
         size: (H, W) of the whole enlarged map.
         box: Cells of it.
 
@@ -69,7 +70,7 @@ def enlarge_chunk(x: Tensor, chunk: Box, source_size: tuple[int, int], size: tup
 
 
 def source_box(box: Box, source_size: tuple[int, int], size: tuple[int, int]) -> Box:
-    """The cells of a map of ``source_size`` that the cells ``box`` of it, enlarged to ``size``, depend on."""
+    """Compute the cells of a map of ``source_size`` that the cells ``box`` of it, enlarged to ``size``, depend on."""
     (h, w), (height, width) = source_size, size
     inner = Box(
         box.top * h // height,
@@ -85,12 +86,12 @@ def _enlarge_axis(x: Tensor, first: int, source: int, target: int, start: int, s
     position = ((torch.arange(start, stop, device=x.device) + 0.5) * (source / target) - 0.5).clamp(min=0)
     before = position.long().clamp(max=source - 1)
     after = (before + 1).clamp(max=source - 1)
-    share = (position - before).to(x.dtype).unflatten(0, (-1, *(3 - dim) * [1]))
-    return torch.lerp(x.index_select(dim, before - first), x.index_select(dim, after - first), share)
+    weight = (position - before).to(x.dtype).unflatten(0, (-1, *(3 - dim) * [1]))
+    return torch.lerp(x.index_select(dim, before - first), x.index_select(dim, after - first), weight)
 
 
 def _antialias_scratch(x: Tensor, size: list[int], *rest: object) -> int:
-    """Antialiased resizing shrinks one axis after the other, with a map in between."""
+    """Bytes of the map between the two axes, which antialiased resizing shrinks one after the other."""
     return x[..., 0].numel() * size[1] * x.itemsize
 
 

@@ -29,7 +29,7 @@ def join_tiles(x: Tensor, tiles: tuple[int, int]) -> Tensor:
 
 
 def window_starts(length: int, window: int, overlap: int) -> list[int]:
-    """First cells of the fewest windows that cover ``length`` cells with at least ``overlap`` cells in common."""
+    """Compute the first cells of the fewest windows that cover ``length`` cells and overlap by at least ``overlap``."""
     if not 0 <= overlap < window:
         raise InputError(
             f"the overlap of tiles must be from 0 to {window - 1} cells, less than the {window} that a tile has here; "
@@ -59,24 +59,26 @@ def blend_windows(windows: Tensor, starts: tuple[list[int], list[int]], size: tu
 
 
 def add_windows(out: Tensor, windows: Tensor, starts: tuple[list[int], list[int]], first: int = 0) -> None:
-    """Add some of the windows of :func:`blend_windows`, weighted as there, to the map ``out`` [B, C, H, W].
+    """Add some of the windows of :func:`blend_windows`, weighted as there, to a map.
 
     Args:
-        windows: [B, n, C, h, w], windows number ``first`` to ``first + n`` in row-major order.
-        starts: Of all windows.
+        out: [B, C, H, W], changed in place.
+        windows: [B, n, C, h, w], consecutive in row-major order.
+        starts: Of all windows, see :func:`blend_windows`.
+        first: Number of the first of ``windows``.
     """
     height, width = size_of(windows)
-    shares_y = _shares(starts[0], height, out.shape[2], windows)
-    shares_x = _shares(starts[1], width, out.shape[3], windows)
+    weights_y = _blend_weights(starts[0], height, out.shape[2], windows)
+    weights_x = _blend_weights(starts[1], width, out.shape[3], windows)
     for number, window in enumerate(windows.unbind(1), first):
         i, j = divmod(number, len(starts[1]))
         y, x = starts[0][i], starts[1][j]
-        weighted = window * shares_y[i][:, None] * shares_x[j]
+        weighted = window * weights_y[i][:, None] * weights_x[j]
         out[..., y : y + height, x : x + width] += weighted.to(out.device)
 
 
-def _shares(starts: list[int], window: int, length: int, like: Tensor) -> Tensor:
-    """Along one axis: the weight of each window's cells, [windows, window]; those on one cell of the map sum to one."""
+def _blend_weights(starts: list[int], window: int, length: int, like: Tensor) -> Tensor:
+    """Weights along one axis of each window's cells, [windows, window]; those on one cell of the map sum to one."""
     rising = torch.arange(1, window + 1, device=like.device)
     ramp = torch.minimum(rising, rising.flip(0)).to(torch.promote_types(like.dtype, torch.float32))
     total = ramp.new_zeros(length)

@@ -1,4 +1,4 @@
-"""Views of base images: one homography each, what a map of the base shows in them, and back.
+"""Views of base images: one homography each, which warps maps of the base to them and back.
 
 The jitters of training, the crops of the implicit fit and all that compares a map with views of its image use these.
 Convention: that of :mod:`featsharp.ops.warp`.
@@ -56,7 +56,7 @@ class View:
         return View(torch.linalg.inv(self.to_base))
 
     def grid(self, size: tuple[int, int]) -> Tensor:
-        """Where the pixel centres of views of size (h, w) lie in their base: [N, h, w, 2], (x, y)."""
+        """Positions in the base of the pixel centres of views of size (h, w): [N, h, w, 2], (x, y)."""
         return homography_grid(self.to_base, size)
 
     def inside(self, size: tuple[int, int]) -> Tensor:
@@ -75,7 +75,7 @@ class View:
             [N, C, h, w] in the dtype of ``base``.
 
         Raises:
-            InputError: When the views cannot be dealt out evenly to the base images.
+            InputError: When not every base image has the same number of views.
         """
         if len(self) % len(base):
             raise InputError(f"{len(self)} views cannot be of {len(base)} base images, the same number of each")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def homography_grid(homography: Tensor, size: tuple[int, int]) -> Tensor:
-    """Places of the pixel centres of a view in the base image.
+    """Compute the positions of the pixel centres of a view in the base image.
 
     Args:
         homography: [B, 3, 3], view to base.
@@ -34,7 +34,7 @@ def homography_grid(homography: Tensor, size: tuple[int, int]) -> Tensor:
 def warp(
     base: Tensor, homography: Tensor, size: tuple[int, int], *, mode: str = "bilinear", padding_mode: str = "reflection"
 ) -> Tensor:
-    """The view of ``base`` that a homography describes.
+    """Resample ``base`` to the view that a homography describes.
 
     Args:
         base: [B, C, H, W].
@@ -50,7 +50,7 @@ def warp(
 
 
 def sample(base: Tensor, grid: Tensor, *, mode: str = "bilinear", padding_mode: str = "reflection") -> Tensor:
-    """Sample ``base`` [B, C, H, W] at the places of :func:`homography_grid`; see :func:`warp`."""
+    """Sample ``base`` [B, C, H, W] at the positions of :func:`homography_grid`; see :func:`warp`."""
     full = base.to(torch.promote_types(base.dtype, torch.float32))
     return F.grid_sample(full, grid.to(full), mode=mode, padding_mode=padding_mode, align_corners=False).to(base.dtype)
 
@@ -61,5 +61,5 @@ def inside(homography: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def grid_inside(grid: Tensor) -> Tensor:
-    """:func:`inside` for the places of :func:`homography_grid`, in their dtype."""
+    """:func:`inside` for the positions of :func:`homography_grid`, in their dtype."""
     return (grid.abs() <= 1).all(-1)[:, None].to(grid)

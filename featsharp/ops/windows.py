@@ -1,4 +1,4 @@
-"""The windows of local operations: which key cells a query sees, and what stands beyond the edge of the map.
+"""Windows of local operations: the key cells that a query sees, and the values beyond the edge of the map.
 
 Convention:
     Keys lie on an H x W map, queries on an fH x fW map, f >= 1 whole. Query (y, x) sees the K x K cells around cell
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from featsharp.errors import ConfigError
 
-# What a window finds beyond the edge of the map: "clip" nothing, it becomes smaller; "reflect" the map mirrored, its
-# edge not repeated; "replicate" the nearest cell; "zeros" cells of zeros, which count like any other.
+# Values beyond the edge of the map: "clip" none, the window becomes smaller; "reflect" the map mirrored, its edge not
+# repeated; "replicate" the nearest cell; "zeros" cells of zeros, which count like any other.
 Border = Literal["clip", "reflect", "replicate", "zeros"]
 
 
@@ -28,9 +28,9 @@ def check_window(window: int, border: str = "clip") -> None:
 
 
 def border_cells(position: Tensor, length: int, border: str) -> tuple[Tensor, Tensor]:
-    """For positions along an axis of ``length`` cells, or outside of it: the cell to read, and whether it is real.
+    """Map positions inside or outside of an axis of ``length`` cells to the cell to read, and whether it counts.
 
-    Under "reflect" and "replicate" all positions are; "clip" and "zeros" say what those outside mean.
+    Under "reflect" and "replicate" all positions count, under "clip" and "zeros" those inside.
     """
     inside = (position >= 0) & (position < length)
     if border == "reflect" and length > 1:

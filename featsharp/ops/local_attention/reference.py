@@ -13,7 +13,6 @@ CHUNK_NUMBERS = 2**24
 
 def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> Tensor:
     """[B, fH, fW, N or 1, E], chunk by chunk; where a gradient is needed, chunks are recomputed instead of kept."""
-
     chunks = []
     with torch.autocast(value.device.type, enabled=False):  # sums are float32 whatever is around
         for rows in _chunks(query, value, window):
@@ -27,7 +26,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int
 def attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str, first_row: int = 0
 ) -> Tensor:
-    """The operation for some rows of queries, the first of which is ``first_row``: [B, R, fW, N or 1, E]."""
+    """Attend from R rows of queries, the first of which is ``first_row``: [B, R, fW, N or 1, E]."""
     factor = query.shape[2] // key.shape[2]
     offset = torch.arange(window, device=query.device) - window // 2
     rows = (first_row + torch.arange(query.shape[1], device=query.device)) // factor

@@ -52,7 +52,7 @@ def _rows(pointer, offsets, mask, SIZE: tl.constexpr, BLOCK: tl.constexpr, start
 def _scores(q, k, bias_pointer, qy, qx, ky, kx, real, F: tl.constexpr, K: tl.constexpr, BORDER: tl.constexpr):
     """Scores [queries, keys] with bias, -inf outside of the windows; the window entries; what lies within them.
 
-    (qy, qx) are places of queries, (ky, kx) positions of keys, which may be beyond the border.
+    (qy, qx) are positions of queries, (ky, kx) of keys, which may be beyond the border.
     """
     i = ky[None] - qy[:, None] // F + K // 2
     j = kx[None] - qx[:, None] // F + K // 2
@@ -230,7 +230,7 @@ def _key_kernel(
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, SIDE: tl.constexpr, STEP: tl.constexpr,
     SPAN: tl.constexpr, DOT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys, those beyond the border apart."""
+    """Gradients of keys, with separate ones for those beyond the border."""
     tiles = tl.cdiv(W + 2 * halo, SIDE)
     top, left = tl.program_id(0) // tiles * SIDE - halo, tl.program_id(0) % tiles * SIDE - halo
     image, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
@@ -274,7 +274,7 @@ def _value_kernel(
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, SIDE: tl.constexpr, STEP: tl.constexpr,
     SPAN: tl.constexpr, DOT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of values, those beyond the border apart."""
+    """Gradients of values, with separate ones for those beyond the border."""
     tiles = tl.cdiv(W + 2 * halo, SIDE)
     top, left = tl.program_id(0) // tiles * SIDE - halo, tl.program_id(0) % tiles * SIDE - halo
     value_heads = HEADS // SHARE
@@ -319,7 +319,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int
 
 
 def scratch_bytes(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> int:
-    """The forward kernel takes no memory beside its result, except for copies of inputs whose channels are apart."""
+    """Bytes of the copies of inputs whose channels are not contiguous; :func:`forward` takes no others."""
     return sum(x.numel() * x.itemsize for x in (query, key, value) if x.stride(-1) != 1)
 
 
@@ -353,7 +353,7 @@ def backward(
     )
     d_bias = scores.sum((0, 2, 3)).view_as(bias).to(bias.dtype) if bias_too else torch.zeros_like(bias)
 
-    # Keys beyond the border have gradients of their own, which are then added to the cells that they mirror.
+    # Keys beyond the border have separate gradients, which are then added to the cells that they mirror.
     halo = window // 2 if border in ("reflect", "replicate") else 0
     padded = (images, key.shape[1] + 2 * halo, key.shape[2] + 2 * halo)
     tiles = triton.cdiv(padded[1], SIDE) * triton.cdiv(padded[2], SIDE)
@@ -398,7 +398,7 @@ class _Call:
 
     @staticmethod
     def rows(x: Tensor) -> Tensor:
-        """The kernels need the channels side by side, and nothing else."""
+        """Make the channels contiguous, all that the kernels need."""
         return x if x.stride(-1) == 1 else x.contiguous()
 
     def maps(self) -> tuple[object, ...]:
@@ -418,7 +418,7 @@ def _product_type(*maps: Tensor) -> tl.dtype:
 
 
 def _power(size: int) -> int:
-    """The next power of two, at least 16: what matrix products of tiles want."""
+    """Round up to a power of two, at least 16, as matrix products of tiles need it."""
     return max(16, triton.next_power_of_2(size))
 
 
