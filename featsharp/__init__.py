@@ -1,6 +1,6 @@
 """Sharp feature maps from any vision foundation model.
 
-Importing this package starts nothing, not even torch: the public names below load their module when first used.
+Importing this package imports nothing else, not even torch: the public names below load their module when first used.
 """
 
 import logging
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _moved.install()
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # who uses the package decides what is shown
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # a library leaves it to the application to show logs
 
 _HOMES = {
     "SharpEncoder": "featsharp.model",
@@ -59,7 +59,7 @@ _HOMES = {
 }
 
 
-if not TYPE_CHECKING:  # to a type checker a mistyped name stays one
+if not TYPE_CHECKING:  # type checkers would otherwise accept mistyped names
 
     def __getattr__(name: str) -> object:
         if name not in _HOMES:

@@ -18,7 +18,7 @@ MOVED = {
 
 
 class _MovedModules(MetaPathFinder, Loader):
-    """Find the modules of :data:`MOVED` at their new place."""
+    """Importer of the modules of :data:`MOVED` from their new paths."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -34,12 +34,12 @@ class _MovedModules(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Undo what the import machinery notes down in a module: it is the one of the new path."""
+        """Restore the spec of the new path, which the import machinery has overwritten."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 
 
 def install() -> None:
-    """Let the old paths be imported, once per process."""
+    """Make the old paths importable, once per process."""
     if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(_MovedModules())

@@ -41,8 +41,8 @@ def create_encoder(
         backbone: A name of ``list_backbones()`` or a backbone (see ``from_callable`` for your own model).
         upsampler: A name of ``list_upsamplers()``, also with its factor as "bilinear-2x", or an upsampler built for
             that backbone.
-        factor: Factor in each direction, fractions for methods that allow them; needed where the name has none, refused
-            if it contradicts the name or the object.
+        factor: Factor in each direction, at least 1, fractions for methods that allow them; needed where the name has
+            none, refused if it contradicts the name or the object.
         upsampler_options: Keyword arguments of the upsampler's class; only with a name.
         normalizer: "none", or one of ``featsharp.normalizers.list_normalizers()``, to be fitted before use.
         bias_buffer: Whether to add a bias buffer (zero until trained).
@@ -96,14 +96,14 @@ def load_from_file(
 
     Args:
         path: A checkpoint file, or an upsampler that needs no training with its factor: ``"tile-2x"``,
-            ``"bilinear-1.5x"`` (``"bilinear"`` is 2x), or a function of your own ``"package.module:function-2x"`` (see
-            :func:`featsharp.upsamplers.from_function`), which is imported. Weights that come with the package go by
-            their name, ``"vits14-focus/featsharp-2x"``; ``featsharp.weights.list_weights()`` has them all.
-        featurizer: The backbone. Needed for pseudo-paths and for checkpoints of a backbone that has no name to be built
-            from; otherwise the checkpoint's own is built. One that the checkpoint was not trained for is refused.
+            ``"bilinear-1.5x"`` (``"bilinear"`` is 2x), or your function ``"package.module:function-2x"`` (see
+            :func:`featsharp.upsamplers.from_function`), which is imported. Weights that come with the package have
+            names such as ``"vits14-focus/featsharp-2x"``; ``featsharp.weights.list_weights()`` has them all.
+        featurizer: The backbone. Needed for pseudo-paths and for checkpoints of a backbone that cannot be built by
+            name; otherwise the checkpoint's backbone is built. One that the checkpoint was not trained for is refused.
         max_memory: Limit of the memory that encoding takes, in bytes or as "2GiB"; see ``SharpEncoder.max_memory``.
         allow_functions: Whether a checkpoint may name functions to import ("custom" and "super-resolution" do), or a
-            backbone whose repository runs code ("hub:", "trust=true"). Say yes only to files that you trust.
+            backbone whose repository runs code ("hub:", "trust=true"). Only for files that you trust.
 
     Returns:
         The encoder in eval mode, on the CPU, without gradients; ``encoder.upsampler.requires_grad_()`` turns them on
@@ -111,7 +111,7 @@ def load_from_file(
 
     Raises:
         CheckpointError: When the file is missing, damaged or unsafe, or its tensors do not fit.
-        BackboneMismatchError: When the backbone at hand is not the one the checkpoint was trained for.
+        BackboneMismatchError: When ``featurizer`` is not the backbone that the checkpoint was trained for.
     """
     name, factor = parse_upsampler(str(path), UPSAMPLERS)
     if (name in UPSAMPLERS or (":" in name and factor is not None)) and not Path(path).exists():
@@ -148,7 +148,7 @@ def load_from_file(
 
 
 def _find_file(path: str | PathLike[str]) -> str | PathLike[str]:
-    """The path itself, or that of shipped weights of this name."""
+    """Return the path itself, or that of shipped weights of this name."""
     if Path(path).is_file():
         return path
     shipped = find_weights(str(path))
@@ -163,7 +163,7 @@ def _find_file(path: str | PathLike[str]) -> str | PathLike[str]:
 def _untrained_encoder(
     featurizer: str | Backbone, name: str, factor: float | None, max_memory: int | str | None
 ) -> SharpEncoder:
-    """The encoder of a pseudo-path."""
+    """Build the encoder of a pseudo-path."""
     options = {}
     if ":" in name:
         name, options = "custom", {"function": name}
@@ -179,7 +179,7 @@ def _untrained_encoder(
 
 
 def _refuse_functions(recipe: Mapping[str, Any], path: object) -> None:
-    """Raise CheckpointError where a recipe would have code imported."""
+    """Raise CheckpointError where a recipe would import code."""
     options = getattr(UPSAMPLERS[recipe["upsampler"]].factory, "function_options", ())
     named = [f"{key}={recipe['options'][key]!r}" for key in options if key in recipe["options"]]
     if named:
@@ -196,11 +196,11 @@ def save_checkpoint(
     config: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write everything that rebuilds the encoder except the backbone's weights, of which the hash is kept.
+    """Write a checkpoint that rebuilds the encoder; of the backbone's weights it has only the hash.
 
     Args:
         encoder: Built by :func:`create_encoder` with an upsampler named in the registry.
-        path: Where to; an existing file is replaced atomically.
+        path: An existing file is replaced atomically.
         config: The configuration it was trained with, plain values.
         training: Optimiser and other states for a resumed run.
     """
@@ -217,7 +217,7 @@ def save_weights(encoder: SharpEncoder, path: str | PathLike[str]) -> None:
     """Write a small file for inference: no training state, and the upsampler in half precision.
 
     :func:`load_from_file` reads it like a checkpoint, in float32. Normalizer and bias buffer stay in float32: their
-    error would go straight into the features.
+    rounding would directly change the features.
 
     Args:
         encoder: As for :func:`save_checkpoint`.
@@ -243,7 +243,7 @@ def save_weights(encoder: SharpEncoder, path: str | PathLike[str]) -> None:
 
 
 def _describe(encoder: SharpEncoder) -> dict[str, Any]:
-    """Describe how to rebuild an encoder, as JSON values; CheckpointError where a file cannot say that."""
+    """Describe how to rebuild an encoder, as JSON values; CheckpointError where that is not possible."""
     if encoder.recipe.get("upsampler") is None:
         raise CheckpointError(
             "this encoder was built from an upsampler object, which no file can name; register its class with "
@@ -259,7 +259,7 @@ def _describe(encoder: SharpEncoder) -> dict[str, Any]:
 
 
 def _is_plain(value: object) -> bool:
-    """Tell whether a checkpoint can hold a value: what JSON knows."""
+    """Check that a value consists of JSON types, which a checkpoint can hold."""
     if isinstance(value, list):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
@@ -268,7 +268,7 @@ def _is_plain(value: object) -> bool:
 
 
 def model_state(encoder: SharpEncoder) -> dict[str, torch.Tensor]:
-    """The encoder's own tensors: no backbone, spectral factors folded into plain weights, on the CPU."""
+    """Collect the tensors of an encoder but its backbone's, on the CPU, with spectral factors folded into weights."""
     state = {f"upsampler.{key}": value for key, value in folded_state(encoder.upsampler).items()}
     state |= {f"normalizer.{key}": value for key, value in encoder.normalizer.state_dict().items()}
     if encoder.bias_buffer is not None:
@@ -277,35 +277,35 @@ def model_state(encoder: SharpEncoder) -> dict[str, torch.Tensor]:
 
 
 def content_key(encoder: SharpEncoder) -> str:
-    """Digest of what an encoder computes: its backbone with its weights, its recipe, its own weights.
+    """Hash all that determines an encoder's features: its backbone with weights, its recipe, its other weights.
 
-    Encoders of one key give the same features, but for autocast. Code of the user's is not part of it.
+    Encoders of one key give the same features, except under autocast. Code of the user is not part of it.
 
     Returns:
         SHA-256, 64 hexadecimal digits.
     """
-    known = hashlib.sha256()
+    digest = hashlib.sha256()
     recipe = encoder.recipe | {"upsampler": encoder.recipe.get("upsampler") or repr(encoder.upsampler)}
-    known.update(json.dumps([encoder.backbone.describe(), recipe], sort_keys=True, default=str).encode())
+    digest.update(json.dumps([encoder.backbone.describe(), recipe], sort_keys=True, default=str).encode())
     for name, value in sorted(model_state(encoder).items()):
-        known.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        known.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return known.hexdigest()
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_model_state(encoder: SharpEncoder, state: Mapping[str, torch.Tensor], source: object) -> None:
     """Load :func:`model_state` into an encoder; missing, surplus, misshapen and NaN tensors are errors."""
-    own = {key: value for key, value in encoder.state_dict().items() if not key.startswith("backbone.")}
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    expected = {key: value for key, value in encoder.state_dict().items() if not key.startswith("backbone.")}
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in sorted(own.keys() & state.keys())
-        if own[key].shape != state[key].shape
+        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in sorted(expected.keys() & state.keys())
+        if expected[key].shape != state[key].shape
     ]
     types = [
-        f"{key} {state[key].dtype} instead of {own[key].dtype}"
-        for key in sorted(own.keys() & state.keys())
-        if own[key].is_floating_point() != state[key].is_floating_point()
+        f"{key} {state[key].dtype} instead of {expected[key].dtype}"
+        for key in sorted(expected.keys() & state.keys())
+        if expected[key].is_floating_point() != state[key].is_floating_point()
     ]
     diverged = [key for key, value in sorted(state.items()) if not value.isfinite().all()]
     for problem, keys in (
@@ -323,7 +323,7 @@ def load_model_state(encoder: SharpEncoder, state: Mapping[str, torch.Tensor], s
 
 
 def _backbone_for(saved: Mapping[str, Any], featurizer: str | Backbone | None, path: object) -> Backbone:
-    """The checkpoint's backbone, built or given, after a check that it is the same."""
+    """Build the checkpoint's backbone, or take the given one, and check that it is the same."""
     try:
         backbone = create_backbone(saved["name"] if featurizer is None else featurizer)
     except ConfigError as error:
@@ -340,7 +340,7 @@ def _backbone_for(saved: Mapping[str, Any], featurizer: str | Backbone | None, p
 def check_backbone(backbone: Backbone, saved: Mapping[str, Any], path: object) -> None:
     """Raise BackboneMismatchError unless ``backbone`` is the one that the checkpoint at ``path`` describes."""
     present = backbone.describe()
-    # A label differs between two wrappers of one model; what the model is made of does not.
+    # The name is not compared: two wrappers of one model may have different ones.
     different = [
         f"{key} {_short(present[key])} instead of {_short(saved[key])}"
         for key in ("patch_size", "embed_dim", "input_size", "mean", "std", "features", "weights_sha256")
@@ -354,5 +354,5 @@ def check_backbone(backbone: Backbone, saved: Mapping[str, Any], path: object) -
 
 
 def _short(value: object) -> str:
-    """A hash by its first digits, anything else whole."""
+    """Shorten a hash to its first digits."""
     return value[:12] if isinstance(value, str) else str(value)

@@ -1,12 +1,12 @@
 """Checkpoint files: tensors and plain values only, written atomically, read without running code.
 
-A file is one dictionary that begins with ``format`` and ``version``; a :class:`FileKind` says what else is in it. That
-of a sharp encoder, the default, has ``encoder`` (how to rebuild the sharp encoder, and which backbone
-it belongs to); ``model`` (its tensors, without the backbone's); ``config`` (the composed training configuration, or
-None); ``training`` (everything a resumed run needs, or None).
+A file is one dictionary that begins with ``format`` and ``version``; a :class:`FileKind` lists its other keys. Those of
+a sharp encoder, the default, are ``encoder`` (how to rebuild the sharp encoder, and which backbone it belongs to);
+``model`` (its tensors, without the backbone's); ``config`` (the composed training configuration, or None); ``training``
+(everything a resumed run needs, or None).
 
-An encoder that is only to be used also fits into a safetensors file (``builder.save_weights``): the tensors of
-``model``, the large ones in half precision, and ``encoder`` as JSON in the header. Both kinds are read here.
+For inference there are smaller safetensors files (``builder.save_weights``): the tensors of ``model``, those of the
+upsampler in half precision, and ``encoder`` as JSON in the header. Both kinds are read here.
 """
 
 import contextlib
@@ -44,12 +44,12 @@ ENCODER_FILE = FileKind(
 
 
 def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any], kind: FileKind = ENCODER_FILE) -> None:
-    """Write a checkpoint so that a crash or a full disk never costs the file that was there before.
+    """Write a checkpoint; a crash or a full disk leaves an earlier file at ``path`` intact.
 
-    What was written is read again and compared before it takes the place of the earlier file.
+    The new file is read back and compared before it replaces the earlier one.
 
     Raises:
-        CheckpointError: When the file cannot be written, or reads otherwise; whatever was at ``path`` is still intact.
+        CheckpointError: When the file cannot be written, or differs when read back.
     """
     path = Path(path)
     try:
@@ -97,7 +97,7 @@ def read_checkpoint(path: str | os.PathLike[str], kind: FileKind = ENCODER_FILE)
 
 
 def _read_weights(path: Path) -> dict[str, Any]:
-    """A safetensors file as the dictionary of a checkpoint, in float32."""
+    """Read a safetensors file as the dictionary of a checkpoint, in float32."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -114,7 +114,7 @@ def _read_weights(path: Path) -> dict[str, Any]:
 
 
 def _check_kind(path: Path, content: object, kind: FileKind) -> None:
-    """Raise CheckpointError unless a file holds what its kind has, in a version that this package reads."""
+    """Raise CheckpointError unless a file has the keys of its kind, in a version that this package reads."""
     if not isinstance(content, dict) or content.get("format") != kind.format:
         raise CheckpointError(f"{path} is not {kind.noun}; `{kind.writer}` writes them")
     version = content.get("version")
@@ -127,7 +127,7 @@ def _check_kind(path: Path, content: object, kind: FileKind) -> None:
 
 @contextlib.contextmanager
 def restoring(path: object) -> Iterator[None]:
-    """Within this context, content that is not what it should be is a CheckpointError that names the file."""
+    """Turn errors from unexpected content into a CheckpointError that names the file."""
     try:
         yield
     except FeatSharpError:
@@ -140,7 +140,7 @@ def restoring(path: object) -> Iterator[None]:
 
 
 class _HashingFile:
-    """A file to write to that knows the digest of what it was given."""
+    """A writable file that hashes the bytes written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._sha256 = file, hashlib.sha256()
@@ -157,16 +157,16 @@ class _HashingFile:
 
 
 def _digest(path: Path) -> bytes:
-    """SHA-256 of a file as it is on the disk, as far as the system lets one ask for that."""
+    """SHA-256 of a file as it is on the disk, where the system supports that."""
     with open(path, "rb") as file:
         if hasattr(os, "posix_fadvise"):
-            # Otherwise it is read from the memory that it was written from.
+            # Otherwise it is read from the page cache.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").digest()
 
 
 def _check_sums(path: Path) -> None:
-    """Raise BadZipFile where the bytes of a member are not those that were written; torch does not look."""
+    """Raise BadZipFile where the checksum of a member is wrong, which torch does not check."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

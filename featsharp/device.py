@@ -6,14 +6,14 @@ from featsharp.errors import ConfigError
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that a user named: "auto" is CUDA where there is one.
+    """Return a device by name.
 
     Args:
-        name: "auto" or what ``torch.device`` takes.
-        local_rank: Which CUDA device "auto" and "cuda" take.
+        name: A name that ``torch.device`` takes, or "auto" for CUDA where it is available, else the CPU.
+        local_rank: Index of the CUDA device for "auto" and "cuda".
 
     Raises:
-        ConfigError: When there is no such device here.
+        ConfigError: When the device is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,7 +29,7 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type of matrix products; "auto" is bfloat16 where the hardware multiplies it natively."""
+    """Return the autocast type of matrix products; "auto" is bfloat16 where the hardware multiplies it natively."""
     names = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name in names:
         return names[name]

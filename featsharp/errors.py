@@ -30,11 +30,11 @@ class CheckpointError(FeatSharpError, ValueError):
 
 
 class BackboneMismatchError(CheckpointError):
-    """A checkpoint trained for another backbone than the one at hand."""
+    """A checkpoint trained for another backbone than the given one."""
 
 
 class DistributedError(FeatSharpError, RuntimeError):
-    """The processes of a run have lost each other; the process that failed first says why."""
+    """Loss of contact between the processes of a run; the process that failed first gives the reason."""
 
 
 class MissingDependencyError(FeatSharpError, ImportError):
@@ -42,7 +42,7 @@ class MissingDependencyError(FeatSharpError, ImportError):
 
 
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> ConfigError:
-    """The error for a name that does not exist: the nearest matches first, then all that do."""
+    """Make the error for a name that does not exist, with the nearest matches and all allowed names."""
     allowed = sorted(allowed)
     nearest = difflib.get_close_matches(given, allowed, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(repr(name) for name in nearest)}?" if nearest else "."

@@ -1,4 +1,4 @@
-"""Writing of files that are replaced whole or not at all: the one place where the package does that."""
+"""Atomic writing of files: they are replaced completely or not at all."""
 
 import contextlib
 import os
@@ -12,14 +12,14 @@ from featsharp.errors import FeatSharpError
 
 @contextlib.contextmanager
 def replacing(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
-    """Open a file to write to, which takes the place of ``path`` at the end of the block.
+    """Open a temporary file to write to, which replaces ``path`` at the end of the block.
 
-    Where the block, or anything else, fails, what was at ``path`` is still there, and nothing beside it. A process that
-    is killed leaves a hidden ``.NAME.PID.tmp``. The folder is made.
+    After an error ``path`` is unchanged and the temporary file is deleted. A process that is killed leaves a hidden
+    ``.NAME.PID.tmp``. The folder is created.
 
     Args:
         path: Of the file at the end; it has another name, ``file.name``, until then.
-        sync: Wait until the disk has it: a full one may show only then.
+        sync: Whether to flush the file to the disk first, as a full disk may show only then.
 
     Raises:
         OSError: When it cannot be written.
@@ -34,12 +34,12 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):  # renamed, or never made
+        with contextlib.suppress(OSError):  # renamed, or never created
             temporary.unlink()
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file, making its folder, so that a full disk costs neither what was there before nor leaves half a file.
+    """Write a file atomically, see :func:`replacing`.
 
     Raises:
         FeatSharpError: When it cannot be written. It is no DataError: unlike a bad image, the next one will fail too.
@@ -54,10 +54,11 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(folder: Path, older_than: float = 0) -> None:
-    """Delete the unfinished files of writers that were killed in ``folder``.
+    """Delete the unfinished files of writers that were killed.
 
     Args:
-        older_than: In seconds. Where others may be writing just now, more than any file takes.
+        folder: Of the files that were being written.
+        older_than: Least age in seconds; where others may be writing now, longer than any file takes.
     """
     latest = time.time() - older_than
     for path in folder.glob(".*.tmp"):

@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
-# Operator -> bytes that it takes while it runs beside its results, from its arguments. Only for operators that hide
-# what they do from PeakMeter; the memory that PyTorch's own operators take for themselves is not counted.
+# Operator -> function of its arguments to the bytes that it takes beside its results. Only for opaque operators; the
+# temporary memory inside PyTorch's operators is not counted.
 _SCRATCH: dict[Any, Callable[..., int]] = {}
 
 
 def parse_memory(amount: int | str) -> int:
-    """Bytes from a number of bytes or a text such as "2GiB", "1.5 GB" or "800MiB".
+    """Parse an amount of memory, bytes or text such as "2GiB", "1.5 GB" or "800MiB", to bytes.
 
     Raises:
-        ConfigError: For anything else, or nothing at all.
+        ConfigError: For anything else, or less than one byte.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(amount))
     units = {unit.lower(): size for unit, size in _UNITS.items()}
@@ -47,20 +47,20 @@ def parse_memory(amount: int | str) -> int:
 
 
 def format_memory(size: int) -> str:
-    """Bytes as text that :func:`parse_memory` reads, rounded up to whole MiB."""
+    """Format bytes as text that :func:`parse_memory` reads, rounded up to whole MiB."""
     return f"{-(-size // 2**20)}MiB"
 
 
 def register_scratch(op: Any, size: Callable[..., int]) -> None:
-    """Say how many bytes the operator ``op`` takes while it runs, as a function of its arguments."""
+    """Register the function from arguments of the operator ``op`` to the bytes of temporary memory that it takes."""
     _SCRATCH[op] = size
 
 
 class PeakMeter(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is active and are still alive.
+    """Counter of the bytes of all tensors that were created while it was active and are still alive.
 
     Args:
-        fake: Whether to count fake tensors instead of real ones, which a prediction mixes.
+        fake: Whether to count fake tensors instead of real ones; a prediction has both.
 
     Attributes:
         live: Bytes alive now.
@@ -71,54 +71,54 @@ class PeakMeter(TorchDispatchMode):
         super().__init__()
         self._fake = fake
         self.live = self.peak = 0
-        # Of every storage seen that is alive: its bytes, 0 where it was there before.
+        # Bytes of every live storage, 0 for those that existed before.
         self._sizes: dict[int, int] = {}
-        self._watched: list[weakref.finalize[..., Any]] = []
+        self._finalizers: list[weakref.finalize[..., Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         for x in inputs:
-            self._see(x, new=False)
+            self._track(x, new=False)
         out = func(*args, **kwargs)
         scratch = 0
         if func in _SCRATCH and any(isinstance(x, FakeTensor) for x in inputs) == self._fake:
             scratch = _SCRATCH[func](*args, **kwargs)
-        # A view of a weight is not new, also where another mode gave it a storage of its own.
+        # A view of a weight is not new, even where another mode gave it a separate storage.
         new = not (func.is_view and self._sizes[_id(inputs[0])] == 0)
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
-                self._see(x, new)
+                self._track(x, new)
         self.peak = max(self.peak, self.live + scratch)
         return out
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        # What was there before outlives the meter, and would hold it; results count as long as they live.
-        for watch in self._watched:
-            watched = watch.peek()
-            if watched is not None and self._sizes[watched[2][0]] == 0:
-                watch.detach()
-        self._watched.clear()
+        # Storages that existed before would keep the meter alive; results count as long as they live.
+        for finalizer in self._finalizers:
+            alive = finalizer.peek()
+            if alive is not None and self._sizes[alive[2][0]] == 0:
+                finalizer.detach()
+        self._finalizers.clear()
 
-    def _see(self, x: Tensor, new: bool) -> None:
+    def _track(self, x: Tensor, new: bool) -> None:
         storage, id_ = x.untyped_storage(), _id(x)
         if id_ not in self._sizes:
             counts = new and isinstance(x, FakeTensor) == self._fake
             self._sizes[id_] = storage.nbytes() if counts else 0
             self.live += self._sizes[id_]
-            self._watched.append(weakref.finalize(storage, self._forget, id_))
+            self._finalizers.append(weakref.finalize(storage, self._forget, id_))
 
     def _forget(self, id_: int) -> None:
         self.live -= self._sizes.pop(id_)
 
 
 def predict(function: Callable[..., Any], *arguments: Any) -> tuple[int, Any]:
-    """Bytes that ``function(*arguments)`` would take beside its arguments, its result included; nothing is computed.
+    """Predict the bytes that ``function(*arguments)`` takes beside its arguments, its result included.
 
     Args:
-        function: Anything that PyTorch can run on fake tensors: shapes must not depend on values, and tensors that it
-            keeps must not change (a module in eval mode).
+        function: Run on fake tensors: shapes must not depend on values, and tensors that it keeps must not change (a
+            module in eval mode).
         arguments: Tensors, also those in containers, are replaced by fake ones of the same shape.
 
     Returns:
@@ -144,7 +144,7 @@ def _id(x: Tensor) -> int:
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 
-# The allocator's settings are those of the process: the last context that ends restores them.
+# The allocator's settings belong to the process: the last context that ends restores them.
 _lock = threading.Lock()
 _keeping = False
 _returning = 0
@@ -154,11 +154,11 @@ def keep_freed_memory() -> bool:
     """Make the C allocator reuse large blocks instead of returning them to the system at once.
 
     Every large tensor otherwise costs fresh pages from the kernel, which on virtual machines takes longer than the
-    arithmetic on them (local attention of a 32 x 32 x 768 map ran ten times faster on ours). Costs: the process keeps
-    its peak memory until it ends.
+    arithmetic on them (local attention of a 32 x 32 x 768 map ran ten times faster on ours). The process then keeps its
+    peak memory until it ends.
 
     Returns:
-        Whether the allocator took the settings; False outside of Linux with glibc.
+        Whether the allocator accepted the settings; False outside of Linux with glibc.
     """
     global _keeping
     _keeping = _set_allocator({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 2**26})
@@ -168,30 +168,30 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def return_freed_memory() -> Iterator[bool]:
-    """Within this context freed tensors of 1 MiB and more leave the process at once, and what was free before has left.
+    """Return free memory, and within this context freed tensors of 1 MiB and more, to the system at once.
 
-    By default the allocator keeps blocks of up to 32 MiB for later, in pieces that fit badly: half as much memory again
-    as the tensors need. Costs: about a sixth more time.
+    By default the allocator keeps blocks of up to 32 MiB, whose fragmentation takes half as much memory again as the
+    tensors need. This takes about a sixth more time.
 
     Yields:
-        Whether the allocator took the settings.
+        Whether the allocator accepted the settings.
     """
     global _returning
     with _lock:
         _returning += 1
-        taken = _set_allocator(
+        accepted = _set_allocator(
             {_M_MMAP_MAX: 2**16, _M_MMAP_THRESHOLD: 2**20, _M_TRIM_THRESHOLD: 2**20, _M_TOP_PAD: 2**17}
         )
         trim_memory()
     try:
-        yield taken
+        yield accepted
     finally:
         with _lock:
             _returning -= 1
             if _returning == 0 and _keeping:
                 keep_freed_memory()
             elif _returning == 0:
-                # Where the allocator's own adjustment ends up, which cannot be turned on again.
+                # The values that the allocator's dynamic adjustment, which cannot be turned on again, converges to.
                 _set_allocator({_M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: 2**26})
 
 

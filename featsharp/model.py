@@ -32,7 +32,7 @@ __all__ = ["InputConditioner", "SharpEncoder", "UpsampleFeatures"]
 
 
 class SharpEncoder(nn.Module):
-    """A frozen backbone whose features come out sharp.
+    """A frozen backbone with an upsampler of its features.
 
     Args:
         backbone: The frozen encoder.
@@ -42,9 +42,9 @@ class SharpEncoder(nn.Module):
         max_memory: See :attr:`max_memory`.
 
     Types:
-        Images of any floating-point type are taken. Every part computes in the type of its weights, so
+        Images may have any floating-point type. Every part computes in the type of its weights, so
         ``encoder.to(torch.bfloat16)`` or ``encoder.backbone.to(torch.bfloat16)`` is all it needs; a ``torch.autocast``
-        around the call reaches backbone and upsampler alike. ``low_res``, ``high_res`` and ``summary`` come in one
+        around the call applies to backbone and upsampler alike. ``low_res``, ``high_res`` and ``summary`` have one
         type, that of the encoder's weights (:attr:`dtype`), under autocast too.
     """
 
@@ -77,9 +77,9 @@ class SharpEncoder(nn.Module):
         self.bias_buffer = bias_buffer
         self.upsampler = upsampler
         self.input_conditioner = InputConditioner(backbone.mean, backbone.std)
-        # Moves with the module, so that the encoder knows its device even where nothing has parameters.
+        # Has the device of the module even where nothing has parameters.
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
-        # How a checkpoint rebuilds this encoder; builder.create_encoder fills it in.
+        # Arguments by which a checkpoint rebuilds this encoder; builder.create_encoder fills them in.
         self.recipe: dict[str, Any] = {}
 
     @property
@@ -87,8 +87,8 @@ class SharpEncoder(nn.Module):
         """Bytes that encoding may take beside weights, inputs and results; None for no limit.
 
         Set it to bytes or to text like "2GiB". Tiles and cells are then processed in chunks that fit, images one by
-        one, without gradients, in eval mode; the features are the same up to rounding. Raises ConfigError for what is
-        no amount; an amount that is too little shows when an image is encoded. Held against the system on Linux CPUs.
+        one, without gradients, in eval mode; the features are the same up to rounding. Raises ConfigError for text
+        that is no amount; a limit that is too low is an InputError when an image is encoded. Tested on Linux CPUs.
         """
         return self._max_memory
 
@@ -103,7 +103,7 @@ class SharpEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the features: of the upsampler's weights or, without any, that to which the encoder was cast."""
+        """Type of the features: of the upsampler's weights or, without any, the one to which the encoder was cast."""
         return weight_dtype(self.upsampler) or self._anchor.dtype
 
     @property
@@ -156,30 +156,30 @@ class SharpEncoder(nn.Module):
         output_size: tuple[int, int] | None = None,
         allocate: Allocate | None = None,
     ) -> UpsampleFeatures:
-        """Sharp features of whitened images.
+        """Compute sharp features of whitened images.
 
         Args:
             images: [B, 3, H, W], whitened, floating point, any size from one patch upwards. They are resized to
-                ``low_res_size`` for the low-resolution pass, and upsamplers that look at tiles or larger images resize
-                them to ``upsampler.input_upsample_factor`` times that: more pixels than this add no detail.
-            denormalize: True returns features in the backbone's own space, False in normalised space (PHI-S: every
+                ``low_res_size`` for the low-resolution pass, and by upsamplers that encode tiles or larger images to
+                ``upsampler.input_upsample_factor`` times that: more pixels than this add no detail.
+            denormalize: Whether to return features in the backbone's space instead of normalised space (PHI-S: every
                 channel has mean 0 and variance about 1).
             return_summary: Whether to return the backbone's summary (CLS or pooled token of the low-resolution pass,
                 unchanged: upsampling does not improve it).
             low_res_size: (h, w) in pixels of the low-resolution pass. Default: the image size divided by
-                ``upsampler.input_upsample_factor``, to whole patches, or the one size of a fixed-size backbone.
+                ``upsampler.input_upsample_factor``, rounded to whole patches, or the size of a fixed-size backbone.
             output_size: (H, W) of ``high_res`` in cells, where the upsampler takes any size; None: by the factor.
-            allocate: Called with ``low_res`` and the shape and dtype of ``high_res``, returns the tensor to write that
-                to: see ``featsharp.extraction.MappedFeatures`` for one in a file. Only with :attr:`max_memory`.
+            allocate: Called with ``low_res`` and the shape and dtype of ``high_res``, returns the tensor for the
+                latter: see ``featsharp.extraction.MappedFeatures`` for one in a file. Only with :attr:`max_memory`.
 
         Returns:
             ``low_res`` [B, C, h, w], ``high_res`` [B, C, factor * h, factor * w] or of ``output_size`` (S2 has several
             maps of C channels on top of each other), ``summary`` [B, C_s] or None, all of type :attr:`dtype`.
 
         Raises:
-            InputError: For images that are no [B, 3, H, W] batch or too small, a summary that the backbone lacks, or an
-                output size that the upsampler cannot make.
-            InputError: When ``max_memory`` is too little for these images; it names the least that works.
+            InputError: For images that are no [B, 3, H, W] batch or too small, a summary that the backbone lacks, an
+                output size that the upsampler cannot make, or a ``max_memory`` that is too low for these images (the
+                message gives the least that works).
         """
         self._check(images, return_summary)
         images = images.to(self.dtype)
@@ -215,7 +215,7 @@ class SharpEncoder(nn.Module):
             raise InputError(f"backbone {self.backbone.name!r} has no summary; call without return_summary")
 
     def _finish(self, features: Tensor, denormalize: bool) -> Tensor:
-        """Maps of the upsampler [B, n C, H, W] in the type and the space that the caller gets."""
+        """Cast maps of the upsampler [B, n C, H, W] to :attr:`dtype`, and denormalise them where requested."""
         features = features.to(self.dtype)
         if not denormalize:
             return features
@@ -226,24 +226,24 @@ class SharpEncoder(nn.Module):
         """Compile backbone, normalizer and upsampler in place with ``torch.compile``, for images of any size.
 
         The first images of some sizes take long; torch compiles one function for at most eight encoders of a process
-        (``torch._dynamo.config.recompile_limit``). What runs under :attr:`max_memory` is not compiled.
+        (``torch._dynamo.config.recompile_limit``). Under :attr:`max_memory` the compiled code is not used.
 
         Args:
-            options: Of ``torch.compile``. Default ``dynamic=True``: one graph serves many sizes; False makes a faster
+            options: Of ``torch.compile``. Default ``dynamic=True``: one graph for many sizes; False makes a faster
                 one for every size. ``backend="inductor"``, the default, needs a C++ compiler on CPUs.
         """
-        # The upsampler's graph holds all the rest, which it calls as `encode`.
+        # The upsampler's graph includes backbone and normalizer, which it calls as `encode`.
         self.upsampler.compile(**({"dynamic": True} | options))
 
     def __repr__(self) -> str:
-        """A line for each part: the modules inside of them would fill pages."""
+        """Show a line for each part, without the modules inside."""
         lines = [
             f"  ({name}): {type(module).__name__}({module.extra_repr()})" for name, module in self.named_children()
         ]
         return "\n".join([f"{type(self).__name__}(", *lines, ")"])
 
     def low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """(h, w) in pixels of the low-resolution pass for an image of ``image_size``."""
+        """Compute (h, w) in pixels of the low-resolution pass for an image of ``image_size``."""
         return self._scaled_size(image_size, 1 / self.upsampler.input_upsample_factor)
 
     @overload
@@ -280,21 +280,23 @@ class SharpEncoder(nn.Module):
         return_summary: bool = False,
         allocate: Allocate | None = None,
     ) -> UpsampleFeatures | list[UpsampleFeatures]:
-        """Sharp features of one picture or of several, lined up with their pixels.
+        """Compute sharp features of one or several pictures, aligned with their pixels.
 
-        A picture of any size is whitened, and brought to one grid: it is scaled (never cropped or padded) so that the
-        low-resolution pass has about as many tokens as at the backbone's native size, with the picture's aspect ratio;
-        ``high_res`` has ``factor`` times as many in each direction. For more, give ``size=``: twice the height and
-        width make four times the tokens. Cell (y, x) of an (h, w) map is centred at pixel
-        ``((y + 0.5) * H / h, (x + 0.5) * W / w)`` of the H x W picture.
+        A picture of any size is whitened and scaled (never cropped or padded) so that the low-resolution pass has about
+        as many tokens as at the backbone's native size, with the picture's aspect ratio; ``high_res`` has ``factor``
+        times as many cells in each direction. For more, give ``size=``: twice the height and width make four times the
+        tokens. Cell (y, x) of an (h, w) map is centred at pixel ``((y + 0.5) * H / h, (x + 0.5) * W / w)`` of the
+        H x W picture.
 
         Args:
-            image: A file, or a PIL image; or a list of these, of any sizes: those that are scaled to one size go
-                through the backbone as one batch, so give as many at once as memory holds.
-            size: (h, w) in pixels to scale the picture to instead, at least one patch per side; the picture's own size
-                keeps every detail.
+            image: A file, or a PIL image; or a list of these, of any sizes: those that are scaled to one size are one
+                batch for the backbone, so give as many at once as memory holds.
+            size: (h, w) in pixels to scale the picture to instead, at least one patch per side; the size of the
+                picture keeps every detail.
+            output_size: As for :meth:`forward`.
             denormalize: As for :meth:`forward`; None: True wherever the normalizer has an inverse.
-            output_size, return_summary, allocate: As for :meth:`forward`; ``allocate`` only for one picture.
+            return_summary: As for :meth:`forward`.
+            allocate: As for :meth:`forward`; only for one picture.
 
         Returns:
             As :meth:`forward`, with B = 1, on the device of the encoder (``high_res`` where ``allocate`` puts it); a
@@ -318,9 +320,9 @@ class SharpEncoder(nn.Module):
                     low_res_size=low_res_size,
                     output_size=output_size,
                 )
-                for place, index in enumerate(group):
-                    # Copies: a picture should not hold the memory of all.
-                    one = (None if x is None else x[place : place + 1].clone() for x in out)
+                for row, index in enumerate(group):
+                    # Views would keep the memory of the whole batch.
+                    one = (None if x is None else x[row : row + 1].clone() for x in out)
                     results[index] = UpsampleFeatures(*one)  # type: ignore[arg-type]
             return [results[index] for index in range(len(prepared))]
         pixels, low_res_size = self._prepare_picture(image, size)
@@ -345,21 +347,21 @@ class SharpEncoder(nn.Module):
         return self.input_conditioner(resize(pixels, size)).to(self._anchor), low_res_size
 
     def _image_size(self, low_res_size: tuple[int, int]) -> tuple[int, int]:
-        """(h, w) in pixels that the upsampler makes best use of beside a low-resolution pass of that size."""
+        """Compute the (h, w) of the image in pixels from which the upsampler needs no more detail."""
         k = self.upsampler.input_upsample_factor
         if k == int(k):
             return low_res_size[0] * int(k), low_res_size[1] * int(k)
-        # Tiles cover whole tokens; the grid of the result says how many.
+        # Tiles cover whole tokens, as many as the result has cells.
         p = self.backbone.patch_size
         return p * scale_length(low_res_size[0] // p, k), p * scale_length(low_res_size[1] // p, k)
 
     def native_low_res_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """(h, w) in pixels with the aspect ratio of an image and about the area of the backbone's native size."""
+        """Compute (h, w) in pixels with the aspect ratio of an image and about the area of the native size."""
         native_h, native_w = self.backbone.input_size
         return self._scaled_size(image_size, (native_h * native_w / (image_size[0] * image_size[1])) ** 0.5)
 
     def _scaled_size(self, image_size: tuple[int, int], scale: float) -> tuple[int, int]:
-        """The size that the backbone takes nearest to ``scale`` times the image's, at least one patch per side."""
+        """Compute the backbone's input size nearest to ``scale`` times the image's, at least one patch per side."""
         self.backbone.fit_size(*image_size)  # refuses an image that is itself smaller than one patch
         height, width = (max(self.backbone.patch_size, side * scale) for side in image_size)
         return self.backbone.fit_size(height, width)

@@ -1,4 +1,4 @@
-"""Names in text, as command lines, configurations and checkpoints write them: the one place that takes them apart.
+"""Parsing of names, as command lines, configurations and checkpoints write them.
 
 =========  ==============================  =============================================================
 backbone   ``MODEL?key=value&key=value``   ``dinov2-l``, ``timm:vit_base_patch16_224.dino?layer=-2``
@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl
 from featsharp.errors import ConfigError
 
 _UPSAMPLER = re.compile(r"(?P<name>[\w.:-]*\w)-(?P<factor>-?\d+(\.\d+)?)x")
-# Signs that paths may have and that mean something among the options of a backbone.
+# Characters of paths that have a meaning among the options of a backbone.
 _ESCAPES = str.maketrans({"%": "%25", "&": "%26", "+": "%2B"})
 
 
@@ -36,11 +36,11 @@ class BackboneName:
 
     @property
     def prefix(self) -> str:
-        """The part of the model before its first colon, "" without one."""
+        """Text before the model's first colon, "" without one."""
         return self.model.partition(":")[0] if ":" in self.model else ""
 
     def with_options(self, **options: Any) -> "BackboneName":
-        """This name with further options; None leaves one out.
+        """Add options to the name; those that are None are left out.
 
         Sequences are written with commas, a ``torch.dtype`` by its name, True and False in lower case.
 
@@ -54,13 +54,13 @@ class BackboneName:
         return BackboneName(self.model, {**self.options, **texts})
 
     def __str__(self) -> str:
-        """The name as it is stored, with ``& + %`` in values as ``%26 %2B %25``."""
+        """Format the name as it is stored, with ``& + %`` in values as ``%26 %2B %25``."""
         query = "&".join(f"{key}={value.translate(_ESCAPES)}" for key, value in self.options.items())
         return f"{self.model}?{query}" if query else self.model
 
 
 def parse_backbone(text: str) -> BackboneName:
-    """Take ``MODEL?key=value&key=value`` apart.
+    """Parse ``MODEL?key=value&key=value``.
 
     Raises:
         ConfigError: For a repeated key, or options that are not ``key=value``.
@@ -77,10 +77,10 @@ def parse_backbone(text: str) -> BackboneName:
 
 
 def parse_upsampler(text: str, known: Container[str] = ()) -> tuple[str, float | None]:
-    """Take ``NAME[-FACTORx]`` apart into the name and the factor, None without one.
+    """Parse ``NAME[-FACTORx]`` into the name and the factor, None without one.
 
     Args:
-        text: What the user wrote.
+        text: The name as the user wrote it.
         known: Names that stay whole, although they end like a factor.
 
     >>> parse_upsampler("tile-1.5x"), parse_upsampler("bilinear")
@@ -91,7 +91,7 @@ def parse_upsampler(text: str, known: Container[str] = ()) -> tuple[str, float |
 
 
 def resolve_upsampler(text: str, factor: float | None, known: Container[str] = ()) -> tuple[str, float]:
-    """The name and the factor of an upsampler, of which the text or the argument gives the factor.
+    """Resolve the name and the factor of an upsampler; the text or the argument gives the factor.
 
     Raises:
         ConfigError: For no factor, or two different ones.
@@ -106,7 +106,7 @@ def resolve_upsampler(text: str, factor: float | None, known: Container[str] = (
 
 
 def split_label(text: str) -> tuple[str, str]:
-    """``LABEL=NAME`` to both; the label is "" where there is none, because the "=" belongs to a path or is missing."""
+    """Split ``LABEL=NAME``; the label is "" without "=", or where that belongs to a path."""
     label, separator, name = text.partition("=")
     if not separator or "/" in label or Path(text).is_file():
         return "", text

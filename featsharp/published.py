@@ -1,7 +1,7 @@
 """Weights that the authors of FeatUp, LiFT, JAFAR and AnyUp have published, as sharp encoders of this package.
 
-Nothing is downloaded: get the file from the authors, under their licence. Its tensors are given our names and have to
-fit exactly; what only training used, and projections that never reach the output, are known by name and left out.
+Nothing is downloaded: get the file from the authors, under their licence. Its tensors are renamed and have to fit
+exactly; those that only training used, and projections that never reach the output, are known by name and left out.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from featsharp.builder import create_encoder, load_model_state, model_state
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, unknown_name
 from featsharp.model import SharpEncoder
 
-# Under which key a file may keep its tensors, if not at the top.
+# Keys under which a file may have its tensors, if not at the top.
 CONTAINERS = ("state_dict", "jafar")
 FEATUP_LEVELS = 4
 ATTENTION = "cross_decode.cross_attn."
@@ -51,10 +51,9 @@ def load_published(
     "anyup"   for any backbone                                   any; default: the patch size, a feature per pixel
     ========= ================================================== =================================================
 
-    A file with norm ("featup") brings its LayerNorm along: the features of the encoder are then normalised, and have
-    no way back to the space of the backbone. A file does not say which backbone it is for beyond the number of
-    channels: give the same model, facet and whitening as its authors did. The image that guides is whitened as the
-    backbone has it.
+    A file with norm ("featup") has a LayerNorm: the features of the encoder are then normalised and cannot be
+    denormalised. A file does not identify its backbone beyond the number of channels: give the same model, facet and
+    whitening as its authors did. The guidance image is whitened as for the backbone.
 
     Args:
         kind: "featup", "lift", "jafar" or "anyup".
@@ -62,11 +61,11 @@ def load_published(
         backbone: A name of ``list_backbones()`` or a backbone.
         factor: In each direction; see the table.
         final_fixup: Only for "featup": whether the convolution after the last level is used. It was trained after the
-            fourth level, so by default it is at factor 16 only.
+            fourth level, so the default is True at factor 16 only.
         max_memory: Limit of the memory that encoding takes; see ``SharpEncoder.max_memory``.
 
     Returns:
-        The encoder in eval mode, on the CPU, without gradients; ``save_checkpoint`` writes it as one of this package.
+        The encoder in eval mode, on the CPU, without gradients; ``save_checkpoint`` converts it to a checkpoint.
 
     Raises:
         CheckpointError: When the file cannot be read safely, or a tensor is missing, unknown or of another shape.
@@ -104,12 +103,12 @@ def load_published(
 
 @dataclass(frozen=True)
 class _Weights:
-    """A file in our terms."""
+    """Contents of a file, and how they map to an encoder of this package."""
 
     tensors: dict[str, Tensor]  # by published name
-    names: dict[str, str]  # beginnings of our names -> of published ones
+    names: dict[str, str]  # prefixes of our names -> of published ones
     factor: float
-    channels: int | None  # that the file says it is for
+    channels: int | None  # of the features, None for any
     options: dict[str, Any] = field(default_factory=dict)
     normalizer: str = "none"
     unused: str = r"$^"  # a pattern of published names that are known and left out
@@ -161,7 +160,7 @@ def _lift(tensors: dict[str, Tensor], factor: float, backbone: Backbone, _: bool
         "upsampler.doubling.fuse": "up1.conv_1.double_conv",
         "upsampler.doubling.project": "outc",
     }
-    # One patch of the backbone for a cell, as in the published network.
+    # One patch of the backbone per cell, as in the published network.
     options = {"image_scale": backbone.patch_size}
     return _Weights(tensors, names, factor, _length(tensors, "outc.bias", 0), options)
 
@@ -219,14 +218,14 @@ def _cross_attention_names() -> dict[str, str]:
 
 
 def _dead_projections() -> str:
-    """Projections of values and of the output, which the averaged attention weights go past."""
+    """Pattern of projections of values and of the output, which averaged attention weights do not use."""
     return (
         re.escape(ATTENTION) + r"(norm_v\.weight|attention\.(v_proj_weight|in_proj_bias\[v\]|out_proj\.(weight|bias)))$"
     )
 
 
 def _with_our_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Projections packed into one tensor apart, and the layers of residual blocks counted as ours are."""
+    """Split packed projections, and number the layers of residual blocks as ours are."""
     renamed: dict[str, Tensor] = {}
     for key, value in tensors.items():
         packed = re.fullmatch(rf"({re.escape(ATTENTION)}attention\.)in_proj_(weight|bias)", key)
@@ -242,19 +241,19 @@ def _with_our_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     layout = {}
     for (block, leaf, ndim), keys in blocks.items():
         # Normalisation, activation, convolution; and once more.
-        places = (2, 5) if ndim == 4 else (0, 3)
-        for place, key in zip(places, sorted(keys, key=_natural_order), strict=False):
-            layout[key] = f"{block}.layers.{place}.{leaf}"
+        indices = (2, 5) if ndim == 4 else (0, 3)
+        for index, key in zip(indices, sorted(keys, key=_natural_order), strict=False):
+            layout[key] = f"{block}.layers.{index}.{leaf}"
     return {layout.get(key, key): value for key, value in renamed.items()}
 
 
 def _natural_order(key: str) -> list[tuple[int, str]]:
-    """Numbers by value, the rest as text."""
+    """Sort key that compares numbers by value, the rest as text."""
     return [(int(part or 0) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", key)]
 
 
 def _our_state(encoder: SharpEncoder, weights: _Weights, path: object) -> dict[str, Tensor]:
-    """The state of ``encoder`` with the published tensors in it; raises CheckpointError unless all fit."""
+    """Fill the state of ``encoder`` with the published tensors; raises CheckpointError unless all fit."""
     state = model_state(encoder)
     published = {_published_name(key, weights.names): key for key in state}
     published.pop("", None)
@@ -276,20 +275,20 @@ def _our_state(encoder: SharpEncoder, weights: _Weights, path: object) -> dict[s
 
 
 def _published_name(ours: str, names: Mapping[str, str]) -> str:
-    """The authors' name of a tensor of ours; "" for one that they do not have."""
-    for beginning, theirs in names.items():
-        if ours == beginning or ours.startswith(f"{beginning}."):
-            return theirs + ours.removeprefix(beginning)
+    """Map the name of a tensor of ours to the authors'; "" for one that they do not have."""
+    for prefix, theirs in names.items():
+        if ours == prefix or ours.startswith(f"{prefix}."):
+            return theirs + ours.removeprefix(prefix)
     return ""
 
 
 def _length(tensors: Mapping[str, Tensor], key: str, dim: int) -> int | None:
-    """The size of a tensor along ``dim``, where it is there."""
+    """Size of a tensor along ``dim``, None where the tensor is missing."""
     return tensors[key].shape[dim] if key in tensors and tensors[key].ndim else None
 
 
 def _read_tensors(path: str | PathLike[str]) -> dict[str, Tensor]:
-    """The named tensors of a file, on the CPU, read without running code."""
+    """Read the named tensors of a file to the CPU, without running code."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}; get it from the authors of the method")
@@ -323,7 +322,7 @@ def _load(path: Path) -> Any:
 
 
 def _unsafe_names(path: Path) -> str:
-    """The classes that a file asks for, for a message."""
+    """List the classes that a file would import, for a message."""
     with contextlib.suppress(Exception):  # a damaged file has none
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         return f" ({', '.join(names[:5])})" if names else ""

@@ -1,7 +1,6 @@
 """A named table of factories, so that adding a backbone, an upsampler or a task is one decorator.
 
-And what users name by its place in a module of their own: :func:`import_named` is the only way in which a configuration
-imports code.
+:func:`import_named` imports objects from users' modules, the only way in which a configuration imports code.
 """
 
 import importlib
@@ -29,7 +28,7 @@ class Registry(dict[str, Entry[T]]):
     """Entries by name; the error for an unknown name gives the nearest ones.
 
     Args:
-        kind: What is registered, for messages.
+        kind: Noun for the entries, for messages.
     """
 
     def __init__(self, kind: str) -> None:
@@ -37,7 +36,7 @@ class Registry(dict[str, Entry[T]]):
         self.kind = kind
 
     def register(self, name: str, description: str) -> Callable[[F], F]:
-        """Decorator: make ``name`` build what the decorated callable returns."""
+        """Make a decorator that registers a factory under ``name``."""
 
         def add(factory: F) -> F:
             if name in self:
@@ -51,54 +50,54 @@ class Registry(dict[str, Entry[T]]):
         raise unknown_name(self.kind, name, self)
 
     def entries(self) -> list[Entry[T]]:
-        """All entries, by name."""
+        """List all entries, by name."""
         return [self[name] for name in sorted(self)]
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """List all names, sorted."""
         return sorted(self)
 
 
 def import_named(text: str, option: str, kind: str) -> object:
-    """Import what ``"module:name"`` names; what follows the colon may have dots.
+    """Import the object ``"module:name"``; the name may have dots.
 
     Args:
         text: As the user wrote it.
         option: Where the user wrote it, for messages.
-        kind: What is sought, "function" or "class", for messages.
+        kind: "function" or "class", for messages.
 
     Raises:
-        ConfigError: When the text is not of this form, or the module or what is sought in it is absent.
+        ConfigError: When the text is not of this form, or the module or the object in it is absent.
     """
     module, _, attribute = text.partition(":")
     if not module or not attribute or ":" in attribute:
         raise ConfigError(f"{option} names a {kind} as 'my_module:my_{kind}'; got {text!r}")
     try:
-        found: object = importlib.import_module(module)
-    except Exception as error:  # whatever a foreign module raises, the message has to say where it was named
+        imported = importlib.import_module(module)
+    except Exception as error:  # a foreign module may raise anything; the message has to say where it was named
         raise ConfigError(
             f"{option}={text!r}: module {module!r} cannot be imported ({type(error).__name__}: {error}); install it, "
             "or add its folder to PYTHONPATH"
         ) from error
     try:
-        return reduce(getattr, attribute.split("."), found)
+        return reduce(getattr, attribute.split("."), imported)
     except AttributeError:
         raise unknown_name(
             f"{kind} in {option}={text!r}:",
             attribute,
-            [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")],
+            [key for key, value in vars(imported).items() if callable(value) and not key.startswith("_")],
         ) from None
 
 
 def load_function(function: object, option: str) -> Callable[..., Any]:
-    """The function that an option gives or names.
+    """Return the function that an option gives or names.
 
     Args:
-        function: A callable, or ``"module:function"``; what follows the colon may have dots.
+        function: A callable, or text as for :func:`import_named`.
         option: Its name, for messages.
 
     Raises:
-        ConfigError: When it is neither, or the module or what is sought in it is absent.
+        ConfigError: When it is neither, or the import fails.
     """
     if callable(function) and not isinstance(function, type):
         return function

@@ -1,4 +1,4 @@
-"""Settings of tasks: dataclass fields with all that their flag on the command line needs."""
+"""Settings of tasks: dataclass fields that are also flags on the command line."""
 
 import dataclasses
 from pathlib import Path

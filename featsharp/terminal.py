@@ -1,4 +1,4 @@
-"""What commands show in a terminal: log messages, progress bars, tables."""
+"""Output of commands in a terminal: log messages, progress bars, tables."""
 
 import argparse
 import logging
@@ -15,7 +15,7 @@ LINE, LEAST_TEXT = 100, 30
 
 
 def add_verbosity(parser: argparse.ArgumentParser) -> None:
-    """Add the flags ``-v`` and ``-q``, which every parser of a command has, at any place."""
+    """Add the flags ``-v`` and ``-q``, which every parser of a command has."""
     for flags, step, text in (
         (("-v", "--verbose"), 1, "say more of what happens; twice: details for bug reports"),
         (("-q", "--quiet"), -1, "errors and results only"),
@@ -26,7 +26,7 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_verbosity(arguments: Sequence[str]) -> tuple[int, list[str]]:
-    """Split ``-v`` and ``-q`` off arguments that are otherwise not argparse's, such as overrides of Hydra.
+    """Split ``-v`` and ``-q`` off arguments that argparse does not parse otherwise, such as overrides of Hydra.
 
     Returns:
         The verbosity (+1 for each ``-v``, -1 for each ``-q``) and all other arguments in their order.
@@ -43,14 +43,14 @@ def verbosity_of(parsed: argparse.Namespace) -> int:
 
 
 def set_up_terminal(verbosity: int = 0, *, usual: int = logging.WARNING) -> None:
-    """Send log messages of the package to stderr, and let no name that the terminal cannot write end a command.
+    """Send log messages of the package to stderr, and escape characters that the terminal cannot write.
 
     Args:
         verbosity: Negative for errors only, 0 for the ``usual`` level, 1 for INFO, 2 or more for DEBUG.
         usual: Level of :mod:`logging` without ``-v`` and ``-q``.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not where another program has put a stream of its own in its place
+        if hasattr(stream, "reconfigure"):  # not where another program has replaced the stream
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(levelname)s %(message)s")
     level = usual if verbosity == 0 else {-1: logging.ERROR, 1: logging.INFO}.get(max(verbosity, -1), logging.DEBUG)
@@ -58,10 +58,9 @@ def set_up_terminal(verbosity: int = 0, *, usual: int = logging.WARNING) -> None
 
 
 def with_progress(items: Sequence[T], label: str, wanted: bool = True) -> Iterator[T]:
-    """Iterate over the items, with a bar on stderr.
+    """Iterate over the items, with a progress bar on stderr where ``wanted``.
 
-    There is none unless ``wanted``, under ``-q``, where stderr is no terminal, and without tqdm (of the extra
-    ``train``).
+    There is none under ``-q``, where stderr is no terminal, and without tqdm (of the extra ``train``).
     """
     if wanted and logging.getLogger("featsharp").isEnabledFor(logging.WARNING):
         try:
@@ -75,10 +74,10 @@ def with_progress(items: Sequence[T], label: str, wanted: bool = True) -> Iterat
 
 
 def align(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> list[str]:
-    """Format a head and rows of text in columns, two spaces apart.
+    """Format a header and rows of text in columns, two spaces apart.
 
     Args:
-        columns: The head.
+        columns: The header.
         rows: As many cells each.
         numbers: Whether all columns but the first are flush right; otherwise all are flush left.
     """
@@ -95,8 +94,8 @@ def wrap(text: str, head: str = "", indent: int = 4) -> list[str]:
     """Break text into lines of at most :data:`LINE` characters, or fewer on a narrower terminal.
 
     Args:
-        text: A longer word than a line holds is cut.
-        head: Stands before the first line.
+        text: Words longer than a line are cut.
+        head: Text before the first line.
         indent: Columns before the text, in every line.
 
     Returns:

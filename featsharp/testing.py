@@ -1,15 +1,15 @@
-"""The conformance suite: what every upsampler promises, checked on any of them.
+"""The conformance suite: the contract of upsamplers, as checks that run on any of them.
 
     from featsharp.testing import CHECKS, check_upsampler, run_check
 
     check_upsampler(MyUpsampler)                 # a class, or a function (embed_dim, factor) -> Upsampler
 
-    @pytest.mark.parametrize("check", CHECKS)    # or each promise as a test of its own
+    @pytest.mark.parametrize("check", CHECKS)    # or each check as a separate test
     def test_my_upsampler(check):
         run_check(check, MyUpsampler)
 
-A broken promise, a crash included, is an AssertionError that says which. No backbone is needed; ``device="cuda"`` runs
-all of it on a GPU.
+A check that fails, or crashes, raises an AssertionError with its name. No backbone is needed; ``device="cuda"`` runs
+the suite on a GPU.
 """
 
 import io
@@ -37,12 +37,12 @@ CHECKS: dict[str, Callable[[Build, str], None]] = {}
 
 
 def check_upsampler(build: Build, *, device: str = "cpu") -> None:
-    """Run every check of :data:`CHECKS`; raises AssertionError for the first promise that is broken.
+    """Run every check of :data:`CHECKS`; raises AssertionError for the first that fails.
 
     Args:
-        build: Makes an untrained upsampler for ``embed_dim`` channels and a factor; raises ConfigError for a factor
+        build: Builds an untrained upsampler for ``embed_dim`` channels and a factor; raises ConfigError for a factor
             that the method does not have. At least one of the factors 1 and 2 must work.
-        device: Where to run.
+        device: Device to run on.
     """
     for name in CHECKS:
         run_check(name, build, device=device)
@@ -59,7 +59,15 @@ def run_check(name: str, build: Build, *, device: str = "cpu") -> None:
 
 
 def patch_statistics(images: Tensor, *, patch_stride: int | None = None) -> tuple[Tensor, Tensor]:
-    """An ``encode`` without a backbone: each patch of 8 x 8 pixels in 16 fixed random directions, and their mean."""
+    """Encode without a backbone: project each patch of 8 x 8 pixels on 16 fixed random directions.
+
+    Args:
+        images: [B, 3, 8 h, 8 w].
+        patch_stride: Pixels from token to token; None: 8.
+
+    Returns:
+        Features [B, 16, h, w] (more tokens at a smaller stride), and their mean [B, 16].
+    """
     generator = torch.Generator().manual_seed(3)
     directions = torch.randn(CHANNELS, 3, PATCH, PATCH, generator=generator, device="cpu")
     features = F.conv2d(images, directions.to(images), stride=patch_stride or PATCH)
@@ -101,7 +109,7 @@ def _large_maps(build: Build, device: str) -> None:
 
 @_check
 def _any_output_size(build: Build, device: str) -> None:
-    """Methods of any factor make any size from the grid upwards; others refuse it, and all refuse a smaller one."""
+    """Methods of any factor produce any size from the grid upwards; others refuse it, and all refuse a smaller one."""
     upsampler = _build(build, device)
     image = _photo(2, (40, 64), device)
     with torch.no_grad():
@@ -142,7 +150,7 @@ def _wrong_features(build: Build, device: str) -> None:
 @_check
 def _batches(build: Build, device: str) -> None:
     """An image gives the same features in a batch, alone, and in another memory layout."""
-    upsampler = _stirred(_build(build, device))
+    upsampler = _perturbed(_build(build, device))
     image = _photo(3, (24, 40), device)
     with torch.no_grad():
         together = upsampler(image, patch_statistics, _pixels(3, 5)).high_res
@@ -155,7 +163,7 @@ def _batches(build: Build, device: str) -> None:
 @_check
 def _dtypes(build: Build, device: str) -> None:
     """In bfloat16 and float16 the result has that type and the direction of the float32 one."""
-    exact_upsampler = _stirred(_build(build, device))
+    exact_upsampler = _perturbed(_build(build, device))
     image = _photo(1, (24, 32), device)
     for dtype in (torch.bfloat16, torch.float16):
         upsampler = _build(build, device)
@@ -185,7 +193,7 @@ def _silence(build: Build, device: str) -> None:
 @_check
 def _autocast(build: Build, device: str) -> None:
     """Under autocast the result stays close and training works."""
-    upsampler = _stirred(_build(build, device))
+    upsampler = _perturbed(_build(build, device))
     image = _photo(1, (24, 32), device)
     exact = upsampler(image, patch_statistics, _pixels(3, 4)).high_res
     with torch.autocast(device, torch.bfloat16):
@@ -199,7 +207,7 @@ def _autocast(build: Build, device: str) -> None:
 
 @_check
 def _gradient_of_every_parameter(build: Build, device: str) -> None:
-    """In training every parameter gets a finite gradient that is not zero; ``trainable`` says whether there are any."""
+    """In training every parameter gets a finite nonzero gradient; only trainable upsamplers have parameters."""
     for factor in _factors(build):
         upsampler = build(CHANNELS, factor).to(device).train()
         if not upsampler.trainable:
@@ -217,8 +225,8 @@ def _gradient_of_every_parameter(build: Build, device: str) -> None:
 
 @_check
 def _gradient_of_the_inputs(build: Build, device: str) -> None:
-    """Inside a network, features get a gradient, and so does an image that guides."""
-    upsampler = _stirred(_build(build, device))
+    """Inside a network, features and a guidance image get a gradient."""
+    upsampler = _perturbed(_build(build, device))
     bias = torch.zeros(1, CHANNELS, 1, 1, device=device, requires_grad=True)
     image = _photo(1, (24, 24), device).requires_grad_()
 
@@ -237,14 +245,14 @@ def _gradient_of_the_inputs(build: Build, device: str) -> None:
 
 @_check
 def _constants(build: Build, device: str) -> None:
-    """If nothing but features makes the result, a constant map stays constant, up to the borders."""
+    """Where the result depends on features alone, a constant map stays constant, up to the borders."""
 
     def encode(images: Tensor, *, patch_stride: int | None = None) -> tuple[Tensor, None]:
         shape = patch_statistics(images, patch_stride=patch_stride)[0].shape
         return torch.linspace(-1, 2, CHANNELS, device=device)[:, None, None].expand(shape), None
 
     for factor in _factors(build):
-        upsampler = _stirred(build(CHANNELS, factor).to(device).eval())
+        upsampler = _perturbed(build(CHANNELS, factor).to(device).eval())
         untrained = not upsampler.trainable and upsampler.keeps_space == "nearly"  # tiles, larger images
         if upsampler.keeps_space != "yes" and not untrained:
             continue
@@ -256,8 +264,8 @@ def _constants(build: Build, device: str) -> None:
 
 @_check
 def _state(build: Build, device: str) -> None:
-    """Weights go through a file, and say everything about the upsampler."""
-    first, second = _stirred(_build(build, device)), _build(build, device)
+    """Weights survive a file and determine the upsampler completely."""
+    first, second = _perturbed(_build(build, device)), _build(build, device)
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
@@ -271,7 +279,7 @@ def _state(build: Build, device: str) -> None:
 @_check
 def _deterministic(build: Build, device: str) -> None:
     """In eval mode the same image gives the same features, bit for bit."""
-    upsampler = _stirred(_build(build, device))
+    upsampler = _perturbed(_build(build, device))
     image = _photo(2, (30, 22), device)
     with torch.no_grad():
         first, _, second = (
@@ -282,7 +290,7 @@ def _deterministic(build: Build, device: str) -> None:
 
 @_check
 def _no_global_state(build: Build, device: str) -> None:
-    """Building sets no seed, using draws no random number, and neither changes a setting of torch."""
+    """Building sets no seed, inference draws no random number, and neither changes a setting of torch."""
 
     def settings() -> list[object]:
         return [
@@ -300,13 +308,13 @@ def _no_global_state(build: Build, device: str) -> None:
         return torch.cat(states)
 
     before = settings()
-    followers = []
+    states = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         upsampler = _build(build, device)
         _same("seed", torch.initial_seed(), seed)
-        followers.append(random_state())
-    assert not torch.equal(*followers), "building sets the random state"
+        states.append(random_state())
+    assert not torch.equal(*states), "building sets the random state"
     state = random_state()
     with torch.no_grad():
         upsampler(_photo(1, (24, 24), device), patch_statistics, _pixels(3, 3))
@@ -316,20 +324,20 @@ def _no_global_state(build: Build, device: str) -> None:
 
 @_check
 def _no_device_assumed(build: Build, device: str) -> None:
-    """Tensors made on the way go where the image is, not to the default device."""
+    """Intermediate tensors are created on the device of the image, not on the default device."""
     upsampler = _build(build, device)
     image = _photo(1, (24, 20), device)
     with torch.no_grad():
         expected = upsampler(image, patch_statistics, _pixels(3, 2)).high_res
-        with torch.device("meta"):  # whatever is made without a device has no values and fits nothing
+        with torch.device("meta"):  # tensors created without a device then have no values
             out = upsampler(image, patch_statistics, _pixels(3, 2)).high_res
     assert torch.equal(out, expected), "depends on the default device"
 
 
 @_check
 def _backends(build: Build, device: str) -> None:
-    """Whichever backend of the local operations computes, the features are the same."""
-    upsampler = _stirred(_build(build, device))
+    """All backends of the local operations give the same features."""
+    upsampler = _perturbed(_build(build, device))
     image = _photo(1, (36, 44), device)
     everywhere = set.intersection(*({b.name for b in list_backends(op)} for op in {b.op for b in list_backends()}))
     results = {}
@@ -342,7 +350,7 @@ def _backends(build: Build, device: str) -> None:
 
 
 def _factors(build: Build) -> Iterator[float]:
-    """Those of 1, 2, 3, 4, 6 and 1.5 that the method has."""
+    """Iterate over those of 1, 2, 3, 4, 6 and 1.5 that the method has."""
     for factor in (1, 2, 3, 4, 6, 1.5):
         try:
             build(CHANNELS, factor)
@@ -352,7 +360,7 @@ def _factors(build: Build) -> Iterator[float]:
 
 
 def _build(build: Build, device: str) -> Upsampler:
-    """At factor 2 where the method has it, or 1, in eval mode."""
+    """Build in eval mode at factor 2 where the method has it, else 1."""
     try:
         return build(CHANNELS, 2).to(device).eval()
     except ConfigError:
@@ -360,8 +368,8 @@ def _build(build: Build, device: str) -> Upsampler:
 
 
 @torch.no_grad()
-def _stirred(upsampler: Upsampler) -> Upsampler:
-    """With weights off their start, where much may be hidden by zeros."""
+def _perturbed(upsampler: Upsampler) -> Upsampler:
+    """Add noise to the weights, as zeros at the start may hide much."""
     generator = torch.Generator().manual_seed(7)
     for parameter in upsampler.parameters():
         noise = torch.randn(parameter.shape, generator=generator, device="cpu")
@@ -374,14 +382,14 @@ def _parameters(upsampler: Upsampler) -> Iterator[tuple[str, torch.nn.Parameter]
 
 
 def _photo(count: int, size: tuple[int, int], device: str) -> Tensor:
-    """Images [count, 3, *size] that are smooth as photographs are, each another one."""
+    """Draw different images [count, 3, *size] that are smooth like photographs."""
     generator = torch.Generator().manual_seed(5)
     coarse = torch.randn(count, 3, 5, 6, generator=generator, device="cpu")
     return F.interpolate(coarse, size, mode="bicubic", align_corners=False).to(device)
 
 
 def _pixels(rows: int, cols: int) -> tuple[int, int]:
-    """(h, w) in pixels of so many tokens."""
+    """Compute (h, w) in pixels of so many tokens."""
     return PATCH * rows, PATCH * cols
 
 

@@ -28,7 +28,7 @@ from featsharp.validation import ValidationSamples
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compose, build, train; returns the exit status: 1 for an error, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Compose the configuration and train; returns the exit status: 1 for an error, 130 for Ctrl-C, 143 for SIGTERM."""
     verbosity, arguments = parse_verbosity(sys.argv[1:] if arguments is None else arguments)
     set_up_terminal(verbosity, usual=logging.INFO)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(config: RunConfig) -> Trainer:
-    """Run a whole training; returns the finished trainer.
+    """Run a training to its end; returns the finished trainer.
 
     Raises:
-        Terminated: When SIGTERM came; everything is saved.
+        Terminated: On SIGTERM, after everything is saved.
     """
     if config.train_data_dir is None:
         raise ConfigError("which images? Set train_data_dir=FOLDER (images or tars), or the variable FEATSHARP_DATA")

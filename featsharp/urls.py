@@ -1,18 +1,18 @@
-"""Redaction of URLs: the parts that hold passwords and tokens are not shown."""
+"""Redaction of URLs: passwords and tokens are not shown."""
 
 import re
 
 HIDDEN = "***"
 
-# Quotes and the marks of a sentence belong to the URL unless something follows that would not: hiding too much is
-# better than too little, but what a message says behind a URL has to stay.
+# Quotes and punctuation belong to the URL unless a blank or the like follows: hiding too much is better than too
+# little, but the rest of a message behind a URL has to stay.
 _URL = re.compile(
     r"""(?P<scheme>[A-Za-z][\w+.-]*:/{1,2})"""
     r"""(?P<rest>(?:[^\s'":,;]|[:,;](?![:,;]*(?:\s|$))|['"](?![\s,;:|&)\]}]|$))+)"""
 )
 _WHOLE = re.compile(r"""(?P<scheme>['"]?[A-Za-z][\w+.-]+://)(?P<rest>.+)""", re.DOTALL)
 # Up to the last @ before the path; behind a colon that starts no port, up to the last @ at all, as passwords may
-# hold any of / ? #.
+# have any of / ? #.
 _USER = re.compile(r"^(?:[^/?#@]*:(?!\d+(?:[/?#]|$)).*@|[^/?#]*@)", re.DOTALL)
 _VALUE = re.compile(r"([^=&;]+=)[^&;]*|[^&;]+")
 
@@ -20,8 +20,8 @@ _VALUE = re.compile(r"([^=&;]+=)[^&;]*|[^&;]+")
 def redact_url(text: str) -> str:
     """Redact the URLs in a text, for logs, messages and files that are passed on.
 
-    Names, passwords, values of queries and fragments become ``***``; the names of the values stay. Text without URLs
-    is returned as it is. What a command takes otherwise (``--token abc``) is not recognised.
+    Names, passwords, values of queries and fragments become ``***``; the keys of queries stay. Text without URLs is
+    returned as it is. Other secrets in a command (``--token abc``) are not recognised.
 
     Example:
         >>> redact_url("pipe:curl -s 'https://me:pw@host/a.tar?token=abc&part=7' | cat")
@@ -33,7 +33,7 @@ def redact_url(text: str) -> str:
 def redact_setting(value: str) -> str:
     """Redact the URLs in a value of the configuration.
 
-    Where it is one URL as a whole, blanks belong to that; a reader of text, as :func:`redact_url` is, would stop there.
+    Where the whole value is one URL, blanks belong to it; in text, :func:`redact_url` ends it there.
     """
     url = _WHOLE.fullmatch(value)
     return url["scheme"] + _redact(url["rest"]) if url else redact_url(value)

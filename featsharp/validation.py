@@ -1,7 +1,7 @@
 """The fixed validation samples of a training run: the same images and views every time.
 
-It stands above training/, which takes it as an argument: it scores with evaluation/ and draws with visualization/,
-which are on the level of training/.
+It is above training/, which takes it as an argument: it scores with evaluation/ and draws with visualization/, which
+are on the level of training/.
 """
 
 import hashlib
@@ -40,14 +40,14 @@ class Sample(NamedTuple):
 
 
 class ValidationSamples:
-    """The first images of ``val_data_dir`` by name (of streamed shards: as they are stored), drawn and scored.
+    """Scores and pictures of the first images of ``val_data_dir`` by name (of streamed shards: in their order).
 
     Args:
         data_dir: As ``val_data_dir`` in the configuration; of several sources the first is used.
-        count: Images.
+        count: Number of images.
 
     Attributes:
-        tag: Tells these pictures from others by their content.
+        tag: Hash of the images.
     """
 
     def __init__(self, data_dir: object, count: int) -> None:
@@ -62,10 +62,10 @@ class ValidationSamples:
         self.tag = digest.hexdigest()[:16]
 
     def __call__(self, encoder: SharpEncoder, objective: Objective) -> Validation:
-        """Fidelity over the samples (area pooling decides the best checkpoint), and pictures of all that is learned.
+        """Compute fidelity over the samples (that of area pooling selects the best checkpoint), and draw pictures.
 
         ``val/features_N`` is a PCA panel of each sample; where there is one, ``val/bias`` is the bias buffer,
-        ``val/kernel`` and ``val/kernels`` what the downsampler takes, ``val/log_variance`` the uncertainty, whose
+        ``val/kernel`` and ``val/kernels`` are kernels of the downsampler, ``val/log_variance`` the uncertainty, whose
         darkest and brightest values are scalars.
         """
         learned = {} if objective.downsampler is None else {"own": objective.downsampler}
@@ -94,7 +94,7 @@ class ValidationSamples:
 
 @torch.no_grad()
 def encode_sample(encoder: SharpEncoder, image: Image) -> Sample:
-    """The features of a picture, cut to the size that fidelity is measured at."""
+    """Encode a picture, cropped to the size that fidelity is measured at."""
     canvas, mask = cut_canvas(image, default_eval_size(encoder))
     base = base_view(Views(canvas[None], mask[None], torch.empty(0)))[0].to(encoder.device)
     out = encoder(encoder.input_conditioner(base), low_res_size=encoder.backbone.input_size)
@@ -102,7 +102,7 @@ def encode_sample(encoder: SharpEncoder, image: Image) -> Sample:
 
 
 def feature_panel(sample: Sample) -> Tensor:
-    """Image, low resolution, bilinear and sharp features in a row, in one PCA basis: [3, CELL, 4 * CELL]."""
+    """Draw image, low-resolution, bilinear and sharp features in a row, in one PCA basis: [3, CELL, 4 * CELL]."""
     colours = FeaturePCA(sample.low_res)
     bilinear = resize(sample.low_res, size_of(sample.high_res))
     maps = [colours(x)[0] for x in (sample.low_res, bilinear, sample.high_res)]
@@ -111,7 +111,7 @@ def feature_panel(sample: Sample) -> Tensor:
 
 @torch.no_grad()
 def kernel_pictures(objective: Objective, sample: Sample, factor: float) -> dict[str, Tensor]:
-    """The downsampler's kernel, [3, about CELL, about CELL]; where every token has another one their mean, and all."""
+    """Draw the downsampler's kernel, [3, about CELL, about CELL]; where every token has one, their mean, and all."""
     rows, cols = size_of(sample.low_res)
     whole = math.ceil(factor)  # the objective's maps are this many times as large as the backbone's
     kernels = None
@@ -127,6 +127,6 @@ def kernel_pictures(objective: Objective, sample: Sample, factor: float) -> dict
 
 @torch.no_grad()
 def log_variance(objective: Objective, sample: Sample) -> Tensor:
-    """Log variance that the objective predicts for every place of the sharp map, [f*h, f*w] on the CPU."""
+    """Predict the log variance of every cell of the sharp map, [f*h, f*w] on the CPU."""
     assert objective.uncertainty is not None
     return objective.uncertainty(sample.high_res)[0, 0].float().cpu()
