@@ -42,5 +42,5 @@ __all__ = [
 
 
 def list_upsamplers() -> list[str]:
-    """Names of all upsamplers."""
+    """List the names of all upsamplers."""
     return UPSAMPLERS.names()

@@ -1,13 +1,13 @@
 """AnyUp: one upsampler for the features of any backbone, without training for it.
 
-AnyUp (arXiv 2510.12764). JAFAR with three changes: the features are described by a layer whose weights do not depend on
-the number of channels; that code and the image make the keys together; and a high-resolution place sees only the
-low-resolution cells around it. The values are raw features, so the output stays in their convex hull. Projections of
-the original that never reach the output are left out.
+AnyUp (arXiv 2510.12764). JAFAR with three changes: the features are encoded by a layer whose weights do not depend on
+the number of channels; the keys are computed from that code and the image; and a high-resolution cell attends only to
+the low-resolution cells around it. The values are raw features, so the output stays in their convex hull. Projections
+of the original that never reach the output are left out.
 
-The order of normalisation and projection, its epsilon, the unit length of the features before they are described, and
-zeros as the padding of the query convolution are taken over from JAFAR and could not be checked against the authors'
-results. Edges of windows that fall on the border of a cell are exact here, where float32 may round them either way.
+The order of normalisation and projection, its epsilon, the unit length of the features before they are encoded, and
+zeros as the padding of the query convolution are those of JAFAR and could not be checked against the authors' results.
+Edges of windows that fall on the border of a cell are exact here, where float32 may round them either way.
 
 Shapes: B images, C channels, (h, w) low-resolution grid, (H, W) output grid, d = 128 query and key channels.
 """
@@ -37,9 +37,9 @@ from featsharp.upsamplers.registration import register_upsampler
 
 NUM_FILTERS = 128
 FILTER_SIDE = 5
-# A place sees what lies within 1 / INVERSE_REACH of the image to each side; whole, so that windows are exact.
+# A cell sees 1 / INVERSE_REACH of the image to each side; whole, so that windows are exact.
 INVERSE_REACH = 10
-# Sides of the blocks of queries that attend together, as a share of it: few enough keys, large enough products.
+# Blocks of queries that attend together, per side of the map: few enough keys, large enough products.
 BLOCKS_PER_SIDE = 8
 # Numbers that the feature layer holds at once: 32 MiB in float32.
 MAX_CODE_NUMBERS = 2**23
@@ -100,14 +100,14 @@ class AnyUp(ChunkedGuidedUpsampler):
 
 
 def attend_nearby(query: Tensor, key: Tensor, value: Tensor, box: Box, *, max_scores: int = MAX_SCORES) -> Tensor:
-    """Attend to the cells of the :class:`Windows` of each place.
+    """Attend from each cell to the low-resolution cells of its :class:`Windows`.
 
     Args:
         query: [B, H, W, d].
         key: [B, h, w, d].
         value: [B, h, w, C].
         box: Cells of the output grid to compute.
-        max_scores: Scores that are held at once, or those of one query.
+        max_scores: Most scores that are held at once, if not those of one query.
 
     Returns:
         [B, *box.size, C].
@@ -137,7 +137,7 @@ def attend_nearby(query: Tensor, key: Tensor, value: Tensor, box: Box, *, max_sc
 
 
 class FeatureCode(nn.Module):
-    """Describes a map by how its channels answer to 128 filters, whatever their number: [B, C, h, w] to [B, 128, h, w].
+    """Encoder of a map by the responses of its channels, of any number, to 128 filters: [B, C, h, w] to [B, 128, h, w].
 
         out = mean_c softmax_m( (filter_m * x_c) / taps )
 
@@ -151,7 +151,7 @@ class FeatureCode(nn.Module):
         nn.init.kaiming_uniform_(self.basis, math.sqrt(5))  # as convolutions start
 
     def forward(self, x: Tensor) -> Tensor:
-        """The result is at least float32: it hardly differs from 1 / 128, and what counts is by how much."""
+        """Encode; the result is at least float32, as it hardly differs from 1 / 128."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             taps = F.conv2d(
@@ -159,65 +159,64 @@ class FeatureCode(nn.Module):
                 x.new_ones(1, 1, FILTER_SIDE, FILTER_SIDE, dtype=dtype),
                 padding=FILTER_SIDE // 2,
             )
-            # A few channels at a time: all of them would make a map of 128 C channels.
+            # A few channels at a time: all of them would take a map of 128 C channels.
             channels = max(1, self.max_numbers // (NUM_FILTERS * x[:, 0].numel()))
             total = sum(recompute(self._code, chunk.to(dtype), taps) for chunk in x.split(channels, 1))
         assert isinstance(total, Tensor)
         return total / x.shape[1]
 
     def _code(self, x: Tensor, taps: Tensor) -> Tensor:
-        """The sum over channels instead of the mean."""
-        answers = F.conv2d(x.flatten(0, 1)[:, None], self.basis.to(x.dtype), padding=FILTER_SIDE // 2) / taps
-        return answers.softmax(1).unflatten(0, x.shape[:2]).sum(1)
+        """Sum over channels instead of the mean."""
+        responses = F.conv2d(x.flatten(0, 1)[:, None], self.basis.to(x.dtype), padding=FILTER_SIDE // 2) / taps
+        return responses.softmax(1).unflatten(0, x.shape[:2]).sum(1)
 
 
 class Windows:
-    """The cells of an axis that the places of a finer one see, computed in whole numbers.
+    """Windows on one axis: the key cells that queries see, computed in whole numbers.
 
-    Place i of n, at r = (i + 0.5) / n, sees the cells floor(m max(0, r - 0.1)) to ceil(m min(1, r + 0.1)) of m, the
+    Query i of n, at r = (i + 0.5) / n, sees the cells floor(m max(0, r - 0.1)) to ceil(m min(1, r + 0.1)) of m, the
     last one excluded.
     """
 
-    def __init__(self, places: int, cells: int) -> None:
-        self.places, self.cells = places, cells
+    def __init__(self, queries: int, cells: int) -> None:
+        self.queries, self.cells = queries, cells
 
     def seen(self, start: int, stop: int) -> tuple[int, int]:
-        """[first, last) of the cells that any of the places [start, stop) sees."""
+        """Range [first, last) of the cells that any of the queries [start, stop) sees."""
         return self._first(start), self._last(stop - 1)
 
     def mask(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """Mask of the cells ``seen`` that each place sees: bool [places, cells]."""
+        """Mask of the cells ``seen`` that each query sees: bool [queries, cells]."""
         first, last = self.seen(start, stop)
         cell = torch.arange(first, last, device=device)
-        places = range(start, stop)
-        edges = torch.tensor([(self._first(place), self._last(place)) for place in places], device=device)
+        edges = torch.tensor([(self._first(query), self._last(query)) for query in range(start, stop)], device=device)
         return (edges[:, :1] <= cell) & (cell < edges[:, 1:])
 
-    def _first(self, place: int) -> int:
-        return max(0, (2 * place + 1) * INVERSE_REACH - 2 * self.places) * self.cells // self._unit
+    def _first(self, query: int) -> int:
+        return max(0, (2 * query + 1) * INVERSE_REACH - 2 * self.queries) * self.cells // self._unit
 
-    def _last(self, place: int) -> int:
-        edge = min(self._unit, (2 * place + 1) * INVERSE_REACH + 2 * self.places)
+    def _last(self, query: int) -> int:
+        edge = min(self._unit, (2 * query + 1) * INVERSE_REACH + 2 * self.queries)
         return -(-edge * self.cells // self._unit)
 
     @property
     def _unit(self) -> int:
-        return 2 * INVERSE_REACH * self.places
+        return 2 * INVERSE_REACH * self.queries
 
 
 def _block_side(images: int, rows: Windows, cols: Windows, max_scores: int) -> int:
-    """Side of the square blocks of places that attend together, so that their scores fit."""
-    side = -(-max(rows.places, cols.places) // BLOCKS_PER_SIDE)
+    """Compute the side of the square blocks of queries that attend together, so that their scores fit."""
+    side = -(-max(rows.queries, cols.queries) // BLOCKS_PER_SIDE)
     while side > 1 and images * NUM_HEADS * _pairs(side, rows) * _pairs(side, cols) > max_scores:
         side //= 2
     return side
 
 
 def _pairs(side: int, windows: Windows) -> int:
-    """At most so many places times cells along one side of a block."""
-    places = min(side, windows.places)
-    reach = 2 * windows.cells / INVERSE_REACH + places * windows.cells / windows.places
-    return places * min(windows.cells, math.ceil(reach) + 2)
+    """Upper bound of queries times cells along one side of a block."""
+    queries = min(side, windows.queries)
+    reach = 2 * windows.cells / INVERSE_REACH + queries * windows.cells / windows.queries
+    return queries * min(windows.cells, math.ceil(reach) + 2)
 
 
 def _steps(start: int, stop: int, side: int) -> list[tuple[int, int]]:

@@ -30,8 +30,8 @@ class Encode(Protocol):
 
     Args:
         images: [N, 3, h*p, w*p], whitened, patches of p pixels.
-        patch_stride: Pixels from token to token; left out for the patch size. Only the upsampler "stride" says one, so
-            a function of your own that serves the others need not take it.
+        patch_stride: Pixels from token to token; left out for the patch size. Only the upsampler "stride" gives it, so
+            a custom function for other upsamplers need not take it.
 
     Returns:
         Features [N, C, h, w] and the summary [N, C_s], or None where the backbone has none.
@@ -44,7 +44,7 @@ class UpsampleFeatures(NamedTuple):
     """Features of a sharp encoder; the summary is the backbone's, from the low-resolution pass, unchanged."""
 
     low_res: Tensor  # [B, C, h, w]
-    high_res: Tensor  # [B, C, H, W]: factor * h, factor * w, or the size asked for
+    high_res: Tensor  # [B, C, H, W]: factor * h, factor * w, or the requested size
     summary: Tensor | None = None  # [B, C_s]
 
 
@@ -56,17 +56,17 @@ class Upsampler(nn.Module):
         factor: f, size of the result over that of the low-resolution map in each direction; an int where it is whole.
         factors: Those that the method allows: "any" from 1 upwards (and any output size), "whole", "powers of two" or
             "one".
-        input_upsample_factor: How much larger than the low-resolution pass the image should be to be of use: f for
-            upsamplers that look at tiles or larger images, 1 for guided ones.
-        trainable: Whether there is anything to learn.
-        needs: What the upsampler uses besides features, for ``featsharp ls upsamplers``.
+        input_upsample_factor: Size of the image over that of the low-resolution pass beyond which it adds no detail: f
+            for upsamplers that encode tiles or larger images, 1 for guided ones.
+        trainable: Whether there are parameters to train.
+        needs: Inputs besides features, for ``featsharp ls upsamplers``.
         keeps_space: Whether the result stays in the feature space of the backbone, so that a head trained on
-            low-resolution features goes on working: "yes" where it is made of weighted means of features, "nearly"
-            where something learned is added, "no" where it is regressed.
-        paper: Where the method comes from.
-        num_maps: Maps of C channels that the result holds, one after the other on the channel axis.
+            low-resolution features still works: "yes" for weighted means of features, "nearly" where something learned
+            is added, "no" where the result is regressed.
+        paper: Source of the method.
+        num_maps: Number of maps of C channels in the result, one after the other on the channel axis.
         function_options: Options that may name code to be imported, as "module:function".
-        window: Side in cells of the largest window that the method looks through; None without one.
+        window: Side in cells of the largest window of the method; None without one.
     """
 
     factors: Factors = "any"
@@ -101,7 +101,7 @@ class Upsampler(nn.Module):
         raise NotImplementedError
 
     def high_res_grid(self, features: Tensor, output_size: tuple[int, int] | None = None) -> tuple[int, int]:
-        """(H, W) of the output for low-resolution features [B, C, h, w].
+        """Compute (H, W) of the output for low-resolution features [B, C, h, w].
 
         Raises:
             InputError: For an ``output_size`` that the method cannot make of them; it names the nearest valid one.
@@ -125,7 +125,7 @@ class Upsampler(nn.Module):
         return height, width
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by the group whose learning rate training gives them; those in no group belong to "main".
+        """Parameters by the group that sets their learning rate in training; those in no group belong to "main".
 
         Names that training knows: "main" and "jbu" (``optim.jbu_learning_rate``).
         """
@@ -137,7 +137,7 @@ class Upsampler(nn.Module):
 
     @property
     def linear_weight(self) -> Tensor | None:
-        """[C, D], the parameter that mixes :meth:`linear_maps` linearly, for a fit in closed form; None without one.
+        """Parameter [C, D] that mixes :meth:`linear_maps` linearly, for a fit in closed form; None without one.
 
         Raises:
             ConfigError: Where the method has one, but not with these options.
@@ -145,7 +145,7 @@ class Upsampler(nn.Module):
         return None
 
     def linear_maps(self, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> Tensor:
-        """Maps [B, D, H, W] that :attr:`linear_weight` is applied to."""
+        """Compute the maps [B, D, H, W] that :attr:`linear_weight` is applied to."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -162,18 +162,18 @@ class GuidedUpsampler(Upsampler):
         return UpsampleFeatures(low_res, self.upsample(low_res, image, output_size), summary)
 
     def upsample(self, features: Tensor, image: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
-        """Sharpen features that are there already.
+        """Sharpen given features.
 
         Args:
             features: [B, C, h, w].
-            image: [B, 3, height, width], whitened, any size; what the features were made of.
+            image: [B, 3, height, width], whitened, any size; the image of the features.
             output_size: (H, W); None: ``factor`` times the grid of the features.
 
         Returns:
             [B, C, H, W] in the dtype of the features; computed in that of the weights, where there are any.
 
         Raises:
-            InputError: When features and image do not belong together, or the size cannot be made.
+            InputError: When features and image do not fit together, or for a size that the method cannot make.
         """
         if features.ndim != 4 or features.shape[1] != self.embed_dim or 0 in features.shape:
             raise InputError(
@@ -200,13 +200,17 @@ def weight_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def check_factor(factor: float, allowed: Factors, name: str) -> float:
-    """``factor``, as an int where it is whole; raises ConfigError, with the nearest that works, for one that does not.
+    """Check a factor, and return it as an int where it is whole.
 
     Args:
+        factor: In each direction.
         allowed: See :attr:`Upsampler.factors`.
         name: Of the method, for the message.
+
+    Raises:
+        ConfigError: For a factor that is not allowed, with the nearest that is.
     """
-    # NumPy's numbers are Real, too; True is an int that nobody means.
+    # NumPy's numbers are Real, too.
     if type(factor) is bool or not issubclass(type(factor), numbers.Real) or not math.isfinite(factor) or factor < 1:
         raise ConfigError(f"the upsampling factor must be a number of at least 1; got {factor!r}")
     lower = {
@@ -224,7 +228,7 @@ def check_factor(factor: float, allowed: Factors, name: str) -> float:
 
 
 def check_whole(name: str, value: int, least: int) -> int:
-    """``value`` itself; raises ConfigError for an option that is not a whole number of at least ``least``."""
+    """Return ``value``; raise ConfigError unless it is a whole number of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}; got {value!r}")
     return value
@@ -250,9 +254,9 @@ def _check_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def scale_length(length: int, factor: float) -> int:
-    """Halves are rounded up: 1.5 times 3 cells are 5."""
+    """Multiply a length by a factor; halves are rounded up: 1.5 times 3 cells are 5."""
     if isinstance(factor, int):
-        return length * factor  # without a detour through floats, in compiled graphs too
+        return length * factor  # keeps symbolic lengths of compiled graphs whole
     return math.floor(length * factor + 0.5)
 
 
@@ -262,7 +266,7 @@ def level_factors(factor: float) -> list[int]:
 
 
 def level_sizes(grid: tuple[int, int], factors: list[int], size: tuple[int, int]) -> list[tuple[int, int]]:
-    """The grid after each level: whole multiples, the last one ``size``, none larger than that."""
+    """Compute the grid after each level: whole multiples, the last one ``size``, none larger than that."""
     sizes, total = [], 1
     for factor in factors:
         total *= factor
@@ -271,7 +275,7 @@ def level_sizes(grid: tuple[int, int], factors: list[int], size: tuple[int, int]
 
 
 def prime_factors(factor: int) -> list[int]:
-    """Prime factors in ascending order: 12 -> [2, 2, 3]; 1 -> []."""
+    """Compute prime factors in ascending order: 12 -> [2, 2, 3]; 1 -> []."""
     primes = []
     divisor = 2
     while factor > 1:

@@ -37,10 +37,9 @@ class CARAFE(GuidedUpsampler):
     Args:
         embed_dim: Channels C.
         factor: In each direction, whole; 6 means a level of 2 and one of 3.
-        kernel_size: k, odd and at least 3 (a softmax over one cell is 1, whatever is learned): 5 in the paper, 3 in
-            FeatUp.
+        kernel_size: k, odd and at least 3 (a softmax over one cell is always 1): 5 in the paper, 3 in FeatUp.
         encoder_kernel: Side of the encoder's convolution, odd.
-        compressed: Channels that the encoder sees.
+        compressed: Channels of the encoder's input.
         border: "replicate" repeats the cells at the edge of the map, so constant maps stay constant; "zeros" has zeros
             there, as published, and results fade towards the edge.
         start: "bilinear" starts close to bilinear interpolation, "published" at the mean of the window.
@@ -125,10 +124,10 @@ class CARAFELevel(nn.Module):
 
 def _bilinear_logits(factor: int, kernel_size: int) -> Tensor:
     """Logarithms of bilinear weights, in the order that the pixel shuffle reads: [k k, factor, factor]."""
-    # Where the new cells of one old cell lie, and the old cells around it, in old cells from its centre.
-    places = (torch.arange(factor) + 0.5) / factor - 0.5
-    cells = torch.arange(kernel_size) - kernel_size // 2
-    axis = (1 - (places - cells[:, None]).abs()).clamp(min=0)  # [k, factor]
+    # Positions of the new cells in one old cell, and of the old cells around it, in old cells from its centre.
+    new = (torch.arange(factor) + 0.5) / factor - 0.5
+    old = torch.arange(kernel_size) - kernel_size // 2
+    axis = (1 - (new - old[:, None]).abs()).clamp(min=0)  # [k, factor]
     weights = axis[:, None, :, None] * axis[None, :, None, :]
     return (weights + LEAST_WEIGHT).log().flatten(0, 1)
 

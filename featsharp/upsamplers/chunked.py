@@ -1,9 +1,9 @@
-"""Upsamplers that make their map chunk by chunk, and the planning that keeps them within a given amount of memory.
+"""Upsamplers that compute their map chunk by chunk, and the planning that keeps them within a given amount of memory.
 
-A method implements :meth:`ChunkedUpsampler.prepare_chunks`; without a limit the whole map is one chunk. With one, the
-low-resolution pass comes first and shows what a pass through the backbone costs. Then the tiles go through it, as many
-at a time as fit, straight into the map that is to be returned, and the upsampler turns that map chunk by chunk into the
-result, in chunks as large as fit. What a chunk costs is predicted from shapes alone (:mod:`featsharp.memory`).
+A method implements :meth:`ChunkedUpsampler.prepare_chunks`; without a limit the whole map is one chunk. With a limit,
+the low-resolution pass comes first, and its memory is that of a pass through the backbone. Then the tiles are encoded,
+as many at a time as fit, into the map that is to be returned, and the upsampler overwrites that map chunk by chunk with
+the result, in chunks as large as fit. The memory of a chunk is predicted from shapes alone (:mod:`featsharp.memory`).
 """
 
 from collections.abc import Callable
@@ -28,32 +28,32 @@ from featsharp.upsamplers.base import (
     weight_dtype,
 )
 
-# What PyTorch's operators and the allocator take unseen: a share of the memory, and heap for small tensors.
-UNSEEN_SHARE, UNSEEN_BYTES = 0.1, 2**24
+# Memory of PyTorch's operators and the allocator that is not counted: a fraction, and heap for small tensors.
+UNCOUNTED_FRACTION, UNCOUNTED_BYTES = 0.1, 2**24
 # Sides of the square chunks that are tried in turn. Larger ones only leave the caches; smaller ones compute more cells
-# twice, those at their edges.
+# at their edges twice.
 CHUNK_SIDES = (128, 96, 64, 48, 32, 24, 16, 12, 8)
 
 # (cells of the result, tile map of these cells and the halo around them or None) -> [B, C, *box.size]
 ComputeChunk = Callable[[Box, Tensor | None], Tensor]
-# (low-resolution features [B, C, h, w], shape [B, C, H, W], dtype) -> room for the high-resolution ones
+# (low-resolution features [B, C, h, w], shape [B, C, H, W], dtype) -> tensor to write the high-resolution ones to
 Allocate = Callable[[Tensor, tuple[int, ...], torch.dtype], Tensor]
 
 
 class ChunkedUpsampler(Upsampler):
-    """Base of methods that can make their map chunk by chunk; derive from one of its two kinds below.
+    """Base of methods that can compute their map chunk by chunk; derive from one of its two kinds below.
 
     Attributes:
         halo: Cells of the tile map around a chunk, in each direction, that the chunk depends on (0 without tiles). None
             for options with which a method needs all of the map at once: the whole map is then its only chunk.
-        uses_tiles: Whether chunks are made of a tile map too.
+        uses_tiles: Whether chunks depend on a tile map.
     """
 
     halo: int | None = 0
     uses_tiles: bool = False
 
     def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
-        """Compute what all chunks of a map share, and return the function that computes a chunk.
+        """Compute all that chunks of a map share, and return the function that computes a chunk.
 
         Args:
             low_res: [B, C, h, w].
@@ -75,10 +75,11 @@ class ChunkedGuidedUpsampler(ChunkedUpsampler, GuidedUpsampler):
 
 
 class TiledUpsampler(ChunkedUpsampler):
-    """An upsampler that looks at tiles; subclasses implement ``prepare_chunks`` and, maybe, ``process_tiles``.
+    """An upsampler that encodes tiles; subclasses implement ``prepare_chunks`` and, where needed, ``process_tiles``.
 
     Args:
-        embed_dim, factor: As for :class:`Upsampler`.
+        embed_dim: Channels C.
+        factor: In each direction.
         overlap: Least number of tokens that neighbouring tiles share; more tiles are then encoded, and where they
             overlap they are blended linearly. 0 gives factor x factor tiles, side by side.
         max_tile_batch: Most images given to ``encode`` at once; None: all of them, the fastest.
@@ -106,12 +107,12 @@ class TiledUpsampler(ChunkedUpsampler):
         return UpsampleFeatures(low_res, self.fuse(low_res, image, tiles, size), summary)
 
     def fuse(self, low_res: Tensor, image: Tensor, tiles: Tensor | None, size: tuple[int, int]) -> Tensor:
-        """Compute the whole map from what the backbone returned.
+        """Compute the whole map from low-resolution features and the tile map.
 
         Args:
             low_res: [B, C, h, w].
             image: [B, 3, height, width], any size.
-            tiles: The tile map [B, ..., *size], of what :meth:`process_tiles` returned; None without tiles.
+            tiles: The tile map [B, ..., *size] after :meth:`process_tiles`; None without tiles.
             size: (H, W) of the result.
 
         Returns:
@@ -135,7 +136,15 @@ class TiledUpsampler(ChunkedUpsampler):
         *,
         process: Process | None = None,
     ) -> UpsampleFeatures:
-        """Low-resolution features and, as ``high_res``, the tile map; ``process`` instead of :meth:`process_tiles`."""
+        """Encode low-resolution features and, as ``high_res``, the tile map.
+
+        Args:
+            image: [B, 3, height, width], any size.
+            encode: See :class:`Encode`.
+            low_res_size: (h, w) in pixels of the low-resolution pass and of a tile.
+            output_size: (H, W) of the tile map; None: by the factor.
+            process: Used instead of :meth:`process_tiles`.
+        """
         return UpsampleFeatures(
             *encode_with_tiles(
                 image,
@@ -175,7 +184,7 @@ class TiledUpsampler(ChunkedUpsampler):
 
 
 def works_in_chunks(upsampler: Upsampler) -> bool:
-    """Whether the memory of an upsampler can be limited."""
+    """Return whether the memory of an upsampler can be limited."""
     return isinstance(upsampler, ChunkedUpsampler) and upsampler.halo is not None
 
 
@@ -201,14 +210,17 @@ def upsample_within(
     Without gradients.
 
     Args:
+        upsampler: In eval mode.
         image: [B, 3, H, W], B >= 1; processed one by one.
+        encode: See :class:`Encode`.
+        low_res_size: (h, w) in pixels of the low-resolution pass.
         max_memory: Bytes that may be taken beside weights, inputs and results.
         output_size: (H, W) of the result in cells; None: by the factor.
-        finish: Applied to both maps: [B, C, h, w] to the same shape, every cell on its own.
+        finish: Applied to both maps: [B, C, h, w] to the same shape, every cell independently.
         allocate: Makes the high-resolution map, for example in a file.
 
     Raises:
-        InputError: When that is too little for this image, with the least that works; without an image.
+        InputError: When the limit is too low for this image, with the least that works; without an image.
         ConfigError: When the upsampler cannot work in chunks, or is in training.
     """
     if not isinstance(upsampler, ChunkedUpsampler) or upsampler.halo is None:
@@ -229,10 +241,10 @@ def upsample_within(
 
 @dataclass(frozen=True)
 class Plan:
-    """How a map is made.
+    """Sizes of chunks and batches for one map.
 
     Attributes:
-        tile_batch: Tiles that go through the backbone at once.
+        tile_batch: Tiles that the backbone encodes at once.
         chunk: (h, w) in cells of the chunks of the result.
         dtype: Of the result.
     """
@@ -256,9 +268,8 @@ def upsample_in_chunks(
 ) -> UpsampleFeatures:
     """Compute a map by a plan; the other arguments are those of :func:`upsample_within`.
 
-    Args:
-        make_plan: Returns the plan for the low-resolution features [1, C, h, w] of the first image, and the bytes that
-            this pass took.
+    ``make_plan`` is called with the low-resolution features [1, C, h, w] of the first image, and the bytes that this
+    pass took.
     """
     with PeakMeter() as meter:
         features, summary = encode(resize(image[:1], low_res_size))
@@ -273,13 +284,13 @@ def upsample_in_chunks(
     out = allocate(finished, (*finished.shape[:2], *size), plan.dtype)
     for i, features in enumerate(low_res):
         one, target = image[i : i + 1], out[i : i + 1]
-        kept = None
+        tile_map = None
         if isinstance(upsampler, TiledUpsampler) and upsampler.uses_tiles:
             upsampler.write_tiles(target, one, encode, low_res_size, grid, plan.tile_batch)
-            kept = _KeptTiles(target, upsampler.halo or 0, features)
+            tile_map = _OverwrittenTiles(target, upsampler.halo or 0, features)
         compute = upsampler.prepare_chunks(features, one, size)
         for box in _split(size, plan.chunk):
-            chunk = compute(box, None if kept is None else kept.read(box))
+            chunk = compute(box, None if tile_map is None else tile_map.read(box))
             box.cut(target).copy_(finish(chunk))
     some = [summary for summary in summaries if summary is not None]
     return UpsampleFeatures(finished, out, torch.cat(some) if some else None)
@@ -306,7 +317,7 @@ def _plan(
 ) -> Plan:
     """Plan the largest chunks and tile batches that fit; see :func:`upsample_within` and :func:`upsample_in_chunks`."""
     grid, size = size_of(low_res), upsampler.high_res_grid(low_res, output_size)
-    # Low-resolution features of all images, and once more while they are put together.
+    # Low-resolution features of all images, twice while they are concatenated.
     held = 2 * len(images) * low_res.nbytes
     large_bytes = 0  # the image that tiles are cut from, where it has to be resized
     large = size[0] * (low_res_size[0] // grid[0]), size[1] * (low_res_size[1] // grid[1])
@@ -314,27 +325,27 @@ def _plan(
         large_bytes = images.shape[1] * large[0] * large[1] * images.element_size()
     held_for_passes = held + large_bytes
 
-    available = int((1 - UNSEEN_SHARE) * max_memory) - UNSEEN_BYTES
+    available = int((1 - UNCOUNTED_FRACTION) * max_memory) - UNCOUNTED_BYTES
     for side in CHUNK_SIDES:
-        chunk = _even_share(size[0], side), _even_share(size[1], side)
+        chunk = _even_length(size[0], side), _even_length(size[1], side)
         chunk_bytes, result = predict(_make_one_chunk, upsampler, finish, low_res, images[:1], size, chunk)
         chunk_bytes += held
         if chunk_bytes <= available:
             break
     pass_needs = held_for_passes + pass_bytes
     if max(pass_needs, chunk_bytes) > available:
-        least = int((max(pass_needs, chunk_bytes) + UNSEEN_BYTES) / (1 - UNSEEN_SHARE)) + 1
+        least = int((max(pass_needs, chunk_bytes) + UNCOUNTED_BYTES) / (1 - UNCOUNTED_FRACTION)) + 1
         raise InputError(
             f"max_memory={format_memory(max_memory)} is too little: one pass through the backbone takes "
             f"{format_memory(pass_needs)}, {chunk[0]}x{chunk[1]} features {format_memory(chunk_bytes)}; the least that "
             f"works for this image is {format_memory(least)}"
         )
-    # A backbone outside of PyTorch shows no memory at all.
+    # The memory of a backbone outside of PyTorch is measured as 0.
     return Plan(max(1, (available - held_for_passes) // max(1, pass_bytes)), chunk, result.dtype)
 
 
-def _even_share(length: int, side: int) -> int:
-    """The largest of the fewest chunks of at most ``side`` cells."""
+def _even_length(length: int, side: int) -> int:
+    """Split a length evenly into the fewest chunks of at most ``side`` cells; return the largest."""
     return -(-length // -(-length // side))
 
 
@@ -346,26 +357,26 @@ def _make_one_chunk(
     size: tuple[int, int],
     chunk: tuple[int, int],
 ) -> Tensor:
-    """Make a chunk in the middle of the map, with all that lives at that time."""
+    """Compute a chunk in the middle of the map, with all tensors that are alive at that time."""
     top, left = (size[0] - chunk[0]) // 2, (size[1] - chunk[1]) // 2
     box = Box(top, top + chunk[0], left, left + chunk[1])
     compute = upsampler.prepare_chunks(low_res, image, size)
-    tiles = kept = None
+    tiles = cached = None
     if upsampler.uses_tiles:
-        # What _KeptTiles holds: two times the rows above, and the columns to the left.
+        # _OverwrittenTiles caches two times the rows above, and the columns to the left.
         halo = upsampler.halo or 0
         seen = box.grow(halo, size).size
-        kept = low_res.new_empty(1, upsampler.embed_dim, halo, 2 * size[1] + seen[0])
+        cached = low_res.new_empty(1, upsampler.embed_dim, halo, 2 * size[1] + seen[0])
         below = low_res.new_empty(1, upsampler.embed_dim, *seen)
         tiles = torch.cat([below])
         del below
     result = finish(compute(box, tiles))
-    del tiles, kept
+    del tiles, cached
     return result
 
 
-class _KeptTiles:
-    """A tile map that is overwritten chunk by chunk, in row-major order; keeps what later chunks still have to see."""
+class _OverwrittenTiles:
+    """A tile map that is overwritten chunk by chunk, in row-major order; caches the cells that later chunks read."""
 
     def __init__(self, out: Tensor, halo: int, like: Tensor) -> None:
         self._out, self._halo, self._like = out, halo, like
@@ -375,7 +386,7 @@ class _KeptTiles:
         self._left = self._above
 
     def read(self, box: Box) -> Tensor:
-        """The tile map of ``box`` and ``halo`` cells around it; ``box`` may be overwritten afterwards."""
+        """Read the tile map of ``box`` and ``halo`` cells around it; ``box`` may be overwritten afterwards."""
         seen = box.grow(self._halo, size_of(self._out))
         if box.left == 0:
             self._above = self._next_above

@@ -1,6 +1,6 @@
-"""Bring your own: any function of image, features and size as an upsampler.
+"""Custom upsamplers: any function of image, features and size.
 
-It is then trained around, benchmarked and compared by the same commands as the ones that ship with the package.
+Training, benches and evaluation treat them like the upsamplers of the package.
 """
 
 from collections.abc import Callable
@@ -21,23 +21,23 @@ UpsampleFunction = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 class FromFunction(GuidedUpsampler):
     """An upsampler made of a function.
 
-    What the function returns is checked, and cast to the dtype of the features. A module is registered as a part of
-    this one: it moves, casts, trains and switches to eval mode with the encoder, and its weights are saved with it.
+    The function's result is checked, and cast to the dtype of the features. A module is registered as a submodule: it
+    moves, casts, trains and switches to eval mode with the encoder, and its weights are saved with it.
 
     Args:
         embed_dim: Channels C.
-        factor: In each direction; the function is asked for the size that comes of it.
+        factor: In each direction; the function is called with the size that results.
         function: Called with the whitened image [B, 3, height, width] (any size), the features [B, C, h, w] and the
             size (H, W); returns [B, C, H, W]. Or text that names one, ``"module:function"``.
 
     Raises:
         ConfigError: Where there is no such function.
-        InputError: When used, and the function returns something else than was asked for.
+        InputError: When the function is called and returns another shape or type, or NaN.
     """
 
     needs = "a function of yours"
     function_options = ("function",)
-    keeps_space = "no"  # nobody knows
+    keeps_space = "no"  # unknown
 
     def __init__(self, embed_dim: int, factor: float, *, function: UpsampleFunction | str | None = None) -> None:
         super().__init__(embed_dim, factor)
@@ -71,7 +71,7 @@ class FromFunction(GuidedUpsampler):
 
 
 def from_function(function: UpsampleFunction | str, backbone: HasEmbedDim | int, factor: float) -> FromFunction:
-    """``function`` as an upsampler for a backbone, for ``create_encoder`` or to be called by itself.
+    """Make an upsampler from a function, for ``create_encoder`` or to be called directly.
 
     Args:
         function: See :class:`FromFunction`.

@@ -5,15 +5,16 @@ FeatSharp (arXiv 2502.16025). Shapes: B images, C channels, f factor, (h, w) low
     low_res [B, C, h, w] --JBU, guided by image--> [B, C, fh, fw] -+
     f x f tiles of the image --encode, stitch----> [B, C, fh, fw] -+-> [B, fh, fw, 2C] --LocalBlock--> [B, C, fh, fw]
 
-The first map is the residual path: with silent block outputs the result is that map, bit for bit. That start learns
-slowly, because tiles only enter through gates that have to open first. Our default therefore puts a learned linear mix
-of all maps, mostly the first one, in the place of the first map; the paper's own path is behind ``start="published"``.
+The first map is the residual path: where the block returns zeros the result is that map, bit for bit. That start learns
+slowly, because tiles only enter through gates that have to open first. Our default therefore replaces the first map by
+a learned linear mix of all maps, mostly the first one; the paper's residual path is ``start="published"``.
 
 Tiles disagree with the low-resolution map in their coarse structure (each lacks the context of the others, which shows
-as seams) and are better in their fine one. The input "details" is the fine one alone: every tile minus its own blur.
+as seams) and have the better fine structure. The input "details" is the fine structure alone: every tile minus its
+blur.
 
-Without attention and SwiGLU the result is a linear map of the inputs. Tiles are then weighted before they are stitched:
-however many inputs are made of them, there is one map to keep.
+Without attention and SwiGLU the result is a linear map of the inputs. Tiles are then weighted before they are stitched,
+so that any number of tile inputs takes one map.
 """
 
 import math
@@ -36,18 +37,18 @@ from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler, check
 from featsharp.upsamplers.chunked import ChunkedGuidedUpsampler, ComputeChunk, TiledUpsampler
 from featsharp.upsamplers.registration import build_upsampler, register_upsampler
 
-# Maps that other upsamplers compute, and the names of these.
+# Inputs that other upsamplers compute -> names of these upsamplers.
 BRANCHES = {"jbu": "featup", "jafar": "jafar", "resfu": "resfu", "bilinear": "bilinear"}
-# Maps stitched from tiles: what becomes of the features of a tile.
+# Inputs stitched from tiles -> function of the features of a tile.
 TILE_INPUTS: dict[str, Process] = {"tiles": keep_tiles, "details": compute_details}
 INPUTS = (*BRANCHES, "rgb", *TILE_INPUTS)
 # Channels of the colour input.
 RGB_DIM = 16
 # Gates of the block at the start.
 LAYER_SCALE = {"published": 1e-6, "mix": 0.1}
-# Share of the tiles in the mixed residual path at the start; 0.3 had the best fidelity of the untrained mixes.
-TILE_SHARE = 0.3
-# How much of the details is added to the first map at the start.
+# Weight of the tiles in the mixed residual path at the start; 0.3 had the best fidelity of the untrained mixes.
+TILE_WEIGHT = 0.3
+# Weight of the details that are added to the first map at the start.
 DETAIL_WEIGHT = 0.75
 
 Widths = Literal["lean", "published"]
@@ -74,7 +75,7 @@ class FeatSharp(TiledUpsampler):
         widths: "lean" (exact head dim, SwiGLU of 4 C) or "published" (padded head dim, SwiGLU of 8 C).
         start: "mix" starts close to 0.7 of the bilinear map and 0.3 of the tiles (the bilinear map and 0.75 of the
             details), with a linear mix in the residual path and open gates; "published" starts with a broad JBU blur
-            (and ReSFU's own start), no mix, and gates at 1e-6 (none where attention or SwiGLU is missing).
+            (and ReSFU as published), no mix, and gates at 1e-6 (none where attention or SwiGLU is missing).
         max_tile_batch: Most images given to the backbone at once; None: all of them.
 
     Raises:
@@ -145,17 +146,17 @@ class FeatSharp(TiledUpsampler):
                 self.block.weight.data.copy_(_start_mix(self.input_dims))
         self.uses_tiles = bool(self.tile_inputs)
         self._reach = self.block.halo if isinstance(self.block, LocalBlock) else 0
-        # The map to be returned has room for one tile map.
+        # The output tensor has room for one tile map.
         one_map = isinstance(self.block, nn.Linear) or len(self.tile_inputs) <= 1
         self.halo = self._reach if one_map else None
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """JBU inside FeatSharp may learn at a rate of its own."""
+        """Group the parameters of JBU, which may have a different learning rate."""
         jbu = list(self.branches["jbu"].parameters()) if "jbu" in self.branches else []
         return super().parameter_groups() | {"jbu": jbu}
 
     def spectral_modules(self) -> list[nn.Module]:
-        """The local block alone, as published in effect: elsewhere a norm of 1 would undo the start."""
+        """Return the local block alone, as published in effect: elsewhere a norm of 1 would undo the start."""
         return [self.block] if isinstance(self.block, LocalBlock) else []
 
     def linear_maps(self, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> Tensor:
@@ -171,7 +172,7 @@ class FeatSharp(TiledUpsampler):
 
     @property
     def linear_weight(self) -> Tensor:
-        """[C, D], the linear map from all inputs to the result, or to the residual path where there is a block.
+        """Linear map [C, D] from all inputs to the result, or to the residual path where there is a block.
 
         Raises:
             ConfigError: For the published start, which has no such map beside its block.
@@ -182,7 +183,7 @@ class FeatSharp(TiledUpsampler):
         return weight
 
     def process_tiles(self, tiles: Tensor) -> Tensor:
-        """Compute what is stitched from the features of tiles [N, C, h, w].
+        """Compute the tile inputs from the features of tiles [N, C, h, w].
 
         Returns:
             The tile inputs one after the other, [N, n C, h, w]; with a linear block their weighted sum, [N, C, h, w].
@@ -207,12 +208,12 @@ class FeatSharp(TiledUpsampler):
         return compute
 
     def _stack_tile_inputs(self, tiles: Tensor) -> Tensor:
-        """All tile inputs one after the other: [N, n C, h, w] of features [N, C, h, w]."""
+        """Concatenate all tile inputs of features [N, C, h, w]: [N, n C, h, w]."""
         inputs = [TILE_INPUTS[name](tiles) for name in self.tile_inputs]
         return inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
 
     def _tile_maps(self, tiles: Tensor | None, box: Box, size: tuple[int, int]) -> dict[str, Tensor]:
-        """The tile inputs [B, C, *box.size] of the cells ``box``, of which ``tiles`` is the tile map."""
+        """Split the tile map of the cells ``box`` into the tile inputs, [B, C, *box.size] each."""
         if tiles is None:
             return {}
         maps = dict(zip(self.tile_inputs, tiles.split(self.embed_dim, 1), strict=True))
@@ -221,7 +222,7 @@ class FeatSharp(TiledUpsampler):
         return maps
 
     def _weighted_sum(self, maps: dict[str, Tensor], tiles: Tensor | None, box: Box, size: tuple[int, int]) -> Tensor:
-        """The result of a linear block, of maps [B, c, *box.size] and of tiles that are weighted already."""
+        """Apply a linear block to maps [B, c, *box.size], and add tiles that are weighted already."""
         assert isinstance(self.block, nn.Linear)
         terms = [self._weigh(name, x) for name, x in maps.items()]
         if tiles is not None:
@@ -231,7 +232,7 @@ class FeatSharp(TiledUpsampler):
         return reduce(operator.add, terms) + self.block.bias[:, None, None]
 
     def _weigh(self, name: str, x: Tensor) -> Tensor:
-        """The term of a linear block for an input [B, c, H, W]: [B, C, H, W]."""
+        """Compute the term of a linear block for an input [B, c, H, W]: [B, C, H, W]."""
         assert isinstance(self.block, nn.Linear)
         weights = dict(zip(self.inputs, self.block.weight.split(list(self.input_dims.values()), 1), strict=True))
         return F.conv2d(x, weights[name][..., None, None])
@@ -240,18 +241,18 @@ class FeatSharp(TiledUpsampler):
         return ((name, cast(ChunkedGuidedUpsampler, branch)) for name, branch in self.branches.items())
 
     def _join(self, maps: dict[str, Tensor]) -> Tensor:
-        """All inputs in their order: [B, D, H, W]."""
+        """Concatenate all inputs in their order: [B, D, H, W]."""
         return torch.cat([maps[name] for name in self.inputs], 1)
 
     def _stack(self, maps: dict[str, Tensor]) -> Tensor:
-        """The input of the block: [B, c, H, W] each to [B, H, W, D]."""
+        """Make the input of the block: [B, c, H, W] each to [B, H, W, D]."""
         stacked = self._join(maps).permute(0, 2, 3, 1)
         if self.mix is None:
             return stacked
         return torch.cat([F.linear(stacked, self.mix), stacked[..., self.embed_dim :]], -1)
 
     def _tile_positions(self, box: Box, size: tuple[int, int]) -> Tensor:
-        """The position vector of the tile that each cell of ``box`` lies in: [1, C, *box.size]."""
+        """Look up the position vector of each cell's tile: [1, C, *box.size]."""
         assert self.tile_position is not None
         tiles = self.tile_position.shape[-1]
         rows = torch.arange(box.top, box.bottom, device=self.tile_position.device) * tiles // size[0]
@@ -266,15 +267,15 @@ class FeatSharp(TiledUpsampler):
     "featsharp-progressive", "FeatSharp level by level, one per prime factor, with tiles at every scale"
 )
 class ProgressiveFeatSharp(Upsampler):
-    """A FeatSharp level per prime factor: each one sharpens what the one before made, and sees tiles of its own scale.
+    """A FeatSharp level per prime factor: each one sharpens the map of the one before with tiles of its scale.
 
     Factor 4 takes 1 + 4 + 16 passes through the backbone, 8 takes 85. The option ``prog`` of the published code.
 
     Args:
         embed_dim: Channels C, a multiple of 8.
         factor: A whole number above 1; 4 is two levels.
-        max_tile_batch: Most images given to the backbone at once; None: all tiles of a scale.
         inputs, window, attention, ffn, layer_norm, position, widths, start: Of every level; see :class:`FeatSharp`.
+        max_tile_batch: Most images given to the backbone at once; None: all tiles of a scale.
     """
 
     factors = "whole"
@@ -388,11 +389,11 @@ def _build_branch(name: str, embed_dim: int, factor: float, start: Start) -> Ups
 
 
 def _start_mix(dims: Mapping[str, int]) -> Tensor:
-    """[C, D] for maps of so many channels: the first, with details added or else TILE_SHARE of it replaced by tiles."""
+    """Mix [C, D] of the maps at the start: the first, with details added or else mixed with tiles."""
     first = next(iter(dims))
-    share = dict.fromkeys(dims, 0.0) | {first: 1.0}
+    weights = dict.fromkeys(dims, 0.0) | {first: 1.0}
     if "details" in dims and first != "details":
-        share["details"] = DETAIL_WEIGHT
+        weights["details"] = DETAIL_WEIGHT
     elif "tiles" in dims and first != "tiles":
-        share |= {first: 1 - TILE_SHARE, "tiles": TILE_SHARE}
-    return torch.cat([share[name] * torch.eye(dims[first], channels) for name, channels in dims.items()], 1)
+        weights |= {first: 1 - TILE_WEIGHT, "tiles": TILE_WEIGHT}
+    return torch.cat([weights[name] * torch.eye(dims[first], channels) for name, channels in dims.items()], 1)

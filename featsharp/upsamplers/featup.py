@@ -8,14 +8,14 @@ FeatUp (arXiv 2403.10516). Per level, with keys k = MLP(guidance) and offsets p 
 which equals the published product of a range and a spatial kernel wherever that product's floor of 1e-7 is not active
 (always for |sigma| >= 0.249). The scalars range_alpha and spatial_alpha of FeatSharp's copy cancel and are left out.
 
-FeatUp's own code has more than the paper says, and its published weights need it (``flavour="featup"``): the source is
-enlarged bicubically, a small network corrects the weights of every level, and a convolution the result.
+FeatUp's code has more than the paper, and its published weights need it (``flavour="featup"``): the source is enlarged
+bicubically, a small network corrects the weights of every level, and a convolution the result.
 
     w(i) <- w(i) + 0.1 M([w(i), guidance(i)])        49 weights first, then 3 channels; M per level, 49 outputs
     out  <- out + 0.1 (A out + b)                    A [C, C], after the last level
 
-There the guidance of a level is the whole image under an adaptive average, also where the image is the smaller one, and
-the product of kernels is computed as published, floor and all.
+There the guidance of a level is the adaptive average of the whole image, also where the image is the smaller one, and
+the product of kernels is computed as published, with its floor.
 """
 
 from typing import Literal, cast
@@ -41,14 +41,14 @@ WINDOW = 7
 MAX_LOG_TEMPERATURE = 9.21  # exp() of it is 1e4, the published clamp
 
 # Width of the spatial kernel at the start, in units of half the window: "published" is a broad blur of the bilinear
-# map, "bilinear" puts 92 % of the weight on the centre and still has a gradient to widen or narrow.
+# map, "bilinear" has 92 % of the weight at the centre and still a gradient to widen or narrow.
 START_SIGMA = {"published": 1.0, "bilinear": 0.12}
 
-# What the fix-up networks of FeatUp's own flavour predict is added with this weight.
-FIXUP_SHARE = 0.1
+# Weight of the residuals that the fix-up networks predict.
+FIXUP_WEIGHT = 0.1
 # The floor of the sum of the product of kernels.
 MIN_WEIGHT_SUM = 1e-7
-# Weights of FeatUp's own flavour that are held at once: 16 MiB in float32.
+# Most filter weights that FixedUpLevel holds at once: 16 MiB in float32.
 MAX_WEIGHTS = 2**22
 
 Start = Literal["bilinear", "published"]
@@ -57,16 +57,17 @@ Flavour = Literal["featsharp", "featup"]
 
 @register_upsampler("featup", "FeatUp: a stack of learned joint bilateral filters guided by the image")
 class FeatUp(ChunkedGuidedUpsampler):
-    """One JBU level per prime factor of ``factor`` (of the next whole number, for a fraction), each with its own
-    parameters; the last one filters at the size asked for.
+    """One JBU level per prime factor of ``factor`` (of the next whole number, for a fraction).
+
+    Levels have separate parameters, and the last one filters at the requested size.
 
     Args:
         embed_dim: Channels C.
         factor: In each direction; 6 means a level of 2 and one of 3.
         start: "bilinear" starts close to the bilinear map, "published" as the authors' code does.
         flavour: "featsharp" is the filter alone, as in the paper and in FeatSharp; "featup" has the fix-ups, dropout
-            and bicubic enlargement of FeatUp's own code, and is what its published weights are for. The first is the
-            default: its result is made of means of features and stays in their space.
+            and bicubic enlargement of FeatUp's code, for its published weights. The first is the default: its result
+            consists of means of features and stays in their space.
         final_fixup: Whether flavour "featup" ends with its C x C convolution, C^2 + C parameters.
     """
 
@@ -86,13 +87,13 @@ class FeatUp(ChunkedGuidedUpsampler):
         super().__init__(embed_dim, factor)
         if flavour not in ("featsharp", "featup"):
             raise ConfigError(f"unknown flavour {flavour!r}; use 'featsharp' or 'featup'")
-        own = flavour == "featup"
-        level = FixedUpLevel if own else JBULevel
+        fixups = flavour == "featup"
+        level = FixedUpLevel if fixups else JBULevel
         self.levels = nn.ModuleList(level(step, start=start) for step in level_factors(self.factor))
-        self.final_fixup = FinalFixup(embed_dim) if own and final_fixup else None
+        self.final_fixup = FinalFixup(embed_dim) if fixups and final_fixup else None
         # Chunks of a bicubic enlargement are not implemented.
-        self.halo = None if own else 0
-        self.keeps_space = "nearly" if own else "yes"
+        self.halo = None if fixups else 0
+        self.keeps_space = "nearly" if fixups else "yes"
 
     def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
         sizes = level_sizes(size_of(low_res), level_factors(self.factor), size)[: len(self.levels)]
@@ -105,12 +106,12 @@ class FeatUp(ChunkedGuidedUpsampler):
         return compute
 
     def _compute(self, low_res: Tensor, guidance: list[Tensor], box: Box, size: tuple[int, int]) -> Tensor:
-        """The cells ``box`` of the map of ``size`` that as many levels make as there is guidance for."""
+        """Compute the cells ``box`` of a map of ``size`` by the levels that there is guidance for."""
         if not guidance:
             return enlarge(low_res, size, box)
         *before, last = guidance
         level = self._levels()[len(before)]
-        # The cells that this level reads, and those of the level before that they come from.
+        # The cells that this level reads, and those of the level before that they depend on.
         seen = box.grow(WINDOW // 2, size)
         source_size = size_of(before[-1] if before else low_res)
         below = source_box(seen, source_size, size)
@@ -146,7 +147,7 @@ class JBULevel(nn.Module):
         return self.filter(value, self.pool(image, size))
 
     def pool(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """The guidance [B, 3, *size] of a level whose output has ``size``."""
+        """Pool an image to the guidance [B, 3, *size] of a level."""
         return pool_guidance(image, size)
 
     def enlarge(
@@ -175,16 +176,16 @@ class JBULevel(nn.Module):
 
     def spatial_bias(self) -> Tensor:
         """-|t|^2 / (2 sigma^2), [7, 7]."""
-        # The small number keeps 0 / 0 away from the centre when sigma has shrunk to nothing.
+        # The small number avoids 0 / 0 at the centre when sigma is 0.
         return -self.offsets / (2 * self.sigma**2 + 1e-12)
 
 
 class FixedUpLevel(JBULevel):
-    """A level of FeatUp's own code: bicubic enlargement, dropout, weights corrected by a network; 6233 parameters.
+    """A level as in FeatUp's code: bicubic enlargement, dropout, weights corrected by a network; 6233 parameters.
 
     Args:
         factor, start: As for :class:`JBULevel`.
-        max_weights: Filter weights that are held at once.
+        max_weights: Most filter weights that are held at once.
     """
 
     def __init__(self, factor: int, *, start: Start = "bilinear", max_weights: int = MAX_WEIGHTS) -> None:
@@ -207,7 +208,7 @@ class FixedUpLevel(JBULevel):
     def filter(self, x: Tensor, guidance: Tensor) -> Tensor:
         """As :meth:`JBULevel.filter`, in chunks of rows: the weights of a map are many times its guidance.
 
-        In training every chunk draws its own dropout for the fix-up.
+        In training dropout of the fix-up is drawn for every chunk.
         """
         key, size = self.keys(guidance), size_of(x)
         rows = max(1, self.max_weights // (len(x) * WINDOW**2 * size[1]))
@@ -225,7 +226,7 @@ class FixedUpLevel(JBULevel):
 
     def _filter_all(self, x: Tensor, key: Tensor, guidance: Tensor) -> Tensor:
         weights = self._kernel(key).to(key.dtype)
-        weights = weights + FIXUP_SHARE * self.fixup(torch.cat([weights, guidance.to(key.dtype)], 1))
+        weights = weights + FIXUP_WEIGHT * self.fixup(torch.cat([weights, guidance.to(key.dtype)], 1))
         weights = weights.permute(0, 2, 3, 1).unflatten(3, (1, WINDOW, WINDOW))
         out = local_filter(weights, x.permute(0, 2, 3, 1)[:, :, :, None], border="reflect")
         return out.squeeze(3).permute(0, 3, 1, 2)
@@ -252,4 +253,4 @@ class FinalFixup(nn.Module):
         self.layers = nn.Sequential(nn.Dropout2d(0.2), nn.Conv2d(embed_dim, embed_dim, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + FIXUP_SHARE * self.layers(x)
+        return x + FIXUP_WEIGHT * self.layers(x)

@@ -1,4 +1,4 @@
-"""Upsamplers that learn nothing: the identity and bilinear interpolation, the baselines of every table."""
+"""Upsamplers without parameters: the identity and bilinear interpolation, the baselines of every table."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from featsharp.upsamplers.registration import register_upsampler
 
 @register_upsampler("identity", "the low-resolution features as they are (factor 1)")
 class Identity(ChunkedGuidedUpsampler):
-    """Returns the low-resolution map; with a bias buffer it is a pure de-biaser."""
+    """The low-resolution map itself; with a bias buffer it is a pure de-biaser."""
 
     factors = "one"
     needs = "nothing"

@@ -1,12 +1,12 @@
-"""JAFAR: every high-resolution place attends to the low-resolution features, guided by the image.
+"""JAFAR: every high-resolution cell attends to the low-resolution features, guided by the image.
 
-JAFAR (arXiv 2506.11136). Queries come from the image at the output's grid, keys from the image and the features at the
-low-resolution grid; the values are the raw features, so the output stays in their convex hull. The branch beside tiles
-in the published FeatSharp configurations. Projections of the original that never reach the output are left out.
+JAFAR (arXiv 2506.11136). Queries are computed from the image at the output's grid, keys from the image and the features
+at the low-resolution grid; the values are the raw features, so the output stays in their convex hull. The branch beside
+tiles in the published FeatSharp configurations. Projections of the original that never reach the output are left out.
 
-Queries and keys are normalised (RMS) before their projections, as torch's attention layer projects what it is given;
-that order, the epsilon of the normalisation (that of the dtype) and the padding of the 3 x 3 query convolution are not
-stated in the paper and could not be checked against the authors' results.
+Queries and keys are normalised (RMS) before their projections; that order, the epsilon of the normalisation (that of
+the dtype) and the padding of the 3 x 3 query convolution are not stated in the paper and could not be checked against
+the authors' results.
 
 Shapes: B images, C channels, (h, w) low-resolution grid, (H, W) output grid, d = 128 query and key channels.
 """
@@ -91,7 +91,7 @@ class JAFAR(ChunkedGuidedUpsampler):
         query = F.group_norm(F.adaptive_avg_pool2d(self.query_encoder(encoded), size), GROUPS)
         query = self.query_conv(query)
         key = F.group_norm(F.adaptive_avg_pool2d(self.key_encoder(encoded), size_of(low_res)), GROUPS)
-        # In float32: the least norm that is divided by is zero in float16.
+        # In float32: the epsilon of normalize is zero in float16.
         modulation = self.feature_encoder(F.normalize(low_res.float(), dim=1).to(low_res.dtype))
         key = self.gamma(modulation) * key + self.beta(modulation)
         # Autocast leaves normalisation alone, which has no fused kernel for two dtypes.

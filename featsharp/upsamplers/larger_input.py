@@ -1,8 +1,8 @@
-"""Features of a larger image in one pass: of the image itself at more pixels, or of one that super-resolution made.
+"""Features of a larger image in one pass: of the image itself at more pixels, or after super-resolution.
 
-Both are baselines of figure 5 of FeatSharp (arXiv 2502.16025). For a backbone that gives an object the same features at
-any scale the first is the one to beat; one that was trained at a single size, such as SigLIP, fails at it. Attention
-over f * f times the tokens makes the pass cost from f ** 2 to f ** 4 of a low-resolution one.
+Both are baselines of figure 5 of FeatSharp (arXiv 2502.16025). The first is strong for backbones that give an object
+the same features at any scale; those trained at a single size, such as SigLIP, fail at it. Attention over f * f times
+the tokens makes the pass cost from f ** 2 to f ** 4 of a low-resolution one.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class _OnePass(Upsampler):
-    """The high-resolution map is one pass of the image that :meth:`enlarge_image` makes."""
+    """Base of upsamplers whose high-resolution map is one pass of the image of :meth:`enlarge_image`."""
 
     def forward(
         self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
@@ -31,7 +31,7 @@ class _OnePass(Upsampler):
         large = resize(self.enlarge_image(image, low_res_size), (patch[0] * size[0], patch[1] * size[1]))
         try:
             high_res, _ = encode(large)
-        except InputError as error:  # it took the low-resolution image, so it is the size
+        except InputError as error:  # the low-resolution image was accepted, so it is the size
             raise ConfigError(
                 f"{type(self).__name__} needs a backbone that takes larger images; {error}. The upsampler 'tile' "
                 f"encodes the same pixels in pieces of {low_res_size[0]}x{low_res_size[1]}"
@@ -39,13 +39,13 @@ class _OnePass(Upsampler):
         return UpsampleFeatures(low_res, resize(high_res, size), summary)
 
     def enlarge_image(self, image: Tensor, low_res_size: tuple[int, int]) -> Tensor:
-        """The image [B, 3, height, width] to encode, of any size."""
+        """Make the image [B, 3, height, width] to encode, of any size."""
         raise NotImplementedError
 
 
 @register_upsampler("native-highres", "the image at factor x the size in one pass, no upsampling")
 class NativeHighRes(_OnePass):
-    """The backbone's own features of the larger image: p * H by p * W pixels for H x W cells and patches of p pixels.
+    """Features of the larger image: p * H by p * W pixels for H x W cells and patches of p pixels.
 
     Raises:
         ConfigError: When used with a backbone that takes one size only.
@@ -67,20 +67,20 @@ class NativeHighRes(_OnePass):
 class SuperResolution(_OnePass):
     """Super-resolution first, then the backbone.
 
-    The question of this baseline is what invented detail can replace, so the function never sees more pixels than the
-    low-resolution pass: a larger image is shrunk to that size first. What it returns is clamped to [0, 1] and resized
-    to p pixels per cell. A module is registered as a part of this one and moves with it, frozen, in eval mode for good.
+    This baseline shows how far invented detail replaces real detail, so the function never gets more pixels than the
+    low-resolution pass: a larger image is shrunk to that size first. Its result is clamped to [0, 1] and resized to p
+    pixels per cell. A module is registered as a submodule, frozen, and always in eval mode.
 
     Args:
         embed_dim: Channels C.
         factor: In each direction.
         enlarge: Takes images [B, 3, h, w] in [0, 1] and returns them in at least that size, of any factor; or text that
             names such a function, ``"module:function"``.
-        mean, std: The whitening of the images, which is undone around the call, three values each; the backbone's own.
+        mean, std: Whitening of the backbone, three values each, which is undone for the call.
 
     Raises:
-        ConfigError: For options that make no sense; when used with a backbone that takes one size only.
-        InputError: When used, and the function returns something else than larger images.
+        ConfigError: For options out of range; when used with a backbone that takes one size only.
+        InputError: When the function is called and returns something else than larger images.
     """
 
     needs = "image, a super-resolution function of yours"

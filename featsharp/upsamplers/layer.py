@@ -13,7 +13,7 @@ from featsharp.upsamplers.registration import build_upsampler
 
 
 class UpsampleLayer(nn.Module):
-    """Sharpens the features of your own network, with gradients to its weights, the features and the image.
+    """Upsampling inside a network, with gradients to weights, features and image.
 
     Args:
         upsampler: Name of a guided upsampler (one that needs no tiles: "featup", "jafar", "resize-conv" ...), or an
@@ -21,9 +21,8 @@ class UpsampleLayer(nn.Module):
         embed_dim: Channels C of the features; only with a name.
         factor: In each direction; only with a name.
         options: Keyword arguments of the upsampler's class; only with a name.
-        recompute: Activation checkpointing: in training nothing inside the upsampler is kept, and it is computed again
-            in the backward pass. Less memory for one more forward; the gradients are the same. (Running statistics of
-            batch norm, which LiFT has, then advance twice per step.)
+        recompute: Whether to checkpoint activations: less memory for one more forward pass; the gradients are the same.
+            (Running statistics of batch norm, which LiFT has, then advance twice per step.)
 
     Raises:
         ConfigError: For an upsampler that is not guided, or arguments that do not go together.
@@ -63,9 +62,9 @@ class UpsampleLayer(nn.Module):
         self.recompute = recompute
 
     def forward(self, features: Tensor, image: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
-        """Sharp features; arguments, result and errors as for :meth:`GuidedUpsampler.upsample`."""
+        """Sharpen features; arguments, result and errors as for :meth:`GuidedUpsampler.upsample`."""
         if self.recompute and self.training and torch.is_grad_enabled():
-            # Bound to a name: mypy does not know what checkpoint returns.
+            # For mypy, which has no type for the result of checkpoint.
             out: Tensor = checkpoint(self.upsampler.upsample, features, image, output_size, use_reentrant=False)
             return out
         return self.upsampler.upsample(features, image, output_size)

@@ -1,16 +1,16 @@
-"""LiFT: a small convolutional network that makes a feature map twice as large, and can be applied again and again.
+"""LiFT: a small convolutional network that doubles a feature map, and can be applied repeatedly.
 
 LiFT (Suri et al., ECCV 2024, arXiv 2403.14625). One pass doubles the grid. The image is encoded at two scales, the
 grid's and twice that; the features are joined with the coarser one, doubled by a transposed convolution, joined with
 the finer one, and decoded. Features reach the output through convolutions only, so the distribution of the result is
-learned too: :mod:`featsharp.evaluation.drift` measures how far it wanders when passes are repeated.
+learned too: :mod:`featsharp.evaluation.drift` measures how far it drifts when passes are repeated.
 
-Two things the published network leaves open are fixed here, so that any patch size, grid and image works:
+Two things that the published network leaves open are fixed here, so that any patch size, grid and image works:
 
-- The image is resized to ``image_scale`` pixels per cell of the pass's input. The published network takes the
-  backbone's own input image, one patch per cell, so that its filters mean something else when the image is larger.
+- The image is resized to ``image_scale`` pixels per cell of the pass's input. The published network takes the input
+  image of the backbone, one patch per cell, so that its filters see another scale when the image is larger.
 - The finer scale is pooled to exactly twice the grid (adaptive max-pooling). At 16 pixels per cell that is the
-  published max-pooling by 2, at 8 it changes nothing, and between them it serves patches of 14.
+  published max-pooling by 2, at 8 it changes nothing, and in between it works for patches of 14.
 
 Shapes: B images, C channels, (h, w) grid, s pixels per cell.
 """
@@ -33,16 +33,16 @@ MIN_IMAGE_SCALE = 8
 class LiFT(GuidedUpsampler):
     """The same doubling network, applied n times for a factor of 2^n; parameters do not depend on the factor.
 
-    Further passes see the image at twice the size of the pass before: with its own detail as long as it has any, then
-    bilinearly enlarged, which is what the published repetition does with an image of the published size.
+    Further passes take the image at twice the size of the pass before, bilinearly enlarged beyond its size, as the
+    published repetition does with an image of the published size.
 
     In training mode batch normalisation needs more than one cell; in eval mode images of a batch do not mix.
 
     Args:
         embed_dim: Channels C.
         factor: 2, 4, 8, ...
-        image_scale: Pixels per cell at which the image is looked at, at least 8. Published weights need that of their
-            backbone: 16 for patches of 16, 8 for patches of 8.
+        image_scale: Pixels of the image per cell, at least 8. Published weights need that of their backbone: 16 for
+            patches of 16, 8 for patches of 8.
 
     Parameters: 1,187,280 for C = 384, 4,417,296 for 768.
     """
@@ -74,16 +74,16 @@ class LiFT(GuidedUpsampler):
         return out.to(features.dtype)
 
     def _guide(self, image: Tensor, previous: Tensor | None, grid: tuple[int, int]) -> Tensor:
-        """The image at ``image_scale`` pixels per cell of ``grid``."""
-        used_up = (
+        """Resize the image to ``image_scale`` pixels per cell of ``grid``; from ``previous`` if that is larger."""
+        larger = (
             previous is not None and previous.shape[-2] >= image.shape[-2] and previous.shape[-1] >= image.shape[-1]
         )
-        source = previous if previous is not None and used_up else image
+        source = previous if previous is not None and larger else image
         return resize(source, (grid[0] * self.image_scale, grid[1] * self.image_scale))
 
 
 class Doubling(nn.Module):
-    """One pass. Its tensors, and what the published state dict calls them (maybe after ``module.``):
+    """One pass. Its tensors, and their names in the published state dict (maybe after ``module.``).
 
     ============== =========================
     here           published

@@ -14,7 +14,7 @@ register_upsampler = UPSAMPLERS.register
 
 
 class HasEmbedDim(Protocol):
-    """All that an upsampler needs to know of a backbone."""
+    """Any object with a number of channels, such as a backbone."""
 
     embed_dim: int
 
@@ -27,15 +27,14 @@ def create_upsampler(
     Args:
         name: One of :func:`list_upsamplers`, also with its factor: "bilinear-2x".
         backbone: Anything with ``embed_dim``.
-        factor: In each direction, at least 1, where the name does not give it; which ones a method
-            allows is its ``factors``.
+        factor: In each direction, at least 1, one of the method's ``factors``; where the name does not give it.
         options: Keyword arguments of the upsampler's class, for example ``{"widths": "published"}``.
 
     Raises:
         ConfigError: For an unknown name, an option that this upsampler does not have, or a factor that it cannot have.
     """
     name, factor = resolve_upsampler(name, factor, UPSAMPLERS)
-    # Whoever undoes the whitening needs the backbone's own.
+    # Upsamplers that undo the whitening need the backbone's.
     wanted = {"mean", "std"}.intersection(options_of_upsampler(name))
     known = {key: getattr(backbone, key) for key in wanted if hasattr(backbone, key)}
     return build_upsampler(name, backbone.embed_dim, factor, known | dict(options or {}))
@@ -61,7 +60,7 @@ def options_of_upsampler(name: str) -> list[str]:
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as configurations and checkpoints hold them: NumPy's numbers and arrays, tuples and ranges made plain."""
+    """Convert options to values of JSON: NumPy's numbers and arrays, tuples and ranges."""
     return {key: _plain(value) for key, value in options.items()}
 
 

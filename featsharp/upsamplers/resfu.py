@@ -8,14 +8,14 @@ averaged over the cells of the output) on (H, W), with d = 32:
     out(i) = sum_o softmax_o(scores(i)) * x(i + o),                o in the 3 x 3 steps of one low-resolution cell
 
 Each of ``semantic`` and ``detail`` is a :class:`PairedContrast`. x(i + o) is the bilinear sample of x at the exact
-place of new cell i, o low-resolution cells away, clamped at the border; a sample whose centre lies outside of the image
-has no part in the softmax.
+position of new cell i, o low-resolution cells away, clamped at the border; a sample whose centre lies outside of the
+image is left out of the softmax.
 
-The paper leaves some things open, which are read here as follows: the two contrasts have parameters of their own; the
-grouped convolution leads back to d channels; the guided filter is the fast one of He and Sun (arXiv 1505.00996), which
+The paper leaves some things open, which are read here as follows: the two contrasts have separate parameters; the
+grouped convolution has d output channels; the guided filter is the fast one of He and Sun (arXiv 1505.00996), which
 also averages its coefficients; the dilation, at factors that are not whole, is the nearest whole number. Parameters
 that cancel are left out: the offsets of the norms before a difference. FeatSharp (arXiv 2502.16025) compares with a
-variant that sees the tile map beside the image: "resfu-tiled".
+variant guided by the tile map beside the image: "resfu-tiled".
 """
 
 import math
@@ -39,7 +39,7 @@ CONV_GROUPS = 4
 NORM_GROUPS = 8
 START_STD = 0.02
 
-# The nine samples, row by row; the one in the middle is the new cell's own place.
+# The nine samples, row by row; the middle one is at the new cell.
 OFFSETS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
 CENTRE = OFFSETS.index((0, 0))
 
@@ -49,8 +49,8 @@ FLAT = 1e-3
 # A Gaussian of sigma 1 on three cells.
 BLUR_SIDE = math.exp(-0.5) / (1 + 2 * math.exp(-0.5))
 
-# The score of the middle at the start: "published" is the mean of all nine, a broad blur; "bilinear" puts 92 % of the
-# weight on the middle.
+# The score of the middle at the start: "published" is the mean of all nine, a broad blur; "bilinear" has 92 % of the
+# weight there.
 START_SCORE = {"bilinear": math.log(8 * 0.92 / 0.08), "published": 0.0}
 
 Start = Literal["bilinear", "published"]
@@ -60,7 +60,7 @@ Start = Literal["bilinear", "published"]
 class ReSFU(ChunkedGuidedUpsampler):
     """ReSFU with the image as guidance.
 
-    Under a limit on memory only the weighted samples are computed in chunks: the weights are normalised over all of the
+    Under a limit on memory only the weighted samples are computed in chunks: the weights are normalised over the whole
     image, and need several hundred numbers per new cell.
 
     Args:
@@ -91,7 +91,7 @@ class ReSFU(ChunkedGuidedUpsampler):
 class TiledReSFU(TiledUpsampler):
     """ReSFU whose guidance is the image and, stacked on it, the tile map.
 
-    The result is still made of low-resolution features: tiles say where edges are, not what is there.
+    The result still consists of low-resolution features: tiles only guide.
 
     Args:
         embed_dim: Channels C.
@@ -100,7 +100,7 @@ class TiledReSFU(TiledUpsampler):
         max_tile_batch: Most images given to ``encode`` at once; None: all of them, the fastest.
 
     Raises:
-        ConfigError: For an unknown start, or a batch that lets nothing through.
+        ConfigError: For an unknown start, or a batch below 1.
     """
 
     factors = "any"
@@ -128,7 +128,7 @@ class TiledReSFU(TiledUpsampler):
 
 
 class Similarity(nn.Module):
-    """Weights of the nine samples of each new cell, from features and guidance: all that is learned.
+    """Weights of the nine samples of each new cell, from features and guidance; has all parameters of ReSFU.
 
     Args:
         embed_dim: C.
@@ -158,10 +158,10 @@ class Similarity(nn.Module):
 
 
 class PairedContrast(nn.Module):
-    """How the surroundings of each cell in one map differ from that cell in another: nine scores.
+    """Nine scores of the differences between the surroundings of each cell in one map and that cell in another.
 
     The published "paired central difference convolution": both maps under one group norm, then a dilated 3x3
-    convolution of the first minus, at each of its nine places, the second. 10,793 parameters.
+    convolution of the first minus, at each of its nine taps, the second. 10,793 parameters.
     """
 
     def __init__(self) -> None:
@@ -176,18 +176,18 @@ class PairedContrast(nn.Module):
         self.scores = _start(nn.Conv2d(DIM, len(OFFSETS), 1))
 
     def forward(self, surroundings: Tensor, centre: Tensor, dilation: tuple[int, int]) -> Tensor:
-        """Maps [B, d, H, W], dilation (y, x) in their cells: [B, 9, H, W]."""
+        """Compute scores [B, 9, H, W] of maps [B, d, H, W]; the dilation (y, x) is in their cells."""
         first, second = (F.group_norm(x, NORM_GROUPS, self.norm_weight.to(x.dtype)) for x in (surroundings, centre))
         conv, (y, x) = self.contrast, dilation
         padded = F.pad(first, (x, x, y, y), mode="replicate")
         around = F.conv2d(padded, conv.weight, conv.bias, dilation=dilation, groups=CONV_GROUPS)
-        own = F.conv2d(second, conv.weight.sum((2, 3), keepdim=True), groups=CONV_GROUPS)
-        hidden = self.mix((around - own).relu()).relu()
+        at_centre = F.conv2d(second, conv.weight.sum((2, 3), keepdim=True), groups=CONV_GROUPS)
+        hidden = self.mix((around - at_centre).relu()).relu()
         return self.scores(self.norm(hidden))
 
 
 def weighted_samples(x: Tensor, weights: Tensor, box: Box | None = None) -> Tensor:
-    """Sum of nine bilinear samples around the place of each new cell, one low-resolution cell apart.
+    """Compute the weighted sum of nine bilinear samples around each new cell, one low-resolution cell apart.
 
     Args:
         x: [B, C, h, w].
@@ -195,8 +195,8 @@ def weighted_samples(x: Tensor, weights: Tensor, box: Box | None = None) -> Tens
         box: Cells to compute; None: all.
 
     Returns:
-        [B, C, *box.size] in the dtype of ``x``; sums are at least float32. Beside it no more than two samples are held
-        at a time, also for the backward pass, which makes them again.
+        [B, C, *box.size] in the dtype of ``x``; sums are at least float32. At most two samples are held at a time, also
+        for the backward pass, which computes them again.
     """
     size = size_of(weights)
     box = box or whole(size)
@@ -218,7 +218,7 @@ def _weighted_sample(rows: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
 
 
 def guided_filter(guide: Tensor, x: Tensor) -> Tensor:
-    """``x`` [B, d, H, W] as a locally linear function of ``guide`` [B, d, H, W], channel by channel.
+    """Fit ``x`` [B, d, H, W] by a locally linear function of ``guide`` [B, d, H, W], channel by channel.
 
     The function is fitted in boxes at half the resolution (fast guided filter, arXiv 1505.00996). Variances of half
     types would be noise, so it computes in float32 at least; the result has the dtype of ``x``.
@@ -236,12 +236,12 @@ def guided_filter(guide: Tensor, x: Tensor) -> Tensor:
 
 
 def _box_mean(x: Tensor) -> Tensor:
-    """Over the cells of the box that the map has."""
+    """Average over those cells of the box that lie on the map."""
     return F.avg_pool2d(x, 2 * BOX_RADIUS + 1, stride=1, padding=BOX_RADIUS, count_include_pad=False)
 
 
 def blur(x: Tensor) -> Tensor:
-    """A 3x3 Gaussian of sigma 1 over [B, d, H, W], borders replicated."""
+    """Blur [B, d, H, W] by a 3x3 Gaussian of sigma 1, borders replicated."""
     for padding, dim in (((0, 0, 1, 1), 2), ((1, 1, 0, 0), 3)):
         padded, length = F.pad(x, padding, mode="replicate"), x.shape[dim]
         sides = padded.narrow(dim, 0, length) + padded.narrow(dim, 2, length)
@@ -261,16 +261,16 @@ def inside_image(grid: tuple[int, int], size: tuple[int, int], device: torch.dev
 
 
 def _sampler(cells: int, length: int, offset: int, like: Tensor) -> Tensor:
-    """[length, cells]: linear interpolation at the places of the samples along an axis, clamped at the border."""
-    places = (_ticks(cells, length, offset, like.device).to(like.dtype) / (2 * length) - 0.5).clamp(0, cells - 1)
-    distance = (places[:, None] - torch.arange(cells, device=like.device)).abs()
+    """Matrix [length, cells] of linear interpolation at the samples along an axis, clamped at the border."""
+    positions = (_ticks(cells, length, offset, like.device).to(like.dtype) / (2 * length) - 0.5).clamp(0, cells - 1)
+    distance = (positions[:, None] - torch.arange(cells, device=like.device)).abs()
     return (1 - distance).clamp(min=0)
 
 
 def _ticks(cells: int, length: int, offset: int, device: torch.device) -> Tensor:
-    """Places of the samples of ``length`` new cells on an axis of ``cells`` old ones, from its start.
+    """Positions of the samples of ``length`` new cells on an axis of ``cells`` old ones, from its start.
 
-    In whole numbers, of which an old cell has 2 * length: what lies exactly on the edge stays there.
+    In whole numbers, of which an old cell has 2 * length, so that samples on the edge are exact.
     """
     return (2 * torch.arange(length, device=device) + 1) * cells + 2 * length * offset
 

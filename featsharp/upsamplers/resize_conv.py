@@ -1,12 +1,12 @@
-"""Resize-convolution: enlarge bilinearly, then let a convolution that sees the image correct the result.
+"""Resize-convolution: bilinear enlargement, then a correction by a convolution of features and image.
 
 The baseline of FeatUp (arXiv 2403.10516), after Odena et al., "Deconvolution and Checkerboard Artifacts" (2016). Per
 level, with x the features and g the image, both resized to the grid of the level:
 
     y = x + relu(conv([x, g])),   without the relu at the last level
 
-FeatUp has four levels of 2x; here there is one per prime factor, the last one to whatever size is asked for. The image
-is antialiased where it shrinks, which the published code leaves out.
+FeatUp has four levels of 2x; here there is one per prime factor, the last one to the requested size. The image is
+antialiased where it shrinks, which the published code leaves out.
 """
 
 from typing import Literal
@@ -19,9 +19,8 @@ from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.base import GuidedUpsampler, level_factors, level_sizes
 from featsharp.upsamplers.registration import register_upsampler
 
-# Factor on the weights that PyTorch draws: "published" keeps them, so that an untrained level adds more than half of
-# the features' size; "bilinear" makes that less than a hundredth. Zero would do for the last level only: behind a relu
-# it has no gradient.
+# Factor on PyTorch's initial weights: with "published" an untrained level adds more than half of the features' size,
+# with "bilinear" less than a hundredth. Zero would do for the last level only: behind a relu it has no gradient.
 START_SCALE = {"bilinear": 0.01, "published": 1.0}
 
 Start = Literal["bilinear", "published"]
@@ -34,7 +33,7 @@ class ResizeConv(GuidedUpsampler):
     Args:
         embed_dim: Channels C.
         factor: In each direction, 1 or more; a level of 2 and one of 3 for 6, and for 5.5 too.
-        start: "bilinear" starts close to bilinear interpolation, level by level; "published" with PyTorch's own
+        start: "bilinear" starts close to bilinear interpolation, level by level; "published" with PyTorch's
             initialisation.
 
     Raises:

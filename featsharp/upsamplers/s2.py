@@ -36,7 +36,7 @@ from featsharp.upsamplers.registration import register_upsampler
 
 @register_upsampler("s2", "features of several scales concatenated: bilinear and tiles")
 class S2(Upsampler):
-    """S2 without its pooling: every scale is brought to the output grid bilinearly.
+    """S2 without its pooling: every scale is resized to the output grid bilinearly.
 
     With the default scales that is the bilinear map on top of the tile map.
 
@@ -48,7 +48,7 @@ class S2(Upsampler):
     """
 
     needs = "image, tiles"
-    keeps_space = "no"  # each group of C channels does
+    keeps_space = "no"  # though each group of C channels does
     paper = "S2, arXiv 2403.13043"
 
     def __init__(
@@ -93,7 +93,7 @@ class S2(Upsampler):
         return UpsampleFeatures(low_res, torch.cat(maps, 1), summary)
 
     def fit(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """Bring the features of one scale to the grid of the result."""
+        """Resize the features of one scale to the grid of the result."""
         return resize(features, size)
 
     def extra_repr(self) -> str:

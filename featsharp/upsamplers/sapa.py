@@ -38,8 +38,8 @@ class SAPA(GuidedUpsampler):
         factor: In each direction, whole; 6 means a level of 2 and one of 3.
         border: "clip" makes the window smaller at the edge of the map, so weights of real cells sum to one; "zeros" has
             cells with logit 0 and value 0 there, as published, and results fade towards the edge.
-        norm_guidance: Whether the colours of a pixel are normalised by their own mean and deviation, as published. That
-            leaves hue and nothing else: without it, the guidance knows brightness and contrast too.
+        norm_guidance: Whether the colours of each pixel are normalised by their mean and deviation, as published. That
+            leaves only hue; otherwise the guidance includes brightness and contrast.
 
     Raises:
         ConfigError: For a factor that is not whole, or an unknown border.
@@ -73,8 +73,8 @@ class SAPALevel(nn.Module):
     def __init__(self, embed_dim: int, factor: int, border: SAPABorder, norm_guidance: bool) -> None:
         super().__init__()
         self.factor, self.border = factor, border
-        # What is added to all keys alike adds the same to all scores of a query, and the softmax does not see it, save
-        # where published borders stay at 0.
+        # A bias of the keys adds the same to all scores of a query, which cancels in the softmax, except where
+        # published borders stay at 0.
         bias = border == "zeros"
         self.query_norm = nn.LayerNorm(3) if norm_guidance else nn.Identity()
         self.key_norm = nn.LayerNorm(embed_dim, bias=bias)

@@ -1,4 +1,4 @@
-"""A smaller stride of the patch embedding: the backbone looks at overlapping patches, so it has more tokens.
+"""A smaller stride of the patch embedding: the backbone has overlapping patches, and so more tokens.
 
 "Deep ViT Features as Dense Visual Descriptors" (arXiv 2112.05814); a baseline of FeatSharp (arXiv 2502.16025), figure
 5.
@@ -7,10 +7,9 @@ Shapes:
     An image of H x W pixels and patches of p make ``1 + (H - p) // s`` by ``1 + (W - p) // s`` tokens at stride s.
 
 Convention:
-    Token j is centred at pixel ``j * s + p / 2``, so the map does not cover the image as others do. Published code
-    stretches it over the image all the same, which moves features by up to half a patch at the border. Here every cell
-    of the result is read where it is, between the tokens around it; cells beyond the outermost centres take the value
-    there.
+    Token j is centred at pixel ``j * s + p / 2``, so the map does not cover the whole image. Published code stretches
+    it over the image all the same, which moves features by up to half a patch at the border. Here every cell of the
+    result is interpolated between the tokens around its centre; cells beyond the outermost tokens take their value.
 """
 
 import math
@@ -42,11 +41,11 @@ class Stride(Upsampler):
     8       2       11237 tokens, 2.8 GiB 64010 tokens, 92 GiB
     ======  ======  ====================  ====================
 
-    Fused attention never holds that map, but its time grows alike. At 8x, tiles are the cheaper way to detail.
+    Fused attention never holds that map, but its time grows alike. At 8x, tiles are cheaper.
 
     Raises:
         ConfigError: When used with a factor above the patch size, a backbone without patches that can overlap, or an
-            ``encode`` that knows no ``patch_stride``.
+            ``encode`` without ``patch_stride``.
     """
 
     needs = "backbone's patch embedding"
@@ -67,7 +66,7 @@ class Stride(Upsampler):
         try:
             tokens, _ = encode(small, patch_stride=stride)
         except TypeError as error:
-            # Functions that serve all other upsamplers need not take it, and only calling them shows whether they do.
+            # Functions for other upsamplers need not take it, and only calling them shows whether they do.
             if "patch_stride" not in str(error):
                 raise
             raise ConfigError(
@@ -79,7 +78,7 @@ class Stride(Upsampler):
 
 
 def compute_stride(patch_size: int, factor: float) -> int:
-    """Compute the stride nearest to giving ``factor`` as many tokens per axis; of two, the smaller one."""
+    """Compute the stride nearest to ``factor`` times as many tokens per axis; of two, the smaller one."""
     if factor > patch_size:
         raise ConfigError(
             f"the smallest stride, one pixel, makes {patch_size} tokens per axis of a {patch_size}-pixel patch; got a "
@@ -95,7 +94,8 @@ def read_tokens(
 
     Args:
         tokens: [B, C, h, w].
-        patch_size, stride: In pixels.
+        patch_size: In pixels.
+        stride: In pixels.
         image_size: (height, width) in pixels.
         size: (H, W) in cells.
 
@@ -111,10 +111,9 @@ def read_tokens(
 
 
 def _read_axis(x: Tensor, positions: Tensor, spread: int, dim: int) -> Tensor:
-    """Along one axis: means of the values around ``positions``, with weights that reach 0 at a distance of ``spread``.
+    """Average values along one axis around ``positions``, with weights that reach 0 at a distance of ``spread``.
 
-    A spread of 1 is linear interpolation; a larger one is for cells that are further apart than the values. Whole ones
-    leave a ramp as it is.
+    A spread of 1 is linear interpolation; a larger one is for cells that are further apart than the values.
     """
     last = x.shape[dim] - 1
     positions = positions.clamp(0, last)

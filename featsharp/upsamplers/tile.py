@@ -1,7 +1,8 @@
 """Tile: the image is cut into tiles, each is encoded at the low-resolution size, the features are stitched.
 
-No parameters. It sees real detail, at the price of seams, repeated position artefacts and no context across tiles.
-FeatSharp (arXiv 2502.16025) has it as an input and as a baseline. How tiles are cut: :mod:`featsharp.layers.tiles`.
+No parameters. It has real detail, at the price of seams, repeated position artefacts and no context across tiles.
+FeatSharp (arXiv 2502.16025) has it as an input and as a baseline. For how tiles are cut, see
+:mod:`featsharp.layers.tiles`.
 """
 
 from torch import Tensor

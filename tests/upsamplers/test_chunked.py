@@ -15,7 +15,7 @@ from featsharp.errors import ConfigError, InputError
 from featsharp.memory import PeakMeter, parse_memory
 from featsharp.ops.resize import resize
 from featsharp.upsamplers import GuidedUpsampler
-from featsharp.upsamplers.chunked import UNSEEN_BYTES, UNSEEN_SHARE, Plan, upsample_in_chunks, upsample_within
+from featsharp.upsamplers.chunked import UNCOUNTED_BYTES, UNCOUNTED_FRACTION, Plan, upsample_in_chunks, upsample_within
 from featsharp.upsamplers.featsharp import FeatSharp
 
 CASES = [
@@ -140,8 +140,8 @@ def test_more_memory_means_more_tiles_at_once():
         low_res = encoder.encode(resize(images, (64, 64))).features
     for passes in (4, 9):
         batches.clear()
-        room = UNSEEN_BYTES + 2 * low_res.nbytes + int((passes + 0.5) * meter.peak)
-        upsample_within(encoder.upsampler, images, encode, (64, 64), int(room / (1 - UNSEEN_SHARE)))
+        room = UNCOUNTED_BYTES + 2 * low_res.nbytes + int((passes + 0.5) * meter.peak)
+        upsample_within(encoder.upsampler, images, encode, (64, 64), int(room / (1 - UNCOUNTED_FRACTION)))
         last = [16 % passes] if 16 % passes else []
         assert batches == [1, *(16 // passes) * [passes], *last]
 
