@@ -28,11 +28,11 @@ class _Decoder(Protocol):
 
 
 class Source:
-    """A stream from its start on, although its first bytes were looked at.
+    """A stream whose first bytes can be inspected before they are read.
 
     Attributes:
-        head: Those first bytes.
-        error: What the stream itself raised, as that is no damage of the data.
+        head: The first bytes.
+        error: Error that the stream raised, as opposed to damage of the data.
     """
 
     def __init__(self, file: BinaryIO | IO[bytes]) -> None:
@@ -41,7 +41,7 @@ class Source:
         self.error: OSError | None = None
 
     def read(self, size: int) -> bytes:
-        """At most ``size`` bytes; none at the end."""
+        """Read at most ``size`` bytes; none at the end."""
         if self._unread:
             data, self._unread = self._unread[:size], self._unread[size:]
             return data
@@ -53,7 +53,7 @@ class Source:
 
 
 def decompress(source: Source) -> IO[bytes]:
-    """Decompress a stream by its first bytes; what is not compressed stays as it is. Only for ``read(size)``."""
+    """Decompress a stream, recognised by its first bytes; others are returned as they are. Only for ``read(size)``."""
     head = source.head
     if head.startswith(b"\x1f\x8b\x08"):
         return cast(IO[bytes], gzip.GzipFile(fileobj=cast(BinaryIO, source), mode="rb"))  # only reads
@@ -65,7 +65,7 @@ def decompress(source: Source) -> IO[bytes]:
 
 
 class _Members(io.RawIOBase):
-    """The members of a bzip2 or xz stream. ``BZ2File`` and ``LZMAFile`` take a damaged one for the end of the file."""
+    """The members of a bzip2 or xz stream. ``BZ2File`` and ``LZMAFile`` end silently at a damaged one."""
 
     def __init__(self, source: Source, new: Callable[[], _Decoder]) -> None:
         self._source, self._new = source, new
@@ -89,7 +89,7 @@ class _Members(io.RawIOBase):
         return len(data)
 
     def _next_member(self) -> bytes:
-        """The first bytes behind a member and its padding with zeros; none at the end."""
+        """Read the first bytes after a member and its padding with zeros; none at the end."""
         data = self._decoder.unused_data
         while not (start := data.lstrip(b"\0")) and (data := self._source.read(_CHUNK)):
             pass

@@ -19,19 +19,19 @@ from featsharp.urls import redact_url
 
 logger = logging.getLogger(__name__)
 
-# Not webdataset's gopen, which waits for what a command started instead of ending it, nor fsspec, whose log lines and
-# errors show passwords and tokens (docs/experiments.md, "Libraries for shards").
+# Not webdataset's gopen, which waits for a command's child processes instead of ending them, nor fsspec, whose log
+# lines and errors show passwords and tokens (docs/experiments.md, "Libraries for shards").
 
 _running: set[tuple[int, subprocess.Popen[bytes]]] = set()  # commands, by the process that started them
 _ASK_AGAIN = {408, 425, 429}  # statuses below 500 of servers that may answer later
 
 
 class FetchConfig(NamedTuple):
-    """Attempts and waits for a shard, before what is left of it is given up."""
+    """Attempts and waits for a shard, before the rest of it is given up."""
 
     attempts: int = 4
     backoff: float = 1.0  # seconds before the second attempt; twice as many before each further one
-    timeout: float = 60.0  # seconds without a byte from a server; of a command that long a silence is only logged
+    timeout: float = 60.0  # seconds without a byte from a server; for a command this is only logged
 
 
 def is_temporary(error: Exception) -> bool:
@@ -48,7 +48,7 @@ def open_address(address: str, timeout: float) -> Iterator[IO[bytes]]:
         with _run(address.removeprefix(PIPE), timeout) as output:
             yield output
         return
-    # The setting says http or https; redirections cannot lead to files.
+    # The address is http or https; redirections cannot lead to files.
     parts = urllib.parse.urlsplit(address)
     user, at, host = parts.netloc.rpartition("@")
     request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers={"User-Agent": "featsharp"})
@@ -68,10 +68,10 @@ def describe_error(error: BaseException) -> str:
 
 @contextmanager
 def _run(command: str, timeout: float) -> Iterator[IO[bytes]]:
-    """The output of a shell command; OSError when it fails. It is ended when its output is no longer wanted.
+    """Open the output of a shell command; OSError when it fails.
 
-    With all that it started, and by SIGKILL: nothing that it could still do is wanted, and it may ignore SIGTERM, also
-    because whatever started the training does, as that is inherited.
+    At the end the command and its child processes are ended by SIGKILL, as they may ignore SIGTERM, for example where
+    they inherited that from the parent of the training process.
     """
     process = subprocess.Popen(
         command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
@@ -82,7 +82,7 @@ def _run(command: str, timeout: float) -> Iterator[IO[bytes]]:
     try:
         _wait_for_output(process.stdout, command, timeout)
         yield process.stdout
-        while process.stdout.read(1 << 20):  # what follows the end mark; a writer that is cut off would count as failed
+        while process.stdout.read(1 << 20):  # bytes after the end mark; a writer that is cut off would fail
             pass
         if process.wait():
             raise OSError(f"the command ended with status {process.returncode}")
@@ -93,7 +93,7 @@ def _run(command: str, timeout: float) -> Iterator[IO[bytes]]:
 
 
 def _wait_for_output(output: IO[bytes], command: str, interval: float) -> None:
-    """Wait for the first bytes or the end, without limit: a command may have to wait for a tape. But not in silence."""
+    """Wait for the first bytes or the end, without limit (a command may have to wait for a tape), and log that."""
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)
         while not selector.select(interval):
@@ -101,14 +101,14 @@ def _wait_for_output(output: IO[bytes], command: str, interval: float) -> None:
 
 
 def end_commands() -> None:
-    """End all commands of this process, which itself is about to end: they would outlive it."""
+    """End all commands of this process, which they would outlive."""
     for owner, process in list(_running):
         if owner == os.getpid():  # others were inherited
             _end(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    # Where the command has ended by itself, its group is gone, or macOS says that it may not be signalled.
+    # After the command has ended, its group is gone, or macOS does not permit signals to it.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -4,12 +4,12 @@ import hashlib
 
 
 def hash_bits(*values: int) -> int:
-    """64 pseudo-random bits of some integers."""
+    """Hash integers to 64 pseudo-random bits."""
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")
 
 
 def shuffled(position: int, length: int, key: int) -> int:
-    """Image of ``position`` under a pseudo-random permutation of range(length).
+    """Map ``position`` by a pseudo-random permutation of range(length).
 
     A Feistel network permutes the next power of two; values beyond the length are sent through it again until they
     fall inside, which keeps it a permutation.
@@ -27,13 +27,13 @@ def shuffled(position: int, length: int, key: int) -> int:
 
 
 def floor_sum(count: int, modulus: int, step: int, start: int) -> int:
-    """Sum over i < count of floor((step * i + start) / modulus), by Euclid's reduction: O(log modulus) steps."""
+    """Sum floor((step * i + start) / modulus) over i < count, by Euclid's reduction: O(log modulus) steps."""
     total = 0
     while True:
         whole, step = divmod(step, modulus)
         offset, start = divmod(start, modulus)
         total += whole * (count * (count - 1) // 2) + offset * count
-        # What is left counts lattice points under a line of slope < 1: count them along the other axis.
+        # The rest counts lattice points under a line of slope < 1: count them along the other axis.
         rows, start = divmod(step * count + start, modulus)
         if rows == 0:
             return total

@@ -1,8 +1,8 @@
 """Images of tar files, local ones by an index for random access, others as a stream. Nothing is ever extracted.
 
-Only regular members with an image's name are read. Whatever else a tar holds is passed over and accounted for: damage,
-links and devices, paths that lead out of the archive, and other kinds of files (labels, ``.pyd``, ``.pickle``, ...).
-Tars that were joined (``cat a.tar b.tar``) are read to the end of the last one.
+Only regular members with an image's name are read. All else is skipped and counted: damage, links and devices, paths
+that lead out of the archive, and other kinds of files (labels, ``.pyd``, ``.pickle``, ...). Concatenated tars
+(``cat a.tar b.tar``) are read to the end of the last one.
 """
 
 import os
@@ -18,10 +18,11 @@ from featsharp.data.images import is_image_name
 from featsharp.data.skips import count_of_others
 from featsharp.errors import DataError
 
-# webdataset's iterator ends silently at a damaged header, a cut or the first of joined tars, and tarfile's ignore_zeros
-# takes damaged headers for padding: neither lets damage be counted (docs/experiments.md, "Libraries for shards").
+# webdataset's iterator ends silently at a damaged header, a cut or the first of several tars, and tarfile's
+# ignore_zeros takes damaged headers for padding: neither lets damage be counted (docs/experiments.md, "Libraries for
+# shards").
 
-# A header may claim any size: what a stream's members can make us hold in memory.
+# A header may claim any size: the most that a stream's members can make us hold in memory.
 MAX_MEMBER_BYTES = 1 << 28
 MAX_HEADER_BYTES = 1 << 20  # of the headers that hold long names and the like
 MAX_PADDING = 1 << 20  # bytes of zeros after an end mark in which the next archive is looked for
@@ -56,7 +57,7 @@ class TarIndex(NamedTuple):
 
 
 class StreamMember(NamedTuple):
-    """Member of a stream: an image's bytes, or why there is none (``name`` is empty where that is about the tar)."""
+    """Member of a stream: an image's bytes, or the reason for none (``name`` is empty where it is about the tar)."""
 
     name: str
     data: bytes
@@ -66,8 +67,8 @@ class StreamMember(NamedTuple):
 def index_tar(path: Path) -> TarIndex:
     """Index the images of a tar file in stored order.
 
-    A damaged or truncated file gives the members up to the damage and one entry that says where it is. Raises DataError
-    for a compressed tar, which cannot be read at random.
+    A damaged or truncated file gives the members up to the damage and one entry with its position. Raises DataError for
+    a compressed tar, which has no random access.
     """
     members: list[TarMember] = []
     skipped: list[tuple[str, str]] = []
@@ -98,11 +99,11 @@ def index_tar(path: Path) -> TarIndex:
 
 
 def stream_tar(file: BinaryIO | IO[bytes], max_bytes: int = MAX_MEMBER_BYTES) -> Iterator[StreamMember]:
-    """Read the images of a tar that can only be read once, in stored order, and what is wrong with it.
+    """Read the images of a tar that can only be read once, in stored order, and descriptions of its damage.
 
-    It may be compressed with gzip, bzip2 or xz, also in several members, as when compressed tars were joined.
+    It may be compressed with gzip, bzip2 or xz, also in several members, as when compressed tars were concatenated.
     The last entry has no name when it is about the tar itself. Members that are no images by name are one entry at the
-    end, with their number. Errors of reading (OSError) pass through.
+    end, with their number. Errors of reading (OSError) are raised.
     """
     images = others = 0
     source = Source(file)
@@ -146,7 +147,7 @@ def refuse_compressed(path: Path) -> DataError:
 
 
 class _Header(tarfile.TarInfo):
-    """A header within bounds, whose errors the archive notes."""
+    """A header of bounded size, whose errors the archive records."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -168,13 +169,13 @@ class _Header(tarfile.TarInfo):
 
 
 class _Tar(tarfile.TarFile):
-    """An archive that notes how it ended: tarfile takes a damaged header after the first for its end."""
+    """An archive that records how it ended: tarfile takes a damaged header after the first for its end."""
 
     tarinfo = _Header
     _ended_by = ""
 
     def note_end(self, error: str) -> None:
-        """Note the error of the header at the present place, by its class."""
+        """Record the error of the header at the current offset, by its class."""
         rest = f"at byte {self.offset}; all members from there on are lost"
         self._ended_by = {
             "EOFHeaderError": _END_MARK,
@@ -183,7 +184,7 @@ class _Tar(tarfile.TarFile):
         }.get(error, f"damaged header ({rest})")
 
     def all_members(self) -> Iterator[tarfile.TarInfo]:
-        """All members, and those of archives that follow in the same file."""
+        """Iterate over all members, and those of archives that follow in the same file."""
         zeros = 0  # read since the last member
         while True:
             info = self.next()
@@ -207,7 +208,7 @@ class _Tar(tarfile.TarFile):
 
 
 def _verdict(info: tarfile.TarInfo) -> str:
-    """Empty for an image, ``_OTHER``, or the reason why a member is refused."""
+    """Return "" for an image, ``_OTHER``, or the reason why a member is refused."""
     if info.isdir():
         return _OTHER
     if not info.isreg() or info.issparse():

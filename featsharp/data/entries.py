@@ -24,9 +24,9 @@ class WeightedPath(NamedTuple):
 def parse_data_dir(value: object) -> list[WeightedPath]:
     """Parse a ``*_data_dir`` setting: a path, or a list whose entries are a path or ``[path, weight]``.
 
-    A path is that of a folder or a tar file, or ``http(s)://...`` or ``pipe:COMMAND``, as streams have them.
-    ``~`` and environment variables are expanded, except in commands, where that is the shell's. A weight is the share
-    of samples that a source gets, whatever its size; it is 1 where none is given. Raises ConfigError for anything else.
+    A path is that of a folder or a tar file, or ``http(s)://...`` or ``pipe:COMMAND`` for streams. ``~`` and
+    environment variables are expanded, except in commands, where the shell does it. The share of samples from a source
+    is proportional to its weight (default 1), whatever its size. Raises ConfigError for anything else.
     """
     if isinstance(value, (str, os.PathLike)):
         return [_weighted_path(value, 1.0)]
@@ -83,7 +83,7 @@ def number_equal(names: Iterable[str]) -> list[str]:
 
 
 def _given(value: object) -> str:
-    """A setting as it was given, but for secrets."""
+    """Format a setting as it was given, without secrets."""
     if isinstance(value, str):
         return repr(redact_setting(value))
     if isinstance(value, Sequence):
@@ -98,10 +98,10 @@ def _weighted_path(path: object, weight: object) -> WeightedPath:
         raise ConfigError(
             f"data entry {redact_setting(str(path))!r} has weight {weight!r}; a positive number is needed"
         )
-    share = float(weight)  # type: ignore[arg-type]
+    number = float(weight)  # type: ignore[arg-type]
     text = os.fspath(path)
     if text.startswith(PIPE):
-        return WeightedPath(text, share)
+        return WeightedPath(text, number)
     text = os.path.expandvars(text)
     if not is_stream(text) and (scheme := re.match(r"([A-Za-z][\w+.-]+)://", text)):
         address = redact_setting(text)
@@ -111,7 +111,7 @@ def _weighted_path(path: object, weight: object) -> WeightedPath:
             "file": "the path alone",
         }.get(scheme[1].lower(), "pipe:COMMAND with a command that writes it")
         raise ConfigError(f"data entry {address!r}: {scheme[1]}:// is not read as it is; write {advice}")
-    return WeightedPath(text if is_stream(text) else Path(text).expanduser(), share)
+    return WeightedPath(text if is_stream(text) else Path(text).expanduser(), number)
 
 
 def is_weight(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Filter of images that are of no use for training; they are skipped and counted like damaged ones."""
+"""Filter of images that are useless for training; they are skipped and counted like damaged ones."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from featsharp.data.skips import REJECTED, TOO_SMALL, UNIFORM
 from featsharp.errors import ConfigError
 from featsharp.registry import load_function
 
-MIN_SIZE = 8  # pixels; what is smaller carries nothing to learn from
+MIN_SIZE = 8  # pixels
 
 # (RGB image, name) -> whether to keep it
 Predicate = Callable[[Image.Image, str], bool]
@@ -20,13 +20,13 @@ Predicate = Callable[[Image.Image, str], bool]
 class ImageFilter:
     """Filter by size, colour and a function of the user.
 
-    Uniform images are always left out: those of which no channel spans more than one level.
+    Uniform images, in which no channel spans more than one level, are always left out.
 
     Attributes:
         min_size: Least length of the shorter side in pixels.
         predicate: Called with the RGB picture and its name; true keeps it. Or text that names such a function,
-            ``"module:function"`` (it then also reaches workers that are not forked). It is called in the workers, maybe
-            repeatedly, and has to decide by the picture and the name alone, or runs do not repeat.
+            ``"module:function"`` (which also works in workers that are not forked). It is called in the workers, maybe
+            repeatedly, and has to depend on the picture and the name alone, or runs cannot be repeated.
 
     Raises:
         ConfigError: Where there is no such function.

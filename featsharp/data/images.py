@@ -1,7 +1,7 @@
-"""Decoding of image files into plain 8-bit RGB, whatever they were stored as.
+"""Decoding of image files of any pixel format into 8-bit RGB.
 
 Convention:
-    Pixels come out upright (EXIF orientation applied), 8 bits per channel, RGB. Transparent pixels are composited over
+    Pixels are upright (EXIF orientation applied), 8 bits per channel, RGB. Transparent pixels are composited over
     mid-grey, on which neither black nor white line art disappears. 16-bit grey maps 0..65535 onto 0..255. Animations
     give their first frame. Colour profiles are not applied.
 """
@@ -48,7 +48,7 @@ def decode_image(
     Raises:
         DataError: The file is missing, empty, truncated, damaged, no image, larger than ``PIL.Image.MAX_IMAGE_PIXELS``,
             or of a pixel type without a known range (float, 32-bit integer beyond 65535). Damaged EXIF data alone is
-            no error: the image counts as upright, as viewers have it.
+            no error: the image counts as upright, as in viewers.
     """
     name = name or _name_of(data)
     try:
@@ -70,7 +70,7 @@ def decode_image(
         raise DataError(f"{name}: {_TOO_LARGE} ({error})") from error
     except UnidentifiedImageError as error:
         raise DataError(f"{name}: not an image that can be read; known are {', '.join(_known_formats())}") from error
-    except Exception as error:  # decoders meet damaged files with any kind of exception, from OSError to KeyError
+    except Exception as error:  # decoders raise any kind of exception for damaged files, from OSError to KeyError
         raise DataError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from error
 
 
@@ -83,7 +83,7 @@ def image_to_tensor(image: Image.Image) -> Tensor:
 
 
 class EncodedImage(NamedTuple):
-    """A file's bytes and the (name, reason) of what was passed over since the one before; without a name only that."""
+    """Bytes of a file, and (name, reason) of those skipped since the one before; without a name only the latter."""
 
     name: str
     data: bytes
@@ -91,7 +91,7 @@ class EncodedImage(NamedTuple):
 
 
 def try_decode(image: EncodedImage, skipped: list[tuple[str, str]]) -> Image.Image | None:
-    """Decode to 8-bit RGB; None where that fails. What was passed over is added to ``skipped``, failures included."""
+    """Decode to 8-bit RGB; None where that fails. Skipped images, failures included, are added to ``skipped``."""
     skipped += image.skipped
     if not image.name:
         return None
@@ -120,7 +120,7 @@ def _name_of(data: object) -> str:
 
 @functools.cache
 def _known_formats() -> tuple[str, ...]:
-    """Those of our formats that this build of Pillow can read."""
+    """List those of our formats that this build of Pillow can read."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
@@ -129,15 +129,15 @@ def _check_size(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise DataError(f"{name}: the image has no pixels ({width} x {height})")
-    # Pillow only warns up to twice its limit: a warning that nobody reads is no protection.
+    # Pillow only warns up to twice its limit.
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         raise DataError(f"{name}: {_TOO_LARGE} ({width} x {height} pixels)")
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        return ImageOps.exif_transpose(image) if turned else image
+        rotated = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if rotated else image
     except Exception as error:  # damaged metadata around intact pixels, common in scraped photographs
         logger.debug("EXIF data cannot be read, the image counts as upright: %s", error)
         return image

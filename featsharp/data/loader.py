@@ -1,8 +1,8 @@
 """Batches of training views, in an order that depends on the seed and the step only.
 
-Sample n of a run is the same whatever the number of processes and workers: step s of a run with ``world`` ranks takes
-the samples ``(s * world + rank) * batch ...``, so a resumed run goes on where it stopped and two processes see together
-what one would see with twice the batch. Only which image of a *stream* a sample is depends on both numbers, too.
+Sample n of a run is the same for any number of processes and workers: step s of a run with ``world`` ranks takes the
+samples ``(s * world + rank) * batch ...``, so a resumed run continues where it stopped and two processes together see
+the samples of one with twice the batch. Only for *streams* the image of a sample depends on both numbers, too.
 """
 
 import functools
@@ -27,14 +27,14 @@ from featsharp.errors import ConfigError, FeatSharpError
 
 
 class ViewBatch(NamedTuple):
-    """Data of one step, and what was passed over for it."""
+    """Data of one step, and the images skipped for it."""
 
     views: Views
     skipped: list[tuple[str, str]]  # (name, reason)
 
 
-# Position of each reader in each stream: what a run has to keep to go on with the very same images. torchdata's
-# StatefulDataLoader would carry it, but ties all of a run's data to one number of workers (docs/experiments.md).
+# Position of each reader in each stream, which a resumed run needs to continue with the same images. torchdata's
+# StatefulDataLoader would save it, but ties all data of a run to one number of workers (docs/experiments.md).
 Places = dict[str, tuple[int, int]]
 
 
@@ -42,7 +42,7 @@ class ViewDataset:
     """Sample n of an image mixture as a canvas and its homographies.
 
     Args:
-        mixture: Where images come from.
+        mixture: Of images.
         size: (h, w) of the base view in pixels.
         config: Ranges of the views.
         seed: Of the random views; independent of the mixture's seed.
@@ -55,7 +55,7 @@ class ViewDataset:
         return self.sample(n)
 
     def sample(self, n: int, division: Division = Division()) -> tuple[Views, list[tuple[str, str]]]:  # noqa: B008
-        """Load sample ``n`` of a run whose samples are divided so (which matters for streams only)."""
+        """Load sample ``n`` of a run with this division of samples (which matters for streams only)."""
         loaded = self.mixture.load(n, division)
         rng = np.random.default_rng((self.seed, n))
         return sample_views(loaded.image, self.size, self.config, rng), loaded.skipped
@@ -64,7 +64,7 @@ class ViewDataset:
 class StepSampler:
     """The sample numbers of every step from ``first_step`` to ``last_step`` (exclusive) for one rank.
 
-    With ``distinct`` samples, these come again in every epoch, each time in another order that ``seed`` decides.
+    With ``distinct`` samples, these are repeated in every epoch, in an order drawn from ``seed``.
     """
 
     def __init__(
@@ -104,23 +104,23 @@ def load_views(
 ) -> Generator[ViewBatch]:
     """Load the batches of ``sampler``, decoded in ``num_workers`` processes (0: in this one).
 
+    When the iterator ends, is closed or fails, workers, connections and commands end too.
+
     Args:
         dataset: Of samples.
-        sampler: Which of them.
-        num_workers: Processes.
-        places: Where the readers of streams start. It is kept up to date: it always belongs to the batches that were
-            given out, however far ahead the workers are. None starts them at the image of the sample's number.
-
-    When the iterator ends, is closed or fails, so do the workers, the connections and the commands.
+        sampler: Sample numbers of each batch.
+        num_workers: Number of processes.
+        places: Start positions of the readers of streams. Updated with each batch that is returned, however far ahead
+            the workers are. None starts them at the image of the sample's number.
 
     Raises:
         DataError: When the data holds too few usable images.
-        ConfigError: When samples are to be repeated that come from a stream, or when the filter fails.
+        ConfigError: When samples of a stream are to be repeated, or when the filter fails.
     """
     if sampler.distinct:
         check_repeatable(dataset.mixture)
     places = {} if places is None else places
-    dataset.mixture.go_on_from(places)  # not from what was read for another purpose: this pass has other readers
+    dataset.mixture.go_on_from(places)  # not from earlier reads, as this pass has other readers
     division = Division(sampler.batch_size, sampler.world, max(1, num_workers))
     lifeline = Pipe(duplex=False)
     loader: DataLoader[_Loaded | FeatSharpError] = DataLoader(
@@ -135,7 +135,7 @@ def load_views(
         # Without its generator the loader would draw from the global one, and a resumed run once more.
         generator=torch.Generator().manual_seed(0),
     )
-    batches = iter(loader)  # held, as letting go of it waits for the workers
+    batches = iter(loader)  # a reference, as deleting the iterator waits for the workers
     try:
         for loaded in batches:
             if isinstance(loaded, FeatSharpError):
@@ -149,7 +149,7 @@ def load_views(
 
 
 def check_repeatable(mixture: ImageMixture) -> None:
-    """Raise ConfigError where samples cannot be given again."""
+    """Raise ConfigError where samples cannot be repeated."""
     if mixture.has_streams:
         raise ConfigError(
             "feature_cache.samples repeats samples, which shards by URL or pipe cannot give again; copy them to a disk "
@@ -158,7 +158,7 @@ def check_repeatable(mixture: ImageMixture) -> None:
 
 
 def collate_views(samples: list[tuple[Views, list[tuple[str, str]]]]) -> ViewBatch:
-    """Stack samples and join what they skipped."""
+    """Stack samples and concatenate their lists of skipped images."""
     views = Views(*(torch.stack(parts) for parts in zip(*(views for views, _ in samples), strict=True)))
     return ViewBatch(views, [entry for _, skipped in samples for entry in skipped])
 
@@ -169,7 +169,7 @@ class _Loaded(NamedTuple):
 
 
 class _Batches(Dataset[_Loaded | FeatSharpError]):
-    """Whole batches, or the error instead of one: an exception in a worker would arrive as the text of a traceback."""
+    """Whole batches, or the error instead of one: the loader would turn an exception in a worker into text."""
 
     def __init__(self, samples: ViewDataset, division: Division) -> None:
         self.samples, self.division = samples, division
@@ -187,7 +187,7 @@ def _as_is(batch: Any) -> Any:
 
 
 def _end_with_the_other_end(lifeline: Connection, other: Connection) -> None:
-    """End this worker, even one that waits for data, when the training process lets go of it or is killed."""
+    """End this worker, even one that waits for data, when the training process closes its end or is killed."""
     other.close()  # this worker's copy
     with suppress(EOFError, OSError):
         lifeline.recv_bytes()
@@ -199,8 +199,8 @@ def _prepare_worker(worker: int, lifeline: tuple[Connection, Connection]) -> Non
     torch.set_num_threads(1)
     Finalize(None, end_commands, exitpriority=0)
     Thread(target=_end_with_the_other_end, args=lifeline, daemon=True).start()
-    # Schedulers send it to all processes of a group, and workers are needed until the training process has saved. The
-    # second one is the loader's, for workers that do not end.
+    # Schedulers send SIGTERM to all processes of a group, and workers are needed until the training process has saved.
+    # The second one is the loader's, for workers that do not end.
     received: list[int] = []
 
     def on_term(number: int, frame: object) -> None:

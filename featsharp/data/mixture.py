@@ -19,8 +19,8 @@ from featsharp.data.streams import SHUFFLE_BUFFER, ShardStream, StreamPlace
 from featsharp.errors import ConfigError, DataError, InputError
 from featsharp.urls import redact_setting
 
-# Unusable images in a row before a mixture gives up. A filter that keeps one image in 200 never gets there; where it
-# keeps none, the error comes after a minute or two.
+# Unusable images in a row before an error: never reached by a filter that keeps one image in 200, and after a minute or
+# two by one that keeps none.
 MAX_FAILURES = 10_000
 
 _PERIOD = 1 << 64
@@ -28,7 +28,7 @@ _GOLDEN_STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the steps that cover a
 
 
 class LoadedImage(NamedTuple):
-    """An image of a mixture, and the (name, reason) of those that could not be used in its place."""
+    """An image of a mixture, and the (name, reason) of unusable ones that it replaces."""
 
     image: Image.Image  # RGB
     name: str
@@ -51,40 +51,39 @@ class Division(NamedTuple):
         return self.world * self.workers
 
     def reader(self, n: int) -> int:
-        """The reader of sample ``n``."""
+        """Compute the reader of sample ``n``."""
         step, rest = divmod(n, self.batch_size * self.world)
         return rest // self.batch_size * self.workers + step % self.workers
 
     def earlier(self, n: int) -> Iterator[range]:
-        """The samples before ``n`` of the same reader, one range for each place in a batch."""
+        """Iterate over the samples before ``n`` of the same reader, one range for each index in a batch."""
         stride = self.batch_size * self.readers
-        turn = n // stride  # whole turns of all readers before this batch
-        place = n % self.batch_size
-        first = n - place - turn * stride
+        rounds = n // stride  # whole rounds of all readers before this batch
+        index = n % self.batch_size
+        first = n - index - rounds * stride
         for other in range(self.batch_size):
-            yield range(first + other, first + other + stride * (turn + (other < place)), stride)
+            yield range(first + other, first + other + stride * (rounds + (other < index)), stride)
 
 
 class ImageMixture:
     """An endless sequence of images from several sources, the same for the same seed.
 
-    Sample n comes from a source with probability proportional to its weight (over seeds; within one sequence the shares
-    are kept as evenly as a golden-ratio rotation can). Each source is walked in shuffled epochs: all of its images,
-    in an order of that epoch, before any comes again. Both are functions of (seed, n) alone, with nothing stored,
-    so any sample number costs the same few dozen integer steps. Streams are walked by each reader on its own: which of
-    their images sample n is depends on the division of the samples, too, and going far ahead means reading up to there.
+    Sample n comes from a source with probability proportional to its weight (over seeds; within one sequence a
+    golden-ratio rotation spreads the sources evenly). Each source is read in shuffled epochs. Both are functions of
+    (seed, n) alone, without state, so any sample number costs the same few dozen integer steps. Streams are read by
+    each reader independently: the image of sample n depends on the division of the samples, too, and skipping ahead
+    means reading up to there.
 
-    An unusable image is replaced by another one of its source, so that shares stay what they are. Files and local
-    shards draw it from all images of the source, in an order that belongs to the sample: each usable image takes an
-    equal part in the replacements, and what sample n is does not depend on other samples. Streams read on, so that each
-    usable image comes once per epoch whatever lies between; where their readers are has then to be kept
-    (:meth:`places`).
+    An unusable image is replaced by another one of its source, so that the proportions of the sources stay. In files
+    and local shards it is drawn from all images of the source, in an order that belongs to the sample, so that sample n
+    does not depend on other samples. Streams read on, so that each usable image comes once per epoch; the positions of
+    their readers then have to be saved (:meth:`places`).
 
     Args:
         sources: At least one.
-        weights: One positive number per source; None for equal shares.
+        weights: One positive number per source; None for equal ones.
         seed: Any integer.
-        keep: Which images are of use.
+        keep: Filter of images.
         max_failures: Unusable images in a row before an error.
 
     Raises:
@@ -142,12 +141,12 @@ class ImageMixture:
 
     @property
     def has_streams(self) -> bool:
-        """True if some source can only be read in order."""
+        """Whether some source can only be read in order."""
         return bool(self._streams)
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
-        """The (name, reason) of what was passed over when the sources were opened, for the account of a run."""
+        """The (name, reason) of files and members skipped when the sources were opened."""
         damaged = [entry for source in self.sources for entry in source.skipped]
         others = [
             (f"{source.path}/*", count_of_others(source.num_others)) for source in self.sources if source.num_others
@@ -155,7 +154,7 @@ class ImageMixture:
         return damaged + others
 
     def check(self) -> None:
-        """Raise DataError for a source without a usable image, which shares of others would hide for the whole run."""
+        """Raise DataError for a source without a usable image, which the other sources would hide."""
         for source in self.sources:
             skipped: list[tuple[str, str]] = []
             if not any(self._decode(image, skipped) for image in itertools.islice(source.probe(), self.max_failures)):
@@ -164,12 +163,12 @@ class ImageMixture:
                 raise DataError(f"{source.path}: no usable image found ({kinds}); the first, {first}")
 
     def close(self) -> None:
-        """Let go of the connections and commands of streams; they are opened again when needed."""
+        """Close the connections and commands of streams; they are opened again when needed."""
         for stream in self._streams.values():
             stream.close()
 
     def places(self, n: int, division: Division) -> dict[str, tuple[int, int]]:
-        """Places of the reader of sample ``n``, which was just loaded, in each stream that it has read in."""
+        """Positions of the reader of sample ``n``, which was just loaded, in each stream that it has read."""
         return {
             _place_name(index, division.reader(n), division.readers): stream.place
             for index, stream in self._streams.items()
@@ -177,12 +176,12 @@ class ImageMixture:
         }
 
     def go_on_from(self, places: Mapping[str, tuple[int, int]]) -> None:
-        """Start readers of streams at :meth:`places` of an earlier process; samples before these do without."""
+        """Start readers of streams at :meth:`places` of an earlier process, except for samples before these."""
         self.close()
         self._starts = dict(places)
 
     def locate(self, n: int) -> tuple[int, int]:
-        """(source index, image index) of sample ``n >= 0``; the latter in a stream: place of the only reader."""
+        """Compute (source index, image index) of sample ``n >= 0``; in a stream that of a single reader."""
         source = self._source_of(n)
         earlier = self._count(source, range(n))
         chosen = self.sources[source]
@@ -192,7 +191,7 @@ class ImageMixture:
         return source, shuffled(position, len(chosen), hash_bits(self.seed, source, epoch))
 
     def load(self, n: int, division: Division = Division()) -> LoadedImage:  # noqa: B008 (immutable)
-        """Decode sample ``n``, or the usable image that takes its place.
+        """Decode sample ``n``, or a usable image that replaces it.
 
         Unusable are images that cannot be read or decoded and those that the filter leaves out. Raises DataError when
         all images of the source are, or 10,000 in a row. Samples of streams are to be loaded in ascending order.
@@ -213,7 +212,7 @@ class ImageMixture:
         return bisect_right(self._bounds, (_GOLDEN_STEP * n + self._phase) % _PERIOD) - 1
 
     def _count(self, source: int, samples: range) -> int:
-        """Number of samples of a range that come from a source."""
+        """Count the samples of a range that come from a source."""
         low, high = self._bounds[source], self._bounds[source + 1]
         # Of the rotation x, floor((x - low) / period) - floor((x - high) / period) is 1 where x lies in [low, high)
         # (modulo the period) and 0 elsewhere; a step may be taken modulo the period, as both floors shift alike.
@@ -222,7 +221,7 @@ class ImageMixture:
         return floor_sum(count, _PERIOD, step, start - low) - floor_sum(count, _PERIOD, step, start - high)
 
     def _candidates(self, n: int, division: Division) -> Iterator[EncodedImage]:
-        """The image of sample ``n`` and those that may take its place."""
+        """Iterate over the image of sample ``n`` and those that may replace it."""
         index = self._source_of(n)
         source = self.sources[index]
         if isinstance(source, ShardStream):
@@ -243,7 +242,7 @@ class ImageMixture:
                 yield source.encoded(other, prefix)
 
     def _decode(self, encoded: EncodedImage, skipped: list[tuple[str, str]]) -> Image.Image | None:
-        """A usable image, or None and an entry in ``skipped``."""
+        """Decode a usable image, or return None and add an entry to ``skipped``."""
         image = try_decode(encoded, skipped)
         if image is None or not (reason := self.keep(image, encoded.name)):
             return image
@@ -256,6 +255,6 @@ def _place_name(source: int, reader: int, readers: int) -> str:
 
 
 def _share_bounds(weights: Sequence[float]) -> list[int]:
-    """Cumulative shares of the circle of 2^64 steps, from 0 to the full circle; exact fractions, so none is lost."""
-    parts = [Fraction(weight) for weight in weights]
-    return [int(sum(parts[:count]) / sum(parts) * _PERIOD) for count in range(len(parts) + 1)]
+    """Compute cumulative fractions of the circle of 2^64 steps, from 0 to the full circle, by exact arithmetic."""
+    exact = [Fraction(weight) for weight in weights]
+    return [int(sum(exact[:count]) / sum(exact) * _PERIOD) for count in range(len(exact) + 1)]

@@ -1,4 +1,4 @@
-"""Packing of an image folder into webdataset-style tar shards, the input that large training runs read fastest."""
+"""Packing of an image folder into webdataset-style tar shards, the fastest input of large training runs."""
 
 import io
 import itertools
@@ -18,7 +18,7 @@ from featsharp.files import replacing
 logger = logging.getLogger(__name__)
 
 _SHARD_NAME = re.compile(r"shard-\d{6,}\.tar")
-_LABEL_LENGTH = 80  # with number and extension within the 100 characters that every tar reader takes
+_LABEL_LENGTH = 80  # with number and extension within the 100 characters that every tar reader supports
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ def pack_images(
     """Write all images of a folder, as they are encoded, into ``out/shard-000000.tar`` and so on.
 
     Every image is decoded once as a check; those that fail are left out and reported. Members are named by a running
-    number and the image's relative path, ``000000123_cats_tabby.jpg``. The same input gives the same bytes. A shard
-    appears under its name only when it is complete; on an error the complete ones stay and no partial file is left.
+    number and the image's relative path, ``000000123_cats_tabby.jpg``. The same input gives the same bytes. Shards are
+    written atomically: after an error the complete ones stay.
 
     Args:
-        images: A folder (nested), or anything else :func:`featsharp.data.open_source` takes.
-        out: A folder, created when missing. Inside ``images`` it is not itself packed.
-        images_per_shard: At most so many images per shard.
-        overwrite: Replace the shards of an earlier run; without it they are an error.
+        images: A folder (nested), or any other input of :func:`featsharp.data.open_source`.
+        out: A folder, created when missing. Inside ``images`` it is not packed.
+        images_per_shard: Most images per shard.
+        overwrite: Whether to replace the shards of an earlier run; otherwise they are an error.
 
     Raises:
         ConfigError: ``images_per_shard`` is below 1.
-        DataError: No usable images, ``out`` is ``images`` or holds tar files already, or writing fails.
+        DataError: No usable images, ``out`` is ``images`` or has tar files already, or writing fails.
     """
     if images_per_shard < 1:
         raise ConfigError(f"images_per_shard is {images_per_shard}; at least 1 is needed")
@@ -79,7 +79,7 @@ def pack_images(
 
 
 def _check_out(images: Path, out: Path, overwrite: bool) -> list[Path]:
-    """Refuse an output folder that cannot serve; returns the shards in it that may be replaced."""
+    """Check the output folder; return the shards in it that may be replaced."""
     if out.resolve() == images.resolve():
         raise DataError(f"{out}: the output folder is the image folder itself; name another one")
     if not out.exists():
@@ -97,7 +97,7 @@ def _check_out(images: Path, out: Path, overwrite: bool) -> list[Path]:
 
 
 def _decodable(source: ImageSource, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, bytes]]:
-    """(name, encoded bytes) of the images that decode; the others are added to ``skipped``."""
+    """Iterate over (name, encoded bytes) of the images that decode; the others are added to ``skipped``."""
     for index in range(len(source)):
         encoded = source.encoded(index)
         if try_decode(encoded, skipped) is None:
@@ -107,7 +107,7 @@ def _decodable(source: ImageSource, skipped: list[tuple[str, str]]) -> Iterator[
 
 
 def _write_shard(path: Path, members: Iterable[tuple[str, bytes]], first_number: int) -> int:
-    """Write one shard, whole or not at all; returns the number of members."""
+    """Write one shard atomically; returns the number of members."""
     count = 0
     try:
         with (
@@ -128,7 +128,7 @@ def _write_shard(path: Path, members: Iterable[tuple[str, bytes]], first_number:
 
 
 def _member_name(name: str, number: int) -> str:
-    """Unique by its number; no dot before the extension, since webdataset takes all after the first for the type."""
+    """Name a member uniquely, without a dot before the extension, which webdataset takes as the start of the type."""
     path = PurePosixPath(name)
     label = re.sub(r"[^A-Za-z0-9-]+", "_", str(path.with_suffix(""))).strip("_")[-_LABEL_LENGTH:]
     return f"{number:09d}_{label}{path.suffix.lower()}"

@@ -1,6 +1,6 @@
-"""Account of images, files and archive members that were passed over, as (name, reason) entries.
+"""Counts of images, files and archive members that were skipped, as (name, reason) entries.
 
-A reason starts with its kind; details follow in parentheses or behind a colon or semicolon. One that starts with a
+A reason starts with its kind; details follow in parentheses or after a colon or semicolon. One that starts with a
 number stands for so many.
 """
 
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# Kinds that are no damage: files that were never images by name, and what a filter leaves out.
+# Kinds that are no damage: files that are no images by name, and images that a filter leaves out.
 NO_IMAGE = "no image by name"
 TOO_SMALL, UNIFORM, REJECTED = "too small", "uniform colour", "rejected by data.filter"
 EXPECTED_KINDS = (NO_IMAGE, TOO_SMALL, UNIFORM, REJECTED)
@@ -32,20 +32,20 @@ def count_kinds(skipped: Iterable[tuple[str, str]]) -> Counter[str]:
 
 
 def describe_kinds(skipped: Iterable[tuple[str, str]]) -> str:
-    """For example "2 cannot be decoded, 1 uniform colour"; empty without entries."""
+    """Describe kinds, as in "2 cannot be decoded, 1 uniform colour"; empty without entries."""
     return ", ".join(f"{count} {kind}" for kind, count in count_kinds(skipped).items())
 
 
 def count_of_others(count: int) -> str:
-    """The reason that stands for ``count`` files or members which are no images by name."""
+    """Format the reason for ``count`` files or members that are no images by name."""
     return f"{count} {NO_IMAGE}"
 
 
 class SkipLog:
     """Number of entries of each kind (see :func:`count_kinds`), and the names of the first few of each kind.
 
-    An image that is met again is counted again, so that counts of several processes and of a run that was resumed add
-    up, and what is kept is small however large the data is. Files that never were images are a kind of their own.
+    An image that comes again is counted again, so that counts of several processes and of resumed runs add up, and the
+    log stays small for any amount of data.
 
     Attributes:
         kinds: Number of each kind.
@@ -57,9 +57,9 @@ class SkipLog:
         self.examples: dict[str, list[str]] = {}
 
     def add(self, skipped: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Count entries and return those that are worth a line in the log: damage that became an example.
+        """Count entries and return those to be logged: damage that became an example.
 
-        What a filter leaves out is as the user wants it, and may be most of the data.
+        Images left out by a filter are intended, and may be most of the data.
         """
         new = []
         for name, reason in skipped:
@@ -71,24 +71,24 @@ class SkipLog:
         return new
 
     def add_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Add what another log had counted when its :meth:`state` was taken."""
+        """Add the counts of another log's :meth:`state`."""
         self.kinds.update(state["kinds"])
         for kind, names in state["examples"].items():
             for name in names:
                 self._remember(kind, name)
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """Plain values for a checkpoint or another process, not depending on the order of what was added."""
+        """Return plain values for a checkpoint or another process, independent of the order of the entries."""
         examples = {kind: sorted(names) for kind, names in sorted(self.examples.items())}
         return {"kinds": dict(sorted(self.kinds.items())), "examples": examples}
 
     @property
     def count(self) -> int:
-        """Number of times that an image or a shard was skipped, without what never was an image."""
+        """Number of times that an image or a shard was skipped, without files that are no images by name."""
         return self.kinds.total() - self.kinds[NO_IMAGE]
 
     def summary(self) -> str:
-        """For example "images skipped 3 times: 2 cannot be decoded (a.png), 1 uniform colour (b.png)"; or empty."""
+        """Describe all, as in "images skipped 2 times: 1 cannot be decoded (a.png), 1 uniform colour (b.png)"."""
         kinds = [f"{count} {kind} ({self._some(kind)})" for kind, count in self.kinds.most_common() if kind != NO_IMAGE]
         parts = [f"images skipped {self.count} times: {', '.join(kinds)}"] if kinds else []
         if others := self.kinds[NO_IMAGE]:
@@ -100,7 +100,7 @@ class SkipLog:
         return ", ".join([*names[:_SHOWN], "..."] if len(names) > _SHOWN else names)
 
     def _remember(self, kind: str, name: str) -> bool:
-        """Keep a name if it is new and there is room; true if it was kept."""
+        """Keep a name if it is new and there is room; return whether it was kept."""
         names = self.examples.setdefault(kind, [])
         if name in names or len(names) >= MAX_EXAMPLES:
             return False

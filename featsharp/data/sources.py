@@ -1,8 +1,8 @@
 """Folders and tar shards of images with random access.
 
-Tar shards are the webdataset kind, but local ones are not streamed: each is indexed once by its headers and then read
-by seeking. That way any sample number leads straight to one image, so a run resumes exactly where it stopped and the
-order depends on neither the number of ranks nor the number of workers. Shards by URL or from a command are streams.
+Tar shards are as for webdataset, but local ones are not streamed: each is indexed once by its headers and then read by
+seeking. So any sample number maps to one image, a run resumes exactly where it stopped, and the order depends on
+neither the number of ranks nor the number of workers. Shards by URL or from a command are streams.
 """
 
 import functools
@@ -35,7 +35,7 @@ class ImageSource:
 
     Attributes:
         path: The folder or tar file; names are relative to it.
-        skipped: The (name, reason) of what was damaged or refused while indexing.
+        skipped: The (name, reason) of files and members that were damaged or refused while indexing.
         num_others: Files and tar members that are no images by name.
         num_shards: Tar files with at least one image.
     """
@@ -57,7 +57,7 @@ class ImageSource:
 
     @property
     def problems(self) -> list[str]:
-        """``skipped`` as a line each."""
+        """Lines of text for ``skipped``."""
         return [f"{name}: {reason}" for name, reason in self.skipped]
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class ImageSource:
         return data
 
     def encoded(self, index: int, prefix: str = "") -> EncodedImage:
-        """An image, named by ``prefix`` and its relative name; only an entry in ``skipped`` where it cannot be read."""
+        """Read an image, named by ``prefix`` and its relative name; an entry in ``skipped`` where that fails."""
         name = self.name(index)
         try:
             return EncodedImage(prefix + name, self.read(index), [])
@@ -94,7 +94,7 @@ class ImageSource:
             return EncodedImage("", b"", [(prefix + name, str(error).removeprefix(f"{self.path}/{name}: "))])
 
     def probe(self) -> Iterator[EncodedImage]:
-        """All images in an order that soon comes to every part of the source."""
+        """Iterate over all images in an order that is spread over the source."""
         for position in range(len(self)):
             yield self.encoded(shuffled(position, len(self), 0), f"{self.path}/")
 
@@ -125,7 +125,7 @@ class ImageSource:
 def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str] | None = None) -> ImageSource:
     """Index a folder of images and/or ``.tar`` shards (nested, symbolic links followed), or a ``.tar`` file.
 
-    Ranges in braces name several files: ``shard-{000..099}.tar``.
+    Braces name several files: ``shard-{000..099}.tar``.
 
     The order is that of the sorted relative paths, within a shard that of its members. Only names with an image
     extension count; other members (``.json``, ``.cls``, ``.pyd``, ...) and hidden files are ignored and never decoded.
@@ -173,7 +173,7 @@ def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str]
 
 
 def _open_shards(pattern: Path) -> ImageSource:
-    """Index the tars that a name with braces stands for, as a source of their folder."""
+    """Index the tars of a name with braces, as a source of their folder."""
     source = ImageSource(pattern.parent)
     names = expand_braces(pattern.name)
     for name in names:
@@ -196,7 +196,7 @@ def _warn_once(problem: str) -> None:
 
 
 def _files(root: Path, exclude: Path | None, skipped: list[tuple[str, str]]) -> Iterator[str]:
-    """Relative names of all files below ``root`` that are not hidden; each folder once, even if links form a loop."""
+    """List all files below ``root`` that are not hidden; each folder once, even if links form a loop."""
     seen: set[str] = set()
 
     def note(error: OSError) -> None:
@@ -211,7 +211,7 @@ def _files(root: Path, exclude: Path | None, skipped: list[tuple[str, str]]) -> 
         folders[:] = sorted(_visible(folders))
         for file in _visible(files):
             path = Path(folder, file)
-            if path.exists() and not path.is_file():  # reading a pipe or a device would wait or go on for ever
+            if path.exists() and not path.is_file():  # reading a pipe or a device may never end
                 skipped.append((str(path), "link or special file"))
                 continue
             yield path.relative_to(root).as_posix()

@@ -1,14 +1,14 @@
 """Tar shards that can only be read from their start, by URL or from a command, as one shuffled sequence per reader.
 
 A *reader* is one decoding process of one rank: rank r with w workers has the readers r * w ... r * w + w - 1. In every
-epoch the shards are shuffled and dealt out whole, as far as they go round; those left over (all, where there are fewer
-shards than readers) are each shared by several readers, which take every k-th image of them. So all readers together
-read every image once per epoch, none repeats what another has, and none is left without data.
+epoch the shards are shuffled and every reader gets the same number of whole ones; those left over (all, where there are
+fewer shards than readers) are each shared by several readers, which take every k-th image of them. So all readers
+together read every image once per epoch, and none is left without data.
 
-The sequence of a reader depends on the seed, its number and the number of readers alone, not on what decodes: any place
-in it can be found again by reading up to there without decoding. That costs the transfer, and no memory beyond the
-shuffle buffer. Where images are left out, the reader reads on, so that none of the others is used more often. How many
-images its samples took is then more than their number, and a run that goes on needs their :class:`StreamPlace`.
+The sequence of a reader depends on the seed, its number and the number of readers alone, not on whether images decode:
+any position in it can be reached again by reading up to there without decoding. That costs the transfer, and no memory
+beyond the shuffle buffer. For unusable images the reader reads on, so that none of the others is used more often. It
+has then read more images than samples, and a resumed run needs its :class:`StreamPlace`.
 """
 
 import itertools
@@ -32,14 +32,14 @@ from featsharp.urls import redact_setting
 logger = logging.getLogger(__name__)
 
 SHUFFLE_BUFFER = 1000  # encoded images that a reader holds to shuffle among
-SHUFFLE_BYTES = 1 << 28  # and bytes of them, but for the last
+SHUFFLE_BYTES = 1 << 28  # and bytes of them, except for the last
 MAX_EMPTY_SHARDS = 20  # in a row, before a reader gives up
 _OTHER_COMPRESSION = (".zst", ".tzst", ".lz4")
 _START = 100  # images in the shuffle buffer before the first leaves it
 
 
 class StreamPlace(NamedTuple):
-    """Position of a reader: the number of its next sample, and of images that it has read for those before."""
+    """Position of a reader: the number of its next sample, and of images that it has read before."""
 
     sample: int
     read: int
@@ -52,8 +52,8 @@ class ShardStream:
         path: ``http(s)://...`` or ``pipe:COMMAND``, with ranges in braces for several: ``http://host/{000..099}.tar``.
             A command is run by the shell as it stands, and its output is the tar.
         buffer: Encoded images to shuffle among.
-        tag: Added to its name, to tell it from another stream whose address differs in its secrets alone.
-        fetch: How often and how long to try.
+        tag: Added to its name, to distinguish streams whose addresses differ in their secrets alone.
+        fetch: Attempts and timeouts.
 
     Raises:
         ConfigError: For braces that do not pair.
@@ -61,9 +61,9 @@ class ShardStream:
         MissingDependencyError: For braces without the package braceexpand.
 
     Attributes:
-        path: As given, but for what may be a secret (see :func:`featsharp.urls.redact_setting`).
+        path: As given, without secrets (see :func:`featsharp.urls.redact_setting`).
         num_shards: After the expansion of braces.
-        skipped: Always empty: what is damaged shows when it is read.
+        skipped: Always empty: damage is detected only when it is read.
         num_others: 0, for the same reason.
     """
 
@@ -97,18 +97,19 @@ class ShardStream:
     def images(
         self, sample: int, *, seed: int = 0, reader: int = 0, readers: int = 1, start: StreamPlace | None = None
     ) -> Iterator[EncodedImage]:
-        """Images of one reader for its ``sample``, from the one of that number on; those that are taken are used up.
+        """Iterate over the images of one reader from its ``sample`` on; those that are taken are consumed.
 
-        Calls for growing samples read on where they are; each sample that was left out in between stands for one image.
+        Calls for growing samples continue reading; each sample that was left out in between skips one image.
 
         Args:
             sample: Counted for each reader.
             seed: Of the order.
-            reader, readers: Which one of how many.
-            start: A place that this reader was at in an earlier process; it counts if it is not beyond the sample.
+            reader: Number of the reader, from 0 to ``readers - 1``.
+            readers: Number of readers.
+            start: Position of this reader in an earlier process; used unless it is beyond the sample.
 
         Raises:
-            DataError: When shard after shard holds no image.
+            DataError: After :data:`MAX_EMPTY_SHARDS` shards in a row without an image.
         """
         key = (seed, reader, readers)
         if self._reading is None or self._reading.key != key or self._reading.place.sample > sample:
@@ -127,9 +128,9 @@ class ShardStream:
         return None if self._reading is None else self._reading.place
 
     def scan(self) -> Iterator[EncodedImage]:
-        """All images in stored order, once; what is wrong with a shard comes as an image without name and data.
+        """Iterate over all images once, in stored order; damage is an image without name and data.
 
-        Ends early after as many shards without an image as a reader would give up after.
+        Ends early after :data:`MAX_EMPTY_SHARDS` shards in a row without an image.
         """
         empty = 0
         for shard in self._shards:
@@ -141,11 +142,11 @@ class ShardStream:
                 return
 
     def probe(self) -> Iterator[EncodedImage]:
-        """The same as :meth:`scan`."""
+        """As :meth:`scan`."""
         return self.scan()
 
     def close(self) -> None:
-        """Let go of connections and commands."""
+        """Close connections and commands."""
         if self._reading is not None:
             self._reading.images.close()
             self._reading = None
@@ -157,7 +158,7 @@ class ShardStream:
         return f"ShardStream({self.path!r}, {self.num_shards} shards)"
 
     def _sequence(self, seed: int, reader: int, readers: int) -> Generator[EncodedImage]:
-        """All images of a reader, epoch after epoch."""
+        """Iterate over all images of a reader, epoch after epoch."""
         pending: list[tuple[str, str]] = []
         empty = 0
         for epoch in itertools.count():
@@ -184,7 +185,7 @@ class ShardStream:
 
 
 def first_images(stream: ShardStream, count: int) -> Iterator[tuple[str, Image.Image]]:
-    """Name and RGB picture of the first readable images of a stream; DataError when there is none."""
+    """Iterate over name and RGB picture of the first readable images of a stream; DataError when there is none."""
     given = 0
     skipped: list[tuple[str, str]] = []
     for encoded in stream.scan():
@@ -216,25 +217,25 @@ class Share(NamedTuple):
 
 
 def deal(shards: int, reader: int, readers: int, epoch: int, key: int) -> Iterator[Share]:
-    """The shares of one reader in one epoch, in its order; those of all readers are each image once."""
+    """Iterate over the shares of one reader in one epoch; those of all readers together have each image once."""
     whole = shards - shards % readers
-    for place in range(reader, whole, readers):
-        yield Share(shuffled(place, shards, key), 0, 1)
+    for position in range(reader, whole, readers):
+        yield Share(shuffled(position, shards, key), 0, 1)
     if left := shards - whole:
         group, member = reader % left, reader // left
         every = len(range(group, readers, left))
-        # Turned by the epoch, so that a shard with fewer images than readers serves each of them in time.
+        # Rotated by the epoch, so that a shard with fewer images than readers serves each of them in time.
         yield Share(shuffled(whole + group, shards, key), (member + epoch) % every, every)
 
 
 def shuffle(
     images: Iterator[EncodedImage], size: int, key: int, max_bytes: int = SHUFFLE_BYTES
 ) -> Iterator[EncodedImage]:
-    """The same images in another order, with at most ``size`` of them held at a time, and one beyond ``max_bytes``."""
+    """Shuffle images, with at most ``size`` of them held at a time, and one beyond ``max_bytes``."""
     held: list[EncodedImage] = []
     held_bytes = 0
     for draw in itertools.count():
-        # Filled up while images leave it: training need not wait for all of the buffer.
+        # Two in for each one out: training need not wait for a full buffer.
         for _ in range(min(2 if draw else _START, size - len(held))):
             if held_bytes >= max_bytes or (image := next(images, None)) is None:
                 break
@@ -242,14 +243,14 @@ def shuffle(
             held_bytes += len(image.data)
         if not held:
             return
-        place = hash_bits(key, draw) % len(held)
-        held[place], held[-1] = held[-1], held[place]
+        chosen = hash_bits(key, draw) % len(held)
+        held[chosen], held[-1] = held[-1], held[chosen]
         held_bytes -= len(held[-1].data)
         yield held.pop()
 
 
 def _plain(shard: str) -> str:
-    """An address without query and fragment; empty for a command."""
+    """Strip query and fragment off an address; empty for a command."""
     return "" if shard.startswith(PIPE) else re.split("[?#]", shard, maxsplit=1)[0]
 
 
@@ -263,14 +264,14 @@ class _Reading:
         self.images: Generator[EncodedImage] = stream._sequence(*key)
 
     def take(self) -> Iterator[EncodedImage]:
-        """The images from here on; leaving off in between loses none."""
+        """Iterate over the images from here on; stopping in between loses none."""
         for image in self.images:
             self.place = self.place._replace(read=self.place.read + 1)
             yield image
         raise DataError(f"{self.path}: cannot be read on after an error")
 
     def pass_over(self, count: int) -> None:
-        """Leave out some images."""
+        """Skip some images."""
         if count > SHUFFLE_BUFFER:
             logger.info("%s: reading past %d images, to go on behind them", self.path, count)
         for _ in itertools.islice(self.take(), count):
@@ -278,10 +279,10 @@ class _Reading:
 
 
 def _read_shard(shard: Shard, fetch: FetchConfig) -> Iterator[EncodedImage]:
-    """The images of a shard in stored order, and what is wrong with it as images without name and data.
+    """Iterate over the images of a shard in stored order, and over its damage as images without name and data.
 
-    A connection that breaks is opened again, and what was read before is passed over, so that the order of the images
-    is the same. When that fails too often, what is left of the shard is given up.
+    A connection that breaks is opened again, and members that were read before are skipped, so that the order stays.
+    When that fails too often, the rest of the shard is given up.
     """
     # Beside a query or fragment the name would be hidden with it, wherever the text is shown.
     between = " " if re.search("[?#]", shard.label) else "/"
@@ -297,7 +298,7 @@ def _read_shard(shard: Shard, fetch: FetchConfig) -> Iterator[EncodedImage]:
                     else:
                         yield EncodedImage(name, member.data, [])
             return
-        except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is none
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: an invalid address
             if attempt == fetch.attempts or shard.address.startswith(PIPE) or not is_temporary(error):
                 yield EncodedImage("", b"", [(shard.label, f"cannot be fetched ({describe_error(error)})")])
                 return

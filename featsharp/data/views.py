@@ -2,8 +2,7 @@
 
 FeatSharp (arXiv 2502.16025), after FeatUp (arXiv 2403.10516). A sample is a *canvas*: the base view with a margin of
 real pixels around it, already at the resolution of the views, so that the base view is its centre, unresampled, and
-every jitter is one projective warp of it. Only the few numbers of a homography travel beside the canvas; views are
-rendered in one batch on whatever device trains.
+every jitter is one projective warp of it. Views are rendered in one batch on the device of training.
 
 Convention:
     Homographies map view to base in normalised coordinates, -1 and 1 at the outer pixel edges (see ``ops.warp``).
@@ -22,7 +21,7 @@ from featsharp.ops.resize import resize
 from featsharp.ops.views import View
 from featsharp.ops.warp import grid_inside, sample
 
-# Part of the view size that the canvas has beyond each side of the base view.
+# Margin of the canvas beyond each side of the base view, as a fraction of the view size.
 MARGIN = 0.125
 
 
@@ -90,7 +89,7 @@ def cut_canvas(
         image: RGB picture.
         size: (h, w) of the base view in pixels.
         zoom: 1 for the largest crop of that shape, more for a smaller one.
-        offset: Where the crop lies in the room that is left, (row, column) in [0, 1].
+        offset: Position of the crop within the picture, (row, column) in [0, 1].
 
     Returns:
         The canvas [3, h + 2 my, w + 2 mx] in [0, 1] and its mask [1, ...].
@@ -125,7 +124,7 @@ def sample_homography(size: tuple[int, int], config: ViewConfig, rng: np.random.
     """Draw one jitter: [3, 3] float64, view to base."""
     zoom = np.exp(rng.uniform(*np.log(config.jitter_zoom)))
     angle = np.deg2rad(rng.uniform(-config.rotation, config.rotation))
-    # A zoomed view may look anywhere within the base view, not only at its centre.
+    # A zoomed view may lie anywhere within the base view.
     room = config.shift + max(0.0, 1 - 1 / zoom)
     shift = rng.uniform(-room, room, size=2)
     flip = -1.0 if rng.uniform() < config.flip else 1.0
@@ -172,17 +171,17 @@ def render_views(views: Views, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
             [full[1] / views.canvas.shape[-1], full[0] / views.canvas.shape[-2], 1.0], device=views.canvas.device
         )
     )
-    # At full size a view's grid costs more than its sampling: one for colours, mask and border.
+    # At full size a view's grid costs more than its sampling: one grid for colours, mask and border.
     grid = View((to_canvas @ views.homographies).flatten(0, 1)).grid(full)
     content = torch.cat([views.canvas, views.mask], 1).repeat_interleave(count, 0)
     images, masks = sample(content, grid, padding_mode="zeros").split([3, 1], 1)
-    # A cell counts as image only where all that it was made of is.
+    # A pixel counts as image only where all pixels that it is shrunk from do.
     masks = (resize(masks * grid_inside(grid), size) > 0.99).to(images)
     return resize(images, size), masks
 
 
 def _margin_of(canvas: Tensor) -> tuple[int, int]:
-    """Margin of a canvas, from its size alone: n + 2 * round(n * MARGIN) determines n."""
+    """Compute the margin of a canvas from its size: n + 2 * round(n * MARGIN) determines n."""
     margins = []
     for length in canvas.shape[-2:]:
         inner = round(length / (1 + 2 * MARGIN))

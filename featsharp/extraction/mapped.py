@@ -28,10 +28,10 @@ _DTYPES = {
 class MappedFeatures:
     """A file that the high-resolution features of one picture are written to while they are computed.
 
-    As a context manager: the file appears, whole, when the block ends, and does not when it ends by an error; what was
-    there before stays until then. Features are those of a batch of one picture, [1, C, H, W]; the file holds
-    [C, H, W]. The tensor maps the file, so it stays valid afterwards and takes memory only for what is looked at. On
-    systems that do not let go of mapped files (Windows) the file cannot get its name.
+    A context manager that writes atomically: the file appears when the block ends without an error. Features are those
+    of a batch of one picture, [1, C, H, W]; the file holds [C, H, W]. The tensor maps the file, so it stays valid
+    afterwards and takes memory only for the parts that are read. On systems that lock mapped files (Windows) the file
+    cannot be renamed at the end.
 
     Args:
         path: ``.safetensors``, with the tensors low_res and high_res, or ``.npy``, with the high-resolution map alone.
@@ -39,7 +39,7 @@ class MappedFeatures:
 
     Raises:
         ConfigError: For another ending, or a dtype that the format lacks (bfloat16 in .npy).
-        FeatSharpError: When the file cannot be written, a full disk included (room is reserved before the work).
+        FeatSharpError: When the file cannot be written, a full disk included (space is reserved first).
 
     Example:
         >>> with MappedFeatures("photo.safetensors") as file:  # doctest: +SKIP
@@ -55,7 +55,7 @@ class MappedFeatures:
         self._block = ExitStack()
 
     def allocate(self, low_res: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Make the file with room for high-resolution features; return them mapped, of ``shape`` and ``dtype``."""
+        """Create the file with space for high-resolution features; return them mapped, of ``shape`` and ``dtype``."""
         if len(low_res) != 1:
             raise ConfigError(f"one file takes the features of one picture; got a batch of {len(low_res)}")
         low = _Entry(tuple(low_res.shape[1:]), low_res.dtype)
@@ -123,9 +123,9 @@ def _map(path: str, entry: _Entry, offset: int) -> Tensor:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Make a file ``size`` bytes long, with all of them on the disk where the system can promise that."""
+    """Make a file ``size`` bytes long, with the space allocated on the disk where the system supports that."""
     if hasattr(os, "posix_fallocate"):
-        # Touching a mapped page that the disk has no room for would end the process.
+        # Writing to a mapped page without space on the disk would end the process.
         os.posix_fallocate(descriptor, 0, size)
     else:
         os.truncate(descriptor, size)

@@ -1,6 +1,6 @@
 """Crops of one picture: mirrored margin, zoom, shift, flip.
 
-FeatUp (arXiv 2403.10516, section 3) draws them like this; its code swaps x and y, which only square images forgive.
+As in FeatUp (arXiv 2403.10516, section 3); its code swaps x and y, which works for square images only.
 """
 
 import math
@@ -20,10 +20,10 @@ class CropConfig:
     """Ranges that crops are drawn from; the defaults are the published numbers.
 
     Attributes:
-        pad: Mirrored margin around the picture, as a share of its side (published: 30 of 224 pixels).
+        pad: Mirrored margin around the picture, as a fraction of its side (published: 30 of 224 pixels).
         zoom: Largest zoom; drawn uniformly from 1 up.
-        zoom_probability: How often a view is zoomed at all.
-        flip_probability: How often a view is mirrored left to right.
+        zoom_probability: Probability that a view is zoomed.
+        flip_probability: Probability that a view is mirrored left to right.
     """
 
     pad: float = 30 / 224
@@ -41,7 +41,7 @@ class Canvas:
     """A picture with its mirrored margin, from which views are cut.
 
     Views are resampled from the picture itself, with antialias: where it has more pixels than the fitted image, a
-    zoomed view shows detail that the image does not (the published views are enlarged from the small image).
+    zoomed view has more detail (the published views are enlarged from the small image).
 
     Args:
         picture: RGB.
@@ -67,7 +67,7 @@ class Canvas:
         return pixels.flip(-1) if x_scale < 0 else pixels
 
     def _span(self, centre: float, half: float, axis: int) -> tuple[float, float]:
-        """Start and end of a view along an axis, in pixels of the padded picture."""
+        """Compute start and end of a view along an axis, in pixels of the padded picture."""
         length, margin = self.size[axis], self.margin[axis]
         start, end = ((centre + side * half + 1) / 2 * length + margin for side in (-1, 1))
         return max(start, 0.0), min(end, float(length + 2 * margin))  # float32 may end a hair outside

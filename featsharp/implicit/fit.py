@@ -1,16 +1,16 @@
 """Fitting an implicit network to one image: encode views, then step, save, resume.
 
-FeatUp's implicit upsampler (arXiv 2403.10516). Where this differs from the published code:
+FeatUp's implicit upsampler (arXiv 2403.10516). Differences from the published code:
 
-- The network adds to the enlarged features of the image and begins with nothing (``start="nothing"``: published): a
-  few hundred steps then do what would take thousands.
-- The map is rendered at ``render`` cells per token (published: one per pixel, 14 or 16), which is what makes a fit on a
-  CPU a matter of minutes; the network is a function and can be asked for more afterwards. Its frequencies end where
-  the pixels of the image do (``frequencies="published"``: far beyond).
+- The network adds to the enlarged features of the image, zero at the start (``start="nothing"``: published), so that a
+  few hundred steps are enough instead of thousands.
+- The map is rendered at ``render`` cells per token (published: one per pixel, 14 or 16), so that a fit on a CPU takes
+  minutes; the network can be evaluated at any resolution afterwards. Its frequencies end at the resolution of the
+  image (``frequencies="published"``: far beyond).
 - 150 views instead of 3000: more did not help fits of a few hundred steps, and encoding is the larger part of the work.
-- A blur shared by all channels and places pools the map; ``downsampler="attention"`` is the published kind.
+- A blur shared by all channels and positions pools the map; ``downsampler="attention"`` is the published kind.
 - Any shape of image, any backbone, views cut from the picture itself, an exact PCA, mirrored margins left out of the
-  loss; and all randomness comes from ``seed`` and the step, so that a resumed fit is the uninterrupted one.
+  loss; all randomness depends on ``seed`` and the step, so that a resumed fit equals the uninterrupted one.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from featsharp.ops.resize import resize
 from featsharp.ops.views import View
 from featsharp.training.downsamplers import DOWNSAMPLERS
 
-# Views that the projection is fitted to, and that the backbone gets at once.
+# Views that the projection is fitted to, and that the backbone encodes at once.
 PROJECTION_VIEWS = 50
 ENCODE_BATCH = 10
 LEARNING_RATE = 2e-3
@@ -49,26 +49,26 @@ STARTS = ("bilinear", "nothing")
 # Streams of random numbers: the second part of their seeds.
 VIEW_STREAM, HELD_OUT_STREAM, START_STREAM, STEP_STREAM = range(4)
 
-# Shows progress over a sequence; the second argument names the work.
+# Iterates over a sequence and shows the progress; the second argument is a label.
 Progress = Callable[[Sequence[Any], str], Any]
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of a fit; one that is resumed must have the same.
+    """Settings of a fit; a resumed one must have the same.
 
     Attributes:
         views: Number of views that are encoded (published: 3000).
         dim: Principal components of the features that are fitted (at most as many as there are channels).
         render: Cells per token and axis of the map that is fitted, at most the patch size.
         frequencies: "resolved" or "published", see :func:`featsharp.implicit.network.frequency_table`.
-        colour: Whether the network sees the colours of the image.
+        colour: Whether the colours of the image are inputs of the network.
         downsampler: "simple", "attention" or "area".
-        start: "bilinear": the network adds to the enlarged features of the image, at first nothing. "nothing": it makes
-            all of the map (published).
+        start: "bilinear": the network adds to the enlarged features of the image, zero at the start. "nothing": it
+            computes the whole map (published).
         views_per_step: Views that one step compares with, drawn with replacement.
-        seed: Of everything random.
-        crops: How views are drawn.
+        seed: Of all random numbers.
+        crops: Ranges of the views.
     """
 
     views: int = 150
@@ -96,21 +96,21 @@ class FitConfig:
 
 
 class Fitter:
-    """Fits an implicit network to one picture.
+    """A fit of an implicit network to one picture.
+
+    Construction encodes the views. They are not saved: a resumed fit encodes them again.
 
     Args:
         backbone: On the device to fit on.
         picture: RGB, of any size.
         config: See :class:`FitConfig`.
-        size: (h, w) in pixels to fit the picture at, rounded to what the backbone takes; None: about as many tokens as
+        size: (h, w) in pixels to fit the picture at, rounded to a size of the backbone; None: about as many tokens as
             at the backbone's native size, with the picture's aspect ratio.
-        resume: A file of :meth:`save` to go on from.
-        progress: Wraps the sequences that take time, in order to show how far they are.
-
-    Building it encodes the views. They are not kept in the file: a resumed fit encodes them again.
+        resume: A file of :meth:`save` to continue from.
+        progress: Wraps sequences that take time, to show a progress bar.
 
     Raises:
-        CheckpointError: When ``resume`` is of another picture, backbone or configuration; it says what differs.
+        CheckpointError: When ``resume`` is of another picture, backbone or configuration, with the differences.
     """
 
     def __init__(
@@ -180,9 +180,7 @@ class Fitter:
         return self.grid[0] * self.config.render, self.grid[1] * self.config.render
 
     def run(self, steps: int, path: Path | None = None, *, save_every: int = 50) -> None:
-        """Fit until ``steps`` steps were made in all, with a file at ``path`` every ``save_every`` of them.
-
-        More steps than a finished fit has continue it.
+        """Fit until ``steps`` steps in total, with a file at ``path`` every ``save_every`` of them.
 
         Raises:
             CheckpointError: When the fit is beyond ``steps`` already.
@@ -192,7 +190,7 @@ class Fitter:
                 f"the fit has made {self.step} steps already; give at least as many, not {steps}, or another folder"
             )
         if path is not None and self.step == 0:
-            self.save(path)  # shows at once that the folder can be written
+            self.save(path)  # checks that the folder can be written
         for _ in self.progress(range(self.step, steps), "fitting"):
             self.train_step()
             if path is not None and (self.step == steps or self.step % save_every == 0):
@@ -220,7 +218,7 @@ class Fitter:
         return losses
 
     def save(self, path: Path) -> None:
-        """Write everything that queries and a resumed fit need."""
+        """Write a file for :func:`load_fit` and for resuming."""
         training = {
             "step": self.step,
             "objective": self.objective.state_dict(),
@@ -236,7 +234,7 @@ class Fitter:
 
     @torch.no_grad()
     def held_out_views(self, count: int) -> tuple[Tensor, View]:
-        """Encode views that no fit has seen: features [n, C, h, w], and these views."""
+        """Encode views that no fit uses: features [n, C, h, w], and these views."""
         rng = np.random.default_rng((self.config.seed, HELD_OUT_STREAM))
         views = sample_crops(count, self.config.crops, rng).to(self.device)
         images = self.canvas.render(views, self.size).to(self.device)
@@ -244,7 +242,7 @@ class Fitter:
 
     @torch.no_grad()
     def _encode_targets(self, projection: Projection | None) -> tuple[Tensor, Projection]:
-        """Projected features of all views, [n, K, h, w] on the CPU, and the projection, fitted where none is given."""
+        """Encode and project all views: [n, K, h, w] on the CPU, and the projection, fitted where none is given."""
         projected: list[Tensor] = []
         waiting: list[Tensor] = []  # until there are enough to fit the projection to
         enough = min(PROJECTION_VIEWS, len(self.views))
@@ -292,7 +290,7 @@ class Fitter:
 
 @contextmanager
 def seeded(device: torch.device, *key: int) -> Iterator[None]:
-    """Make random numbers within depend on ``key`` alone, and leave those outside as if nothing had happened."""
+    """Seed random numbers in this context by ``key``, and restore the random state afterwards."""
     devices = [device] if device.type == "cuda" else []
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     with torch.random.fork_rng(devices):

@@ -1,4 +1,4 @@
-"""A finished (or half finished) fit: features of its image at any resolution, and the file that keeps it."""
+"""A fit, finished or not: features of its image at any resolution, and its file."""
 
 from collections.abc import Mapping
 from os import PathLike
@@ -17,18 +17,18 @@ FIT_FILE = FileKind(
     "featsharp-fit", 1, ("backbone", "picture", "settings", "model", "training"), "a fit to one image", "featsharp fit"
 )
 
-# Points that go through the network at once: about 60 MB.
+# Points that the network evaluates at once: about 60 MB.
 POINTS_AT_ONCE = 2**14
 
 
 class ImplicitFeatures(nn.Module):
-    """The sharp features of one image, as a function that can be asked for any size.
+    """Sharp features of one image, as a function that can be evaluated at any size.
 
     Args:
         network: Fitted to the image.
-        projection: Its channels back to the backbone's.
+        projection: Of the backbone's channels to those of the network.
         image: [3, H, W] uint8, the image as it was fitted.
-        base: [1, K, h, w], what the network adds to: the projected features of the backbone, or zeros.
+        base: [1, K, h, w] that the network adds to: the projected features of the backbone, or zeros.
         render: Cells per token and axis of the map that is fitted.
     """
 
@@ -72,9 +72,9 @@ class ImplicitFeatures(nn.Module):
         """Compute the features of the whole image, in the backbone's space.
 
         Args:
-            size: (H, W) in cells; None: one per pixel of the fitted image. Detail of place ends at the resolution
-                that was fitted: a larger map is smoother, not sharper, except along edges of colour.
-            points: Cells that go through the network at once.
+            size: (H, W) in cells; None: one per pixel of the fitted image. Spatial detail ends at the fitted
+                resolution: a larger map is smoother, not sharper, except along edges of colour.
+            points: Cells that the network evaluates at once.
 
         Returns:
             [1, C, H, W] float32, on the device of the module.
@@ -82,7 +82,7 @@ class ImplicitFeatures(nn.Module):
         size = size or self.image_size
         if min(size) < 1:
             raise InputError(f"a map has at least 1x1 cells; got {size[0]}x{size[1]}")
-        # Picked from the network alone, the cells of a small map would be points of a finer one: it is shrunk instead.
+        # Evaluated at its cells, a small map would be a sampling of a finer one without antialias: shrink that instead.
         height, width = (max(pair) for pair in zip(size, self.fitted_size, strict=True))
         guide = self.guide((height, width))
         components = resize(self.base, (height, width))
@@ -97,7 +97,7 @@ class ImplicitFeatures(nn.Module):
         return self.projection.restore(resize(components, size))
 
     def model_state(self) -> dict[str, Tensor]:
-        """All tensors, on the CPU."""
+        """Collect all tensors, on the CPU."""
         return {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
 
     @classmethod
@@ -121,10 +121,10 @@ class ImplicitFeatures(nn.Module):
 
 
 def load_fit(path: str | PathLike[str]) -> ImplicitFeatures:
-    """Load what ``featsharp fit`` wrote as NAME.pth; the backbone is not needed.
+    """Load NAME.pth of ``featsharp fit``; the backbone is not needed.
 
     Returns:
-        On the CPU, without gradients.
+        The fit on the CPU, without gradients.
 
     Raises:
         CheckpointError: When the file is missing, damaged, of another kind, or unsafe.
@@ -139,7 +139,7 @@ def load_fit(path: str | PathLike[str]) -> ImplicitFeatures:
 def build_fitted(content: Mapping[str, Any], path: object) -> ImplicitFeatures:
     """Build the fit from the content of a file."""
     try:
-        # Building draws weights that the file's replace; nobody's random numbers should change for that.
+        # Initial weights, which are replaced, must not change the caller's random state.
         with torch.random.fork_rng(devices=[]):
             return ImplicitFeatures.from_state(content["model"], content["settings"]["render"]).requires_grad_(False)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The implicit network: a function of place and colour that is fitted to one image.
+"""The implicit network: a function of position and colour that is fitted to one image.
 
 FeatUp (arXiv 2403.10516, section 3.2): Fourier features of (row, column, R, G, B), then three 1x1 layers. It has no
 grid, so it can be evaluated at any resolution.
@@ -32,7 +32,7 @@ class ImplicitNetwork(nn.Module):
         frequencies: [I, 30] angular frequencies, one row per input (see :func:`frequency_table`). Two rows leave the
             colours out.
         colour_range: [2, 3] lowest and highest value of each colour of the image; they become -0.5 and 0.5. The
-            published network takes them from whatever image it is given, so that they would change with its size.
+            published network takes them from its input image, so that they change with its size.
 
     With five inputs and K = 128 it has 73,098 parameters.
     """
@@ -54,7 +54,7 @@ class ImplicitNetwork(nn.Module):
 
     @property
     def sees_colour(self) -> bool:
-        """True if the colours are inputs."""
+        """Whether the colours are inputs."""
         return len(self.frequencies) == 5
 
     def forward(self, image: Tensor, top: int = 0, height: int | None = None) -> Tensor:
@@ -62,7 +62,7 @@ class ImplicitNetwork(nn.Module):
 
         Args:
             image: [1, 3, h, W] in [0, 1].
-            top: Which row of the whole image the first one is.
+            top: Row of the whole image that the first one is.
             height: Rows of the whole image; None: ``image`` is all of it.
 
         Returns:
@@ -89,11 +89,11 @@ class ImplicitNetwork(nn.Module):
         return self.layer_out(F.relu(self.layer(x)))
 
     def fourier_features(self, points: Tensor, colours: Tensor) -> Tensor:
-        """Sines of all inputs at all frequencies, then cosines, then the scaled colours: [N, 303], or [N, 120]."""
+        """Compute sines of all inputs at all frequencies, cosines, and the scaled colours: [N, 303], or [N, 120]."""
         if not self.sees_colour:
             return self._waves(points)
         low, high = self.colour_range
-        # An image without contrast in a colour gives 0 there, whatever little the resizing added.
+        # An image without contrast in a colour gives 0 there, despite rounding of the resizing.
         scaled = torch.where(high > low, (colours - low) / (high - low).clamp(min=1e-6) - 0.5, 0.0)
         return torch.cat([self._waves(torch.cat([points, scaled], 1)), scaled], 1)
 
@@ -103,7 +103,7 @@ class ImplicitNetwork(nn.Module):
         return torch.cat([wave.flatten(1) for wave in waves], 1)
 
     def _drop_channels(self, x: Tensor) -> Tensor:
-        """Dropout of whole channels: the same ones at all points, as the published Dropout2d has it."""
+        """Drop whole channels, the same at all points, as the published Dropout2d does."""
         return x * F.dropout(x.new_ones(x.shape[1]), DROPOUT, self.training)
 
 
@@ -115,7 +115,7 @@ def frequency_table(kind: str, size: tuple[int, int], *, colour: bool = True) ->
             ones. "published" ends at e^10 for all, finer than any pixel: such waves differ from cell to cell like
             noise, so that maps of different sizes agree less.
         size: (h, w) of the fitted image in pixels.
-        colour: Whether the network sees colours.
+        colour: Whether colours are inputs.
     """
     if kind not in FREQUENCY_KINDS:
         raise unknown_name("kind of frequencies", kind, FREQUENCY_KINDS)

@@ -20,14 +20,14 @@ LEAST_SPREAD = 1e-4
 
 
 class FitLosses(NamedTuple):
-    """Scalars of one step: ``total`` is to be minimised, ``error`` is the plain mean squared one, for comparison."""
+    """Scalars of one step: ``total`` is minimised, ``error`` is the mean squared error, for comparison."""
 
     total: Tensor
     error: Tensor
 
 
 class FitObjective(nn.Module):
-    """Loss that pools a map as the backbone does and weighs the error by a learned uncertainty.
+    """Loss of a pooled map, with the error weighted by a learned uncertainty.
 
     Args:
         dim: K.
@@ -38,7 +38,7 @@ class FitObjective(nn.Module):
 
     def __init__(self, dim: int, render: int, downsampler: str) -> None:
         super().__init__()
-        # The magnitude is one channel more, pooled like the others.
+        # The magnitude is an additional channel, pooled like the others.
         self.downsampler = create_downsampler(downsampler, dim + 1, render, 2 * render)
         self.uncertainty = nn.Conv2d(dim, 1, 1)
         with torch.no_grad():
@@ -94,14 +94,14 @@ class Reconstruction(NamedTuple):
 
 @torch.no_grad()
 def score_reconstruction(features: Tensor, targets: Tensor, views: View) -> Reconstruction:
-    """Compare a map, seen as each view and pooled by the mean over each token, with the features of the view.
+    """Compare a map, warped to each view and averaged over each token, with the features of the view.
+
+    Tokens count where their centre lies inside the image.
 
     Args:
         features: [1, C, H, W], whole cells per token.
         targets: [n, C, h, w], the backbone's features of the views.
         views: n views of the image.
-
-    Tokens count where their centre lies inside the image.
     """
     grid = size_of(targets)
     valid = views.inside(grid)[:, 0].bool()

@@ -1,4 +1,4 @@
-"""Principal components of a backbone's features: fewer channels to fit, and the way back."""
+"""Principal components of a backbone's features: fewer channels to fit, and their inverse."""
 
 import torch
 from torch import Tensor, nn
@@ -7,9 +7,9 @@ from featsharp.errors import InputError
 
 
 class Projection(nn.Module):
-    """C channels to K principal ones and back, ``z = basis (x - mean) / scale``.
+    """Projection of C channels to K principal components and back, ``z = basis (x - mean) / scale``.
 
-    One scale for all components brings their mean square to 1, so that rates and weights mean the same for every
+    One scale for all components brings their mean square to 1, so that learning rates and loss weights suit every
     backbone (the published fit takes features as they are). With K = C nothing is lost.
 
     Args:
@@ -44,10 +44,10 @@ class Projection(nn.Module):
         rows = rows - mean
         variances, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
         kept = min(dim, len(mean))
-        # eigh sorts upwards.
+        # eigh sorts in ascending order.
         basis = vectors.flip(1)[:, :kept].T.contiguous()
         scale = variances.flip(0)[:kept].clamp(min=0).mean().sqrt()
-        # Features that are the same everywhere have nothing to be scaled by.
+        # Constant features have no scale.
         scale = torch.where(scale > 1e-6, scale, 1.0)
         return cls(mean.float(), basis.float(), scale.float())
 
@@ -57,6 +57,6 @@ class Projection(nn.Module):
         return torch.einsum("kc,bchw->bkhw", self.basis / self.scale, centred)
 
     def restore(self, components: Tensor) -> Tensor:
-        """Map [B, K, h, w] back to [B, C, h, w]: the features, but for what lay outside of the K components."""
+        """Map [B, K, h, w] back to [B, C, h, w]."""
         features = torch.einsum("kc,bkhw->bchw", self.basis * self.scale, components)
         return features.add_(self.mean[:, None, None])  # in place: the map may be large
