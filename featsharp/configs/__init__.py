@@ -1,1 +1,1 @@
-"""Hydra configuration: every default in ``base_config.yaml``, a file per choice in the groups, types in ``schema``."""
+"""Hydra configuration: every default in ``base_config.yaml``, a file per choice in the groups."""

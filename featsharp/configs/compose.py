@@ -16,12 +16,12 @@ from featsharp.upsamplers import UPSAMPLERS
 
 GROUPS = ("model", "upsampler", "datasets", "normalizer", "objective")
 
-# Whose values the shell can take for several ones.
+# Keys whose values the shell may split into several.
 DATA_KEYS = ("train_data_dir", "val_data_dir", "dist_train_data_dir")
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
-    """The typed configuration for overrides like ``["+model=vits14-focus", "num_training_steps=500"]``.
+    """Compose the typed configuration from overrides like ``["+model=vits14-focus", "num_training_steps=500"]``.
 
     Raises:
         ConfigError: For an unknown key, a file that a group does not have, a value of the wrong type, or a required
@@ -45,7 +45,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
             composed = hydra_compose("base_config", overrides=[_appendable(override) for override in overrides])
         schema = RunConfig(objective=_objective_type(composed.objective)())
         merged = OmegaConf.merge(OmegaConf.structured(schema), composed)
-        # Unresolved: what is missing may be named by interpolations elsewhere.
+        # Unresolved, as interpolations of missing values would fail.
         raw: Any = OmegaConf.to_container(merged, resolve=False)
         missing = sorted(key for key, value in flatten(raw).items() if value == "???")
         if missing:
@@ -59,7 +59,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
 
 
 def options_of(group: str) -> dict[str, str]:
-    """Entries of a config group with their descriptions: its files, short names of backbones, names of upsamplers."""
+    """List a config group with descriptions: its files, short names of backbones, names of upsamplers."""
     entries: dict[str, str] = {}
     if group == "model":
         entries = {name: f"{model.description}." for name, model in MODELS.items()}
@@ -104,9 +104,9 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 
 def _expand_names(overrides: Sequence[str]) -> list[str]:
-    """Replace ``+upsampler=NAME-FACTORx`` and names without a file by the overrides that they stand for.
+    """Replace ``+upsampler=NAME-FACTORx`` and names without a file by overrides of single keys.
 
-    What stands for a name comes first, so that explicit values go before it.
+    These come first, so that explicit values take precedence.
     """
     chosen: dict[str, list[str]] = {}
     others: list[str] = []
@@ -118,18 +118,18 @@ def _expand_names(overrides: Sequence[str]) -> list[str]:
             others.append(override)
             continue
         name, factor = parse_upsampler(value) if group == "upsampler" else (value, None)
-        meaning = _meaning(group, name)
+        expansion = _expansion(group, name)
         if group in chosen and key != group and name in options_of(group):
             earlier = chosen[group][0].partition("=")[2]
             raise ConfigError(f"the {group} is given twice, {earlier} and {name}; choose one")
         if key == group:  # "+" adds, without it the earlier choice is replaced
             replaced = bool(chosen.pop(group, None))
-            if meaning:
+            if expansion:
                 others = [other for other in others if other.partition("=")[0].lstrip("+") != group]
             elif replaced:
                 key = f"+{group}"
-        if meaning:
-            chosen[group] = meaning
+        if expansion:
+            chosen[group] = expansion
         else:
             others.append(f"{key}={name}")
         if factor is not None:
@@ -141,8 +141,8 @@ def _expand_names(overrides: Sequence[str]) -> list[str]:
     return [override for overrides in chosen.values() for override in overrides] + others
 
 
-def _meaning(group: str, name: str) -> list[str]:
-    """Overrides that a name of a group stands for, where it has no file; empty for a name with a file or unknown."""
+def _expansion(group: str, name: str) -> list[str]:
+    """Overrides for a name of a group without a file; empty for a name with a file or an unknown one."""
     if files("featsharp.configs").joinpath(group, f"{name}.yaml").is_file():
         return []
     if group == "model" and name in MODELS:
@@ -157,7 +157,7 @@ def _default_factor(upsampler: str) -> int:
 
 
 def _objective_type(settings: Mapping[str, Any]) -> type[ObjectiveConfig]:
-    """The settings class of the chosen objective; keys of another one are an error wherever they come from."""
+    """Return the settings class of the chosen objective; keys of another one are an error."""
     chosen = config_type(settings["name"])
     valid = [field.name for field in dataclasses.fields(chosen)]
     for key in settings:
@@ -171,9 +171,9 @@ def _objective_type(settings: Mapping[str, Any]) -> type[ObjectiveConfig]:
 
 
 def _appendable(override: str) -> str:
-    """Options of an upsampler have no defaults to override, so Hydra wants them marked as additions.
+    """Mark options of an upsampler, which have no defaults, and settings of an objective as additions for Hydra.
 
-    So are the settings of an objective, as its own check says more about one that it does not have.
+    The latter since :func:`_objective_type` has better messages for unknown ones.
     """
     return f"++{override}" if override.startswith(("upsampler.options.", "objective.")) else override
 
@@ -190,7 +190,7 @@ def _valid_keys(schema: Any = RunConfig, prefix: str = "") -> set[str]:
 
 
 def _one_line(error: Exception) -> str:
-    """The message of the configuration library with the key and its advice, but without the names of its types."""
+    """Format the message of the configuration library without the names of its types."""
     lines = [line.strip() for line in str(error).splitlines()]
     kept = [line for line in lines if line and not line.startswith(("object_type", "reference_type"))]
     return "; ".join(line.replace("full_key:", "at key") for line in kept)

@@ -1,6 +1,6 @@
 """The configuration of a training run: every key, its type, default and range. A mistyped key fails at once.
 
-``featsharp/configs/base_config.yaml`` mirrors it and says what each key is for.
+``featsharp/configs/base_config.yaml`` mirrors it and describes each key.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ WANDB_MODES = ("online", "offline", None)
 
 @dataclass
 class ModelConfig:
-    """The backbone. ``name`` is what ``create_backbone`` takes; ``dtype`` is the autocast type of its passes."""
+    """The backbone: ``name`` as for ``create_backbone``; ``dtype`` is the autocast type of its passes."""
 
     name: str = "???"
     dtype: str = "auto"
@@ -33,8 +33,10 @@ class ModelConfig:
 
 @dataclass
 class UpsamplerConfig:
-    """``name`` and ``factor`` as ``create_upsampler`` takes them; ``options`` are its class's keyword arguments;
-    ``dtype`` is the autocast type of training."""
+    """The upsampler: ``name``, ``factor`` and ``options`` as for ``create_upsampler``.
+
+    ``dtype`` is the autocast type of training.
+    """
 
     name: str = "???"
     factor: float = 2
@@ -44,7 +46,7 @@ class UpsamplerConfig:
 
 @dataclass
 class NormalizerConfig:
-    """``num_samples`` images of ``dist_train_data_dir`` give the statistics, which ``cache`` keeps on disk."""
+    """Statistics of ``num_samples`` images of ``dist_train_data_dir``, kept on disk with ``cache``."""
 
     name: str = "phi-s"
     num_samples: int = key(512, least=1)
@@ -67,7 +69,7 @@ class ViewsConfig:
 
 @dataclass
 class DataConfig:
-    """Which images train: see ``featsharp.data.filters``; ``shuffle_buffer`` is for shards by URL or pipe."""
+    """Filter of images (see ``featsharp.data.filters``); ``shuffle_buffer`` is for shards by URL or pipe."""
 
     min_size: int = key(MIN_SIZE, least=1)
     filter: str | None = None
@@ -76,7 +78,7 @@ class DataConfig:
 
 @dataclass
 class FeatureCacheConfig:
-    """``samples`` are trained on again and again, their backbone features kept in ``folder``; 0: always new ones."""
+    """Training on ``samples`` repeatedly, with their backbone features cached in ``folder``; 0: always new ones."""
 
     samples: int = key(0, least=0)
     folder: str = key("${output_root}/features", free=True)
@@ -84,9 +86,12 @@ class FeatureCacheConfig:
 
 @dataclass
 class VizConfig:
-    """``type`` is tensorboard, wandb, none, ``package.module:Class`` (a writer of your own, which is imported), or a
-    list of these; ``entity``, ``project`` and ``mode`` are wandb's; ``num_images`` of ``val_data_dir`` are drawn and
-    scored every time."""
+    """Writers of the log.
+
+    ``type`` is tensorboard, wandb, none, ``package.module:Class`` (a custom writer, which is imported), or a list of
+    these; ``entity``, ``project`` and ``mode`` are for wandb; ``num_images`` of ``val_data_dir`` are drawn and scored
+    every time.
+    """
 
     type: Any = key("tensorboard", free=True)
     num_images: int = key(4, least=1, free=True)
@@ -108,7 +113,7 @@ class RunConfig:
     num_training_steps: int = key(3000, least=0, free=True)
     batch_size: int = key(4, least=1)
     accumulation_steps: int = key(1, least=1)
-    # Free but where there are streams, which the trainer looks after.
+    # Not free for streams, which check_continuation checks.
     num_workers: int = key(1, least=0, free=True)
     log_frequency: int = key(10, least=0, free=True)
     val_frequency: int = key(1000, least=0, free=True)
@@ -169,7 +174,7 @@ def _check_ranges(config: Any) -> None:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as one mapping with dotted keys; options of an upsampler stay together."""
+    """Flatten a nested configuration to dotted keys; options of an upsampler stay together."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping) and name != "options":
@@ -180,12 +185,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def public_form(config: RunConfig) -> dict[str, Any]:
-    """The configuration as it is saved, reported, compared and shown: plain values, URLs without their secrets."""
+    """Convert a configuration to the plain values that are saved, logged and compared; URLs without their secrets."""
     return {name: _without_secrets(value) for name, value in dataclasses.asdict(config).items()}
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The public form of the configuration as YAML, as it is saved beside the checkpoints."""
+    """Format the public form of a configuration as YAML, as it is saved beside the checkpoints."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(public_form(config)))

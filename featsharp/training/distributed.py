@@ -1,5 +1,8 @@
-"""Several processes in one run. Gradients are averaged here, not by a wrapper, so that parameter names stay the same
-and the two-part backward of a step needs no special care."""
+"""Several processes in one run.
+
+Gradients are averaged here, not by a wrapper, which would change parameter names and not suit the two-part backward
+pass of a step.
+"""
 
 import os
 from collections.abc import Callable, Iterable
@@ -19,7 +22,7 @@ T = TypeVar("T")
 
 
 class World(NamedTuple):
-    """This process among all: rank of size."""
+    """Rank of this process among ``size``."""
 
     rank: int
     size: int
@@ -31,7 +34,7 @@ class World(NamedTuple):
 
 
 def start_world(device: str, timeout: float = 600) -> World:
-    """Join the processes that torchrun started, or stand alone.
+    """Join the processes that torchrun started, or make a world of one.
 
     Args:
         device: "auto" (CUDA where there is one), or a torch device.
@@ -49,13 +52,13 @@ def start_world(device: str, timeout: float = 600) -> World:
 
 
 def stop_world() -> None:
-    """Leave the group, if there is one. Not after an error: the others may never come to leave it, too."""
+    """Leave the process group, if there is one. Not after an error, when others may never leave it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def name_process() -> str:
-    """ "process RANK of SIZE: " for messages of one of several processes; empty where there is one."""
+    """Prefix messages of one of several processes by "process RANK of SIZE: "; empty for a single one."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     return f"process {rank} of {size}: " if size != "1" else ""
 
@@ -91,14 +94,14 @@ def merge_statistics(statistics: FeatureStatistics, world: World) -> FeatureStat
     count, mean = state["count"].clone(), state["count"] * state["mean"]
     add_over_processes([count, mean], world)
     mean /= count.clamp(min=1)
-    away = state["mean"] - mean
-    scatter = state["scatter"] + state["count"] * torch.outer(away, away)
+    delta = state["mean"] - mean
+    scatter = state["scatter"] + state["count"] * torch.outer(delta, delta)
     add_over_processes([scatter], world)
     return FeatureStatistics.from_state({"count": count.cpu(), "mean": mean.cpu(), "scatter": scatter.cpu()})
 
 
 def any_process(flag: bool, world: World) -> bool:
-    """Return whether the flag is set in any process; the same answer on all of them."""
+    """Return whether the flag is set in any process; the same on all of them."""
     if world.size == 1:
         return flag
     flags = torch.tensor(int(flag), device=world.device)
@@ -134,7 +137,7 @@ def run_together(call: Callable[[], object]) -> None:
     """Run a call that all processes make.
 
     Raises:
-        DistributedError: When another one has ended or does not answer. An error of this process stays what it is.
+        DistributedError: When another one has ended or does not answer. Errors of this process are raised unchanged.
     """
     try:
         call()
@@ -148,7 +151,7 @@ def run_together(call: Callable[[], object]) -> None:
 
 
 def _lost_another(error: RuntimeError) -> bool:
-    """Whether the connection failed: only the text says so for gloo, and where it was the device of NCCL."""
+    """Return whether the connection failed, by the text for gloo, and for device errors of NCCL."""
     text = str(error)
     if isinstance(error, dist.DistError):
         return "Cuda failure" not in text

@@ -15,9 +15,9 @@ class Downsampler(nn.Module):
     """Base of all: [B, C, f*h, f*w] to [B, C, h, w]."""
 
     def kernels(self, x: Tensor) -> Tensor | None:
-        """Weights of each token for the K x K places under it, [B, h, w, K, K]; sum to one over the last two.
+        """Compute the weights of each token for the K x K cells under it, [B, h, w, K, K]; they sum to one.
 
-        [1, 1, 1, K, K] where it is the same for all tokens; None where nothing was learned.
+        [1, 1, 1, K, K] where they are the same for all tokens; None without parameters.
         """
         return None
 
@@ -28,7 +28,7 @@ DOWNSAMPLERS: Registry[Downsampler] = Registry("downsampler")
 def create_downsampler(name: str, embed_dim: int, factor: int, kernel_size: int = 9) -> Downsampler:
     """Build a downsampler by name ("attention", "simple" or "area").
 
-    A kernel smaller than the factor x factor cell would see only a corner of it, so it is at least as large.
+    A kernel smaller than the factor x factor cells of a token would leave some out, so it is at least as large.
     """
     return DOWNSAMPLERS[name].factory(embed_dim, factor, max(kernel_size, factor))
 
@@ -45,11 +45,11 @@ class AreaDownsampler(Downsampler):
         return F.avg_pool2d(x, self.factor)
 
 
-@DOWNSAMPLERS.register("simple", "one learned blur kernel for all channels and places")
+@DOWNSAMPLERS.register("simple", "one learned blur kernel for all channels and positions")
 class SimpleDownsampler(Downsampler):
     """A K x K blur kernel, non-negative and summing to one, applied at stride ``factor``.
 
-    It starts close to the mean of the factor x factor cell (the published start is a box of K x K).
+    It starts close to the mean of the factor x factor cells (the published start is a box of K x K).
     """
 
     def __init__(self, embed_dim: int, factor: int, kernel_size: int = 9) -> None:
@@ -60,7 +60,7 @@ class SimpleDownsampler(Downsampler):
         self.logits.data[first : first + factor, first : first + factor] = 1.0
 
     def kernel(self) -> Tensor:
-        """The blur kernel, [K, K]."""
+        """Compute the blur kernel, [K, K]."""
         weight = F.softplus(self.logits)
         return weight / weight.sum()
 
@@ -76,15 +76,15 @@ class SimpleDownsampler(Downsampler):
 
 @DOWNSAMPLERS.register("attention", "a K x K kernel predicted for every token from the features under it")
 class AttentionDownsampler(Downsampler):
-    """Every output token is a convex mix of the (blurred) features in the K x K window around its cell.
+    """Every output token is a convex mix of the (blurred) features in the K x K window around it.
+
+    With zero filters the weights are ``softmax(logit_bias)`` everywhere: a simple downsampler.
 
     Args:
         embed_dim: Channels C.
         factor: Stride f.
         kernel_size: K.
         dropout: Probability that a tap is left out of the softmax; in training mode only.
-
-    With zero filters the weights are ``softmax(logit_bias)`` everywhere: a simple downsampler.
     """
 
     blur: Tensor
@@ -94,7 +94,7 @@ class AttentionDownsampler(Downsampler):
         self.factor = factor
         self.kernel_size = kernel_size
         self.dropout = dropout
-        # The published filters have a common offset of 1, which cancels in the softmax but swamps a masked logit.
+        # The published filters have a common offset of 1, which cancels in the softmax but dominates masked logits.
         self.saliency = nn.Conv2d(embed_dim, kernel_size**2, kernel_size, stride=factor)
         nn.init.normal_(self.saliency.weight, std=0.01)
         assert self.saliency.bias is not None
@@ -125,17 +125,17 @@ class AttentionDownsampler(Downsampler):
         return out
 
     def _weights(self, x: Tensor) -> Tensor:
-        """Softmax over the taps of every token, [B, K^2, h, w]."""
+        """Compute the softmax over the taps of every token, [B, K^2, h, w]."""
         logits = self.saliency(pad_cells(x, self.kernel_size, self.factor)) + self.logit_bias
         if self.training and self.dropout > 0:
             dropped = torch.rand_like(logits) < self.dropout
-            # A token that lost all of its taps keeps them.
+            # A token without any tap left keeps all.
             logits = logits.masked_fill(dropped & ~dropped.all(1, keepdim=True), float("-inf"))
         return logits.softmax(1)
 
 
 def pad_cells(x: Tensor, kernel_size: int, factor: int) -> Tensor:
-    """Pad so that a K x K window at stride ``factor`` is centred on every factor x factor cell.
+    """Pad so that a K x K window at stride ``factor`` is centred on the factor x factor cells of every token.
 
     Borders are mirrored, and repeated where the map is smaller than the mirror.
     """

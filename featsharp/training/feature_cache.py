@@ -1,8 +1,8 @@
-"""Backbone passes that are not run twice: a training that sees its samples again reads their features from disk.
+"""Cache of backbone features on disk, for training that repeats its samples.
 
 Most of a step on a CPU is the frozen backbone. With a limited number of samples (``feature_cache.samples``) every
-epoch but the first one skips it. A file is named after the content of its image, so whatever changes (data, seed,
-views) has other files, and runs with other upsamplers or rates share one folder.
+epoch but the first one skips it. A file is named after the content of its image, so other data, seeds or views have
+other files, and runs with other upsamplers or learning rates share one folder.
 """
 
 import hashlib
@@ -17,14 +17,14 @@ from featsharp.training.wrapped import WrappedBackbone
 
 
 class CachedBackbone(WrappedBackbone):
-    """A backbone that keeps the features of each image as a file, in half precision, and reads them from there.
+    """A backbone that caches the features of each image in a file, in half precision.
 
-    Features beyond the range of half precision are kept as they are. The files of other weights, feature options or
-    autocast types lie beside each other. A damaged file is written again.
+    Features beyond the range of half precision keep their type. Other weights, feature options and autocast types have
+    separate folders. A damaged file is written again.
 
     Args:
-        backbone: Computes what no file has.
-        folder: Of the files; made where it does not exist.
+        backbone: Computes features that are not cached.
+        folder: Of the files; created where it does not exist.
     """
 
     def __init__(self, backbone: Backbone, folder: Path) -> None:
@@ -36,28 +36,28 @@ class CachedBackbone(WrappedBackbone):
 
     def extract(self, images: Tensor) -> BackboneOutput:
         paths = [self.folder / f"{_digest(image, self.autocast_dtype)}.safetensors" for image in images]
-        kept = [_read(path) for path in paths]
-        missing = [i for i, tensors in enumerate(kept) if tensors is None]
+        cached = [_read(path) for path in paths]
+        missing = [i for i, tensors in enumerate(cached) if tensors is None]
         if missing:
-            # All of the batch, as the last bits may depend on what else is in it: a run that was killed between two
-            # files must write the very features that an uninterrupted one wrote.
+            # The whole batch, as the last bits may depend on its other images: a run that was killed between two files
+            # must write the same features as an uninterrupted one.
             fresh = self.backbone.extract(images)
             for i in missing:
-                kept[i] = _write(paths[i], fresh.features[i], None if fresh.summary is None else fresh.summary[i])
-        whole = [tensors for tensors in kept if tensors is not None]
+                cached[i] = _write(paths[i], fresh.features[i], None if fresh.summary is None else fresh.summary[i])
+        complete = [tensors for tensors in cached if tensors is not None]
 
         def stack(name: str) -> Tensor:
-            return torch.stack([tensors[name].to(images) for tensors in whole])
+            return torch.stack([tensors[name].to(images) for tensors in complete])
 
-        return BackboneOutput(stack("features"), stack("summary") if "summary" in whole[0] else None)
+        return BackboneOutput(stack("features"), stack("summary") if "summary" in complete[0] else None)
 
 
-def _digest(image: Tensor, wished: torch.dtype | None) -> str:
-    """A name for the content of [3, H, W], and for an autocast of the caller, under which features are others."""
+def _digest(image: Tensor, autocast_dtype: torch.dtype | None) -> str:
+    """Hash the content of [3, H, W], and an autocast of the caller other than ``autocast_dtype``, the backbone's."""
     device = image.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    about = f"{tuple(image.shape)}{image.dtype}{'' if autocast in (None, wished) else autocast}"
-    digest = hashlib.blake2b(about.encode(), digest_size=16)
+    header = f"{tuple(image.shape)}{image.dtype}{'' if autocast in (None, autocast_dtype) else autocast}"
+    digest = hashlib.blake2b(header.encode(), digest_size=16)
     digest.update(image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -73,7 +73,7 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 
 
 def _write(path: Path, features: Tensor, summary: Tensor | None) -> dict[str, Tensor]:
-    """Keep one image's features; returns what will be read."""
+    """Write the features of one image; returns them as they will be read."""
     from safetensors.torch import save
 
     tensors = {"features": features} if summary is None else {"features": features, "summary": summary}

@@ -1,4 +1,4 @@
-"""Keys of a training configuration: dataclass fields with a range, which a resumed run may change or not."""
+"""Keys of a training configuration: dataclass fields with a range."""
 
 import dataclasses
 from typing import Any
@@ -12,13 +12,14 @@ def key(
     least_low: float | None = None,
     free: bool = False,
 ) -> Any:
-    """Return a dataclass field.
+    """Make a dataclass field.
 
     Args:
         default: Its value; lists are copied.
-        least, most: The range of a number, which must be finite, too.
-        least_low: The key is a [low, high] range of finite numbers, and low is at least this.
-        free: A resumed run may change it: it is about how long, where or how closely watched, not what a step does.
+        least: Smallest value of a number, which must be finite.
+        most: Largest value of a number.
+        least_low: Smallest low end of a [low, high] range of finite numbers.
+        free: Whether a resumed run may change it, as it has no effect on what a step computes.
     """
     limits = {"least": least, "most": most, "least_low": least_low}
     metadata = {name: value for name, value in limits.items() if value is not None} | {"free": free}

@@ -6,8 +6,8 @@ is a linear least-squares problem in the weight that mixes the inputs:
     minimise  (sum over tokens |y - W x|^2) + ridge * tokens * s * |W - W0|^2
 
 with x [D] the inputs of a base image, warped and pooled under a token of a view, y [C] the backbone's features of that
-token, s the mean square of an input, and W0 the start. One pass over the samples solves it; the ridge towards a start
-that already works is what makes a few hundred photographs enough.
+token, s the mean square of an input, and W0 the start. One pass over the samples solves it; thanks to the ridge towards
+a start that already works a few hundred photographs are enough.
 """
 
 import logging
@@ -38,8 +38,8 @@ class LinearFitConfig:
     """The fit in closed form.
 
     Attributes:
-        samples: Images (with their views) that are used, once each; 0: no fit.
-        ridge: How strongly the weight is held at its start, relative to the mean square of the inputs; above 0.
+        samples: Number of images (with their views) that are used, once each; 0: no fit.
+        ridge: Strength of the regularisation towards the start, relative to the mean square of the inputs; above 0.
     """
 
     samples: int = key(0, least=0)
@@ -47,7 +47,7 @@ class LinearFitConfig:
 
 
 def check_linear_fit(upsampler: Upsampler, ridge: float) -> Tensor:
-    """The weight [C, D] of an upsampler that can be fitted in closed form.
+    """Return the weight [C, D] of an upsampler that can be fitted in closed form.
 
     Raises:
         ConfigError: For an upsampler without such a weight, or a ridge that is not above 0: inputs may depend on each
@@ -65,7 +65,7 @@ def check_linear_fit(upsampler: Upsampler, ridge: float) -> Tensor:
 
 
 class LinearFit:
-    """Sums over samples that decide the weight: 8 D (D + C) bytes, however many samples there are.
+    """Sums over samples that determine the weight: 8 D (D + C) bytes for any number of samples.
 
     Args:
         upsampler: Its ``linear_weight`` is the start.
@@ -91,7 +91,7 @@ class LinearFit:
         targets, token_masks = encode_views(encoder, views, low_res_size)
         maps = self.upsampler.linear_maps(encoder.input_conditioner(base), encoder.encode, low_res_size).float()
         factor, small = math.ceil(self.upsampler.factor), size_of(targets)
-        large = factor * small[0], factor * small[1]  # whole cells under every token, whatever the factor
+        large = factor * small[0], factor * small[1]  # whole cells under every token, also for fractional factors
         valid = tokens_to_compare(base_mask, token_masks, views.jitters, large)
         count = views.homographies.shape[1]
         for n in range(count):  # one view at a time: all of them would hold n copies of the inputs
@@ -99,7 +99,7 @@ class LinearFit:
             self.add_tokens(pooled, targets[n::count], valid[n::count])
 
     def add_tokens(self, inputs: Tensor, targets: Tensor, valid: Tensor) -> None:
-        """Add pooled inputs [B, D, h, w], features [B, C, h, w] to be met, where ``valid`` [B, 1, h, w] is 1."""
+        """Add pooled inputs [B, D, h, w] and target features [B, C, h, w] where ``valid`` [B, 1, h, w] is 1."""
         chosen = valid[:, 0] > 0
         x = inputs.permute(0, 2, 3, 1)[chosen]
         y = targets.permute(0, 2, 3, 1)[chosen].to(x.dtype)
@@ -108,10 +108,10 @@ class LinearFit:
         self.tokens += len(x)
 
     def solve(self) -> Tensor:
-        """The weight [C, D] in float64.
+        """Compute the weight [C, D] in float64.
 
         Raises:
-            DataError: When no view showed anything of its image.
+            DataError: When no token could be compared.
         """
         if self.tokens == 0:
             raise DataError("no view shows enough of its image to compare; lower views.shift and views.perspective")

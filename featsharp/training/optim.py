@@ -21,8 +21,8 @@ class OptimConfig:
 
     Attributes:
         learning_rate: Of upsampler, downsampler and bias buffer.
-        jbu_learning_rate: Of JBU levels inside FeatSharp; a stack on its own trains at ``learning_rate``.
-        spectral_scale: Rate of the learned spectral norms, as a part of ``learning_rate``; their weight decay is 0.01.
+        jbu_learning_rate: Of JBU levels inside FeatSharp; the upsampler "featup" trains at ``learning_rate``.
+        spectral_scale: Rate of the learned spectral norms over ``learning_rate``; their weight decay is 0.01.
         uncertainty_learning_rate: Of the uncertainty network.
         warmup_steps: Linear warm-up from a tenth of the rate, at most a tenth of the run.
         clip_norm: Largest global gradient norm.
@@ -37,12 +37,7 @@ class OptimConfig:
 
 
 def parameter_groups(encoder: SharpEncoder, objective: Objective, config: OptimConfig) -> list[dict[str, object]]:
-    """Groups of every trainable parameter, each in exactly one.
-
-    Args:
-        encoder: Of its upsampler, which says what is special about its parameters, and its bias buffer.
-        objective: Of a downsampler or an uncertainty network.
-    """
+    """Group all trainable parameters of upsampler, bias buffer and objective, each in exactly one group."""
     special = {id(p): name for name, params in encoder.upsampler.parameter_groups().items() for p in params}
     for module in encoder.upsampler.modules():
         if isinstance(module, SpectralScale):
@@ -73,7 +68,7 @@ def _encoder_parameters(encoder: SharpEncoder) -> list[nn.Parameter]:
 
 
 def build_optimizer(encoder: SharpEncoder, objective: Objective, config: OptimConfig) -> torch.optim.NAdam:
-    """NAdam with its default betas over :func:`parameter_groups`.
+    """Build NAdam with its default betas over :func:`parameter_groups`.
 
     Raises:
         ConfigError: For an encoder without anything to train.
@@ -90,7 +85,7 @@ def build_optimizer(encoder: SharpEncoder, objective: Objective, config: OptimCo
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, done_steps: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up from a tenth of the rate, then a cosine to zero at the last step; goes on after ``done_steps``."""
+    """Build a linear warm-up from a tenth of the rate, then a cosine to zero; continues after ``done_steps``."""
     warmup = min(config.warmup_steps, max(1, total_steps // 10))
 
     def rate(step: int) -> float:
@@ -102,7 +97,7 @@ def build_schedule(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Restore what the optimiser remembers of its parameters; rates and decays stay those of the configuration."""
+    """Restore the optimiser's state; learning rates and weight decays stay those of the configuration."""
     settings = [(group.get("initial_lr", group["lr"]), group["weight_decay"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(dict(state))
     for group, (rate, decay) in zip(optimizer.param_groups, settings, strict=True):
@@ -111,9 +106,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def build_scaler(device: torch.device, autocast_dtype: torch.dtype | None) -> torch.amp.GradScaler:
-    """Scales the loss for float16, whose smallest gradients would be zero; for other types it does nothing."""
+    """Build a scaler of the loss for float16, whose smallest gradients would be zero; disabled for other types."""
     scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype == torch.float16)
-    scaler.scale(torch.ones((), device=device))  # only now has it its tensors
+    scaler.scale(torch.ones((), device=device))  # creates its tensors
     return scaler
 
 
@@ -126,14 +121,17 @@ def optimizer_step(
 ) -> Tensor:
     """Clip the (scaled) gradients and step; returns their unscaled norm.
 
-    With float16 a gradient that is not finite is no error at first: the step changes nothing but the scale.
+    With float16 a gradient that is not finite is no error at first: the step only lowers the scale.
 
     Args:
-        parameters: All that the optimiser has.
+        optimizer: Of the parameters.
+        scaler: Of the loss.
+        parameters: All parameters of the optimiser.
+        clip_norm: Largest norm of the gradient.
         step: Its number, for the message.
 
     Raises:
-        InputError: When the gradient is not finite and the scale is not to blame. Nothing was changed.
+        InputError: When the gradient is not finite and the scale cannot be lowered. Nothing was changed.
     """
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm)

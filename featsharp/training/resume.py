@@ -1,4 +1,4 @@
-"""Going on with an earlier run: what its checkpoint must have in common with the run that goes on."""
+"""Resuming a run: checks that its checkpoint and the new run agree."""
 
 import dataclasses
 import logging
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_earlier(last: Path, config: RunConfig) -> dict[str, Any] | None:
-    """The checkpoint ``last`` of an earlier run, to go on from; None for a new run.
+    """Read the checkpoint ``last`` of an earlier run, to resume from; None for a new run.
 
     Raises:
         ConfigError: With ``resume=false``, which would overwrite it.
@@ -30,7 +30,7 @@ def read_earlier(last: Path, config: RunConfig) -> dict[str, Any] | None:
         )
     content = read_checkpoint(last)
     with restoring(last):
-        # A setting that is younger than the checkpoint had its default's effect then.
+        # Settings that are newer than the checkpoint had the effect of their defaults.
         saved = flatten(dataclasses.asdict(RunConfig())) | flatten(content["config"] or {})
     present = flatten(public_form(config))
     free = {name for name, field, _ in walk_keys(config) if field.metadata.get("free", False)}
@@ -60,18 +60,18 @@ def check_continuation(
     *,
     has_streams: bool,
 ) -> None:
-    """Check that the steps to come are those that the run of a checkpoint would have done.
+    """Check that a resumed run continues exactly as the run of a checkpoint would have.
 
     Args:
         content: Of the checkpoint.
-        path: Where it is from, for messages.
+        path: Of the checkpoint, for messages.
         backbone: Of this run.
         config: Of this run; with ``force_resume`` another backbone or number of readers is only a warning.
-        processes: Of this run.
-        has_streams: Whether its images come from streams, of which each reader has its share.
+        processes: Number of processes of this run.
+        has_streams: Whether images come from streams, which are divided among readers.
 
     Raises:
-        CheckpointError: When they are not.
+        CheckpointError: When it does not.
     """
     state = content["training"]
     if state is None:
@@ -101,5 +101,5 @@ def check_continuation(
 
 
 def count_readers(config: RunConfig, processes: int) -> int:
-    """How many readers the samples of all processes are divided among."""
+    """Count the readers that the samples of all processes are divided among."""
     return processes * max(1, config.num_workers)

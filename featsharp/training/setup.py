@@ -48,7 +48,7 @@ class Parts(NamedTuple):
 
 
 def expand_path(path: str) -> Path:
-    """A path of the configuration without ``~`` and environment variables."""
+    """Expand ``~`` and environment variables in a path of the configuration."""
     return Path(os.path.expandvars(path)).expanduser()
 
 
@@ -56,7 +56,7 @@ def build(config: RunConfig, world: World) -> Parts:
     """Build the objects of a run; nothing is fitted yet.
 
     Raises:
-        ConfigError: For names or settings that do not exist or do not go together.
+        ConfigError: For names or settings that do not exist or do not fit together.
         DataError: When ``train_data_dir`` holds no images.
     """
     backbone = create_backbone(config.model.name, autocast_dtype=autocast_dtype(config.model.dtype, world.device))
@@ -108,7 +108,7 @@ def fit_before_training(parts: Parts, config: RunConfig, world: World) -> list[t
 def open_writer(config: RunConfig, folder: Path, world: World, step: int = 0) -> Iterator[VizWriter]:
     """Save the configuration and open the writers of ``viz.type``, which are closed in any case; on rank 0 alone.
 
-    Only for runs that really start, or go on after ``step``: the files of an earlier one stay as they are until then.
+    Call it when a run starts or resumes after ``step``: until then the files of an earlier one stay unchanged.
     """
     if not world.is_main:
         yield NullWriter()
@@ -124,7 +124,7 @@ def open_writer(config: RunConfig, folder: Path, world: World, step: int = 0) ->
 
 
 def open_mixture(data_dir: object, config: RunConfig) -> ImageMixture:
-    """The images of ``train_data_dir`` or ``dist_train_data_dir``."""
+    """Open the images of ``train_data_dir`` or ``dist_train_data_dir``."""
     keep = ImageFilter(config.data.min_size, config.data.filter)
     return ImageMixture.from_data_dir(data_dir, seed=config.seed, keep=keep, shuffle_buffer=config.data.shuffle_buffer)
 
@@ -132,7 +132,7 @@ def open_mixture(data_dir: object, config: RunConfig) -> ImageMixture:
 def first_samples(
     dataset: ViewDataset, samples: int, batch_size: int, config: RunConfig, world: World
 ) -> tuple[int, Iterator[ViewBatch]]:
-    """The number of batches that hold this process's share of the first samples (or a few more), and the batches."""
+    """Load this process's share of the first samples (or a few more): the number of batches, and the batches."""
     steps = -(-samples // (batch_size * world.size))
     sampler = StepSampler(0, steps, batch_size, world.rank, world.size)
     return steps, load_views(dataset, sampler, config.num_workers)
@@ -150,7 +150,7 @@ def fit_normalizer(
         return collect_statistics(backbone, whiten, mixture, config, world)
 
     if not config.normalizer.cache or world.size > 1 or mixture.has_streams:
-        # With several processes all must take part, whatever each one's disk holds; streams have no fingerprint.
+        # With several processes all must take part, though their disks may differ; streams have no fingerprint.
         normalizer.fit(collect())
         copy_from_main(normalizer.buffers(), world)
         return
@@ -170,7 +170,7 @@ def fit_normalizer(
 def collect_statistics(
     backbone: Backbone, whiten: Callable[[Tensor], Tensor], mixture: ImageMixture, config: RunConfig, world: World
 ) -> FeatureStatistics:
-    """Statistics of the features of ``normalizer.num_samples`` random crops, merged over all processes."""
+    """Collect statistics of the features of ``normalizer.num_samples`` random crops over all processes."""
     dataset = ViewDataset(mixture, backbone.input_size, ViewConfig(num_views=1), config.seed)
     statistics = FeatureStatistics(backbone.embed_dim)
     settings = config.normalizer
@@ -180,18 +180,18 @@ def collect_statistics(
 
 
 def compute_fingerprint(mixture: ImageMixture, samples: int) -> str:
-    """A tag for the first samples of a mixture without streams: the content of their files, not only their names."""
+    """Hash the first samples of a mixture without streams: the content of their files, not only their names."""
     digests: dict[tuple[int, int], bytes] = {}
     whole = hashlib.sha256(b"" if mixture.keep == ImageFilter() else repr(mixture.keep).encode())
     for n in range(samples):
-        place = mixture.locate(n)
-        if place not in digests:
-            source = mixture.sources[place[0]]
+        location = mixture.locate(n)
+        if location not in digests:
+            source = mixture.sources[location[0]]
             assert isinstance(source, ImageSource)
             try:
-                content = source.read(place[1])
+                content = source.read(location[1])
             except DataError:
-                content = b""  # passed over in the statistics, too
-            digests[place] = hashlib.sha256(content).digest()
-        whole.update(digests[place])
+                content = b""  # skipped in the statistics, too
+            digests[location] = hashlib.sha256(content).digest()
+        whole.update(digests[location])
     return whole.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Ending a run from outside: SIGTERM, which schedulers send before they take a machine away."""
+"""Handling of SIGTERM, which schedulers send before they take a machine away."""
 
 import signal
 import threading
@@ -7,11 +7,11 @@ from typing import Any
 
 
 class Terminated(Exception):
-    """The run was asked to end by SIGTERM, and did so after saving."""
+    """End of a run by SIGTERM, after saving."""
 
 
 class TermSignal:
-    """Notes SIGTERM instead of dying of it, within a ``with`` block of the main thread; elsewhere it never comes."""
+    """Context that records SIGTERM instead of ending the process; only in the main thread."""
 
     def __init__(self) -> None:
         self.came = False
@@ -19,12 +19,12 @@ class TermSignal:
 
     def __enter__(self) -> "TermSignal":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            self._before = signal.signal(signal.SIGTERM, self._record)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.came = True

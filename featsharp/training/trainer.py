@@ -47,38 +47,38 @@ from featsharp.training.usage import StepClock, peak_memory
 logger = logging.getLogger(__name__)
 
 LAST, BEST = "last.pth", "best.pth"
-# Steps after which a run says for the first time how long it will take.
+# Steps after which a run logs its first estimate of the remaining time.
 FIRST_ESTIMATE = 20
 
 
 class Validation(NamedTuple):
-    """Results on the fixed validation samples; ``score`` decides which checkpoint is the best."""
+    """Results on the fixed validation samples; ``score`` selects the best checkpoint."""
 
     score: float
     scalars: dict[str, float]
     images: dict[str, Tensor]  # [3, H, W] in [0, 1]
-    samples: str = ""  # a tag for the samples: scores of others are not compared
+    samples: str = ""  # a tag for the samples: scores on different samples are not compared
 
 
 Validate = Callable[[SharpEncoder, Objective], Validation]
 
 
 class Trainer:
-    """Trains the upsampler and the bias buffer of an encoder.
+    """Training of the upsampler and the bias buffer of an encoder.
 
     Args:
         encoder: On the device of ``world``, its normalizer fitted (or about to be loaded by :meth:`resume`). Views are
             rendered at the native size of its backbone.
         objective: On the same device.
         dataset: Of training views.
-        config: Of the run; kept in the checkpoints.
+        config: Of the run; saved in the checkpoints.
         folder: Of ``last.pth`` and ``best.pth``.
-        world: This process among all.
+        world: Rank of this process.
         validate: Called on rank 0 every ``val_frequency`` steps and at the end.
         skipped: Names of the images that the fits before a new run skipped, and reasons.
 
     Attributes:
-        writer: Receives scalars and pictures, on rank 0 alone; nobody does until it is set.
+        writer: Of scalars and pictures, on rank 0 alone; set it before :meth:`run`.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Trainer:
         self.step = 0
         self.validated = -1  # the last step that was validated
         self.best_score = float("-inf")
-        self.best_among: str | None = None  # tag of the samples that the best score is of
+        self.best_among: str | None = None  # tag of the samples of the best score
         self.is_new = True
         self.skipped = SkipLog()
         self.skipped.add(list(skipped))
@@ -124,13 +124,12 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, then save and validate.
 
-        All that is random in a step follows from its number, and so does its place in the data. That is why nothing of
-        either needs to be in a checkpoint but the places of streams (how many images they leave out is known by
-        decoding alone), and why the number of processes must stay what it was; with streams that of the workers, too,
-        as each reads a sequence of its own.
+        Random numbers and samples of a step follow from its number, so checkpoints need neither, except for positions
+        in streams (only decoding shows how many of their images are unusable). A resumed run therefore needs the same
+        number of processes, and with streams of workers, as each reads a separate sequence.
 
         Raises:
-            Terminated: When SIGTERM came: the step was finished and saved, on every process.
+            Terminated: On SIGTERM, after the step was finished and saved, on every process.
         """
         from tqdm import tqdm
 
@@ -143,7 +142,7 @@ class Trainer:
             if self.is_new and self.config.linear_fit.samples:
                 self.save()  # a run that is killed in its first steps need not fit again
         if self._is_due(self.config.val_frequency) and self.validated != self.step < last_step:
-            self._save_and_validate()  # what the run was resumed from was saved, and killed before that
+            self._save_and_validate()  # the earlier run was killed after saving, before validating
         bar = tqdm(
             total=last_step,
             initial=self.step,
@@ -172,7 +171,7 @@ class Trainer:
             raise Terminated("stopped by SIGTERM after the last step, which is saved; only its validation is missing")
 
     def _sampler(self) -> StepSampler:
-        """Samples of this process in the steps to come."""
+        """Sampler of this process for the remaining steps."""
         config, micro = self.config, self.config.accumulation_steps
         return StepSampler(
             self.step * micro,
@@ -185,7 +184,7 @@ class Trainer:
         )
 
     def _batches_of_steps(self, loaded: Iterator[ViewBatch]) -> Iterator[list[Views]]:
-        """``accumulation_steps`` batches at a time, on the device."""
+        """Iterate over ``accumulation_steps`` batches at a time, on the device."""
         batches: list[Views] = []
         for views, skipped in self.clock.batches(loaded):
             for name, reason in self.skipped.add(skipped):
@@ -196,25 +195,25 @@ class Trainer:
                 batches = []
 
     def train_step(self, *batches: Views) -> Losses:
-        """One optimiser step on one or more batches of views; returns the mean losses of all of them and all processes.
+        """Make an optimiser step on one or more batches of views; returns the mean losses over batches and processes.
 
         Raises:
-            InputError: When the gradient is not finite. The weights are as before.
+            InputError: When the gradient is not finite. The weights are unchanged.
         """
         self.encoder.train()
         self.objective.train()
-        # Random numbers are those of the step, so that a resumed run draws what an uninterrupted one would have.
+        # Seeded by the step, so that a resumed run draws the same numbers as an uninterrupted one.
         step_seed = np.random.SeedSequence((self.config.seed, self.step, self.world.rank))
         torch.manual_seed(int(step_seed.generate_state(1)[0]))
         self.optimizer.zero_grad(set_to_none=True)
-        share = 1 / len(batches)
-        parts = [
+        weight = 1 / len(batches)
+        losses = [
             self.objective.backward(
                 self.encoder,
                 views,
                 self.encoder.backbone.input_size,
                 self.autocast_dtype,
-                self.scaler.get_scale() * share,
+                self.scaler.get_scale() * weight,
             )
             for views in batches
         ]
@@ -224,7 +223,7 @@ class Trainer:
         )
         self.schedule.step()
         self.step += 1
-        return average_losses(weighted_sum(parts, [share] * len(parts)), self.world)
+        return average_losses(weighted_sum(losses, [weight] * len(losses)), self.world)
 
     def save(self, name: str = LAST) -> Path:
         """Write a checkpoint that a run can resume from; returns its path."""
@@ -233,7 +232,7 @@ class Trainer:
         return path
 
     def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs, as tensors and plain values."""
+        """Collect everything a resumed run needs, as tensors and plain values."""
         return {
             "step": self.step,
             "processes": self.world.size,
@@ -250,15 +249,15 @@ class Trainer:
         }
 
     def resume(self, path: Path) -> None:
-        """Go on where the checkpoint at ``path``, which only rank 0 needs to see, was written; see :meth:`restore`."""
+        """Restore from the checkpoint at ``path``, which only rank 0 needs to see; see :meth:`restore`."""
         self.restore(object_from_main(lambda: read_checkpoint(path), self.world), path)
 
     def restore(self, content: Mapping[str, Any], path: Path) -> None:
-        """Go on where a checkpoint was written.
+        """Restore the state of a checkpoint.
 
         Args:
             content: Of the checkpoint, on every process.
-            path: Where it is from, for messages.
+            path: Of the checkpoint, for messages.
 
         Raises:
             CheckpointError: When it belongs to another backbone or number of processes (of readers, where there are
@@ -270,7 +269,7 @@ class Trainer:
             check_continuation(content, path, backbone, self.config, processes, has_streams=has_streams)
             state = content["training"]
             self.trained.load_state_dict(state["trained"])
-            # The normalizer too: what was trained belongs to this very rotation, which another fit need not find again.
+            # The normalizer too: trained weights belong to its rotation, which another fit may not reproduce.
             prefix = "normalizer."
             normalizer = {k.removeprefix(prefix): v for k, v in content["model"].items() if k.startswith(prefix)}
             self.encoder.normalizer.load_state_dict(normalizer)
@@ -291,7 +290,7 @@ class Trainer:
             logger.info("resuming %s at step %d", path, self.step)
 
     def _is_due(self, frequency: int) -> bool:
-        """Whether this step is one of every ``frequency``; 0: never."""
+        """Return whether this step is one of every ``frequency``; 0: never."""
         return bool(frequency and self.step and self.step % frequency == 0)
 
     def _report(self, losses: Losses) -> None:
@@ -312,10 +311,10 @@ class Trainer:
             logger.info("step %d of %d; about %s left", step, config.num_training_steps, self.clock.time_for(left))
 
     def _save_on_main(self) -> None:
-        """Save what all processes know; all of them must call it."""
+        """Save the state of all processes; all of them must call it."""
         _, *others = gather_objects(self.skipped.state(), self.world)
         for places in gather_objects(self.places, self.world):
-            for reader, place in places.items():  # only the process of a reader knows its latest
+            for reader, place in places.items():  # only the process of a reader has its latest
                 self.places[reader] = max(self.places.get(reader, place), place)
         if self.world.is_main:
             for counted in others:
@@ -327,13 +326,13 @@ class Trainer:
     def _save_and_stop(self) -> None:
         logger.info("SIGTERM: saving step %d", self.step)
         self._save_on_main()
-        any_process(True, self.world)  # no process ends before the file is there: its launcher might end the others
+        any_process(True, self.world)  # no process ends before the file is written: the launcher might end the others
         raise Terminated(f"stopped by SIGTERM after step {self.step}, which is saved")
 
     def _scalars(self, losses: Losses) -> dict[str, float]:
-        """Scalars of the last step, and the speed of the steps since the last log.
+        """Collect the scalars of the last step, and the speed of the steps since the last log.
 
-        All processes must call it: waiting and memory are those of the process that waits longest and holds most.
+        All processes must call it: waiting time and memory are the maxima over them.
         """
         speed = self.clock.scalars(self.config.batch_size * self.config.accumulation_steps * self.world.size)
         worst = {name: speed.pop(name) for name in ("data/wait_seconds", "data/wait_share")}
@@ -355,7 +354,7 @@ class Trainer:
         return scalars
 
     def _save_and_validate(self) -> None:
-        self._save_on_main()  # first, so that no failure of validation costs what was trained
+        self._save_on_main()  # first, so that a failure of validation loses no training
         if not self.world.is_main or self.validate is None or self.term.came:
             return
         self.encoder.eval()
@@ -378,7 +377,7 @@ class Trainer:
 
 
 def average_losses(losses: Losses, world: World) -> Losses:
-    """The mean over the processes."""
+    """Average losses over the processes."""
     if world.size == 1:
         return losses
     values = torch.stack([losses.total, losses.reconstruction, *losses.terms.values()])
@@ -388,7 +387,7 @@ def average_losses(losses: Losses, world: World) -> Losses:
 
 
 def compile_upsampler(encoder: SharpEncoder, backend: str) -> None:
-    """Compile the upsampler in place: names and tensors stay what they were.
+    """Compile the upsampler in place: names and tensors stay.
 
     Raises:
         ConfigError: For a backend that does not exist.

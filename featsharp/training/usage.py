@@ -1,4 +1,4 @@
-"""Cost of a run: time per step, the part of it spent waiting for data, and memory."""
+"""Cost of a run: time per step, the fraction of it spent waiting for data, and memory."""
 
 import sys
 import time
@@ -16,13 +16,13 @@ GIB = 2**30
 
 
 class StepClock:
-    """Measures for every step how long its batches were waited for, and how long it then took.
+    """Clock of the time that every step waits for its batches, and of the step itself.
 
     Time between a step and the request for the next batch (logs, validation, checkpoints) is not counted. Nor
     is the wait for the first batch, in which workers start; :attr:`startup` has it.
 
     Args:
-        now: The time in seconds.
+        now: Returns the time in seconds.
 
     Example:
         >>> clock = StepClock()
@@ -42,43 +42,43 @@ class StepClock:
         self._waiting = 0.0
 
     def batches(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches, with the wait for each measured."""
+        """Iterate over batches, and measure the wait for each."""
         iterator = iter(batches)
         while True:
-            asked = self._now()
+            start = self._now()
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
             first, self._arrival = not self._arrival, self._now()
             if first:
-                self.startup = self._arrival - asked
+                self.startup = self._arrival - start
             else:
-                self._waiting += self._arrival - asked
+                self._waiting += self._arrival - start
             yield batch
 
     def step_done(self) -> None:
-        """The step on the batches since the last call is over; on a GPU, call it when the device has finished."""
+        """Record the end of the step on the batches since the last call; on a GPU, when the device has finished."""
         self.works.append(self._now() - self._arrival)
         self.waits.append(self._waiting)
         self._waiting = 0.0
 
     @property
     def seconds_per_step(self) -> float:
-        """Median, waiting included; NaN before the first step."""
+        """Median time per step, waiting included; NaN before the first step."""
         return median(map(sum, zip(self.waits, self.works, strict=True))) if self.works else float("nan")
 
     def time_for(self, steps: int) -> str:
-        """How long so many steps take, such as "1:02:03" (h:mm:ss), at the speed of those so far."""
+        """Estimate the time of so many steps at the speed so far, such as "1:02:03" (h:mm:ss)."""
         return str(timedelta(seconds=round(steps * self.seconds_per_step)))
 
     @property
     def wait_share(self) -> float:
-        """Part of all steps' time that was spent waiting for data, in [0, 1]."""
+        """Fraction of all steps' time spent waiting for data, in [0, 1]."""
         return sum(self.waits) / max(sum(self.waits) + sum(self.works), 1e-9)
 
     def scalars(self, images_per_step: int) -> dict[str, float]:
-        """Means over the steps since the last call, for the log."""
+        """Average over the steps since the last call, for the log."""
         waits, works = self.waits[self._reported :], self.works[self._reported :]
         self._reported = len(self.works)
         steps, wait = max(len(works), 1), sum(waits)
@@ -91,10 +91,10 @@ class StepClock:
         }
 
     def summary(self, wait_share: float | None = None) -> str:
-        """For example "200 steps of 2.61 s (median); 0.8% of the time waiting for data, first batch after 1.2 s".
+        """Format "200 steps of 2.61 s (median); 0.8% of the time waiting for data, first batch after 1.2 s".
 
         Args:
-            wait_share: In place of this process's.
+            wait_share: Used instead of this process's.
         """
         share = self.wait_share if wait_share is None else wait_share
         return (
@@ -104,9 +104,9 @@ class StepClock:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Peak memory of this process since its start in GiB, by the names of the log.
+    """Measure the peak memory of this process since its start in GiB, by the names of the log.
 
-    The resident set, where the system counts it; and on a CUDA device what tensors took there.
+    The resident set, where the system counts it, and the memory of tensors on a CUDA device.
     """
     peaks = {}
     resident = _peak_resident_bytes()
@@ -121,7 +121,7 @@ def _peak_resident_bytes() -> int | None:
     if sys.platform == "win32":
         return None
     status = Path("/proc/self/status")
-    if status.exists():  # Linux lets a process begin with the getrusage peak of the one that started it
+    if status.exists():  # on Linux a process inherits the getrusage peak of its parent
         line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
         if line is not None:
             return 1024 * int(line.split()[1])

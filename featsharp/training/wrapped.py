@@ -1,4 +1,4 @@
-"""Backbones around another one, which change how its features are computed and nothing else."""
+"""Wrappers of backbones that change only how features are computed."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ class WrappedBackbone(Backbone):
     """A backbone with the features, sizes, name and hash of another.
 
     Args:
-        backbone: The one inside.
+        backbone: The wrapped one.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -38,12 +38,12 @@ class WrappedBackbone(Backbone):
         return self.backbone.fit_size(height, width)
 
     def weights_hash(self) -> str:
-        """Return the hash of the backbone inside."""
+        """Return the hash of the wrapped backbone."""
         return self.backbone.weights_hash()
 
 
 class UncompiledBackbone(WrappedBackbone):
-    """A backbone that ``torch.compile`` leaves out of its graphs: it is frozen, and compiling it would take minutes."""
+    """A backbone that ``torch.compile`` leaves out of its graphs, as compiling it takes minutes."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)

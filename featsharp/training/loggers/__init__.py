@@ -1,4 +1,4 @@
-"""Writers of scalars and pictures of a run. A writer of your own implements :class:`VizWriter`."""
+"""Writers of scalars and pictures of a run. Custom ones implement :class:`VizWriter`."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +23,11 @@ METHODS = ("config", "scalar", "image", "close")
 
 
 class Writers(VizWriter):
-    """Several writers as one. One that raises is dropped with a warning: nothing a writer does ends a run.
+    """Several writers as one. One that raises is dropped with a warning, so that the run continues.
 
     Args:
         makers: Functions that build the writers, by name. Errors that the user can act on (a missing package) are
-            raised; others (a tracker out of reach) drop the writer, too.
+            raised; others (an unreachable server) drop the writer, too.
     """
 
     def __init__(self, makers: Mapping[str, Callable[[], VizWriter]]) -> None:
@@ -57,7 +57,7 @@ class Writers(VizWriter):
         for name, writer in list(self._writers.items()):
             try:
                 report(writer)
-            except Exception as error:  # whatever a tracker raises
+            except Exception as error:  # writers may raise anything
                 del self._writers[name]
                 _warn(name, error)
 
@@ -71,14 +71,16 @@ def get_visualizer(
     mode: str | None = None,
     step: int = 0,
 ) -> Writers:
-    """The writer that ``viz.type`` names, or all of a list.
+    """Build the writer that ``viz.type`` names, or all of a list.
 
     Args:
-        kind: "tensorboard", "wandb", "none", ``"module:Class"`` of your own (imported, and called with the folder), or
-            a list of these.
+        kind: "tensorboard", "wandb", "none", a custom ``"module:Class"`` (imported, and called with the folder), or a
+            list of these.
         folder: Of the run.
-        entity, project, mode: See :class:`~featsharp.training.loggers.wandb.WandbWriter`.
-        step: The last step that the run has done before; what was reported of later ones was lost.
+        entity: See :class:`~featsharp.training.loggers.wandb.WandbWriter`.
+        project: As ``entity``.
+        mode: As ``entity``.
+        step: The step that the run resumes from; earlier reports of later steps are discarded.
 
     Raises:
         ConfigError: For an unknown name, or a class that cannot be imported or is no writer.
@@ -93,7 +95,7 @@ def get_visualizer(
 
 
 def writer_names(kind: object) -> list[str]:
-    """The names in ``viz.type``, each once; nothing is imported.
+    """List the names in ``viz.type``, each once; nothing is imported.
 
     Raises:
         ConfigError: For an unknown name, or something other than names.

@@ -7,24 +7,23 @@ from torch import Tensor
 
 
 class VizWriter:
-    """Receiver of the scalars and pictures of a run. Subclasses override some methods, or classes have them all.
+    """Writer of the scalars and pictures of a run. Subclasses override some methods; other classes have all of them.
 
-    Only the main process has one. An exception that a writer raises is logged as a warning and ends the reporting to
-    it, never the run.
+    Only the main process has one. An exception that a writer raises is logged as a warning, and the writer is dropped.
     """
 
     def config(self, config: Mapping[str, Any]) -> None:
-        """The composed configuration of the run, nested, in plain values; once, before anything else."""
+        """Write the composed configuration of the run, nested plain values; called once, first."""
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        """One number, for example "loss/total". Steps never fall but at the start of a resumed run."""
+        """Write a number, for example "loss/total". Steps only decrease at the start of a resumed run."""
 
     def image(self, name: str, image: Tensor, step: int) -> None:
-        """One picture, float [3, H, W] in [0, 1], on any device."""
+        """Write a picture, float [3, H, W] in [0, 1], on any device."""
 
     def close(self) -> None:
         """Flush and release everything; called once, also when the run failed."""
 
 
 class NullWriter(VizWriter):
-    """Reports to nobody."""
+    """Writer that discards everything."""

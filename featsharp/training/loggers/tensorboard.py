@@ -15,7 +15,7 @@ class TensorBoardWriter(VizWriter):
 
     Args:
         folder: Of the training run.
-        step: The last step that the run has done before. What earlier files have of later steps is no longer shown.
+        step: The step that the run resumes from. Later steps in earlier files are no longer shown.
 
     Raises:
         MissingDependencyError: Without tensorboard.
@@ -33,7 +33,7 @@ class TensorBoardWriter(VizWriter):
         from omegaconf import OmegaConf
 
         lines = OmegaConf.to_yaml(OmegaConf.create(dict(config))).splitlines()
-        # TensorBoard reads Markdown, where what is indented by four is shown as it is.
+        # TensorBoard shows Markdown, where text indented by four is preformatted.
         self._writer.add_text("config", "\n".join(f"    {line}" for line in lines), self._step)
 
     def scalar(self, name: str, value: float, step: int) -> None:

@@ -16,12 +16,12 @@ from featsharp.files import write_file
 from featsharp.training.loggers.base import VizWriter
 from featsharp.urls import redact_setting
 
-# Keeps the run's id beside the checkpoint, so that a resumed training goes on in the same run.
+# Saves the run's id beside the checkpoint, so that a resumed training continues the same run.
 ID_FILE = "wandb-id.txt"
-# Seconds for an answer to its question for an account, which nobody may be there to hear.
+# Seconds for an answer to the prompt for an account, in a run that may be unattended.
 LOGIN_TIMEOUT = 60
-# Seconds after which a training that has ended, or failed, no longer waits for its upload, which goes on all the time;
-# what is left can be sent by `wandb sync`. Other processes may be waiting for the end of this one.
+# Seconds that a training waits at its end for the rest of the upload, as other processes may be waiting for this one;
+# `wandb sync` can send it later.
 FINISH_TIMEOUT = 45
 
 
@@ -31,8 +31,8 @@ class WandbWriter(VizWriter):
     Args:
         folder: Of the training run.
         entity: User or team; None: the account's default.
-        project: Where the run is listed.
-        mode: "online", or "offline", which needs neither network nor account; None: what WANDB_MODE says, or online.
+        project: Of the run.
+        mode: "online", or "offline", which needs neither network nor account; None: that of WANDB_MODE, or online.
 
     Raises:
         MissingDependencyError: Without wandb.
@@ -53,11 +53,11 @@ class WandbWriter(VizWriter):
                 mode=mode,  # type: ignore[arg-type]
                 name=str(folder),
                 id=_run_id(folder / ID_FILE),
-                resume=None if mode == "offline" else "allow",  # of no meaning offline, where wandb would warn
+                resume=None if mode == "offline" else "allow",  # wandb would warn offline
                 dir=folder,
                 settings=wandb.Settings(login_timeout=LOGIN_TIMEOUT, finish_timeout=FINISH_TIMEOUT),
             )
-        # Its own count of steps cannot go back, as ours does when a run is resumed from its last checkpoint.
+        # wandb's step cannot decrease, as ours does when a run is resumed from its last checkpoint.
         self._run.define_metric("*", step_metric="step")
         self._row: dict[str, Any] = {}
 
@@ -75,7 +75,7 @@ class WandbWriter(VizWriter):
         try:
             self._send()
         finally:
-            # Within the `finally` of a run that failed its error is at hand: the tracker shall list it as failed.
+            # In the `finally` of a run that failed, its error is set: the run is then listed as failed.
             self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
 
     def _add(self, name: str, value: object, step: int) -> None:
@@ -93,7 +93,7 @@ class WandbWriter(VizWriter):
 
 @contextmanager
 def _public_command_line() -> Iterator[None]:
-    """While wandb notes down the command line, URLs in it are without their secrets."""
+    """Hide secrets of URLs in the command line, which wandb records."""
     given = sys.argv
     sys.argv = ["".join(map(redact_setting, re.split("(?<==)", argument, maxsplit=1))) for argument in given]
     try:
@@ -103,7 +103,7 @@ def _public_command_line() -> Iterator[None]:
 
 
 def _run_id(file: Path) -> str:
-    """The id in ``file``, made and written where there is none."""
+    """Read the id in ``file``, which is created where there is none."""
     if not file.exists():
         write_file(file, secrets.token_hex(4).encode())
     return file.read_text().strip()

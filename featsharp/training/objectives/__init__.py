@@ -1,5 +1,8 @@
-"""Objectives of training. Adding one is a module with a ``@register_objective`` class, a line of import here
-and ``featsharp/configs/objective/<name>.yaml``."""
+"""Objectives of training.
+
+Adding one is a module with a ``@register_objective`` class, a line of import here and
+``featsharp/configs/objective/<name>.yaml``.
+"""
 
 from typing import Any
 
@@ -19,10 +22,10 @@ __all__ = [
 
 
 def create_objective(encoder: SharpEncoder, config: ObjectiveConfig) -> Objective:
-    """The objective that ``config`` describes, for an encoder that it can train, on the encoder's device.
+    """Build the objective that ``config`` describes, on the encoder's device.
 
     Raises:
-        ConfigError: For an unknown name, a setting that cannot be, or an encoder that it cannot train.
+        ConfigError: For an unknown name, a setting out of range, or an encoder that it cannot train.
     """
     objective = OBJECTIVES[config.name].factory(encoder.embed_dim, encoder.factor, config)
     objective.check(encoder)
@@ -30,7 +33,7 @@ def create_objective(encoder: SharpEncoder, config: ObjectiveConfig) -> Objectiv
 
 
 def config_type(name: str) -> type[ObjectiveConfig]:
-    """The class of the settings of an objective; raises ConfigError for a name that does not exist."""
+    """Return the class of the settings of an objective; raises ConfigError for a name that does not exist."""
     objective: Any = OBJECTIVES[name].factory
     kind: type[ObjectiveConfig] = objective.config_type
     return kind

@@ -1,4 +1,4 @@
-"""The contract of objectives: how a batch of views becomes gradients."""
+"""The contract of objectives, which compute gradients from a batch of views."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +21,7 @@ class Losses(NamedTuple):
 
     total: Tensor
     reconstruction: Tensor
-    terms: dict[str, Tensor]  # what else an objective can tell, by name
+    terms: dict[str, Tensor]  # further scalars by name
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Objective(nn.Module):
         config_type: The dataclass of its settings.
         downsampler: Learned model of how the backbone pools, [N, C, F*h, F*w] to [N, C, h, w] in
             normalised space, F the next whole number from the factor upwards; None where it has none.
-        uncertainty: A network that is trained at a rate of its own, or None.
+        uncertainty: A network with a separate learning rate, or None.
     """
 
     config_type: ClassVar[type[ObjectiveConfig]]
@@ -49,7 +49,7 @@ class Objective(nn.Module):
         self.uncertainty: nn.Module | None = None
 
     def check(self, encoder: SharpEncoder) -> None:
-        """Raise ConfigError for an encoder that this objective cannot train; the message says what can."""
+        """Raise ConfigError for an encoder that this objective cannot train; the message names an alternative."""
         if encoder.upsampler.num_maps > 1:
             raise ConfigError(
                 f"{type(encoder.upsampler).__name__} returns {encoder.upsampler.num_maps} maps at once, which cannot "
@@ -57,7 +57,7 @@ class Objective(nn.Module):
             )
 
     def view_size(self, encoder: SharpEncoder) -> tuple[int, int]:
-        """(h, w) in pixels of the training views: whole patches, large enough that zooming and tiles find detail."""
+        """Compute (h, w) in pixels of the training views: whole patches, with enough detail for zooming and tiles."""
         times, patch = max(2, encoder.upsampler.input_upsample_factor), encoder.patch_size
         height, width = (math.ceil(length * times / patch) * patch for length in encoder.backbone.input_size)
         return height, width
@@ -84,12 +84,12 @@ class Objective(nn.Module):
             The losses, detached.
 
         Raises:
-            InputError: When a loss is not finite; nothing was changed but gradients.
+            InputError: When a loss is not finite; only gradients have changed.
         """
         raise NotImplementedError
 
     def scalars(self, losses: Losses) -> dict[str, float]:
-        """Scalars of a step, for the log."""
+        """Collect the scalars of a step, for the log."""
         named = {"total": losses.total, "reconstruction": losses.reconstruction, **losses.terms}
         return {f"loss/{name}": value.item() for name, value in named.items()}
 
@@ -99,11 +99,7 @@ register_objective = OBJECTIVES.register
 
 
 def guided_upsampler(encoder: SharpEncoder) -> GuidedUpsampler:
-    """The encoder's upsampler, which is called with features and a smaller image than they will be compared with.
-
-    Raises:
-        ConfigError: For one that encodes the image again.
-    """
+    """Return the encoder's upsampler; raises ConfigError for one that encodes the image again."""
     upsampler = encoder.upsampler
     if not isinstance(upsampler, GuidedUpsampler):
         raise ConfigError(
@@ -114,7 +110,7 @@ def guided_upsampler(encoder: SharpEncoder) -> GuidedUpsampler:
 
 
 def check_larger_images(encoder: SharpEncoder, name: str) -> None:
-    """Raise ConfigError for an encoder without features of larger images to learn from, or with nothing to learn."""
+    """Raise ConfigError unless an encoder can be trained on features of larger images."""
     backbone, upsampler = encoder.backbone, guided_upsampler(encoder)
     if not backbone.flexible:
         raise ConfigError(
@@ -134,23 +130,23 @@ def check_larger_images(encoder: SharpEncoder, name: str) -> None:
 
 
 def autocast(images: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    """The context in which the upsampler runs; without a ``dtype`` that of the caller."""
+    """Make the autocast context of the upsampler; without a ``dtype`` that of the caller."""
     return nullcontext() if dtype is None else torch.autocast(images.device.type, dtype)
 
 
 def keep_autocast(encoder: SharpEncoder, images: Tensor) -> Encode:
-    """``encoder.encode`` under the autocast in force here, for an upsampler that runs under :func:`autocast`.
+    """Wrap ``encoder.encode`` in the caller's autocast, for an upsampler that runs under :func:`autocast`.
 
-    The type of backbone passes is a setting of its own, ``model.dtype``, and that of targets and inputs must agree.
+    Backbone passes have a separate setting, ``model.dtype``, and must have one type for targets and inputs.
     """
     device = images.device.type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-    def kept(images: Tensor, *, patch_stride: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def encode(images: Tensor, *, patch_stride: int | None = None) -> tuple[Tensor, Tensor | None]:
         with torch.autocast(device, dtype, enabled=enabled):
             return encoder.encode(images, patch_stride=patch_stride)
 
-    return kept
+    return encode
 
 
 def check_finite(loss: Tensor) -> None:
@@ -162,17 +158,17 @@ def check_finite(loss: Tensor) -> None:
         )
 
 
-def weighted_sum(parts: list[Losses], weights: list[float]) -> Losses:
-    """The losses of all parts, detached."""
+def weighted_sum(losses: list[Losses], weights: list[float]) -> Losses:
+    """Sum losses of chunks or batches with weights; the result is detached."""
 
-    def over(values: list[Tensor]) -> Tensor:
+    def combine(values: list[Tensor]) -> Tensor:
         weighted = [value.detach() * weight for value, weight in zip(values, weights, strict=True)]
         return torch.stack(weighted).sum()
 
-    terms = {name: over([part.terms[name] for part in parts]) for name in parts[0].terms}
-    return Losses(over([part.total for part in parts]), over([part.reconstruction for part in parts]), terms)
+    terms = {name: combine([one.terms[name] for one in losses]) for name in losses[0].terms}
+    return Losses(combine([one.total for one in losses]), combine([one.reconstruction for one in losses]), terms)
 
 
 def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over images and places of 1 - cosine of the channels; a vector of zeros has cosine 0 to anything."""
+    """Average 1 - cosine of the channels over images and cells; a vector of zeros has cosine 0 to anything."""
     return 1 - nn.functional.cosine_similarity(prediction, target, dim=1).mean()

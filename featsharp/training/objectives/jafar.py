@@ -1,4 +1,4 @@
-"""Features of a smaller image, brought to the grid of a larger one: JAFAR's own objective (arXiv 2506.11136).
+"""JAFAR's objective (arXiv 2506.11136): upsample features of a smaller image to the grid of a larger one.
 
     loss = (1 - cos(P, T)) + mse(minmax(P), minmax(T)),    P = Up(phi(s I), J, grid of T),    T = phi(I)
 
@@ -6,8 +6,8 @@ with the encoder's features phi, the image I at twice the backbone's native size
 and the guidance J: the image at half its size. For upsamplers that make maps of any size.
 
 The paper's third term, 0.1 times a self-consistency under blur and noise, is not specified well enough to be
-reproduced, and is left out. Which axes min-max scaling runs over is not said either: here it is one minimum and one
-maximum per map, so that images of a batch do not mix.
+reproduced, and is left out. Nor are the axes of min-max scaling: here it is one minimum and one maximum per map, so
+that images of a batch do not mix.
 
 Shapes: B images, C channels, (H, W) grid of the target.
 """
@@ -38,11 +38,11 @@ from featsharp.training.objectives.base import (
 
 @dataclass
 class JAFARConfig(ObjectiveConfig):
-    """Parts of the objective. Scales are relative to the image that gives the target.
+    """Settings of the objective. Scales are relative to the image of the target.
 
     Attributes:
-        input_scale: [low, high] of the image that gives the input features.
-        guidance_scale: Of the image that guides.
+        input_scale: [low, high] of the image of the input features, in (0, 1].
+        guidance_scale: Of the guidance image, in (0, 1].
         mse_weight: Weight of the distance of min-max scaled features.
     """
 
@@ -56,11 +56,11 @@ class JAFARConfig(ObjectiveConfig):
     "jafar", "predict the features of an image from those of the image made smaller by any scale (JAFAR)"
 )
 class JAFARObjective(Objective):
-    """Predicts features at the grid of a larger image. Trains guided upsamplers of any size; has no parameters.
+    """Prediction of features at the grid of a larger image. Trains guided upsamplers of any size; has no parameters.
 
     Args:
         embed_dim: C.
-        factor: Not used: the gain of a step is that of its images.
+        factor: Not used: the factor of a step is that of its images.
         config: See :class:`JAFARConfig`.
     """
 
@@ -86,7 +86,7 @@ class JAFARObjective(Objective):
             )
 
     def view_size(self, encoder: SharpEncoder) -> tuple[int, int]:
-        """Twice the native size."""
+        """Return twice the native size."""
         height, width = encoder.backbone.input_size
         return 2 * height, 2 * width
 
@@ -117,14 +117,14 @@ class JAFARObjective(Objective):
         return Losses(total.detach(), cosine.detach(), {"mse": mse.detach()})
 
     def input_size(self, encoder: SharpEncoder, image: Tensor, scale: float) -> tuple[int, int]:
-        """(h, w) in pixels of the image of the input features: whole patches, at least one."""
+        """Compute (h, w) in pixels of the image of the input features: whole patches, at least one."""
         height, width = _scaled(image, scale)
         patch = encoder.patch_size
         return encoder.backbone.fit_size(max(height, patch), max(width, patch))
 
 
 def min_max(x: Tensor) -> Tensor:
-    """[B, C, H, W] scaled to [0, 1], by the least and the largest value of each image's map; a constant map to 0."""
+    """Scale [B, C, H, W] to [0, 1] by the smallest and the largest value of each map; a constant map to 0."""
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
     return (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).eps)
 

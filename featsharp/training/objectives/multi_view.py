@@ -40,19 +40,19 @@ DISTANCES = {
 
 # Numbers in the warped maps that the objective holds at once: 512 MiB in float32.
 MAX_WARPED_ELEMENTS = 2**27
-# A token counts when at least this part of its pixels shows image.
+# Least fraction of a token's pixels that must show image for it to count.
 TOKEN_COVERAGE = 0.99
 
 
 @dataclass
 class MultiViewConfig(ObjectiveConfig):
-    """Parts of the objective.
+    """Settings of the objective.
 
     Attributes:
         distance: "mse", "l1" or "smooth_l1", averaged over channels.
         downsampler: "attention", "simple" or "area".
         kernel_size: K of the downsampler.
-        uncertainty: Whether to weigh places by a learned uncertainty.
+        uncertainty: Whether to weight errors by a learned uncertainty.
         border_weight: Weight of the rows and columns beside tile borders, relative to the rest.
         tv_weight: Weight of the total variation of the high-resolution map.
     """
@@ -66,9 +66,9 @@ class MultiViewConfig(ObjectiveConfig):
     tv_weight: float = key(0.0, least=0)
 
 
-@register_objective("multi-view", "the sharp map, warped and pooled, says what the backbone says about jittered views")
+@register_objective("multi-view", "match the warped and pooled sharp map to the backbone's features of jittered views")
 class MultiViewObjective(Objective):
-    """Compares a high-resolution map with the backbone's features of jittered views. Trains every upsampler.
+    """Comparison of a high-resolution map with the backbone's features of jittered views. Trains every upsampler.
 
     Args:
         embed_dim: C.
@@ -94,7 +94,7 @@ class MultiViewObjective(Objective):
     def forward(
         self, high_res: Tensor, base_mask: Tensor, targets: Tensor, view_masks: Tensor, homographies: Tensor
     ) -> Losses:
-        """Losses of one batch; their terms are the regularizer of the uncertainty and the total variation.
+        """Compute the losses of one batch; terms are the regularizer of the uncertainty and the total variation.
 
         Args:
             high_res: [B, C, f*h, f*w], normalised features of the base images.
@@ -138,8 +138,8 @@ class MultiViewObjective(Objective):
         """See :meth:`Objective.backward`.
 
         The losses are differentiated down to a detached leaf of the high-resolution map, as many views at a time as
-        memory allows; the gradient then runs once through the upsampler, however many views there are. The result
-        equals the gradient of the whole.
+        memory allows; the gradient is then propagated once through the upsampler. The result equals the gradient of
+        all views at once.
         """
         base, base_mask = base_view(views)
         targets, token_masks = encode_views(encoder, views, low_res_size)
@@ -149,37 +149,36 @@ class MultiViewObjective(Objective):
         high_res = high_res.to(base.dtype)
         leaf = high_res.detach().requires_grad_()
         target_leaf = targets.detach().requires_grad_(targets.requires_grad)
-        parts, shares = [], []
+        losses, weights = [], []
         batch, count = views.homographies.shape[:2]
         for chosen in torch.arange(count).split(self.views_at_once(targets, count)):
 
             def pick(x: Tensor, chosen: Tensor = chosen) -> Tensor:
                 return x.unflatten(0, (batch, count))[:, chosen].flatten(0, 1)
 
-            part = self(leaf, base_mask, pick(target_leaf), pick(token_masks), views.homographies[:, chosen])
-            check_finite(part.total)
-            # The losses are means over views, so each part counts by its share of them.
-            share = len(chosen) / count
-            (part.total * share * loss_scale).backward()
-            parts.append(part)
-            shares.append(share)
+            loss = self(leaf, base_mask, pick(target_leaf), pick(token_masks), views.homographies[:, chosen])
+            check_finite(loss.total)
+            weight = len(chosen) / count  # the losses are means over views
+            (loss.total * weight * loss_scale).backward()
+            losses.append(loss)
+            weights.append(weight)
         if high_res.requires_grad:
             high_res.backward(leaf.grad)
         if targets.requires_grad:
             targets.backward(target_leaf.grad)
-        return weighted_sum(parts, shares)
+        return weighted_sum(losses, weights)
 
     def scalars(self, losses: Losses) -> dict[str, float]:
         """See :meth:`Objective.scalars`; the training fidelity is the inverse of the reconstruction loss."""
         return {**super().scalars(losses), "fidelity/train": 1 / max(losses.reconstruction.item(), 1e-12)}
 
     def views_at_once(self, targets: Tensor, count: int) -> int:
-        """How many warped copies of a batch of maps fit into ``max_warped_elements``, at least one."""
+        """Compute the number of warped copies of a batch of maps that fit ``max_warped_elements``, at least one."""
         warped = self.whole_factor**2 * targets.numel() // count
         return max(1, self.max_warped_elements // warped)
 
     def _border_weights(self, size: tuple[int, int]) -> Tensor:
-        """Only a whole number of tiles has its borders between cells."""
+        """Compute weights of tile borders, which lie between cells for whole factors only."""
         return border_weights(
             size, self.whole_factor, self.config.border_weight if self.whole_factor == self.factor else 1.0
         )
@@ -193,7 +192,7 @@ def encode_views(encoder: SharpEncoder, views: Views, low_res_size: tuple[int, i
 
 
 def tokens_to_compare(base_mask: Tensor, view_masks: Tensor, views: View, large: tuple[int, int]) -> Tensor:
-    """1 where a token of a view shows image that the base image shows, too: [B*n, 1, h, w].
+    """Mask of the tokens of views that show image which the base image shows, too: [B*n, 1, h, w].
 
     Args:
         base_mask: [B, 1, H, W].
@@ -207,9 +206,10 @@ def tokens_to_compare(base_mask: Tensor, view_masks: Tensor, views: View, large:
 
 
 class UncertaintyNet(nn.Module):
-    """Log variance u of the prediction at every place; errors are weighed by exp(-u), u / 2 is the price.
+    """Log variance u of the prediction in every cell; errors are weighted by exp(-u), and u / 2 is added to the loss.
 
-    [B, C, H, W] to [B, 1, H, W], zero at the start. It sees the detached map: an upsampler cannot buy itself off.
+    [B, C, H, W] to [B, 1, H, W], zero at the start. Its input is detached, so that the upsampler cannot learn to be
+    uncertain.
     """
 
     def __init__(self, embed_dim: int, hidden_dim: int = 256) -> None:
@@ -223,7 +223,7 @@ class UncertaintyNet(nn.Module):
 
 
 def border_weights(size: tuple[int, int], factor: int, weight: float) -> Tensor:
-    """[1, 1, H, W]: ``weight`` on the two rows or columns beside every tile border, 1 elsewhere, scaled to mean 1."""
+    """Compute weights [1, 1, H, W]: ``weight`` in the two rows or columns at every tile border, scaled to mean 1."""
     out = torch.ones(1, 1, *size)
     for axis in (2, 3):
         cells = size[axis - 2] // factor
@@ -233,5 +233,5 @@ def border_weights(size: tuple[int, int], factor: int, weight: float) -> Tensor:
 
 
 def total_variation(x: Tensor) -> Tensor:
-    """Mean smooth-L1 distance between vertical and between horizontal neighbours."""
+    """Average the smooth-L1 distances of vertical and of horizontal neighbours, and add both."""
     return F.smooth_l1_loss(x[..., 1:, :], x[..., :-1, :]) + F.smooth_l1_loss(x[..., 1:], x[..., :-1])

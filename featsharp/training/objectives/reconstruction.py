@@ -1,16 +1,16 @@
-"""Reconstruction from a smaller image: LiFT's own objective (Suri et al., ECCV 2024, arXiv 2403.14625).
+"""Reconstruction from a smaller image: LiFT's objective (Suri et al., ECCV 2024, arXiv 2403.14625).
 
 The features of an image are predicted from those of the same image at 1 / f of its size:
 
     loss = d( Up(I_f, phi(I_f)), phi(I) )  +  d( Up(I_ff, phi(I_ff)), phi(I_f) )
 
 with the encoder's features phi, images I, I_f and I_ff at f, 1 and 1 / f times the backbone's native size, and d a mean
-over places. Works for every guided upsampler with a whole factor f. The second term is left out where the grid of I_ff
-would not be whole, or a single cell.
+over tokens. Works for every guided upsampler with a whole factor f. The second term is left out where the grid of I_ff
+would not be whole, or a single token.
 
 Published LiFT has d = 1 - cosine, of raw features (``distance=cosine normalizer=none``). That leaves the length of the
 features open, and in centred space a wrong length becomes a wrong direction, so the default is the mean squared error.
-It shrinks by taking every f-th pixel, which aliases as no photograph that is resized for inference does
+It shrinks by taking every f-th pixel, which aliases unlike photographs that are resized for inference
 (``subsample=slice``); the default is antialiased. Its colour jitter is not here. In its training the running statistics
 of batch normalisation mix both scales; here they are those of the native grid, at which the result is used.
 
@@ -50,11 +50,11 @@ SUBSAMPLES = ("antialias", "slice")
 
 @dataclass
 class ReconstructionConfig(ObjectiveConfig):
-    """Parts of the objective.
+    """Settings of the objective.
 
     Attributes:
-        distance: "mse", "l1" or "cosine" (1 - cosine), averaged over places and, but for the last, over channels.
-        subsample: How images are made smaller: "antialias", or "slice" for every f-th pixel.
+        distance: "mse", "l1" or "cosine" (1 - cosine), averaged over tokens and, except for the last, over channels.
+        subsample: Method of shrinking images: "antialias", or "slice" for every f-th pixel.
     """
 
     name: str = "reconstruction"
@@ -64,7 +64,7 @@ class ReconstructionConfig(ObjectiveConfig):
 
 @register_objective("reconstruction", "predict the features of an image from those of the image made smaller (LiFT)")
 class ReconstructionObjective(Objective):
-    """Predicts features from those of a smaller image. Trains guided upsamplers with a whole factor; has no parameters.
+    """Prediction of features from a smaller image's. Trains guided upsamplers of a whole factor; has no parameters.
 
     Args:
         embed_dim: C.
@@ -93,7 +93,7 @@ class ReconstructionObjective(Objective):
         check_larger_images(encoder, "reconstruction")
 
     def view_size(self, encoder: SharpEncoder) -> tuple[int, int]:
-        """f times the native size."""
+        """Return f times the native size."""
         height, width = encoder.backbone.input_size
         return self.factor * height, self.factor * width
 
@@ -122,8 +122,11 @@ class ReconstructionObjective(Objective):
         return Losses(torch.stack(losses).sum(), losses[0], {"small": losses[1]} if len(losses) > 1 else {})
 
     def pyramid(self, encoder: SharpEncoder, views: Views, low_res_size: tuple[int, int]) -> list[Tensor]:
-        """Whitened base images at f, 1 and, where its grid is whole and more than a cell, 1 / f times the native size,
-        each [B, 3, height, width]."""
+        """Resize base images to f, 1 and, where its grid is whole and more than a token, 1 / f times the native size.
+
+        Returns:
+            Whitened images, each [B, 3, height, width].
+        """
         height, width = low_res_size
         sizes = [(self.factor * height, self.factor * width), low_res_size]
         grid = encoder.backbone.grid_size(low_res_size)
@@ -141,8 +144,8 @@ class ReconstructionObjective(Objective):
 
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch normalisation goes on by the statistics of the batch, but does not add them to the running ones."""
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    """Freeze the running statistics of batch normalisation, which still uses those of the batch."""
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
