@@ -3,11 +3,11 @@
 runner       the contract of a task, and the loop that runs one: progress, bad items, resuming, JSON, tables
 estimates    numbers over images with bootstrap intervals
 features     the features that tasks compare
-head         linear heads trained on frozen features, which are kept on disk
+head         linear heads trained on frozen features, which are cached on disk
 images       tasks that need images and nothing else
 keys         cache keys of encoders and files
 layouts/     readers of data sets
 
-All other modules are tasks, one each; ``position_bias`` is a number about a backbone. The command's list of tasks is
+All other modules are tasks, one each; ``position_bias`` measures a backbone. The command's list of tasks is
 ``featsharp.cli.eval.TASKS``.
 """

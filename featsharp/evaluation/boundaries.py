@@ -1,17 +1,17 @@
-"""Boundaries: do the features change where people see one thing end and the next begin?
+"""Boundaries: do the features change where annotators draw boundaries of objects?
 
 Edges. The distance between neighbouring cells at every pixel, thinned to lines. Distances are between features of unit
-length, so they have the same scale for every backbone and one loud token is no edge. The distance between two
-neighbours sits on the border between them: differences around the centre of a cell would see a sharp step twice and
-blur it. Changes along either axis are thinned along that axis, apart from each other: at corners and junctions there is
-no single direction to look across. The price is that slanted edges come out up to two pixels thick.
+length, so they have the same scale for every backbone and one token of large norm is no edge. The distance between two
+neighbours is located on the border between them: differences around the centre of a cell would count a sharp step twice
+and blur it. Changes along each axis are thinned along that axis, independently, as corners and junctions have no single
+direction. Therefore slanted edges are up to two pixels thick.
 
 Scores. Edges are matched with human boundaries as in BSDS500 (Martin, Fowlkes and Malik 2004; Arbelaez et al. 2011):
 precision is pooled over pictures (a pixel is right when it matches any annotator), recall summed over annotators; ODS
 is the best F at one threshold for all pictures, OIS that with the best threshold of each picture. Pixels are matched
-one to one, which other than a mere test of the distance does not reward thick or doubled edges, but greedily, the
-nearest first, where the benchmark solves an assignment problem. Nor are edges thinned beyond non-maximum suppression:
-do not mix these numbers with published ones.
+one to one, which unlike a test of the distance alone does not reward thick or doubled edges, but greedily, the nearest
+first, where BSDS500 solves an assignment problem. Nor are edges thinned beyond non-maximum suppression: do not compare
+these numbers with published ones.
 """
 
 import math
@@ -93,7 +93,7 @@ class BoundaryTask(Task):
         }
 
     def _thresholds(self) -> list[float]:
-        """The same for every picture and encoder; by equal factors, since strengths per cell differ between grids."""
+        """Thresholds for every picture and encoder, in equal factors, since strengths per cell differ between grids."""
         return np.geomspace(WEAKEST, STRONGEST, self.thresholds).tolist()
 
 
@@ -129,14 +129,14 @@ def thin_edges(features: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _ridges(values: Tensor) -> Tensor:
-    """Values [H, W] larger than those above and not smaller than those below, else 0; one pixel of a plateau stays."""
+    """Keep values [H, W] larger than those above and not smaller than those below, else 0."""
     padded = F.pad(values[None], (0, 0, 1, 1), mode="replicate")[0]
     return values * ((values > padded[:-2]) & (values >= padded[2:]))
 
 
 def _enlarge(values: Tensor, size: tuple[int, int], between: int) -> Tensor:
-    """Enlarge bilinearly to [H, W] pixels; along the axis ``between`` the values sit on the borders between cells."""
-    # Nothing changes across the frame of the picture: 0 there keeps the outermost borders peaks.
+    """Enlarge bilinearly to [H, W] pixels; along the axis ``between`` the values are on the borders between cells."""
+    # Zeros at the frame of the picture keep the outermost borders peaks.
     values = F.pad(values, (0, 0, 1, 1) if between == 0 else (1, 1))
     axes = []
     for axis, (pixels, count) in enumerate(zip(size, values.shape, strict=True)):
@@ -148,10 +148,10 @@ def _enlarge(values: Tensor, size: tuple[int, int], between: int) -> Tensor:
     return F.grid_sample(values[None, None], grid, align_corners=True, padding_mode="border")[0, 0]
 
 
-# scipy's maximum_bipartite_matching finds the optimum, but takes 40 to 100 times as long (60 to 160 ms a map of BSDS500
-# instead of 1.5, and a picture has hundreds) and its numbers do not compare with the results there are: on BSDS500
-# greedy pairs are 0.88 to 0.94 of the optimum, and F is lower by about as much, for every encoder. Thinning and
-# boundaries of scikit-image are for binary masks and labels, not for strengths.
+# scipy's maximum_bipartite_matching is optimal, but takes 40 to 100 times as long (60 to 160 ms per map of BSDS500, not
+# 1.5, and a picture has hundreds) and would change all recorded results: on BSDS500 greedy pairs are 0.88 to 0.94 of the
+# optimum, and F is lower by about as much, for every encoder. Thinning and boundaries of scikit-image are for binary
+# masks and labels, not for strengths.
 class Matcher:
     """Greedy matching between boundary maps of one size; never less than half of the largest matching.
 
@@ -180,17 +180,17 @@ class Matcher:
             [n] bool, whether the n predicted pixels, row by row, have a partner. As many human pixels are matched.
         """
         y, x = np.nonzero(predicted)
-        places = (y + self._reach) * self._width + x + self._reach
+        positions = (y + self._reach) * self._width + x + self._reach
         free = np.pad(human, self._reach).reshape(-1)
-        matched = np.zeros(len(places), dtype=bool)
-        alone = np.arange(len(places))
+        matched = np.zeros(len(positions), dtype=bool)
+        unmatched = np.arange(len(positions))
         # All pairs that are one offset apart are disjoint, so each offset is one step.
         for offset in self._offsets:
-            partners = places[alone] + offset
+            partners = positions[unmatched] + offset
             hit = free[partners]
             free[partners[hit]] = False
-            matched[alone[hit]] = True
-            alone = alone[~hit]
+            matched[unmatched[hit]] = True
+            unmatched = unmatched[~hit]
         return matched
 
     def count(self, strength: np.ndarray, thresholds: Sequence[float], humans: Sequence[np.ndarray]) -> np.ndarray:
@@ -215,17 +215,17 @@ class Matcher:
 
 
 def precision_recall(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall of counts [..., 4] of :meth:`Matcher.count`, summed over whatever is pooled; 0 for 0 / 0."""
+    """Compute precision and recall of (summed) counts [..., 4] of :meth:`Matcher.count`; 0 for 0 / 0."""
     return counts[..., 0] / np.maximum(counts[..., 1], 1), counts[..., 2] / np.maximum(counts[..., 3], 1)
 
 
 def f_measure(counts: np.ndarray) -> np.ndarray:
-    """F = 2 P R / (P + R) of counts [..., 4]; 0 where nothing is matched."""
+    """Compute F = 2 P R / (P + R) of counts [..., 4]; 0 where nothing is matched."""
     precision, recall = precision_recall(counts)
     return 2 * precision * recall / np.maximum(precision + recall, 1e-12)
 
 
 def best_row(counts: np.ndarray) -> np.ndarray:
-    """Select of counts [..., thresholds, 4] those at the threshold of the largest F."""
+    """Select from counts [..., thresholds, 4] those at the threshold of the largest F."""
     best = f_measure(counts).argmax(-1)
     return np.take_along_axis(counts, best[..., None, None], axis=-2)[..., 0, :]

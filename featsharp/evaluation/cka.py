@@ -1,14 +1,13 @@
-"""Linear CKA across scales: are the features of an image alike at every size?
+"""Linear CKA across scales: are the features of an image similar at every size?
 
 The heat maps of LiFT (arXiv 2403.14625): for two sizes a and b of an image, the encoder's features x and y [n, C] are
-brought to a common grid (that of the smaller size, antialiased), matched by position and centred, and compared by
+resized to a common grid (that of the smaller size, antialiased), matched by position and centred, and compared by
 
     CKA = ||y^T x||_F^2 / (||x^T x||_F ||y^T y||_F)        (Kornblith et al., arXiv 1905.00414)
 
-which is 1 for features that differ by a rotation and a scale. It is computed per image and averaged over images;
-whether the paper pools images is not known. With fewer tokens n than channels C this estimate lies near 1 even for
-unrelated features, so the one without that bias (Song et al., JMLR 13, 2012; around 0 for unrelated features) is given
-beside it.
+which is 1 for features that differ by a rotation and a scale. It is computed per image and averaged over images (the
+paper does not state whether it pools images). With fewer tokens n than channels C this estimate is near 1 even for
+unrelated features, so the debiased one (Song et al., JMLR 13, 2012; around 0 for unrelated features) is reported too.
 """
 
 import math
@@ -37,17 +36,18 @@ MIN_TOKENS = 4
 
 
 def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> float:
-    """Compute the linear CKA of two sets of features for the same n things.
+    """Compute the linear CKA of two sets of features for the same n tokens.
 
     Args:
-        x, y: [n, C] and [n, D], n at least 4; centred here.
-        debiased: Whether to take the estimate whose expectation does not depend on n.
+        x: [n, C], n at least 4; centred here.
+        y: [n, D].
+        debiased: Whether to compute the estimate whose expectation does not depend on n.
 
     Returns:
-        In [0, 1]; debiased: at most 1, and around 0 for features that have nothing to do with each other.
+        In [0, 1]; debiased: at most 1, and around 0 for unrelated features.
 
     Raises:
-        InputError: For other shapes, and features that are the same for all things.
+        InputError: For other shapes, and constant features.
     """
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) < MIN_TOKENS:
         raise InputError(
@@ -55,10 +55,10 @@ def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> float:
         )
     x, y = (z.double() - z.double().mean(0) for z in (x, y))
     similarity = _debiased_hsic if debiased else _hsic
-    both, own_x, own_y = similarity(x, y), similarity(x, x), similarity(y, y)
-    if not (own_x > 0 and own_y > 0 and math.isfinite(both)):
+    xy, xx, yy = similarity(x, y), similarity(x, x), similarity(y, y)
+    if not (xx > 0 and yy > 0 and math.isfinite(xy)):
         raise InputError("CKA is not defined for features that are constant, NaN or infinite")
-    return both / math.sqrt(own_x * own_y)
+    return xy / math.sqrt(xx * yy)
 
 
 def cka_of_maps(x: Tensor, y: Tensor, *, debiased: bool = False) -> float:
@@ -97,10 +97,10 @@ class CkaTask(ImageTask):
 
 
 def fitting_sizes(encoder: SharpEncoder, sizes: Sequence[int]) -> list[int]:
-    """Round sides in pixels to those that the backbone takes, in ascending order.
+    """Round sides in pixels to sizes of the backbone, in ascending order.
 
     Raises:
-        ConfigError: For a backbone of one size, fewer than two different sizes, or one with too few tokens.
+        ConfigError: For a backbone of one size, fewer than two different sizes, or a size of too few tokens.
     """
     backbone = encoder.backbone
     if not backbone.flexible:
@@ -123,7 +123,7 @@ def fitting_sizes(encoder: SharpEncoder, sizes: Sequence[int]) -> list[int]:
 def maps_by_size(encoder: SharpEncoder, image: Image, sizes: Sequence[int]) -> list[Tensor]:
     """Compute features [1, C, h, w] of the largest square of an RGB picture, for low-resolution passes of these sides.
 
-    An encoder that sharpens is shown the picture larger by its factor, at least by 2, as in the other tasks.
+    The picture is larger than the low-resolution pass by the encoder's factor, at least by 2, as in the other tasks.
     """
     shown = {size: shown_size(encoder, (size, size)) for size in sizes}
     whitened = whitened_crop(encoder, image, shown[max(sizes)])
@@ -139,8 +139,7 @@ def pool_cka(rows: Sequence[Sequence[float]], sizes: Sequence[int]) -> dict[str,
 
     Returns:
         "cka" over all pairs of different sizes; "matrix" and "intervals" with one row and one column per size;
-        "scale_summary", by size the mean over its pairs with the other sizes: how alike the features at that
-        size and at others are.
+        "scale_summary", by size the mean over its pairs with the other sizes.
     """
     pairs = list(combinations(range(len(sizes)), 2))
     matrix = np.eye(len(sizes)).tolist()
@@ -166,24 +165,25 @@ def _mean_of(rows: Sequence[Sequence[float]], columns: Sequence[int]) -> Estimat
 
 
 def _hsic(x: Tensor, y: Tensor) -> float:
-    """||y^T x||_F^2 for centred [n, C] and [n, D], the cheaper way round."""
+    """Compute ||y^T x||_F^2 for centred [n, C] and [n, D], from Gram matrices where those are smaller."""
     if len(x) < min(x.shape[1], y.shape[1]):
         return float((_gram(x) * _gram(y)).sum())
     return float((y.T @ x).square().sum())
 
 
 def _debiased_hsic(x: Tensor, y: Tensor) -> float:
-    """Song et al., equation 5, for centred [n, C] and [n, D], without the factor 1 / (n (n - 3)) that cancels in CKA.
+    """Compute equation 5 of Song et al. for centred [n, C] and [n, D], but for the factor 1 / (n (n - 3)).
 
-    With K = x x^T and L = y y^T without their diagonals. Both have n^2 entries, of which only the sums are needed:
-    tr(K L), the sum of K L, and those of K and of L. Rows of the full products sum to 0, for x and y are centred.
+    That factor cancels in CKA. With K = x x^T and L = y y^T without their diagonals. Both have n^2 entries, of which
+    only the sums are needed: tr(K L), the sum of K L, and those of K and of L. Rows of the full products sum to 0, for
+    x and y are centred.
     """
     n = len(x)
-    own_x, own_y = x.square().sum(1), y.square().sum(1)  # the diagonals
-    trace = _hsic(x, y) - float(own_x @ own_y)
-    # K 1 = -own_x, so 1^T K L 1 = own_x . own_y and 1^T K 1 = -sum(own_x).
-    sums = float(own_x.sum() * own_y.sum())
-    return trace + sums / ((n - 1) * (n - 2)) - 2 / (n - 2) * float(own_x @ own_y)
+    diagonal_x, diagonal_y = x.square().sum(1), y.square().sum(1)
+    trace = _hsic(x, y) - float(diagonal_x @ diagonal_y)
+    # K 1 = -diagonal_x, so 1^T K L 1 = diagonal_x . diagonal_y and 1^T K 1 = -sum(diagonal_x).
+    sums = float(diagonal_x.sum() * diagonal_y.sum())
+    return trace + sums / ((n - 1) * (n - 2)) - 2 / (n - 2) * float(diagonal_x @ diagonal_y)
 
 
 def _gram(x: Tensor) -> Tensor:

@@ -1,21 +1,21 @@
-"""Semantic correspondence, as PCK: the share of keypoints that are matched close to where annotators put them.
+"""Semantic correspondence, as PCK: the fraction of keypoints that are matched close to their annotation.
 
 Protocol: that of LiFT (arXiv 2403.14625) on SPair-71k. Both images are letter-boxed to one size (centred, Lanczos, mean
 colour around), the feature at a keypoint of the source is compared with that of every pixel of the target image, the
-padding left out, and the most similar one is the answer. It is right when it lies nearer to the
-annotated point than alpha times a size of the target, both in pixels of the target's file:
+padding left out, and the most similar one is the match. It is right when it lies nearer to the annotated point than
+alpha times a size of the target, both in pixels of the target's file:
 
     box        larger side of the object's box         customary for SPair-71k
     keypoints  larger side of the keypoints' box       customary for PF-WILLOW
-    image      larger side of the image                customary for PF-PASCAL; the box is used there too, so say which
+    image      larger side of the image                customary for PF-PASCAL, as is the box: state which one
 
-Three ways of pooling are in use and all are given: ``pck@A`` over all keypoints, ``pck@A_pairs`` the mean over pairs,
+There are three ways of pooling: ``pck@A`` over all keypoints, ``pck@A_pairs`` the mean over pairs, and
 ``pck@A_categories`` the mean over categories of the first (LiFT). Intervals resample pairs as if they were independent;
-pairs share images, so the truth is somewhat wider.
+pairs share images, so the true intervals are somewhat wider.
 
-Features are L2-normalised per cell and interpolated bilinearly to every pixel of the image as the encoder is shown it;
-compared is the cosine. Interpolation is linear, so the similarities of the cells are interpolated instead of the C
-channels, and divided by the length of the interpolated feature, of which there is one map per image: the same numbers.
+Features are L2-normalised per cell, interpolated bilinearly to every pixel of the encoder's input image, and compared
+by cosine. Interpolation is linear, so the similarities of the cells are interpolated instead of the C channels, and
+divided by the length of the interpolated feature, of which there is one map per image: the same numbers.
 """
 
 import math
@@ -45,14 +45,14 @@ from featsharp.ops.boxes import Box
 from featsharp.ops.resize import resize
 from featsharp.settings import setting
 
-# Size of which alpha is a share, by layout, for --normalize-by auto.
+# Size that alpha is a fraction of, by layout, for --normalize-by auto.
 CUSTOMARY = {"spair": "box", "pf-pascal": "image", "pf-willow": "keypoints"}
 
 FITS = ("letterbox", "stretch")
 
 # Interpolated similarities that are held at a time.
 MAX_SIMILARITIES = 1 << 24
-# Bytes of features that are kept for other pairs with the same image.
+# Bytes of features that are cached for other pairs with the same image.
 CACHE_BYTES = 1 << 30
 
 
@@ -154,10 +154,10 @@ class CorrespondenceTask(Task):
 
 
 def target_size(pair: Pair, image_size: tuple[int, int], normalize_by: str) -> float:
-    """Size of which alpha is a share, in pixels of the target's file.
+    """Return the size that alpha is a fraction of, in pixels of the target's file.
 
     Raises:
-        DataError: For a pair that has no such size.
+        DataError: For a pair without that size.
     """
     if normalize_by == "image":
         return float(max(image_size))
@@ -172,7 +172,7 @@ def target_size(pair: Pair, image_size: tuple[int, int], normalize_by: str) -> f
 
 
 def pool_pck(rows: Sequence[tuple[int, int, str]]) -> dict[str, Estimate]:
-    """PCK by way of pooling ("keypoints", "pairs", "categories") from (hits, keypoints, category) of every pair."""
+    """Compute PCK pooled over "keypoints", "pairs" and "categories" from (hits, keypoints, category) of every pair."""
     names = sorted({category for _, _, category in rows})
     numbers = [(hits, count, names.index(category)) for hits, count, category in rows]
 
@@ -199,7 +199,7 @@ def draw_pairs(entries: Sequence[Entry], count: int, seed: int) -> list[Entry]:
 
 
 def _unique(entries: Sequence[Entry]) -> Iterator[Entry]:
-    """Give a pair that was drawn again another name."""
+    """Rename pairs that were drawn repeatedly."""
     times: Counter[str] = Counter()
     for entry in entries:
         times[entry.name] += 1
@@ -207,15 +207,15 @@ def _unique(entries: Sequence[Entry]) -> Iterator[Entry]:
 
 
 class NearestPixel:
-    """The rule: the partner of a keypoint is the pixel with the most similar feature. Holds encoded images, by file.
+    """Matching of a keypoint to the pixel with the most similar feature, with a cache of encoded images.
 
-    Those used last are kept, for an image occurs in many pairs.
+    The cache holds those used last, as an image occurs in many pairs.
 
     Args:
         encoder: In eval mode.
         low_res_size: (h, w) in pixels of its low-resolution pass.
         fit: One of :data:`FITS`.
-        cache_bytes: Bytes of features to keep.
+        cache_bytes: Most bytes of features in the cache.
     """
 
     def __init__(
@@ -223,38 +223,38 @@ class NearestPixel:
     ) -> None:
         self.encoder, self.low_res_size, self.fit, self.cache_bytes = encoder, low_res_size, fit, cache_bytes
         self.canvas_size = shown_size(encoder, low_res_size)
-        self._kept: OrderedDict[Path, Encoded] = OrderedDict()
+        self._cache: OrderedDict[Path, Encoded] = OrderedDict()
         self._bytes = 0
 
     def encode(self, path: Path) -> "Encoded":
-        """Features of one image; raises DataError when it cannot be decoded, InputError for NaN."""
-        if path in self._kept:
-            self._kept.move_to_end(path)
-            return self._kept[path]
+        """Encode one image; raises DataError when it cannot be decoded, InputError for NaN."""
+        if path in self._cache:
+            self._cache.move_to_end(path)
+            return self._cache[path]
         image = decode_image(path, name=str(path), upright=False)
         placement = place((image.height, image.width), self.canvas_size, self.fit)
         canvas = draw(image, placement, self.encoder.input_conditioner).to(self.encoder.device)
         features = predict_raw(self.encoder, canvas, self.low_res_size, positional=False)
-        encoded = self._kept[path] = prepare(features, placement)
+        encoded = self._cache[path] = prepare(features, placement)
         self._bytes += encoded.bytes
-        while self._bytes > self.cache_bytes and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].bytes
+        while self._bytes > self.cache_bytes and len(self._cache) > 1:
+            self._bytes -= self._cache.popitem(last=False)[1].bytes
         return encoded
 
 
 class Placement(NamedTuple):
-    """Place of an image on the canvas that the encoder is shown. Points are (x, y), pixel centres at half-integers."""
+    """Position of an image on the canvas that is encoded. Points are (x, y), pixel centres at half-integers."""
 
     image_size: tuple[int, int]  # (h, w) of the file
     canvas_size: tuple[int, int]  # (h, w)
     box: Box  # of the image on the canvas; the rest is padding
 
     def to_canvas(self, points: np.ndarray) -> np.ndarray:
-        """Points [K, 2] of the image file, on the canvas."""
+        """Map points [K, 2] of the image file to the canvas."""
         return points * self._scale + (self.box.left, self.box.top)
 
     def to_image(self, points: np.ndarray) -> np.ndarray:
-        """The inverse of :meth:`to_canvas`."""
+        """Invert :meth:`to_canvas`."""
         return (points - (self.box.left, self.box.top)) / self._scale
 
     @property
@@ -271,7 +271,7 @@ class Encoded(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes."""
+        """Size in memory."""
         return sum(x.numel() * x.itemsize for x in (self.features, self.lengths))
 
 
@@ -287,7 +287,7 @@ def place(image_size: tuple[int, int], canvas_size: tuple[int, int], fit: str) -
 
 
 def draw(image: Image.Image, placement: Placement, whiten: Callable[[Tensor], Tensor]) -> Tensor:
-    """Draw an RGB image at its place by Lanczos resampling, the mean colour elsewhere: [1, 3, H, W], whitened."""
+    """Draw an RGB image on its canvas by Lanczos resampling, the mean colour elsewhere: [1, 3, H, W], whitened."""
     box = placement.box
     scaled = image.resize((box.size[1], box.size[0]), Image.Resampling.LANCZOS)
     canvas = torch.zeros(1, 3, *placement.canvas_size)
@@ -305,10 +305,10 @@ def prepare(features: Tensor, placement: Placement) -> Encoded:
 
 
 def interpolated_lengths(cells: Tensor, size: tuple[int, int]) -> Tensor:
-    """Compute the lengths [H, W] of vectors [C, h, w] interpolated bilinearly to ``size``, none of which is made.
+    """Compute the lengths [H, W] of vectors [C, h, w] interpolated bilinearly to ``size``, without these vectors.
 
-    Between neighbours a and b, |a + t (b - a)|^2 = (1 - t) |a|^2 + t |b|^2 - t (1 - t) |b - a|^2: what is needed are
-    the squared lengths of the cells and of the steps from one to the next. Here along x, then along y.
+    Between neighbours a and b, |a + t (b - a)|^2 = (1 - t) |a|^2 + t |b|^2 - t (1 - t) |b - a|^2, which takes the
+    squared lengths of the cells and of the steps from one to the next. Here along x, then along y.
     """
     rows, columns = (_positions(cells.shape[dim], size[dim - 1], cells.device) for dim in (1, 2))
     down = _step(cells, 1)
@@ -334,31 +334,31 @@ def match(source: Encoded, target: Encoded, points: np.ndarray) -> np.ndarray:
 def sample(image: Encoded, points: np.ndarray) -> Tensor:
     """Sample the features [K, C] at points [K, 2] of the image's file; :func:`match` needs no unit length."""
     height, width = image.placement.canvas_size
-    places = image.placement.to_canvas(points) / (width, height) * 2 - 1
-    grid = torch.as_tensor(places, dtype=torch.float32, device=image.features.device)[None, None]
+    positions = image.placement.to_canvas(points) / (width, height) * 2 - 1
+    grid = torch.as_tensor(positions, dtype=torch.float32, device=image.features.device)[None, None]
     return F.grid_sample(image.features, grid, padding_mode="border", align_corners=False)[0, :, 0].T
 
 
 def _positions(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each of ``target`` pixels along a line of ``source`` cells: the cell before it, and how far to the next."""
-    place = ((torch.arange(target, device=device) + 0.5) * (source / target) - 0.5).clamp(min=0)
-    before = place.long().clamp(max=source - 1)
-    return before, (place - before).double()
+    """Locate ``target`` pixels along a line of ``source`` cells: the cell before each, and the distance from it."""
+    position = ((torch.arange(target, device=device) + 0.5) * (source / target) - 0.5).clamp(min=0)
+    before = position.long().clamp(max=source - 1)
+    return before, (position - before).double()
 
 
 def _between(square: Tensor, step: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-    """Squared lengths [..., N] along vectors whose squared lengths, and those of their steps, are [..., n]."""
+    """Interpolate squared lengths [..., N] from those of vectors and of the steps between them, [..., n] each."""
     before, t = positions
     after = (before + 1).clamp(max=square.shape[-1] - 1)
     return torch.lerp(square[..., before], square[..., after], t) - t * (1 - t) * step[..., before]
 
 
 def _step(cells: Tensor, dim: int) -> Tensor:
-    """From each cell to the next along an axis; 0 from the last."""
+    """Compute the differences of neighbouring cells along an axis; 0 for the last."""
     last = cells.narrow(dim, -1, 1)
     return torch.diff(cells, dim=dim, append=last)
 
 
 def _square(cells: Tensor) -> Tensor:
-    """Squared lengths [h, w] of [C, h, w], in float64: what is left after the subtraction may be little."""
+    """Compute squared lengths [h, w] of [C, h, w], in float64, as the later subtraction may cancel."""
     return cells.square().sum(0, dtype=torch.float64)

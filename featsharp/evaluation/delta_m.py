@@ -1,4 +1,4 @@
-"""Delta_m: how much a candidate changes a table of unlike benchmarks, as one number.
+"""Delta_m: the mean relative change of a table of different benchmarks.
 
 The mean over groups of benchmarks of the relative change against a baseline in per cent, signed so that positive is
 better (Maninis et al., CVPR 2019, for the multi-task measure; FeatSharp, arXiv 2502.16025, table 2, for its groups).
@@ -44,14 +44,14 @@ class DeltaMTask:
     def run(
         self, device: torch.device | None = None, dtype: torch.dtype | None = None, *, progress: bool = False
     ) -> dict[str, Any]:
-        """By candidate, the best first: "delta_m" and "changes" by group, in per cent. The arguments have no effect."""
+        """Compute "delta_m" and "changes" by group, in per cent, by candidate, the best first."""
         scores = read_scores(self.data)
         changes = {candidate: group_changes(scores, candidate, self.baseline) for candidate in scores.candidates}
         ranked = sorted(changes, key=lambda candidate: -delta_m(changes[candidate].values()))
         return {name: {"delta_m": delta_m(changes[name].values()), "changes": changes[name]} for name in ranked}
 
     def table(self, result: dict[str, Any]) -> list[str]:
-        """A line per candidate, under a header."""
+        """Format a line per candidate, under a header."""
         groups = list(next(iter(result.values()))["changes"])
         rows = [
             (name, f"{row['delta_m']:+.2f}", *(f"{row['changes'][group]:+.2f}" for group in groups))
@@ -76,7 +76,7 @@ def relative_change(score: float, baseline: float, better: str) -> float:
     """Compute the change against the baseline in per cent of its size, positive where the score is better.
 
     Raises:
-        ConfigError: For a baseline of 0, against which nothing is relative.
+        ConfigError: For a baseline of 0.
     """
     if baseline == 0:
         raise ConfigError("a change relative to a baseline of 0 is not defined; leave the benchmark out")
@@ -102,7 +102,7 @@ def group_changes(scores: Scores, candidate: str, baseline: str) -> dict[str, fl
 def read_scores(path: Path) -> Scores:
     """Read a table of raw scores from a CSV or JSON file.
 
-    A benchmark without a group is a group by itself; higher is better where the table has no direction.
+    A benchmark without a group is a separate group; higher is better where the table has no direction.
 
     Raises:
         DataError: For a file of another kind, a score that is missing or no finite number, a direction that is neither

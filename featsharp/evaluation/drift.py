@@ -1,7 +1,7 @@
-"""Drift: do features stay in the backbone's distribution when an upsampler is applied again and again?
+"""Drift: do features stay in the backbone's distribution when an upsampler is applied repeatedly?
 
-Guided upsamplers take any features, their own included, so LiFT (arXiv 2403.14625) doubles a map as often as one likes.
-Nothing but training keeps the result where heads that know the backbone's features expect it. For every number k of
+Guided upsamplers can be applied to their output, so LiFT (arXiv 2403.14625) doubles a map any number of times. Only
+training keeps the result in the distribution that heads on the backbone's features expect. For every number k of
 applications, in the space that the upsampler works in, with x the backbone's features and x_k the map after k:
 
     cosine_k   mean over cells of the cosine between x and x_k, averaged over each cell of x
@@ -9,8 +9,8 @@ applications, in the space that the upsampler works in, with x the backbone's fe
     mean_k     distance of the mean vectors over all cells of x_k and x, relative to the spread of x
     std_k      spread of x_k relative to that of x
 
-The spread of a map is the root of its variance over cells, summed over channels. What does not drift has cosine 1,
-norm 1 and mean 0; a spread somewhat above 1 is what added detail looks like. k = 0 is x itself.
+The spread of a map is the root of its variance over cells, summed over channels. Without drift cosine is 1, norm 1 and
+mean 0; added detail makes the spread somewhat larger than 1. k = 0 is x itself.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from featsharp.ops.resize import resize, size_of
 from featsharp.settings import setting
 from featsharp.upsamplers.base import GuidedUpsampler
 
-# Largest map that is made: 4 GiB in float32.
+# Numbers in the largest map: 4 GiB in float32.
 MAX_NUMBERS = 2**30
 
 QUANTITIES = ("cosine", "norm", "mean", "std")
@@ -41,7 +41,7 @@ QUANTITIES = ("cosine", "norm", "mean", "std")
 class DriftTask(ImageTask):
     """Drift under repeated application of a guided upsampler of a whole factor f, at least 2.
 
-    Of each picture the largest crop in the shape of the backbone's native size is taken; the last map is f^iterations
+    It uses the largest crop of each picture in the shape of the backbone's native size; the last map is f^iterations
     times the native grid.
     """
 
@@ -50,7 +50,7 @@ class DriftTask(ImageTask):
     iterations: int = setting(3, "applications", type="count", metavar="N")
 
     def prepare(self, encoder: SharpEncoder, subject: Subject) -> GuidedUpsampler:
-        """Check that the encoder has a drift, and that its maps fit."""
+        """Check that the upsampler can be applied repeatedly, and that its maps fit."""
         upsampler = encoder.upsampler
         name, factor = type(upsampler).__name__, upsampler.factor
         if not isinstance(upsampler, GuidedUpsampler):
@@ -83,7 +83,7 @@ class DriftTask(ImageTask):
 
 
 def compute_drift(low_res: Tensor, high_res: Tensor) -> tuple[float, float, float, float]:
-    """Cosine, norm, mean and std of a map [1, C, H, W] against [1, C, h, w], H and W whole multiples of h and w."""
+    """Compute cosine, norm, mean and std of a map [1, C, H, W] against [1, C, h, w], whole multiples of h and w."""
     low_res, high_res = low_res.float(), high_res.float()
     pooled = F.adaptive_avg_pool2d(high_res, size_of(low_res))
     cosine = F.cosine_similarity(pooled, low_res, dim=1).mean()

@@ -20,7 +20,7 @@ def bootstrap(per_image: Any, statistic: Callable[[np.ndarray], float], *, resam
 
     Args:
         per_image: A number or a row of numbers per image.
-        statistic: Maps rows [images, ...] to a number; NaN for a resample that has none is left out.
+        statistic: Maps rows [images, ...] to a number; resamples of NaN are left out.
         resamples: 0 for no interval (NaN).
     """
     rows = np.asarray(per_image, dtype=np.float64)
@@ -35,7 +35,7 @@ def bootstrap(per_image: Any, statistic: Callable[[np.ndarray], float], *, resam
 def bootstrap_sums(
     per_image: np.ndarray, statistic: Callable[[np.ndarray], float], *, resamples: int = 1000
 ) -> Estimate:
-    """:func:`bootstrap` of a statistic that depends on the sum over images only: fast where rows are long.
+    """:func:`bootstrap` of a statistic of the sum over images: fast where rows are long.
 
     Args:
         per_image: [images, ...].
@@ -51,12 +51,12 @@ def bootstrap_sums(
 
 
 def estimate_mean(per_image: Any) -> Estimate:
-    """The mean of one number, or as many numbers, per image."""
+    """Estimate the mean of one number, or as many numbers, per image."""
     return bootstrap(per_image, lambda rows: float(rows.mean()))
 
 
 def estimate_ratio(numerators: Any, denominators: Any, *, resamples: int = 1000) -> Estimate:
-    """The ratio of the sums over images; a resample whose denominators are 0 is left out."""
+    """Estimate the ratio of the sums over images; resamples whose denominators are 0 are left out."""
 
     def ratio(rows: np.ndarray) -> float:
         above, below = rows.sum(0)

@@ -1,4 +1,4 @@
-"""Features that tasks compare: of which pixels, at which sizes, in which space."""
+"""Features that tasks compare: crops, sizes and feature spaces."""
 
 import math
 
@@ -17,7 +17,7 @@ def find_low_res_size(encoder: SharpEncoder, wanted: tuple[int, int] | None) -> 
     """Return (h, w) in pixels of the low-resolution pass: the wanted one, or the backbone's native size.
 
     Raises:
-        ConfigError: For a size that the backbone does not take; the message has the nearest that it does.
+        ConfigError: For a size that the backbone does not take, with the nearest that it does.
     """
     backbone = encoder.backbone
     if wanted is None:
@@ -34,26 +34,26 @@ def find_low_res_size(encoder: SharpEncoder, wanted: tuple[int, int] | None) -> 
 def shown_size(encoder: SharpEncoder, low_res: tuple[int, int]) -> tuple[int, int]:
     """Return (h, w) in pixels of the picture: the low-resolution pass times the factor rounded up, at least 2.
 
-    Encoders of factors up to 2 are shown the same picture.
+    Encoders of factors up to 2 get the same picture.
     """
     times = max(2, math.ceil(encoder.factor))
     return low_res[0] * times, low_res[1] * times
 
 
 def whitened_picture(encoder: SharpEncoder, image: Image, size: tuple[int, int]) -> Tensor:
-    """An RGB picture scaled as a whole to ``size`` (h, w), whatever its aspect ratio: [1, 3, h, w], whitened."""
+    """Scale a whole RGB picture of any aspect ratio to ``size`` (h, w): [1, 3, h, w], whitened."""
     return encoder.input_conditioner(resize(image_to_tensor(image)[None].to(encoder.device), size))
 
 
 def whitened_crop(encoder: SharpEncoder, image: Image, size: tuple[int, int]) -> Tensor:
-    """The largest crop of an RGB picture in the shape of ``size`` (h, w), scaled to it: [1, 3, h, w], whitened."""
+    """Crop the largest part of an RGB picture in the shape of ``size`` (h, w), scaled to it: [1, 3, h, w], whitened."""
     (top, left), (canvas, _) = canvas_margin(size), cut_canvas(image, size)
     view = canvas[None, :, top : top + size[0], left : left + size[1]].to(encoder.device)
     return encoder.input_conditioner(view)
 
 
 def encode_raw(encoder: SharpEncoder, images: Tensor) -> Tensor:
-    """The backbone's features of whitened images, [B, C, h, w] float32, in its own space.
+    """Compute the backbone's features of whitened images, [B, C, h, w] float32, in the backbone's space.
 
     Where the normalizer has no inverse (LayerNorm), here and in :func:`predict_raw`: in normalised space.
 
@@ -72,15 +72,15 @@ def encode_raw(encoder: SharpEncoder, images: Tensor) -> Tensor:
 def predict_raw(
     encoder: SharpEncoder, images: Tensor, low_res_size: tuple[int, int], *, positional: bool = True
 ) -> Tensor:
-    """High-resolution features of whitened images in the backbone's own space, [B, C, H, W], float32.
+    """Compute high-resolution features of whitened images in the backbone's space, [B, C, H, W], float32.
 
     Args:
         encoder: In eval mode.
         images: [B, 3, h, w].
         low_res_size: (h, w) in pixels of the low-resolution pass.
-        positional: Whether to put the positional pattern back that a bias buffer has learned to remove: encoders with
-            and without one are then compared with the same target, the backbone's own features. False gives what
-            users get.
+        positional: Whether to restore the positional pattern that a bias buffer has learned to remove: encoders with
+            and without one are then compared with the same target, the backbone's features. False gives the features
+            that users get.
 
     Raises:
         ConfigError: For an upsampler that returns several maps.
@@ -100,7 +100,7 @@ def predict_raw(
 
 
 def sharp_features(encoder: SharpEncoder, image: Image, low_res_size: tuple[int, int] | None = None) -> Tensor:
-    """High-resolution features of a whole RGB picture as users get them, [1, C, H, W] float32.
+    """Compute high-resolution features of a whole RGB picture as users get them, [1, C, H, W] float32.
 
     The picture is scaled to :func:`shown_size`.
 

@@ -3,10 +3,10 @@
     fidelity = sum(mask * variance) / sum(mask * squared error)      (FeatSharp, arXiv 2502.16025; higher is better)
 
 The protocol makes runs comparable: held-out images, views fixed by the image's number, masks eroded by one token,
-errors in the backbone's own space without any learned bias, pooled over images as a ratio of sums, and two
-downsamplers: area pooling, which has no parameters, and the run's own where there is one. The variance is that of the
-targets, so the best constant scores 1; PHI-S scales the whole space by one number, so the ratio is the same in PHI-S
-space.
+errors in the backbone's space without any learned bias, pooled over images as a ratio of sums, and two downsamplers:
+area pooling, which has no parameters, and the trained one of the run where there is one ("own"). The variance is that
+of the targets, so the best constant scores 1; PHI-S scales the whole space by one number, so the ratio is the same in
+PHI-S space.
 """
 
 import math
@@ -42,13 +42,13 @@ def default_eval_size(encoder: SharpEncoder) -> tuple[int, int]:
 
 
 class FidelityMeter:
-    """Collects the fidelity of one encoder, image by image.
+    """Meter of the fidelity of one encoder over images.
 
     Args:
         encoder: In eval mode.
-        downsamplers: Named modules from [N, C, f*h, f*w] to [N, C, h, w] in *normalised* space, tried besides "area".
+        downsamplers: Named modules from [N, C, f*h, f*w] to [N, C, h, w] in *normalised* space, besides "area".
         size: (h, w) in pixels of the base image; the low-resolution pass has the backbone's native size.
-        views: How views are drawn.
+        views: Ranges of the views.
         seed: Of the views; the same seed gives every encoder the same views.
     """
 
@@ -71,15 +71,12 @@ class FidelityMeter:
         self._rows.append(self.measure(image, len(self._rows)))
 
     def result(self) -> dict[str, Estimate]:
-        """See :func:`pool_fidelity`."""
+        """Pool over the images so far, see :func:`pool_fidelity`."""
         return pool_fidelity(self._rows)
 
     @torch.inference_mode()
     def measure(self, image: Image, number: int) -> Row:
-        """Compute the row of one RGB picture: its scores, and the sums that pooling needs.
-
-        ``number`` decides its views.
-        """
+        """Compute the row of one RGB picture: its scores, and the sums for pooling; ``number`` seeds its views."""
         encoder, device = self.encoder, self.encoder.device
         rng = np.random.default_rng((self.seed, number))
         canvas, mask = cut_canvas(image, self.size)
@@ -146,16 +143,17 @@ def pool_fidelity(rows: Sequence[Row], *, resamples: int = 1000) -> dict[str, Es
 
 @dataclass
 class FidelityTask(ImageTask):
-    """Multi-view fidelity with area pooling and with the run's own downsampler, where there is one."""
+    """Multi-view fidelity with area pooling and with the trained downsampler of the run, where there is one."""
 
     name: ClassVar[str] = "fidelity"
 
     views: int = setting(EVAL_VIEWS.num_views, "views per image", type="count", metavar="N")
 
     def prepare(self, encoder: SharpEncoder, subject: Subject) -> FidelityMeter:
-        own = subject.load_downsampler(encoder)
+        trained = subject.load_downsampler(encoder)
+        downsamplers = {} if trained is None else {"own": trained}
         views = replace(EVAL_VIEWS, num_views=self.views)
-        return FidelityMeter(encoder, downsamplers={} if own is None else {"own": own}, views=views, seed=self.seed)
+        return FidelityMeter(encoder, downsamplers=downsamplers, views=views, seed=self.seed)
 
     def measure_image(self, encoder: SharpEncoder, image: Image, number: int, head: FidelityMeter) -> Row:
         return head.measure(image, number)
@@ -166,7 +164,7 @@ class FidelityTask(ImageTask):
 
 
 def _erode(mask: Tensor) -> Tensor:
-    """Drop the outermost ring of a [B, 1, h, w] mask; beyond the map counts as outside. Tiny maps are all ring."""
+    """Drop the outermost ring of a [B, 1, h, w] mask, except where nothing would remain."""
     if min(mask.shape[-2:]) <= 2:
         return mask
     return -F.max_pool2d(F.pad(-mask, (1, 1, 1, 1)), 3, stride=1)

@@ -1,10 +1,10 @@
-"""Heads on frozen features: a linear one, trained on features that are computed once and kept on disk.
+"""Heads on frozen features: a linear one, trained on features that are computed once and cached on disk.
 
 The head and schedule are those of RADIO and FeatSharp (arXiv 2502.16025): BatchNorm, Conv1x1, output enlarged
-bilinearly, AdamW without weight decay, linear warm-up and polynomial decay of power 1. Other than there, pictures are
-not augmented, which lets their features be computed once.
+bilinearly, AdamW without weight decay, linear warm-up and polynomial decay of power 1. Unlike there, pictures are not
+augmented, so that their features can be computed once.
 
-Every picture is scaled to one size, whatever its shape: without cropping, a map then covers the whole of it.
+Every picture of any shape is scaled to one size: without cropping, a map covers the whole picture.
 """
 
 import hashlib
@@ -42,10 +42,10 @@ _WARM_UP = 0.02  # of the steps
 
 
 class LinearProbe(nn.Module):
-    """Features [B, C, h, w] to logits [B, K, h, w] float32.
+    """Linear head from features [B, C, h, w] to logits [B, K, h, w] float32.
 
-    The convolution starts at zero, the best guess that knows nothing, so a seed decides the order of images only. The
-    normalisation has no weights of its own: the convolution would absorb them.
+    The convolution starts at zero, so a seed affects the order of images only. The normalisation has no weights, which
+    the convolution would absorb.
 
     Args:
         channels: C.
@@ -71,7 +71,7 @@ class Schedule:
     Attributes:
         steps: Updates.
         batch: Images per update; all of them where there are fewer.
-        learning_rate: Its peak, after the warm-up of the first 2 % of the steps; then it falls linearly to 0.
+        learning_rate: Peak, after the warm-up of the first 2 % of the steps; then it falls linearly to 0.
         seed: Of the order of images.
     """
 
@@ -81,12 +81,12 @@ class Schedule:
     seed: int = 0
 
     def rate(self, step: int) -> float:
-        """Share of the peak learning rate at a step, the first being 0."""
+        """Compute the learning rate at a step, from 0, relative to its peak."""
         warm_up = max(1, round(_WARM_UP * self.steps))
         return min((step + 1) / warm_up, (self.steps - step) / max(1, self.steps - warm_up))
 
     def batches(self, images: int) -> Iterator[list[int]]:
-        """Numbers of images for every step: all of them once, in a new order each time, cut into batches."""
+        """Iterate over the image numbers of every step: all images once, in a new order each time, cut into batches."""
         generator = torch.Generator().manual_seed(self.seed)
         order = itertools.chain.from_iterable(
             torch.randperm(images, generator=generator).tolist() for _ in itertools.count()
@@ -100,10 +100,11 @@ class TrainingData(NamedTuple):
 
     Attributes:
         pairs: Images with their label files.
-        read: Target of a pair, [h', w'], the same size for all, and (h, w) of its label file; DataError for a bad one.
-        loss: Output [B, K, h', w'] and targets to a number.
+        read: Returns the target of a pair, [h', w'], the same size for all, and (h, w) of its label file; raises
+            DataError for a bad one.
+        loss: Maps output [B, K, h', w'] and targets to a number.
         outputs: K.
-        key: JSON values that change when targets of the same files would.
+        key: JSON values that change with the targets of the same files.
     """
 
     pairs: Sequence[LabelledImage]
@@ -115,11 +116,11 @@ class TrainingData(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureReader:
-    """One of the two maps of an encoder for any picture.
+    """Encoding of pictures to one of the two maps of an encoder.
 
     Attributes:
         encoder: In eval mode.
-        image_size: (h, w) in pixels at which the encoder is shown the picture.
+        image_size: (h, w) in pixels of the encoder's input.
         low_res_size: (h, w) in pixels of its low-resolution pass.
     """
 
@@ -129,7 +130,7 @@ class FeatureReader:
 
     @torch.no_grad()  # not inference mode: heads are trained on them
     def read(self, image: Image, part: Part) -> Tensor:
-        """Features of an RGB picture, [1, C, h, w] float32 on the encoder's device, in the backbone's space.
+        """Encode an RGB picture to features [1, C, h, w] float32 on the encoder's device, in the backbone's space.
 
         They are those that users get: without the positional pattern that a bias buffer learned, and in normalised
         space where the normalizer has no inverse.
@@ -148,7 +149,7 @@ class FeatureReader:
 
 
 class Features(NamedTuple):
-    """A map [C, h, w] on the CPU, in half precision where its numbers allow, and (h, w) of the picture it is of."""
+    """A map [C, h, w] on the CPU, in half precision where its range allows, and (h, w) of its picture."""
 
     map: Tensor
     picture_size: tuple[int, int]
@@ -158,13 +159,13 @@ class FeatureCache:
     """Features of the pictures of a data set, computed once and then read from files.
 
     A file's name is a digest of the content of the encoder, the sizes, and the name, length and time of the picture's
-    file. A damaged one is made again. Beyond the limit features are computed whenever they are asked for.
+    file. A damaged one is written again. Beyond the limit features are computed every time.
 
     Args:
-        reader: Computes them.
-        part: The map to keep.
-        folder: Where to; it may hold those of other encoders.
-        limit: Bytes that all files of the folder may take.
+        reader: Of the features.
+        part: The map to cache.
+        folder: Of the files; it may have those of other encoders.
+        limit: Most bytes of all files of the folder.
     """
 
     def __init__(self, reader: FeatureReader, part: Part, folder: Path, limit: int) -> None:
@@ -174,15 +175,15 @@ class FeatureCache:
         self._full = False
 
     def get(self, pair: LabelledImage) -> Features:
-        """Features of the image of a pair.
+        """Read or compute the features of the image of a pair.
 
         Raises:
-            DataError, InputError: When there are none: see ``decode_image`` and :class:`FeatureReader`.
+            DataError, InputError: When that fails: see ``decode_image`` and :class:`FeatureReader`.
         """
         path = self.folder / f"{digest(self.key, file_key(pair.root, pair.image))}.safetensors"
-        kept = _load_features(path)
-        if kept is not None:
-            return kept
+        cached = _load_features(path)
+        if cached is not None:
+            return cached
         image = decode_image(pair.root / pair.image, name=pair.image, upright=False)
         features = self.reader.read(image, self.part)[0].cpu()
         half = features.half()
@@ -219,9 +220,9 @@ class Head:
     """A head trained for one encoder.
 
     Attributes:
-        reader: Reads the features that it is applied to.
+        reader: Of the features that it is applied to.
         probe: In eval mode.
-        images: It was trained on so many.
+        images: Number of training images.
         skipped: Name and reason of training images that could not be used.
     """
 
@@ -231,13 +232,13 @@ class Head:
     skipped: list[tuple[str, str]]
 
     def __call__(self, image: Image) -> Tensor:
-        """Output [1, K, h, w] on the sharp features of an RGB picture."""
+        """Apply to the sharp features of an RGB picture: [1, K, h, w]."""
         output: Tensor = self.probe(self.reader.read(image, "high_res"))
         return output
 
     @property
     def key(self) -> str:
-        """Digest of its weights."""
+        """Digest of the weights."""
         return hashlib.sha256(self.probe.classify.weight.cpu().numpy().tobytes()).hexdigest()
 
 
@@ -254,12 +255,13 @@ def train_head(
     """Train a head on one of the maps of an encoder, or load the same from disk.
 
     Args:
-        reader: Computes features.
+        reader: Of the features.
         part: The map to train on.
-        data, schedule: Of the training.
-        cache_dir: Folder for features and heads; None: features are kept in a temporary one.
-        cache_limit: Bytes that features may take there.
-        scratch: Where the head is kept without ``cache_dir``; None: nowhere.
+        data: Training pictures and targets.
+        schedule: Of the training.
+        cache_dir: Folder for features and heads; None: features are cached in a temporary one.
+        cache_limit: Most bytes of features there.
+        scratch: Folder for the head without ``cache_dir``; None: it is not saved.
 
     Raises:
         DataError: When no training image can be used.
@@ -270,9 +272,9 @@ def train_head(
         files = [[file_key(pair.root, pair.image), file_key(pair.root, pair.label)] for pair in data.pairs]
         name = digest(cache.key, files, *data.key, asdict(schedule))
         path = (cache_dir or scratch or folder) / "heads" / f"{name}.safetensors"
-        kept = load_probe(path, reader.encoder.device)
-        if kept is not None:
-            probe, (images, skipped) = kept
+        cached = load_probe(path, reader.encoder.device)
+        if cached is not None:
+            probe, (images, skipped) = cached
             return Head(reader, probe, images, [(name, reason) for name, reason in skipped])
         pairs, targets, skipped = _read_targets(cache, data)
         logger.info("training a head on %d images", len(pairs))
@@ -305,9 +307,9 @@ def fit_probe(
         features: Number of an image -> [C, h, w], any floating point type, on any device; the same size for all.
         targets: [N, H, W] on the CPU. The output is scaled to H x W for the loss.
         outputs: K.
-        loss: Output [B, K, H, W] and targets [B, H, W] to a number.
-        schedule: See there.
-        device: Where to train.
+        loss: Maps output [B, K, H, W] and targets [B, H, W] to a number.
+        schedule: Of the training.
+        device: To train on.
 
     Returns:
         The probe on ``device``, in eval mode, without gradients.
@@ -329,13 +331,13 @@ def fit_probe(
 
 
 def save_probe(probe: LinearProbe, path: Path, about: object) -> None:
-    """Write a probe with some JSON value about it."""
+    """Write a probe with a JSON value."""
     state = {name: value.cpu().contiguous() for name, value in probe.state_dict().items()}
     write_file(path, save(state, {"about": json.dumps(about)}))
 
 
 def load_probe(path: Path, device: torch.device) -> tuple[LinearProbe, Any] | None:
-    """Load what :func:`save_probe` wrote, the probe as :func:`fit_probe` returns it; None without a sound file."""
+    """Load a file of :func:`save_probe`, the probe as of :func:`fit_probe`; None without an intact file."""
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
@@ -349,7 +351,7 @@ def load_probe(path: Path, device: torch.device) -> tuple[LinearProbe, Any] | No
 
 
 def _read_targets(cache: FeatureCache, data: TrainingData) -> tuple[list[LabelledImage], Tensor, list[tuple[str, str]]]:
-    """Training pairs that can be used, their targets [N, h, w], and (name, reason) of the others."""
+    """Read the usable training pairs, their targets [N, h, w], and (name, reason) of the others."""
     pairs: list[LabelledImage] = []
     targets: list[Tensor] = []
     skipped = []
@@ -372,7 +374,7 @@ def _read_targets(cache: FeatureCache, data: TrainingData) -> tuple[list[Labelle
 
 
 def _load_features(path: Path) -> Features | None:
-    """None where there is no file, or a damaged one."""
+    """Load cached features; None where there is no file, or a damaged one."""
     try:
         content = load(path.read_bytes())
         height, width = content["picture_size"].tolist()

@@ -1,4 +1,4 @@
-"""The images of a folder or tar, and tasks that need nothing else."""
+"""The images of a folder or tar, and tasks on images alone."""
 
 import hashlib
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageSet:
-    """The readable images of a folder or tar, by name; what cannot be read is listed in ``skipped``."""
+    """The readable images of a folder or tar, by name; others are listed in ``skipped``."""
 
     def __init__(self, folder: str | Path, limit: int | None = None) -> None:
         self._source = open_source(folder)
@@ -29,7 +29,7 @@ class ImageSet:
         self.skipped: list[tuple[str, str]] = []
 
     def __iter__(self) -> Iterator[tuple[str, Image]]:
-        """Name and RGB picture of each; the order is that of the names."""
+        """Iterate over name and RGB picture, in the order of the names."""
         self.skipped = [(problem, "damaged shard") for problem in self._source.problems]
         count = 0
         for index in range(len(self._source)):
@@ -73,5 +73,5 @@ class ImageTask(Task):
         return self.measure_image(encoder, decode_image(source.read(index), name=item.name), index, head)
 
     def measure_image(self, encoder: SharpEncoder, image: Image, number: int, head: Any) -> Row:
-        """Measure on one RGB picture; ``number``, its place, seeds what is random: the same for every encoder."""
+        """Measure on one RGB picture; its ``number`` seeds random numbers, the same for every encoder."""
         raise NotImplementedError

@@ -10,10 +10,10 @@ from featsharp.model import SharpEncoder
 
 
 def encoder_key(encoder: SharpEncoder) -> str:
-    """Digest of an encoder's content, autocast, classes and our version: changes when its features do.
+    """Hash an encoder's content, autocast, classes and our version: the key changes when the features do.
 
-    Code of the user's is not part of it: not that of a function that an upsampler was made from, nor weights behind a
-    function that a backbone was made from.
+    Code of the user is not part of it: neither that of a function of a custom upsampler, nor weights behind a function
+    of a custom backbone.
     """
     backbone = encoder.backbone
     kinds = [type(backbone).__qualname__, repr(encoder.upsampler), repr(encoder.normalizer), __version__]
@@ -21,7 +21,7 @@ def encoder_key(encoder: SharpEncoder) -> str:
 
 
 def file_key(root: Path, name: str) -> tuple[str, int, int]:
-    """Name, length and time of a file, which is not read; a missing one has length and time 0."""
+    """Return name, length and time of a file, which is not read; a missing one has length and time 0."""
     try:
         status = (root / name).stat()
     except OSError:
@@ -30,5 +30,5 @@ def file_key(root: Path, name: str) -> tuple[str, int, int]:
 
 
 def digest(*parts: object) -> str:
-    """Digest of JSON values, 32 characters."""
+    """Hash JSON values to 32 characters."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

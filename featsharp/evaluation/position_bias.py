@@ -1,7 +1,7 @@
-"""Position bias: the share of a backbone's features that depends on the place of a token, whatever the image shows.
+"""Position bias: the fraction of a backbone's features that depends on the position of a token, not on the image.
 
 Position embeddings and padded borders leave a fixed pattern in the features, which the bias buffer of FeatSharp (arXiv
-2502.16025, figure 11) learns and removes. Over images whose content is alike everywhere on average, the mean feature
+2502.16025, figure 11) learns and removes. Over images whose content is the same everywhere on average, the mean feature
 map is that pattern. With x[i, p] the features of image i at position p, averages over a subscript written as a dot:
 
     pattern   b[p] = x[., p] - x[., .]
@@ -9,9 +9,9 @@ map is that pattern. With x[i, p] the features of image i at position p, average
     strength  (mean of b^2 - var(e) / n) / mean of (x - x[., .])^2
 
 with squares summed over channels, var(e) the residual's variance (degrees of freedom (n - 1)(P - 1)) and n images of P
-positions. The mean of n images still has 1/n of the residual in it, which var(e) / n takes off, as in a two-way
-analysis of variance. 0: features do not depend on the position; 1: on nothing else. The less the images show, the
-larger it is, so only strengths from the same kind of images compare.
+positions. The mean of n images still has 1/n of the residual in it, which var(e) / n subtracts, as in a two-way
+analysis of variance. 0: features do not depend on the position; 1: on nothing else. It is larger for images with less
+content, so compare only strengths from the same kind of images.
 """
 
 import torch
@@ -25,7 +25,7 @@ from featsharp.errors import ConfigError, InputError
 def position_bias(
     backbone: Backbone, *, num_images: int = 16, size: tuple[int, int] | None = None, seed: int = 0
 ) -> float:
-    """The strength of a backbone's position bias, from 0 to 1, on :func:`random_images`.
+    """Measure the strength of a backbone's position bias, from 0 to 1, on :func:`random_images`.
 
     Args:
         backbone: On any device.
@@ -48,7 +48,7 @@ def position_bias(
 
 
 def explained_by_position(features: Tensor) -> float:
-    """The strength of the pattern that maps [n, C, h, w] of n images have in common, from 0 to 1.
+    """Compute the strength of the pattern that maps [n, C, h, w] of n images have in common, from 0 to 1.
 
     Raises:
         InputError: For fewer than two images or positions.
@@ -67,7 +67,7 @@ def explained_by_position(features: Tensor) -> float:
 
 
 def random_images(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
-    """Images [count, 3, h, w] in [0, 1] of noise with the spectrum of photographs, amplitude 1 / frequency.
+    """Draw images [count, 3, h, w] in [0, 1] of noise with the spectrum of photographs, amplitude 1 / frequency.
 
     They are periodic, so that no position differs from another, and the amplitude is the same below four periods per
     image: large structures would take many images to average out.

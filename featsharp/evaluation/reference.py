@@ -1,15 +1,15 @@
-"""Real run: how near are sharp features to those of the backbone itself at the high resolution?
+"""Real run: how close are sharp features to those of the backbone itself at the high resolution?
 
-A backbone that takes any size can be run on the large image, at the full price; an upsampler is to give the same for
-less. With x the sharp features [h, w] of an image of (f h p, f w p) pixels, p the patch, and y the backbone's own:
+A backbone that takes any size can be run on the large image at full cost; an upsampler should give the same for less.
+With x the sharp features [h, w] of an image of (f h p, f w p) pixels, p the patch, and y the backbone's features:
 
     cosine     mean over cells of the cosine between x and y
     error      mean squared error relative to the variance of y over the cells of its image, pooled as a ratio of sums;
                the mean of every image would score 1
-    cka        linear CKA of the cells of an image (see ``cka``), blind to rotation and scale of the space
+    cka        linear CKA of the cells of an image (see ``cka``), invariant to rotation and scale of the space
 
 The real run is no ground truth: features of backbones that were trained at one size differ at another (position
-embeddings, objects that became too large); the features of a closer look are what ``zoom`` and ``fidelity`` compare.
+embeddings, objects that became too large); ``zoom`` and ``fidelity`` compare with features of crops instead.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class ReferenceTask(ImageTask):
 
 
 def reference_size(encoder: SharpEncoder) -> tuple[int, int]:
-    """(h, w) in pixels at which the backbone itself has as many tokens as the sharp map of its native size."""
+    """Compute (h, w) in pixels at which the backbone has as many tokens as the sharp map of its native size."""
     backbone = encoder.backbone
     grid = backbone.grid_size(backbone.input_size)
     high = encoder.upsampler.high_res_grid(torch.empty(1, 1, *grid, device="meta"))
@@ -64,7 +64,7 @@ def reference_size(encoder: SharpEncoder) -> tuple[int, int]:
 
 
 def compare(sharp: Tensor, real: Tensor) -> Row:
-    """Compare two maps [C, h, w] float32 of one image: "cosine", "error", "cka", and sums that pooling needs."""
+    """Compare two maps [C, h, w] float32 of one image: "cosine", "error", "cka", and sums for pooling."""
     square = (sharp - real).square().sum().item()
     variance = (real - real.mean((1, 2), keepdim=True)).square().sum().item()
     return {

@@ -1,13 +1,13 @@
 """The runner of all evaluation tasks, and the contract of a task.
 
 A task is one file: a dataclass whose fields are its settings (and the flags of the command), derived from
-:class:`Task`. It gives the data (:meth:`Task.items`), the head or rule of an encoder (:meth:`Task.prepare`), the score
-(:meth:`Task.measure` of an item, :meth:`Task.score` of them all) and the cache keys. Progress, bad items, resuming, the
-JSON and the table are the runner's; intervals come from :mod:`featsharp.evaluation.estimates`.
+:class:`Task`. It defines the data (:meth:`Task.items`), the head or rule of an encoder (:meth:`Task.prepare`), the
+score (:meth:`Task.measure` of an item, :meth:`Task.score` of them all) and the cache keys. The runner does progress,
+bad items, resuming, the JSON and the table; intervals come from :mod:`featsharp.evaluation.estimates`.
 
 Resuming: every measured row is appended to a journal at once. A row is used again where the task's settings, the
-content of the encoder and of its head, and the item's name, place and key are the same, so that the same command goes
-on after whatever stopped it.
+content of the encoder and of its head, and the item's name, number and key are the same, so that the same command
+continues after an interruption.
 """
 
 import json
@@ -33,17 +33,17 @@ from featsharp.terminal import with_progress
 
 logger = logging.getLogger(__name__)
 
-# Of one item: JSON values by name. Names that begin with "_" serve the score and stay out of the result.
+# Of one item: JSON values by name. Names that begin with "_" are for the score and left out of the result.
 Row = dict[str, Any]
-# Of one encoder over all items: estimates and plain numbers are printed, anything nested is only written.
+# Of one encoder over all items: estimates and plain numbers are printed, nested values only written.
 Summary = dict[str, Any]
 
 
 class Item(NamedTuple):
-    """One thing to measure on."""
+    """One item to measure on."""
 
-    name: str  # unique within the data set; what messages and results call it
-    data: Any  # whatever the task's measure() needs, unread: paths, sizes, points
+    name: str  # unique within the data set, for messages and results
+    data: Any  # for the task's measure(), unread: paths, sizes, points
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,9 @@ class Subject:
     Attributes:
         label: Its name in results.
         load: Builds it, in eval mode, on its device.
-        tag: Tells encoders apart that are the same but for code of the user's: a version of it, for example.
-        load_downsampler: For a checkpoint, the downsampler that it was trained with; None where there is none.
-        scratch: Set by the runner: a folder that lasts until the result is written, where a stopped evaluation should
-            go on; else None.
+        tag: Distinguishes encoders that differ in code of the user only: a version of it, for example.
+        load_downsampler: Loads the downsampler that a checkpoint was trained with; None where there is none.
+        scratch: Set by the runner: a folder that lasts until the result is written, for resuming; else None.
     """
 
     label: str
@@ -76,7 +75,7 @@ class Task:
     name: ClassVar[str]
 
     def items(self) -> Iterable[Item]:
-        """The data: all items to measure on, in a fixed order.
+        """List all items to measure on, in a fixed order.
 
         Raises:
             DataError: When the data set cannot be read as a whole, or is empty.
@@ -109,21 +108,21 @@ class Task:
         raise NotImplementedError
 
     def item_key(self, item: Item) -> object:
-        """JSON values that change with the content of an item, so that a resumed evaluation measures it again."""
+        """Return JSON values that change with the content of an item, which is then measured again on resuming."""
         return ""
 
     def head_key(self, head: Any) -> object:
-        """JSON values that change with the head, so that rows of a head trained otherwise are not used."""
+        """Return JSON values that change with the head, so that rows of another head are not used."""
         return ""
 
 
 class Journal:
-    """Rows on disk, one JSON line each, until the result is written. Without a path nothing is kept.
+    """Rows on disk, one JSON line each, until the result is written; nothing without a path.
 
     Two evaluations must not share one.
 
     Args:
-        path: Made when the first row comes; lines that were cut off are dropped.
+        path: Created with the first row; lines that were cut off are dropped.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -132,13 +131,13 @@ class Journal:
         if path is None or not path.exists():
             return
         lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and self._read(line)]
-        if len(kept) < len(lines):
-            write_file(path, b"".join(kept))
+        complete = [line for line in lines if line.endswith(b"\n") and self._read(line)]
+        if len(complete) < len(lines):
+            write_file(path, b"".join(complete))
 
     @property
     def scratch(self) -> Path | None:
-        """Folder for what else a stopped evaluation should use again."""
+        """Folder for other files of a resumed evaluation."""
         return None if self.path is None else self.path.with_name(f"{self.path.name}.work")
 
     def get(self, key: str, name: str) -> Row | None:
@@ -146,7 +145,7 @@ class Journal:
         return self._rows.get((key, name))
 
     def add(self, key: str, name: str, row: Row) -> None:
-        """Keep a row; raises FeatSharpError when it cannot be written."""
+        """Append a row; raises FeatSharpError when it cannot be written."""
         if self.path is None:
             return
         self._rows[key, name] = row
@@ -160,7 +159,7 @@ class Journal:
             ) from error
 
     def remove(self) -> None:
-        """Delete it, once all of it is in a result."""
+        """Delete the journal, after its result is written."""
         if self.path is not None and self.scratch is not None:
             self.path.unlink(missing_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
@@ -186,8 +185,8 @@ def evaluate(
 
     Args:
         task: With its settings.
-        subjects: Loaded one after the other. One that cannot be measured does not cost the others.
-        journal: Where rows are kept, for resuming; the caller removes it when the result is safe. None: nowhere.
+        subjects: Loaded one after the other. A failure of one does not end the others.
+        journal: Of rows, for resuming; the caller removes it when the result is written. None: none.
         progress: Whether to show a bar on stderr, where the package tqdm is installed.
         report: Called with the label and the result of each subject as soon as it is measured.
 
@@ -222,12 +221,14 @@ def evaluate(
 def evaluate_to_file(
     task: Task, subjects: Sequence[Subject], path: Path | None, about: Mapping[str, Any], **options: Any
 ) -> dict[str, Any]:
-    """:func:`evaluate` and write the result as JSON; stopped before that, the same call goes on.
+    """Run :func:`evaluate` and write the result as JSON; after an interruption the same call continues.
 
     Args:
-        task, subjects, options: See :func:`evaluate`.
-        path: Of the result; rows are kept beside it meanwhile. None: nothing is written.
+        task: With its settings.
+        subjects: See :func:`evaluate`.
+        path: Of the result; the journal is beside it meanwhile. None: nothing is written.
         about: JSON values that the result begins with, beside the task's name.
+        **options: See :func:`evaluate`.
 
     Returns:
         The content of the file: ``about``, and what :func:`evaluate` returns under "encoders".
@@ -246,7 +247,7 @@ def write_result(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def format_result(label: str, content: Mapping[str, Any]) -> list[str]:
-    """Lines of text about one encoder of :func:`evaluate`: a head, then a number with its interval each."""
+    """Format one encoder of :func:`evaluate`: a header, then a line for each number with its interval."""
     if "failed" in content:
         return [f"{label}  failed: {content['failed']}"]
     lines = [f"{label}  ({len(content['items'])} measured, {len(content['skipped'])} skipped)"]
@@ -283,7 +284,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """Convert one number back, the inverse of :func:`to_json`: an Estimate, or the plain value."""
+    """Invert :func:`to_json` for one number: an Estimate, or the plain value."""
     return Estimate(**value) if isinstance(value, dict) and set(value) == set(Estimate._fields) else value
 
 
@@ -295,14 +296,14 @@ def _evaluate(task: Task, items: Sequence[Item], subject: Subject, journal: Jour
     rows: dict[str, Row] = {}
     skipped: list[tuple[str, str]] = []
     for number, item in enumerate(with_progress(items, f"{task.name} {subject.label}", progress)):
-        # Item keys read files, which only a journal is worth.
+        # Item keys read files and are for the journal only.
         name = item.name if journal.path is None else f"{number}|{item.name}|{digest(task.item_key(item))}"
         row = journal.get(key, name)
         if row is None:
             try:
                 row = _measure(task, encoder, item, head)
             except (DataError, InputError) as error:
-                # Not kept: the file may be mended before the next run.
+                # Not in the journal: the file may be repaired before the next run.
                 skipped.append((item.name, str(error).removeprefix(f"{item.name}: ")))
                 logger.warning("%s skipped: %s", *skipped[-1])
                 continue
@@ -338,6 +339,6 @@ def _is_finite(value: Any) -> bool:
 
 
 def _resolved(task: Task) -> dict[str, Any]:
-    """All settings of a task, paths independent of the current folder."""
+    """Collect all settings of a task, with absolute paths."""
     paths = {f.name: getattr(task, f.name) for f in setting_fields(task)}
     return settings_of(task) | {name: str(path.resolve()) for name, path in paths.items() if isinstance(path, Path)}

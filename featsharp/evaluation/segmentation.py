@@ -1,17 +1,17 @@
-"""Semantic segmentation with a linear probe: how much do sharp features help a head that is as simple as it gets?
+"""Semantic segmentation with a linear probe.
 
 The protocol, the same for every encoder of a table (FeatSharp, arXiv 2502.16025, figure 3, without augmentation):
 
-- Every picture is scaled to max(2, ceil(factor)) times the size of the low-resolution pass, so that encoders are shown
-  the same picture, and its shape is not kept.
+- Every picture is scaled to max(2, ceil(factor)) times the size of the low-resolution pass, without its aspect ratio,
+  so that encoders get the same picture.
 - A head (see :mod:`featsharp.evaluation.head`) is trained on the features of the training split, by cross-entropy
   without void pixels. Its logits are scaled to the labels, by default of four times the low-resolution grid; labels are
   sampled at the centres of their cells.
-- On the validation split logits are scaled to the size of each label file. Void pixels do not count. mIoU is the mean
+- On the validation split logits are scaled to the size of each label file. Void pixels are ignored. mIoU is the mean
   over the classes that occur in the truth or the prediction, from the counts of all images together.
 
-With ``head="low-res"`` the head is trained on the encoder's own low-resolution map and applied to the sharp one: does
-an upsampler fit heads that exist already?
+With ``head="low-res"`` the head is trained on the encoder's low-resolution map and applied to the sharp one, which
+shows whether an upsampler fits existing heads.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ from featsharp.ops.boxes import Box
 from featsharp.ops.resize import enlarge, resize
 from featsharp.settings import setting
 
-# Logits that are held at a time when they are scaled to a label: 256 MiB with what scaling takes.
+# Logits that are held at a time when they are scaled to a label: 256 MiB with temporary memory.
 MAX_LOGITS = 2**26 // 3
 
 
@@ -95,7 +95,7 @@ class SegmentationTask(Task):
         return [Item(pair.image, pair) for pair in self.dataset.val[: self.limit]]
 
     def training_data(self, label_size: tuple[int, int]) -> TrainingData:
-        """Pictures to train the head on, no more than it will be shown."""
+        """Choose pictures to train the head on, at most as many as its steps take."""
         pairs, code = self.dataset.train, self.dataset.code
         count = min(self.train_limit or len(pairs), len(pairs), self.steps * self.batch)
         chosen = [pairs[number * len(pairs) // count] for number in range(count)]
@@ -172,7 +172,7 @@ class SegmentationTask(Task):
 
 
 def predict(logits: Tensor, size: Sequence[int], max_logits: int = MAX_LOGITS) -> np.ndarray:
-    """Most likely class of every pixel, [H, W] int64, of logits [1, K, h, w] scaled to ``size`` (H, W).
+    """Predict the class of every pixel, [H, W] int64, from logits [1, K, h, w] scaled to ``size`` (H, W).
 
     Works in chunks of rows of at most ``max_logits`` numbers, so that 150 classes of a large picture fit into memory.
     """
@@ -187,7 +187,7 @@ def predict(logits: Tensor, size: Sequence[int], max_logits: int = MAX_LOGITS) -
 
 
 def confusion(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
-    """Count pixels by true class and predicted class, [K, K] integers; void pixels of ``truth`` do not count.
+    """Count pixels by true class and predicted class, [K, K] integers; void pixels of ``truth`` are ignored.
 
     Args:
         truth: Integers of any shape, classes and VOID.
@@ -200,10 +200,10 @@ def confusion(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.nda
 
 
 def iou(counts: np.ndarray) -> np.ndarray:
-    """Intersection over union by class, [K]; NaN for a class that is neither in the truth nor predicted.
+    """Compute the intersection over union by class, [K]; NaN for a class that is neither in the truth nor predicted.
 
     Args:
-        counts: [3, K], pixels that are of a class and predicted so, that are of it, and that are predicted so.
+        counts: [3, K], numbers of correctly predicted, true and predicted pixels of each class.
     """
     hit, true, predicted = counts
     union = true + predicted - hit
@@ -211,7 +211,7 @@ def iou(counts: np.ndarray) -> np.ndarray:
 
 
 def score_image(matrix: np.ndarray) -> Row:
-    """Scores of an image from its :func:`confusion`, and per class that occurs [class, hit, true, predicted]."""
+    """Score an image by its :func:`confusion`; "_counts" are [class, hit, true, predicted] per class that occurs."""
     counts = np.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)])
     occurring = np.flatnonzero(counts.any(0))
     return {
@@ -222,7 +222,7 @@ def score_image(matrix: np.ndarray) -> Row:
 
 
 def pool_rows(rows: Sequence[Row], classes: Sequence[str]) -> Summary:
-    """Scores of a split: from the counts of all images together, with intervals over images.
+    """Score a split by the counts of all images together, with intervals over images.
 
     Returns:
         "miou" and "pixel_accuracy" with intervals; "iou" by class name, None for a class that is neither in the truth
@@ -241,7 +241,7 @@ def pool_rows(rows: Sequence[Row], classes: Sequence[str]) -> Summary:
 
 
 def _sample_labels(pair: LabelledImage, code: LabelCode, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """Labels [h, w] int16 at the centres of the cells, and the size of the file."""
+    """Sample labels [h, w] int16 at the centres of the cells; also return the size of the file."""
     labels = code.read(pair.root / pair.label, pair.label)
     rows, columns = (((np.arange(n) + 0.5) * (m / n)).astype(int) for n, m in zip(size, labels.shape, strict=True))
     sampled = torch.from_numpy(labels[rows[:, None], columns])

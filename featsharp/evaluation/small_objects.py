@@ -1,9 +1,9 @@
-"""Small objects: do the features inside the outline of an object show its class?
+"""Small objects: classification of objects by the features inside their outline.
 
 The features of each object are averaged over its pixels and classified by the nearest class mean (Mensink et al. 2013),
 the means taken over the objects of all other images. Nothing is trained, so the result depends on the features alone.
-Accuracy is by size with COCO's limits on the area in pixels of the original image. This is no detection: outlines are
-given, and only their content is named.
+Accuracy is by size with COCO's limits on the area in pixels of the original image. This is no detection, as outlines
+are given.
 """
 
 import base64
@@ -40,7 +40,7 @@ SIZES = {
 
 @dataclass
 class SmallObjectTask(Task):
-    """Accuracy of naming objects from the features inside their outline, by size."""
+    """Accuracy of classifying objects by the features inside their outline, by size."""
 
     name: ClassVar[str] = "small-objects"
 
@@ -85,15 +85,15 @@ class SmallObjectTask(Task):
         image = np.repeat(np.arange(len(rows)), [row["objects"] for row in rows])
         category = np.concatenate([row["_categories"] for row in rows])
         area = np.concatenate([row["_areas"] for row in rows])
-        named = nearest_other_mean(np.concatenate([_unpack(row) for row in rows]), category, image)
-        possible = named != IMPOSSIBLE
+        predicted = nearest_other_mean(np.concatenate([_unpack(row) for row in rows]), category, image)
+        possible = predicted != IMPOSSIBLE
         if not possible.any():
             raise DataError(f"no class of {self.labels} is in more than one image: there is nothing to learn from")
         summary: Summary = {}
         for size, (low, high) in SIZES.items():
             chosen = possible & (low <= area) & (area < high)
             if chosen.any():
-                right = np.bincount(image, chosen & (named == category), len(rows))
+                right = np.bincount(image, chosen & (predicted == category), len(rows))
                 total = np.bincount(image, chosen, len(rows))
                 summary[f"accuracy_{size}"] = estimate_ratio(right, total)
             summary[f"objects_{size}"] = int(chosen.sum())
@@ -102,7 +102,7 @@ class SmallObjectTask(Task):
         return summary
 
 
-# Answer of nearest_other_mean where no other image has the class.
+# Result of nearest_other_mean where no other image has the class.
 IMPOSSIBLE = -1
 
 
@@ -120,19 +120,19 @@ def nearest_other_mean(vectors: np.ndarray, category: np.ndarray, image: np.ndar
     classes, label = np.unique(category, return_inverse=True)
     member = np.eye(len(classes))[label]  # [n, K]
     sums, counts = member.T @ vectors, member.sum(0)
-    named = np.full(len(vectors), IMPOSSIBLE)
+    predicted = np.full(len(vectors), IMPOSSIBLE)
     for one in np.unique(image):
         inside = image == one
         others = counts - member[inside].sum(0)
         means = sums - member[inside].T @ vectors[inside]
         means = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
         scores = np.where(others > 0, vectors[inside] @ means.T, -np.inf)
-        named[inside] = np.where(others[label[inside]] > 0, classes[scores.argmax(1)], IMPOSSIBLE)
-    return named
+        predicted[inside] = np.where(others[label[inside]] > 0, classes[scores.argmax(1)], IMPOSSIBLE)
+    return predicted
 
 
 def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
-    """Mean of the features over the pixels of each mask, as if the map were bilinearly enlarged to the picture.
+    """Average the features over the pixels of each mask, as if the map were bilinearly enlarged to the picture.
 
     Args:
         features: [C, h, w], covering the picture.
@@ -141,7 +141,7 @@ def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
     Returns:
         [n, C].
     """
-    # Enlarging is linear along each axis: its transpose spreads a mask over the cells, and no large map is made.
+    # Enlarging is linear along each axis: its transpose spreads a mask over the cells, without a large map.
     rows, columns = (
         _enlarging(cells, pixels, features) for cells, pixels in zip(size_of(features), size_of(masks), strict=True)
     )
@@ -150,7 +150,7 @@ def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
 
 
 def _enlarging(cells: int, pixels: int, like: Tensor) -> Tensor:
-    """Weights [pixels, cells] of the cells of a line in each pixel of the enlarged line."""
+    """Compute the weights [pixels, cells] of the cells of a line in each pixel of the enlarged line."""
     unit = torch.eye(cells, dtype=like.dtype, device=like.device)
     return resize(unit[None, None], (pixels, cells))[0, 0]
 
@@ -161,6 +161,6 @@ def _pack(vectors: Tensor) -> str:
 
 
 def _unpack(row: Row) -> np.ndarray:
-    """The inverse of :func:`_pack`: [n, C] float64."""
+    """Invert :func:`_pack`: [n, C] float64."""
     numbers = np.frombuffer(base64.b64decode(row["_vectors"]), dtype=np.float16)
     return numbers.reshape(row["objects"], -1).astype(np.float64)

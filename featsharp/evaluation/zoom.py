@@ -1,6 +1,6 @@
-"""Zoom cosine: do the sharp features agree with the backbone's features of a closer look?
+"""Zoom cosine: do the sharp features agree with the backbone's features of crops?
 
-For random half-size crops of an image: the cosine similarity, in the backbone's own space, between the sharp features
+For random half-size crops of an image: the cosine similarity, in the backbone's space, between the sharp features
 inside the crop and the backbone's features of the crop at its native size.
 """
 
@@ -24,7 +24,7 @@ from featsharp.settings import setting
 
 
 class ZoomMeter:
-    """Collects the zoom cosine of one encoder, image by image.
+    """Meter of the zoom cosine of one encoder over images.
 
     Args:
         encoder: In eval mode.
@@ -42,7 +42,7 @@ class ZoomMeter:
 
     @torch.inference_mode()
     def measure(self, image: Image, number: int) -> float:
-        """Compute the zoom cosine of one RGB picture; ``number`` decides its crops."""
+        """Compute the zoom cosine of one RGB picture; ``number`` seeds its crops."""
         encoder, backbone = self.encoder, self.encoder.backbone
         native, patch = backbone.input_size, backbone.patch_size
         whitened = whitened_crop(encoder, image, (2 * native[0], 2 * native[1]))
@@ -59,12 +59,12 @@ class ZoomMeter:
         return F.cosine_similarity(predictions, targets, dim=1).mean().item()
 
     def result(self) -> Estimate:
-        """Mean over images."""
+        """Estimate the mean over the images so far."""
         return estimate_mean(self._cosines)
 
 
 def _to_cells(features: Tensor, cells: tuple[int, int]) -> Tensor:
-    """A map on another grid: averaged or repeated where the cells of one grid are whole ones of the other."""
+    """Resample a map to another grid: average or repeat where the cells of one grid divide those of the other."""
     size = size_of(features)
     if all(n % m == 0 for n, m in zip(size, cells, strict=True)):
         return F.adaptive_avg_pool2d(features, cells)

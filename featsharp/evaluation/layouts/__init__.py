@@ -1,6 +1,6 @@
-"""Readers of data sets: how they lie on disk, brought to what tasks take.
+"""Readers of data sets in their layouts on disk.
 
-layout          what a layout is, and which one a folder has
+layout          the contract of layouts, and detection of the one of a folder
 labels          images with label files, and the meaning of their numbers
 segmentation    layouts of segmentation: ADE20K, Pascal VOC and Context, Cityscapes, COCO-Stuff, CamVid, plain folders
 class_names     of these data sets

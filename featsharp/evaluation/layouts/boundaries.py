@@ -1,4 +1,4 @@
-"""Pictures with the boundaries that people drew in them, in the layouts of BSDS500 and its like.
+"""Pictures with human boundaries, in the layouts of BSDS500 and similar data sets.
 
 ROOT/images/SPLIT/NAME.jpg      ROOT/groundTruth/SPLIT/NAME.mat       BSDS500 as published
 ROOT/SPLIT/images/NAME.jpg      ROOT/SPLIT/groundTruth/NAME.mat       split by split
@@ -32,7 +32,7 @@ class Picture(NamedTuple):
 
 
 def find_pictures(root: Path, split: str | None) -> list[Picture]:
-    """List the pictures of a data set, by name; ``split`` None is the only one that there is.
+    """List the pictures of a data set, by name; ``split`` None for a data set with only one.
 
     Raises:
         DataError: When the folder has none of the layouts, or the split is missing, empty or not the only one.
@@ -83,7 +83,7 @@ def read_boundaries(picture: Picture, size: tuple[int, int]) -> list[np.ndarray]
 
 
 def _folders(root: Path, split: str | None) -> list[tuple[Path, Path]]:
-    """Folders in which images and boundaries may be."""
+    """List the folders that may have images and boundaries."""
     kinds = ("groundTruth", "boundaries")
     if split is None:
         return [(root / "images", root / kind) for kind in kinds]
@@ -97,18 +97,18 @@ def _truths_by_stem(folder: Path, stems: set[str]) -> defaultdict[str, list[Path
         if path.suffix == ".mat" and path.stem in stems:
             files[path.stem].append(path)
         elif path.suffix == ".png":
-            files[_owner(path.stem, stems)].append(path)
+            files[_stem_of_mask(path.stem, stems)].append(path)
     return files
 
 
-def _owner(name: str, stems: set[str]) -> str:
-    """The longest stem that a mask's name begins with, up to a separator; "" for none."""
+def _stem_of_mask(name: str, stems: set[str]) -> str:
+    """Find the longest stem that a mask's name begins with, up to a separator; "" for none."""
     ends = [len(name), *(i for i in reversed(range(len(name))) if name[i] in SEPARATORS)]
     return next((name[:end] for end in ends if name[:end] in stems), "")
 
 
 def _read_mat(path: Path) -> list[np.ndarray]:
-    """BSDS500: a cell per annotator, each a struct with Segmentation and Boundaries."""
+    """Read a file of BSDS500: a cell per annotator, each a struct with Segmentation and Boundaries."""
     try:
         truths: Any = read_mat(path)["groundTruth"]
         annotators = truths if isinstance(truths, list) else [truths]
@@ -121,7 +121,7 @@ def _read_mat(path: Path) -> list[np.ndarray]:
 
 
 def _read_mask(path: Path) -> np.ndarray:
-    """Boundaries are what is not black."""
+    """Read a mask, in which boundaries are not black."""
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("L")) != 0

@@ -14,7 +14,7 @@ import numpy as np
 
 from featsharp.errors import DataError
 
-# How far outside of its image a keypoint may lie, in pixels: annotators click on borders, and count from 0 or 1.
+# Distance in pixels that a keypoint may lie outside of its image: annotators click on borders, and count from 0 or 1.
 TOLERANCE = 1.0
 
 # Of the data sets.
@@ -27,7 +27,7 @@ class Pair:
 
     Attributes:
         source, target: The image files.
-        source_points, target_points: [K, 2] float64, K at least 1; row i of one belongs to row i of the other.
+        source_points, target_points: [K, 2] float64, K at least 1; rows correspond.
         target_box: Larger side of the object's box in the target, in pixels; None where the data set has no boxes.
         category: Of the object.
     """
@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 
 
 class PairOptions(NamedTuple):
-    """Choice of pairs of a data set: a split, or a list of the user's."""
+    """Choice of pairs of a data set: a split, or a list of the user."""
 
     split: str = "test"
     pair_list: Path | None = None
@@ -68,10 +68,11 @@ def make_pair(
         place: The file or row that the pair was read from, for messages.
         images: Source and target.
         points: [K, 2] each.
-        category, target_box: As in :class:`Pair`.
+        category: As in :class:`Pair`.
+        target_box: As in :class:`Pair`.
 
     Raises:
-        DataError: When the keypoints do not belong to each other, or none is visible in both.
+        DataError: When the keypoints do not correspond, or none is visible in both.
     """
     source, target = (np.asarray(given, dtype=np.float64) for given in points)
     if source.size == target.size == 0:
@@ -98,7 +99,7 @@ def parse_numbers(values: Any, place: str | Path) -> np.ndarray:
 
 
 def larger_side(box: Any, place: str | Path) -> float:
-    """Larger side of a box (left, top, right, bottom); raises DataError, with ``place`` in it."""
+    """Compute the larger side of a box (left, top, right, bottom); raises DataError, with ``place`` in it."""
     corners = parse_numbers(box, place).ravel()
     if len(corners) != 4:
         raise DataError(f"{place}: a box has four numbers; got {len(corners)}")
@@ -106,7 +107,7 @@ def larger_side(box: Any, place: str | Path) -> float:
 
 
 def check_points(points: np.ndarray, size: tuple[int, int], path: Path) -> None:
-    """Refuse points [K, 2] that lie outside of an image of ``size`` (h, w) by more than :data:`TOLERANCE`."""
+    """Raise DataError for points [K, 2] outside of an image of ``size`` (h, w) by more than :data:`TOLERANCE`."""
     outside = (points < -TOLERANCE).any(1) | (points > np.array([size[1], size[0]]) + TOLERANCE).any(1)
     if outside.any():
         x, y = points[outside][0]

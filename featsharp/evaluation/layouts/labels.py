@@ -13,10 +13,10 @@ from PIL import Image, ImageFile
 from featsharp.data.images import is_image_name
 from featsharp.errors import DataError
 
-# The class of pixels that count neither in training nor in scores.
+# The class of pixels that are ignored in training and in scores.
 VOID = -1
 
-# What is lossless: JPEG would mix the numbers of neighbouring classes.
+# Lossless formats: JPEG would mix the numbers of neighbouring classes.
 _SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 _FORMATS = ("PNG", "BMP", "GIF", "TIFF", "PPM")
 _INTEGER_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
@@ -51,10 +51,10 @@ class LabelCode:
 
         Args:
             path: A lossless one-channel image.
-            name: What errors call it.
+            name: Of the file in errors.
 
         Raises:
-            DataError: When it is missing or damaged, has several channels, or holds a number that has no meaning.
+            DataError: When it is missing or damaged, has several channels, or a number without a meaning.
         """
         values = read_values(path, name)
         classes = self._table[np.clip(values, 0, _LARGEST)]
@@ -65,7 +65,7 @@ class LabelCode:
 
     @property
     def allowed(self) -> str:
-        """The numbers that have a meaning, as text."""
+        """Numbers with a meaning, as text."""
         void = ranges(number for number, meaning in self.codes.items() if meaning == VOID)
         return ranges(number for number, meaning in self.codes.items() if meaning != VOID) + (
             f", and {void} for void" if void else ""
@@ -86,7 +86,7 @@ def read_values(path: Path, name: str) -> np.ndarray:
             image.load()
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such label file") from error
-    except Exception as error:  # decoders meet damaged files with any kind of exception
+    except Exception as error:  # decoders raise any kind of exception for damaged files
         raise DataError(
             f"{name}: cannot be read as labels, which are a lossless image such as png "
             f"({type(error).__name__}: {error})"
@@ -100,7 +100,7 @@ def read_values(path: Path, name: str) -> np.ndarray:
 
 
 def plain_code(classes: tuple[str, ...], void: int) -> LabelCode:
-    """Code of numbers that are the classes themselves, and one for void, which wins."""
+    """Make the code of numbers that are the classes themselves, and one for void, which takes precedence."""
     return LabelCode(classes, {number: number for number in range(len(classes))} | {void: VOID})
 
 
@@ -116,8 +116,9 @@ def pair_by_stem(root: Path, images: str, labels: str, endings: tuple[str, str] 
 
     Args:
         root: Of the data set.
-        images, labels: Folders in it.
-        endings: Ends of the names of images and of labels, before the suffix, beyond what they share.
+        images: Folder of images in it.
+        labels: Folder of labels in it.
+        endings: Ends of the names of images and of labels, before the suffix, after the common stem.
 
     Returns:
         An image without a label is paired with a file that does not exist.
@@ -146,7 +147,7 @@ def pair_by_stem(root: Path, images: str, labels: str, endings: tuple[str, str] 
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Write 0, 1, 2, 3, 7 as ``0..3, 7``."""
+    """Format 0, 1, 2, 3, 7 as ``0..3, 7``."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -157,12 +158,12 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def _stem(path: Path, ending: str) -> str | None:
-    """Without suffix and ending; None where the ending is not there."""
+    """Strip suffix and ending; None without the ending."""
     stem = path.with_suffix("").as_posix()
     return stem.removesuffix(ending) if stem.endswith(ending) else None
 
 
 def _raw_mode(image: ImageFile.ImageFile) -> str:
-    """Packing of the pixels in the file, of an image that is not loaded yet."""
+    """Return the packing of the pixels in the file of an image that is not loaded yet."""
     arguments = image.tile[0][3] if image.tile else ""
     return arguments if isinstance(arguments, str) else ""

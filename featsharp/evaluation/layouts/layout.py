@@ -1,4 +1,4 @@
-"""Layouts: how data sets lie on disk, and the choice of the one that a folder has."""
+"""Layouts of data sets on disk, and detection of the one of a folder."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +13,8 @@ class Layout(NamedTuple):
     """A layout.
 
     Attributes:
-        expected: Files and folders, in words.
-        fits: Whether a folder has it, by the names of a few files and folders.
+        expected: Files and folders, for messages.
+        fits: Returns whether a folder has it, by the names of a few files and folders.
         read: Lists the data set in a folder; further arguments are those of its kind. No image is opened.
     """
 
@@ -26,7 +26,7 @@ class Layout(NamedTuple):
 def choose_layout(
     layouts: Mapping[str, Layout], name: str, root: Path, kind: str, inside: Sequence[str] = (".",)
 ) -> tuple[str, Path]:
-    """Name of the layout of a data set, and its folder.
+    """Choose the layout of a data set; returns its name, and the folder.
 
     Args:
         layouts: By name.
@@ -53,5 +53,5 @@ def choose_layout(
 
 
 def has_folders(*folders: str) -> Callable[[Path], bool]:
-    """Check of a folder for others in it."""
+    """Make a check that a folder has others in it."""
     return lambda root: all((root / folder).is_dir() for folder in folders)

@@ -16,9 +16,9 @@ _ONLY = "only numbers, texts, cells and structs are read"
 def read_mat(path: str | Path) -> dict[str, Any]:
     """Read the variables of a MATLAB file by name.
 
-    A numeric or logical matrix becomes an array of MATLAB's own shape (a number is [1, 1]), of the type in which the
-    file stores it; a text becomes str, a text of several rows a list of them; a cell array becomes the list of its
-    cells and a struct array the list of its dicts, both column by column; a 1 x 1 struct becomes its dict.
+    A numeric or logical matrix becomes an array of MATLAB's shape (a number is [1, 1]), of the type in the file; a text
+    becomes str, a text of several rows a list of them; a cell array becomes the list of its cells and a struct array
+    the list of its dicts, both column by column; a 1 x 1 struct becomes its dict.
 
     Raises:
         DataError: For a file that is missing, damaged or no MATLAB file; for objects, sparse matrices and functions.
@@ -48,7 +48,7 @@ def _read_scipy(path: str | Path) -> dict[str, Any]:
         from scipy.io import loadmat, whosmat
     except ImportError as error:
         raise _missing("scipy", path) from error
-    # scipy makes room for as many cells as a damaged header asks for.
+    # scipy allocates as many cells as a damaged header claims.
     most = _MAX_COMPRESSION * Path(path).stat().st_size
     for name, shape, _ in whosmat(path):
         if math.prod(shape) > most:
@@ -105,7 +105,7 @@ def _from_hdf5(file: Any, value: Any, path: str | Path) -> Any:
         return np.zeros(tuple(int(n) for n in content))
     if content.dtype == h5py.ref_dtype:
         return [_from_hdf5(file, file[reference], path) for reference in content.ravel()]
-    content = content.T  # HDF5 keeps the last axis together, MATLAB the first
+    content = content.T  # HDF5 is row-major, MATLAB column-major
     if kind == "char":
         rows = ["".join(map(chr, row)) for row in content.tolist()]
         return rows[0] if len(rows) == 1 else rows or ""

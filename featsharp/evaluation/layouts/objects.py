@@ -1,6 +1,6 @@
 """Objects of pictures with class and outline: COCO's instances JSON, or YOLO's text files.
 
-Places are in pixels of the picture, (x, y) from its upper left corner; pixel (i, j) covers j to j + 1 and i to i + 1.
+Points are in pixels of the picture, (x, y) from its upper left corner; pixel (i, j) covers j to j + 1 and i to i + 1.
 """
 
 import json
@@ -14,7 +14,7 @@ from featsharp.errors import DataError
 from featsharp.evaluation.keys import file_key
 from featsharp.evaluation.layouts.layout import Layout
 
-# What rounding in a YOLO file may add to 1.
+# Rounding error of fractions in YOLO files.
 SLACK = 1e-3
 
 
@@ -30,20 +30,20 @@ class Labels(Protocol):
     """The objects of a data set, by image name."""
 
     def knows(self, name: str) -> bool:
-        """Whether there is an entry for an image."""
+        """Return whether there is an entry for an image."""
 
     def read(self, name: str, size: tuple[int, int]) -> list[ObjectMask]:
         """Read the objects of an image of ``size`` (H, W) that cover a pixel; DataError where that fails."""
 
     def key(self, name: str) -> object:
-        """JSON values that change when the file with the objects of an image does."""
+        """Return JSON values that change with the file of an image's objects."""
 
 
 def open_labels(path: Path) -> Labels:
     """Open the objects of a data set in the first of :data:`LAYOUTS` that fits.
 
     Raises:
-        DataError: Where none does, and for a JSON file that is not COCO's.
+        DataError: When none fits, and for a JSON file that is not COCO's.
     """
     for layout in LAYOUTS.values():
         if layout.fits(path):
@@ -53,9 +53,9 @@ def open_labels(path: Path) -> Labels:
 
 
 class YoloLabels:
-    """A file per image, a line per object, fractions of width and height: ``class cx cy w h`` or ``class x y x y ...``.
+    """YOLO's labels: a file per image, a line per object, ``class cx cy w h`` or ``class x y x y ...``.
 
-    Images without a file are not part of the data set.
+    Numbers are fractions of width and height. Images without a file are not part of the data set.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,7 +86,7 @@ class YoloLabels:
 
 
 class CocoLabels:
-    """``images`` and ``annotations`` of one JSON file; crowds are left out, masks other than polygons count by box."""
+    """COCO's ``images`` and ``annotations`` of a JSON file, without crowds; masks other than polygons are boxes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -140,7 +140,7 @@ def draw(outlines: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
 
 
 def _parse_line(line: str, place: str) -> tuple[int, np.ndarray]:
-    """Class and outline [n, 2] in fractions."""
+    """Parse class and outline [n, 2] in fractions."""
     try:
         first, *rest = line.split()
         category, numbers = int(first), np.array(rest, dtype=float)

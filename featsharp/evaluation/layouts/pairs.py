@@ -14,8 +14,8 @@
                     test_pairs.csv or test_pairs_pf.csv     two images, then all x and all y of the first, then of the
                                                             second; without it all ordered pairs within each group
 
-An image that a list names is looked for by its name (pf-pascal) or its group and name (pf-willow), whatever folders the
-list puts before it. SPair-71k counts pixels from 0, the MATLAB annotations of the other two from 1.
+An image in a list is looked up by its name (pf-pascal) or its group and name (pf-willow), without other folders before
+it. SPair-71k counts pixels from 0, the MATLAB annotations of the other two from 1.
 """
 
 import csv
@@ -42,9 +42,9 @@ _DEFAULTS = PairOptions()
 
 
 def find_layout(root: Path, layout: str = "auto") -> str:
-    """Name of the layout of a folder; ConfigError and DataError as of :func:`choose_layout`."""
+    """Return the name of the layout of a folder; ConfigError and DataError as of :func:`choose_layout`."""
     if layout in LAYOUTS and root.is_dir():
-        return layout  # its reader says what is missing
+        return layout  # its reader reports missing files
     return choose_layout(LAYOUTS, layout, root, "correspondence")[0]
 
 
@@ -54,7 +54,7 @@ def list_pairs(root: Path, layout: str = "auto", options: PairOptions = _DEFAULT
     Args:
         root: Its folder.
         layout: A key of :data:`LAYOUTS`, or "auto" for the first that fits.
-        options: Which pairs.
+        options: Choice of pairs.
 
     Raises:
         ConfigError: For an unknown layout.
@@ -182,7 +182,7 @@ def _read_willow(folder: Path, stems: tuple[str, str], group: str) -> Pair:
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Folders below ``root`` that hold images and .mat files of their names."""
+    """Iterate over folders below ``root`` with images and .mat files of their names."""
     for folder in sorted({path.parent for path in root.rglob("*.mat")} - {root}):
         images = {path.stem for path in folder.iterdir() if _is_image(path)}
         if images & {path.stem for path in folder.glob("*.mat")}:
@@ -202,7 +202,7 @@ def _find_list(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def _refused(number: int, error: DataError) -> Entry:
-    """A row that is no pair: reading it raises the reason."""
+    """Make an entry for a row that is no pair: reading it raises the reason."""
     return Entry(f"line {number}", "", partial(_raise, error))
 
 
@@ -211,7 +211,7 @@ def _raise(error: DataError) -> NoReturn:
 
 
 def _table(path: Path) -> Iterator[tuple[int, list[str], list[str] | DataError]]:
-    """The rows of a CSV file: (line, header in lower case, fields, or what is wrong with them), two columns or more."""
+    """Iterate over the rows of a CSV file: (line, header in lower case, fields or the error), two columns or more."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
@@ -229,7 +229,7 @@ def _table(path: Path) -> Iterator[tuple[int, list[str], list[str] | DataError]]
 
 
 def _stack(axes: Sequence[np.ndarray], place: str) -> np.ndarray:
-    """x and y as [K, 2]."""
+    """Stack x and y to [K, 2]."""
     if len(axes[0]) != len(axes[1]):
         raise DataError(f"{place}: {len(axes[0])} keypoints have an x and {len(axes[1])} a y")
     return np.stack(list(axes), axis=1)

@@ -9,7 +9,7 @@ from featsharp.evaluation.layouts import class_names
 from featsharp.evaluation.layouts.labels import VOID, LabelCode, LabelledImage, pair_by_stem, plain_code, read_values
 from featsharp.evaluation.layouts.layout import Layout, choose_layout, has_folders
 
-# Folders that archives unpack to, in which a data set is recognised when their parent is given.
+# Folders that archives unpack to, in which a data set is detected when their parent is given.
 _ARCHIVE_ROOTS = (".", "ADEChallengeData2016", "VOCdevkit/VOC2012", "VOC2012", "VOCdevkit/VOC2010", "VOC2010")
 
 # id in *_labelIds.png -> class; the other ids up to 33 are void.
@@ -20,7 +20,7 @@ _COCO_GAPS = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 
 
 class SegmentationData(NamedTuple):
-    """A data set: its layout's name, the meaning of labels, and the pairs of both splits, which need not exist."""
+    """A data set: its layout's name, the meaning of labels, and the pairs of both splits (files may be missing)."""
 
     layout: str
     code: LabelCode
@@ -31,15 +31,15 @@ class SegmentationData(NamedTuple):
 class FolderOptions(NamedTuple):
     """Options of the layout "folder" alone.
 
-    ``classes``: how many, where there is no classes.txt; None: as many as the training labels show.
-    ``ignore_index``: the number of pixels that do not count.
+    ``classes``: their number, where there is no classes.txt; None: as many as the training labels show.
+    ``ignore_index``: the label of void pixels.
     """
 
     classes: int | None = None
     ignore_index: int = 255
 
 
-# The meaning of labels, training pairs, validation pairs: what the reader of a layout returns.
+# Result of a layout's reader: the meaning of labels, training pairs, validation pairs.
 Content = tuple[LabelCode, list[LabelledImage], list[LabelledImage]]
 
 
@@ -87,7 +87,7 @@ def _read_context60(root: Path, options: FolderOptions) -> Content:
 
 
 def _voc_pairs(root: Path, lists: str, labels: str) -> tuple[list[LabelledImage], list[LabelledImage]]:
-    """The pairs that text files name, as Pascal VOC has them."""
+    """List the pairs that text files name, as in Pascal VOC."""
     splits = []
     for split in ("train", "val"):
         path = root / "ImageSets" / lists / f"{split}.txt"
@@ -148,7 +148,7 @@ def _read_camvid(root: Path, options: FolderOptions) -> Content:
 
 
 def _is_camvid(root: Path) -> bool:
-    """SegNet's folders, or plain ones whose classes.txt has its names."""
+    """Check for SegNet's folders, or plain ones whose classes.txt has its names."""
     segnet = has_folders("train", "trainannot")(root)
     return segnet or (_is_folder(root) and _read_class_names(root) == class_names.CAMVID)
 
@@ -177,7 +177,7 @@ def _folder_pairs(root: Path) -> tuple[list[LabelledImage], list[LabelledImage]]
 
 
 def _read_class_names(root: Path) -> tuple[str, ...] | None:
-    """The lines of classes.txt; None without that file."""
+    """Read the lines of classes.txt; None without that file."""
     path = root / "classes.txt"
     if not path.is_file():
         return None
@@ -188,7 +188,7 @@ def _read_class_names(root: Path) -> tuple[str, ...] | None:
 
 
 def _count_classes(pairs: Sequence[LabelledImage], ignore_index: int) -> int:
-    """The largest number in the labels, plus one. Files that cannot be read are left to those who need them."""
+    """Compute the largest number in the labels, plus one; unreadable files are reported when they are needed."""
     if not pairs:
         return 0
     largest = -1
