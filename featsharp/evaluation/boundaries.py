@@ -149,9 +149,9 @@ def _enlarge(values: Tensor, size: tuple[int, int], between: int) -> Tensor:
 
 
 # scipy's maximum_bipartite_matching is optimal, but takes 40 to 100 times as long (60 to 160 ms per map of BSDS500, not
-# 1.5, and a picture has hundreds) and would change all recorded results: on BSDS500 greedy pairs are 0.88 to 0.94 of the
-# optimum, and F is lower by about as much, for every encoder. Thinning and boundaries of scikit-image are for binary
-# masks and labels, not for strengths.
+# 1.5, and a picture has hundreds) and would change all recorded results: on BSDS500 greedy pairs are 0.88 to 0.94 of
+# the optimum, and F is lower by about as much, for every encoder. Thinning and boundaries of scikit-image are for
+# binary masks and labels, not for strengths.
 class Matcher:
     """Greedy matching between boundary maps of one size; never less than half of the largest matching.
 
