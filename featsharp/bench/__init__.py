@@ -1,1 +1,1 @@
-"""Speed and memory of operations, upsamplers and whole encoders, measured where the user is."""
+"""Speed and memory of operations, upsamplers and whole encoders, measured on the user's machine."""

@@ -1,8 +1,8 @@
 """Floating-point operations of modules, by PyTorch's FlopCounterMode.
 
-Convention: a multiply-add is two operations. Counted are linear layers, products of matrices, convolutions, attention,
-and our local attention and local filter. Not counted are element-wise functions, norms, softmax, interpolation, and
-products for which PyTorch has no formula: of a matrix and a vector, Fourier transforms, recurrent layers.
+Convention: a multiply-add is two operations. Linear layers, matrix products, convolutions, attention, and our local
+attention and local filter are counted. Element-wise functions, norms, softmax, interpolation, and products for which
+PyTorch has no formula (of a matrix and a vector, Fourier transforms, recurrent layers) are not.
 """
 
 import copy
@@ -31,9 +31,9 @@ from featsharp.upsamplers.base import Upsampler
 
 logger = logging.getLogger(__name__)
 
-# Libraries of operators whose products PyTorch's counter knows. Of any other nobody knows.
+# Libraries of operators that PyTorch's counter has formulas for.
 KNOWN_LIBRARIES = {"aten", "prim", "prims", "profiler"}
-# The yardstick of Cost.relative: a ViT-S/14 over 224 x 224 pixels.
+# The unit of Cost.relative: a pass of a ViT-S/14 over 224 x 224 pixels.
 LAYERS, EMBED_DIM, PATCH, SIDE = 12, 384, 14, 224
 
 
@@ -43,8 +43,8 @@ class Counter:
 
     Attributes:
         flops: PyTorch's counter.
-        uncounted: Operators of other libraries without a formula, as "library::name". What is no operator (NumPy, a
-            bare kernel) is neither counted nor named.
+        uncounted: Operators of other libraries without a formula, as "library::name". Code outside of operators (NumPy,
+            a bare kernel) is neither counted nor listed.
     """
 
     flops: FlopCounterMode
@@ -54,13 +54,13 @@ class Counter:
 @contextmanager
 def counting() -> Iterator[Counter]:
     """Count the floating-point operations within this context, without gradients."""
-    watch = _OtherLibraries()
+    other = _OtherLibraries()
     fused = torch.backends.mha.get_fastpath_enabled()
     # The fused operator of nn.MultiheadAttention hides its products.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with watch, FlopCounterMode(display=False) as flops, torch.no_grad():
-            yield Counter(flops, watch.names)
+        with other, FlopCounterMode(display=False) as flops, torch.no_grad():
+            yield Counter(flops, other.names)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 
@@ -71,7 +71,7 @@ class Operations:
 
     Attributes:
         total: Floating-point operations.
-        passes: Shapes [B, 3, H, W] of the batches that go through the backbone.
+        passes: Shapes [B, 3, H, W] of the batches that the backbone encodes.
         uncounted: Operators of other libraries without a formula.
     """
 
@@ -81,28 +81,28 @@ class Operations:
 
 
 def count_operations(module: Backbone | SharpEncoder, shape: tuple[int, ...], device: torch.device) -> Operations:
-    """Count what a backbone or an encoder computes for images of a shape.
+    """Count the operations of a backbone or an encoder for images of a shape.
 
-    Shapes alone are enough for most modules; one that looks at values is run, with a warning.
+    Shapes alone are enough for most modules; one that depends on values is run, with a warning.
 
     Args:
-        module: In eval mode, on the device. It is left as it is.
+        module: In eval mode, on the device. It is not changed.
         shape: [B, 3, H, W].
-        device: Decides which operators run.
+        device: Of the operators that are counted.
 
     Raises:
-        FeatSharpError: As the module raises them; ConfigError when memory runs out, or a function of the user's fails.
+        FeatSharpError: As raised by the module; ConfigError when memory runs out, or a function of the user fails.
     """
     try:
         mode = FakeTensorMode()
         with FakeCopyMode(mode):
-            # What the copy keeps for later calls goes with it.
-            twin = copy.deepcopy(module)
+            # A copy, as modules may cache fake tensors for later calls.
+            fake = copy.deepcopy(module)
         with mode:
-            return _count(twin, torch.empty(shape, device=device))
+            return _count(fake, torch.empty(shape, device=device))
     except FeatSharpError:
         raise
-    except Exception as error:  # of any kind: foreign code that looks at values, or cannot be copied
+    except Exception as error:  # of any kind: foreign code that depends on values, or cannot be copied
         logger.warning(
             "counting on real tensors, which takes time and memory, since shapes alone do not do: %s: %s",
             type(error).__name__,
@@ -121,12 +121,12 @@ class Cost:
     """Cost of sharp features of one picture of 224 x 224 pixels by a ViT-S/14."""
 
     parameters: int  # of the upsampler
-    passes: int  # images that go through the backbone, of whatever size
+    passes: int  # images that the backbone encodes, of any size
     relative: float  # operations of passes and upsampler, in units of one backbone pass
 
 
 def count_cost(upsampler: Upsampler) -> Cost:
-    """Cost of an upsampler that was built for 384 channels, from shapes alone."""
+    """Count the cost of an upsampler that was built for 384 channels, from shapes alone."""
     passes, operations = 0, 0.0
 
     def encode(images: Tensor, *, patch_stride: int | None = None) -> tuple[Tensor, None]:
@@ -146,7 +146,7 @@ def count_cost(upsampler: Upsampler) -> Cost:
 
 
 def _vit_operations(tokens: int) -> float:
-    """Operations of one pass: linear layers 24 T C^2 and attention 4 T^2 C per layer."""
+    """Compute the operations of one pass: linear layers 24 T C^2 and attention 4 T^2 C per layer."""
     return LAYERS * (24.0 * tokens * EMBED_DIM**2 + 4.0 * tokens**2 * EMBED_DIM)
 
 
@@ -159,7 +159,7 @@ def _count(module: Backbone | SharpEncoder, images: Tensor) -> Operations:
 
 
 class _OtherLibraries(TorchDispatchMode):
-    """Collects the names of operators that neither PyTorch nor we have a formula for."""
+    """Mode that collects the names of operators that neither PyTorch nor we have a formula for."""
 
     supports_higher_order_operators = True
 
@@ -184,11 +184,11 @@ def _local_attention(
     *rest: object,
     **out: object,
 ) -> int:
-    """Keys and values of a window for every query: query [B, H, W, heads, C], value [..., D]."""
+    """Count products with keys and values of a window for every query: query [B, H, W, heads, C], value [..., D]."""
     return 2 * math.prod(query[:4]) * window**2 * (query[4] + value[4])
 
 
 @register_flop_formula(torch.ops.featsharp.local_filter)
 def _local_filter(weights: Sequence[int], value: Sequence[int], *rest: object, **out: object) -> int:
-    """Every weight times all channels of a value: weights [B, H, W, groups, k, k], value [..., C]."""
+    """Count products of every weight with all channels: weights [B, H, W, groups, k, k], value [..., C]."""
     return 2 * math.prod(weights) * value[4]

@@ -1,4 +1,4 @@
-"""Times and memory of whole encoders beside those of the backbone passes that they are made from."""
+"""Time and memory of whole encoders beside those of their backbone passes alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +22,7 @@ class Measurement:
     workload: Workload
     time: Timing
     backbone: Timing  # of its backbone passes alone
-    passes: int  # images that go through the backbone
+    passes: int  # images that the backbone encodes
     peak_bytes: int  # beside weights and input
 
 
@@ -32,14 +32,14 @@ def measure_workloads(
     """Time workloads in turn, each beside its backbone passes, then measure their memory.
 
     Args:
-        workloads: On the device; the same work of a backbone is timed once.
-        device: Where they compute.
+        workloads: On the device; equal passes of a backbone are timed once.
+        device: Of the workloads.
         repeat: Most runs of a case; slow ones get fewer.
         least: Fewest runs of a case, two or more.
         progress: Whether to show bars on stderr.
 
     Returns:
-        The measurements, and what cannot be measured, as {"curve", "factor", "reason"}.
+        The measurements, and workloads that cannot be measured, as {"curve", "factor", "reason"}.
     """
     calls: dict[str, Callable[[], object]] = {}
     cases: list[tuple[Workload, str, str, int]] = []
@@ -57,7 +57,7 @@ def measure_workloads(
             calls[whole] = call
         cases.append((workload, whole, alone, sum(map(len, batches))))
     timings = time_interleaved(calls, device, repeat=repeat, least=least, progress=progress)
-    # Afterwards, because measuring changes how the allocator works.
+    # Afterwards, because measuring changes the allocator's settings.
     wholes = list(dict.fromkeys(whole for _, whole, _, _ in cases))
     peaks = {whole: measure_memory(calls[whole], device) for whole in with_progress(wholes, "memory", progress)}
     return [
@@ -76,19 +76,19 @@ def bench_encode(
     normalizer: str = "phi-s",
     autocast: Sequence[torch.dtype | None] = (None,),
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows with upsampler, factor, dtype, and times of the whole encoding and of its backbone passes alone.
+    """Measure encoders: upsampler, factor, dtype, and times of the whole encoding and of its backbone passes alone.
 
     Args:
         backbone: Name or object.
-        upsamplers: Their names, or ``module:function`` for one made of a function; identity only at factor 1.
+        upsamplers: Names, or ``module:function`` for a custom one; identity only at factor 1.
         factors: In each direction.
-        device: Where.
+        device: To measure on.
         repeat: Most runs of a case.
-        normalizer: Its name; fitted to random vectors, which cost as much as others.
+        normalizer: Name; it is fitted to random vectors, which take the same time as others.
         autocast: Types to run under; None for none.
 
     Returns:
-        The rows, and what cannot be measured, as {"curve", "factor", "reason"}.
+        The rows, and encoders that cannot be measured, as {"curve", "factor", "reason"}.
     """
     workloads, skipped = list_workloads(create_backbone(backbone), upsamplers, factors, device, normalizer=normalizer)
     workloads = [replace(workload, autocast=dtype) for dtype in autocast for workload in workloads]
@@ -109,7 +109,7 @@ def bench_encode(
 
 
 def _first_run(workload: Workload, call: Callable[[], object]) -> list[Tensor] | str:
-    """The batches that go through the backbone, or why the workload cannot run."""
+    """Run once; return the batches that the backbone encodes, or the reason why the workload cannot run."""
     batches: list[Tensor] = []
     failure = find_failure(
         lambda: batches.extend(backbone_passes(workload.backbone, call)), foreign=is_foreign(workload.module)
@@ -118,7 +118,7 @@ def _first_run(workload: Workload, call: Callable[[], object]) -> list[Tensor] |
 
 
 def _run(module: nn.Module, batches: Sequence[Tensor], autocast: torch.dtype | None) -> None:
-    """One batch after the other, without gradients."""
+    """Run one batch after the other, without gradients."""
     with torch.no_grad(), torch.autocast(batches[0].device.type, autocast, enabled=autocast is not None):
         for batch in batches:
             module(batch)

@@ -21,8 +21,8 @@ CONVENTION = (
 class FlopsTask(CurvesTask):
     """Floating-point operations per image of larger images, of tiles, and of whole encoders, by factor.
 
-    A multiply-add is two operations. Counted are products of matrices, convolutions and attention; element-wise
-    functions, norms, softmax and interpolation are not.
+    A multiply-add is two operations. Matrix products, convolutions and attention are counted; element-wise functions,
+    norms, softmax and interpolation are not.
     """
 
     name: ClassVar[str] = "flops"
@@ -31,7 +31,7 @@ class FlopsTask(CurvesTask):
         """Count.
 
         Args:
-            device: Decides the operators that are counted; and where an encoder runs that needs values.
+            device: Of the operators that are counted, and of encoders that have to run.
             dtype: Autocast type of backbone passes; changes no count.
             progress: Whether to show a bar on stderr.
 
@@ -61,7 +61,7 @@ class FlopsTask(CurvesTask):
         }
 
     def table(self, result: dict[str, Any]) -> list[str]:
-        """The rows as lines of text, in 10^9 operations."""
+        """Format the rows as lines of text, in 10^9 operations."""
         height, width = result["native_size"]
         columns = ("GFLOP per image", "cells", "passes", "backbone", "upsampler", "total", "in passes")
         uncounted = sorted({name for row in result["rows"] for name in row["uncounted"]})
@@ -94,8 +94,8 @@ def _row(workload: Workload, base: int, device: torch.device) -> dict[str, Any]:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row as text."""
-    amounts = (f"{row[part] / 1e9:.4g}" for part in ("backbone", "upsampler", "total"))
+    """Format a row."""
+    amounts = (f"{row[key] / 1e9:.4g}" for key in ("backbone", "upsampler", "total"))
     return (
         f"{row['curve']} {row['factor']:g}x",
         str(row["cells"]),

@@ -1,4 +1,4 @@
-"""Measuring: medians of interleaved runs, and the memory that a call takes."""
+"""Measurement: medians of interleaved runs, and the memory that a call takes."""
 
 import gc
 import os
@@ -18,7 +18,7 @@ from featsharp.memory import PeakMeter, return_freed_memory, trim_memory
 from featsharp.terminal import with_progress
 
 CASE_SECONDS = 6.0
-# Quartiles further apart than this part of the median say that something else ran, too.
+# Largest distance of the quartiles, as a fraction of the median, on a machine that runs nothing else.
 NOISY = 0.2
 
 T = TypeVar("T")
@@ -44,16 +44,16 @@ def time_interleaved(
     progress: bool = False,
     wait: Callable[[torch.device], None] | None = None,
 ) -> dict[str, Timing]:
-    """Time cases in turn, so that what disturbs the machine disturbs them all.
+    """Time cases in turn, so that disturbances of the machine affect all of them.
 
     Args:
         cases: Functions by name; each is run twice before, uncounted.
-        device: Where they compute: an accelerator is waited for.
+        device: Of the computations: an accelerator is waited for.
         repeat: Most runs of a case; slow ones get fewer.
-        least: Fewest runs of a case, two or more; it wins over ``repeat`` and ``seconds``.
+        least: Fewest runs of a case, two or more, regardless of ``repeat`` and ``seconds``.
         seconds: Time that the runs of one case should not exceed.
         progress: Whether to show bars on stderr.
-        wait: Called around every run to wait for the device; None: what PyTorch has for it.
+        wait: Called around every run to wait for the device; None: PyTorch's synchronisation.
     """
 
     def milliseconds(function: Callable[[], object]) -> float:
@@ -66,7 +66,7 @@ def time_interleaved(
     synchronize = wait or _wait
     runs: dict[str, int] = {}
     for name in with_progress(list(cases), "warming up", progress):
-        cases[name]()  # what is compiled or loaded once
+        cases[name]()  # compiles and loads
         runs[name] = max(least, min(repeat, int(1000 * seconds / milliseconds(cases[name]))))
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in with_progress(range(max(runs.values(), default=0)), "timing", progress):
@@ -81,14 +81,14 @@ def find_failure(function: Callable[[], object], *, foreign: bool = False) -> st
 
     Args:
         function: The call.
-        foreign: Whether it runs code of the user's: whatever that raises is a reason, and no defect of ours.
+        foreign: Whether it runs code of the user: then any exception is a reason, and no defect of ours.
     """
     try:
         function()
     except FeatSharpError as error:
         return str(error)
     except Exception as error:
-        # On a CPU the error has no class of its kind.
+        # On a CPU the error has no class.
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             return "out of memory"
         if foreign:
@@ -98,18 +98,18 @@ def find_failure(function: Callable[[], object], *, foreign: bool = False) -> st
 
 
 def noise(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Seeded random numbers in place of whitened images [B, 3, H, W]; times do not depend on them."""
+    """Draw seeded random numbers instead of whitened images [B, 3, H, W]; times do not depend on them."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def summarize(milliseconds: Sequence[float]) -> Timing:
-    """Median and quartiles."""
+    """Compute median and quartiles."""
     low, median, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
     return Timing(median, low, high, len(milliseconds))
 
 
 def describe_noise(timings: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Warn in a line of cases whose quartiles are far apart, of timings as mappings; no line where there are none."""
+    """Format a warning about cases whose quartiles are far apart; empty without any."""
     noisy = [name for name, time in timings.items() if time["high"] - time["low"] > NOISY * time["median"]]
     if not noisy:
         return []
@@ -117,10 +117,10 @@ def describe_noise(timings: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def measure_memory(function: Callable[[], object], device: torch.device) -> int:
-    """Measure the bytes that a call takes at its peak beside what is there already, its result included.
+    """Measure the bytes that a call takes at its peak beside the memory in use before, its result included.
 
-    Of a CUDA device what PyTorch's allocator hands out; otherwise on Linux what the process occupies, everything
-    counted; elsewhere the tensors that are made.
+    On a CUDA device the memory of PyTorch's allocator; otherwise on Linux the resident set of the process; elsewhere
+    the tensors that are created.
     """
     gc.collect()
     if device.type == "cuda":
@@ -131,10 +131,10 @@ def measure_memory(function: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     try:
         with return_freed_memory():
-            function()  # what is loaded once
+            function()  # compiles and loads
             trim_memory()
             before = _status("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             function()
             return max(0, _status("VmHWM") - before)
     except OSError:
@@ -144,7 +144,7 @@ def measure_memory(function: Callable[[], object], device: torch.device) -> int:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Hardware, threads and versions, which figures depend on."""
+    """Describe hardware, threads and versions, which measurements depend on."""
     from featsharp import __version__
 
     return {
@@ -159,25 +159,25 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _wait(device: torch.device) -> None:
-    """Until an accelerator has done what it was given."""
+    """Wait until an accelerator is idle."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def _status(field: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Read a line of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 def device_name(device: torch.device) -> str:
-    """Model name of an accelerator where PyTorch knows it; otherwise its type, such as "cpu" or "mps"."""
+    """Return the model name of an accelerator where PyTorch has it; otherwise its type, such as "cpu" or "mps"."""
     name = getattr(torch.get_device_module(device), "get_device_name", None)
     return str(name(device)) if name else device.type
 
 
 def processor() -> str:
-    """Model name of the CPU where the system knows it; otherwise its architecture."""
+    """Return the model name of the CPU where the system has it; otherwise its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

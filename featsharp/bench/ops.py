@@ -38,12 +38,13 @@ class Case:
 def bench_ops(
     factors: tuple[int, ...], device: torch.device, *, repeat: int, backbone: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Rows with name, factor, forward times (milliseconds) and memory (bytes); up to 4x of the backward pass too.
+    """Measure name, factor, forward times (milliseconds) and memory (bytes) by row; up to 4x also the backward pass.
 
     Args:
         factors: Whole, in each direction.
+        device: To measure on.
         repeat: Most runs of a case.
-        backbone: Name of one whose passes for a set of tiles are timed beside, up to 4x.
+        backbone: Name of one whose passes for a set of tiles are timed too, up to 4x.
     """
     groups = []
     for factor in factors:
@@ -56,7 +57,7 @@ def bench_ops(
         if backbone and factor <= MAX_BACKWARD_FACTOR:
             timed["backbone"] = _backbone_passes(backbone, 1 + factor**2, device)
         groups.append((factor, cases, time_interleaved(timed, device, repeat=repeat)))
-    # Afterwards, because measuring changes how the allocator works.
+    # Afterwards, because measuring changes the allocator's settings.
     for factor, cases, timings in groups:
         if "backbone" in timings:
             passes = 1 + factor**2
@@ -76,7 +77,7 @@ def bench_ops(
 
 
 def bench_scaling(device: torch.device, *, repeat: int, sides: tuple[int, ...] = SIDES) -> Iterator[dict[str, Any]]:
-    """Rows with the forward times of one JBU level and of the FeatSharp block on square outputs of growing sides."""
+    """Measure the forward times of one JBU level and of the FeatSharp block on square outputs of growing sides."""
     block, level = LocalBlock(2 * CHANNELS, CHANNELS).to(device).eval(), JBULevel(2).to(device).eval()
     for side in sides:
         x = torch.randn(1, side, side, 2 * CHANNELS, device=device)
@@ -115,7 +116,7 @@ def _upsampler_cases(factor: int, device: torch.device) -> Iterator[Case]:
 
 
 def _op_cases(factor: int, device: torch.device) -> Iterator[Case]:
-    """Every operation by every backend that can run."""
+    """Make cases of every operation by every backend that can run."""
     side = factor * GRID
     for name, heads, dim, width, border in (
         ("JBU", 1, 32, CHANNELS, "reflect"),
@@ -162,7 +163,7 @@ def _without_gradient(case: Case) -> Callable[[], Tensor]:
 
 
 def _backward(case: Case) -> Callable[[], object]:
-    """The backward pass alone, of a graph that is made at the first call."""
+    """Make a function of the backward pass alone, whose graph is built at the first call."""
     graph: list[tuple[Tensor, Tensor]] = []
 
     def step() -> None:
@@ -170,23 +171,23 @@ def _backward(case: Case) -> Callable[[], object]:
             out = case.function()
             graph.append((out, torch.ones_like(out)))
         out, cotangent = graph[0]
-        _forget_gradients(case)
+        _clear_gradients(case)
         out.backward(cotangent, retain_graph=True)
 
     return step
 
 
 def _training_step(case: Case) -> Callable[[], object]:
-    """Forward and backward."""
+    """Make a function of forward and backward pass."""
 
     def step() -> None:
-        _forget_gradients(case)
+        _clear_gradients(case)
         out = case.function()
         out.backward(torch.ones_like(out))
 
     return step
 
 
-def _forget_gradients(case: Case) -> None:
+def _clear_gradients(case: Case) -> None:
     for x in case.inputs:
         x.grad = None

@@ -1,7 +1,7 @@
-"""Ranking of the upsamplers on the user's backbone, picture size, memory and machine, measured when asked for.
+"""Ranking of the upsamplers on the user's backbone, picture size, memory and machine, by measurement.
 
 Candidates are the registered upsamplers that have the factor, the weights that come with the package for this backbone
-and factor, and the user's checkpoints. Upsamplers made of a function of the user's are none: nobody knows the function.
+and factor, and the user's checkpoints, but not upsamplers that need a function of the user.
 
 Quality is measured by the caller's function, on the user's images; without it the candidates are ranked by time.
 """
@@ -34,25 +34,25 @@ from featsharp.upsamplers.chunked import works_in_chunks
 from featsharp.weights import list_weights
 
 READY, SHIPPED, CHECKPOINT, NEEDS_TRAINING = "ready", "shipped", "checkpoint", "needs training"
-# Most reasons that an error lists.
+# Most reasons in an error.
 SHOWN_REASONS = 3
 
-# An encoder to its scores by name, each higher for a better one; the first decides.
+# Maps an encoder to its scores by name, where higher is better; the first ranks.
 Quality = Callable[[SharpEncoder], dict[str, float]]
 
 
 @dataclass
 class RecommendTask:
-    """Rank the upsamplers for a backbone, a size of picture and an amount of memory, by what is measured here and now.
+    """Rank the upsamplers for a backbone, a size of picture and an amount of memory, by measurement on this machine.
 
-    All candidates are shown the same picture and make a map of the same size: their low-resolution pass sees the
-    picture at 1/factor of its size (a backbone of one size: at that size). Those that take more memory than there is
-    work in parts where they can. Upsamplers that need training are measured untrained, and shown without a rank.
-    Quality is measured at the native size of the backbone, whatever the size of the picture.
+    All candidates get the same picture and make a map of the same size: their low-resolution pass has 1/factor of the
+    picture's size (a backbone of one size: that size). Those that take more memory than the limit work in chunks where
+    they can. Upsamplers that need training are measured untrained, and shown without a rank. Quality is measured at the
+    native size of the backbone.
     """
 
     name: ClassVar[str] = "recommend"
-    needs_quality: ClassVar[bool] = True  # with ``data``, whoever calls hands in ``quality``
+    needs_quality: ClassVar[bool] = True  # with ``data``, the caller passes ``quality``
 
     backbone: str = setting("vits14-focus", "name of the backbone")
     factor: float = setting(2.0, "upsampling factor", type=float, metavar="F")
@@ -72,21 +72,21 @@ class RecommendTask:
         """Measure and rank.
 
         Args:
-            device: Where.
+            device: To measure on.
             dtype: Autocast type of backbone passes; None: float32.
             progress: Whether to show bars on stderr.
-            quality: Measures an encoder on ``data``; required with it. Encoders that it refuses with a FeatSharpError
+            quality: Measures an encoder on ``data``; required with it. Encoders for which it raises a FeatSharpError
                 come after those that have a score.
 
         Returns:
             "ranked", best first: name, "kind" (:data:`READY` and others), "rank" (None for those that need training,
             which come last), "quality" (scores by name, or None), "time" (milliseconds of one picture), "peak_bytes"
-            beside weights and input, "in_parts" (whether it worked within the limit in parts only), "note". "out",
-            name and reason of those that do not fit. And what they were measured on.
+            beside weights and input, "in_parts" (whether it worked within the limit in chunks only), "note". "out",
+            name and reason of those that do not fit. And the settings of the measurement.
 
         Raises:
-            ConfigError: For a factor below 1, an amount of memory that is none, two candidates of one name, images
-                without ``quality``; when no candidate can be ranked; and when ``quality`` refuses them all.
+            ConfigError: For a factor below 1, text that is no amount of memory, two candidates of one name, images
+                without ``quality``; when no candidate can be ranked; and when ``quality`` fails for all of them.
             DataError: When there are no images in ``data``.
         """
         check_factor(self.factor, "any", "a recommendation")
@@ -137,7 +137,7 @@ class RecommendTask:
         }
 
     def table(self, result: dict[str, Any]) -> list[str]:
-        """The ranking as lines of text."""
+        """Format the ranking as lines of text."""
         ranked = result["ranked"]
         scores = list(dict.fromkeys(name for row in ranked for name in row["quality"] or ()))
         height, width = result["size"]
@@ -160,7 +160,7 @@ class RecommendTask:
         ]
 
     def _sizes(self, backbone: Backbone) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(h, w) in pixels of the picture and of the low-resolution pass."""
+        """Compute (h, w) in pixels of the picture and of the low-resolution pass."""
         if self.size is None:
             grid, patch = backbone.grid_size(backbone.input_size), backbone.patch_size
             size = patch * scale_length(grid[0], self.factor), patch * scale_length(grid[1], self.factor)
@@ -168,7 +168,7 @@ class RecommendTask:
         return self.size, backbone.fit_size(self.size[0] / self.factor, self.size[1] / self.factor)
 
     def _candidates(self, backbone: Backbone) -> dict[str, tuple[str, Callable[[], SharpEncoder]]]:
-        """Kind and builder by name: upsamplers, shipped weights, checkpoints."""
+        """List kind and builder by name: upsamplers, shipped weights, checkpoints."""
         candidates: dict[str, tuple[str, Callable[[], SharpEncoder]]] = {}
         names = (resolve_upsampler(text, self.factor, UPSAMPLERS)[0] for text in self.upsampler or UPSAMPLERS.names())
         for name in sorted(names):
@@ -186,7 +186,7 @@ class RecommendTask:
 
 
 def shipped_weights(backbone: str, factor: float) -> list[str]:
-    """Names of the shipped weights for a backbone and a factor."""
+    """List the names of the shipped weights for a backbone and a factor."""
     return [name for name in list_weights() if name.startswith(f"{backbone}/") and name.endswith(f"-{factor:g}x")]
 
 
@@ -203,17 +203,18 @@ def rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     ordered = sorted(rows, key=key)
     return [
-        {**row, "rank": None if row["kind"] == NEEDS_TRAINING else place} for place, row in enumerate(ordered, start=1)
+        {**row, "rank": None if row["kind"] == NEEDS_TRAINING else number}
+        for number, row in enumerate(ordered, start=1)
     ]
 
 
 def _fit(
     encoder: SharpEncoder, call: Callable[[], UpsampleFeatures], limit: int | None, device: torch.device
 ) -> dict[str, Any]:
-    """Measure the peak memory of one picture; over the limit, make the encoder work in parts.
+    """Measure the peak memory of one picture; over the limit, make the encoder work in chunks.
 
     Raises:
-        FeatSharpError: Where it does not run, or not within the limit.
+        FeatSharpError: When it does not run, or not within the limit.
     """
     _run(call)
     peak = measure_memory(call, device)
@@ -235,7 +236,7 @@ def _fit(
 
 
 def _measure_quality(row: dict[str, Any], encoder: SharpEncoder, quality: Quality | None) -> dict[str, Any]:
-    """Measure the scores of a candidate, "quality"; where there are none, "note" has the reason."""
+    """Measure the scores of a candidate, "quality"; without any, "note" has the reason."""
     scores, note = None, ""
     if quality is not None and row["kind"] != NEEDS_TRAINING:
         try:
@@ -248,7 +249,7 @@ def _measure_quality(row: dict[str, Any], encoder: SharpEncoder, quality: Qualit
 
 
 def _score(row: dict[str, Any]) -> float:
-    """The score that decides; NaN where there is none."""
+    """Return the first score, which ranks; NaN without any."""
     return float(next(iter((row["quality"] or {}).values()), math.nan))
 
 
@@ -257,13 +258,13 @@ def _is_scored(row: dict[str, Any]) -> bool:
 
 
 def _reasons(rows: Sequence[dict[str, Any]], key: str) -> str:
-    """The first few reasons, and how many more there are."""
+    """Format the first few reasons, and the number of others."""
     shown = "; ".join(f"{row['name']}: {row[key]}" for row in rows[:SHOWN_REASONS])
     return shown + f"; and {len(rows) - SHOWN_REASONS} more" * (len(rows) > SHOWN_REASONS)
 
 
 def _run(call: Callable[[], object]) -> None:
-    """Call once; raise ConfigError for what went wrong, running out of memory too."""
+    """Call once; raise ConfigError with the reason of a failure."""
     failure = find_failure(call)
     if failure is not None:
         raise ConfigError(failure)
@@ -274,7 +275,7 @@ def _result_bytes(features: UpsampleFeatures) -> int:
 
 
 def _cells(row: dict[str, Any], scores: list[str]) -> tuple[str, ...]:
-    """A row as text."""
+    """Format a row."""
     quality, time = row["quality"] or {}, row["time"]
     remarks = [row["kind"]] * (row["kind"] != READY) + ["in parts"] * row["in_parts"]
     return (

@@ -1,8 +1,8 @@
 """Time per image and per token against the upsampling factor (FeatSharp, arXiv 2502.16025, figure 14), and memory.
 
-Beside the measured time stands the linear one: as if a token took what it takes at the native size. The picture of the
-paper argues that a larger image leaves that line, because attention grows with the square of the tokens, and that
-tiles stay on it. Here it is drawn for whatever backbone and machine are at hand.
+The measured time is compared with a linear one: as if every token took as long as at the native size. The paper argues
+that a larger image takes longer, because attention grows with the square of the tokens, and that tiles do not. Here it
+is measured for the user's backbone and machine.
 """
 
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from featsharp.memory import format_memory
 from featsharp.settings import setting
 from featsharp.terminal import align
 
-# Quartiles of fewer say nothing.
+# Quartiles of fewer are not meaningful.
 LEAST_RUNS = 5
 
 
@@ -42,16 +42,16 @@ class ThroughputTask(CurvesTask):
         """Measure.
 
         Args:
-            device: Where.
+            device: To measure on.
             dtype: Autocast type of backbone passes; None: float32.
             progress: Whether to show bars on stderr.
 
         Returns:
             "rows", one per curve and factor: "cells" of the result and "passes" through the backbone per image;
             "time", milliseconds of a batch with quartiles and runs; "ms_per_image", "us_per_token" (microseconds per
-            cell), "linear_ms_per_image"; "backbone_ms_per_image", of its own passes alone; "peak_bytes" of a batch
-            beside weights and input; "normalizer" and "options" of the upsampler, "key" of the encoder's
-            content. "skipped": points that could not be measured, with the reason. And what the figures depend on.
+            cell), "linear_ms_per_image"; "backbone_ms_per_image", of its backbone passes alone; "peak_bytes" of a batch
+            beside weights and input; "normalizer" and "options" of the upsampler, "key" of the encoder's content.
+            "skipped": points that could not be measured, with the reason. And the settings of the measurement.
 
         Raises:
             ConfigError: When not even the backbone at its native size can be measured.
@@ -83,7 +83,7 @@ class ThroughputTask(CurvesTask):
         }
 
     def table(self, result: dict[str, Any]) -> list[str]:
-        """The rows as lines of text."""
+        """Format the rows as lines of text."""
         height, width = result["native_size"]
         attention = ", ".join(result["attention"]) or "none that PyTorch names"
         columns = ("curve", "cells", "passes", "ms/image", "quartiles", "runs", "us/token", "linear ms")
@@ -114,7 +114,7 @@ class ThroughputTask(CurvesTask):
 
 
 def find_attention(workload: Workload, device: torch.device) -> list[str]:
-    """Find PyTorch's attention operators that a workload runs, by name; none where a backbone has other attention."""
+    """List PyTorch's attention operators that a workload runs; none for a backbone with another attention."""
     images = noise(workload.input_shape, device)
     with counting() as counter:
         workload.module(images)
@@ -123,7 +123,7 @@ def find_attention(workload: Workload, device: torch.device) -> list[str]:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row as text."""
+    """Format a row."""
     time = row["time"]
     return (
         _name(row),
@@ -145,6 +145,6 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _share(row: dict[str, Any]) -> str:
-    """Share of the backbone in the time; medians of different runs may give more than all."""
+    """Format the backbone's share of the time; medians of different runs may give more than 100 %."""
     share = row["backbone_ms_per_image"] / row["ms_per_image"]
     return f"{share:.0%}" if share <= 1 else "~100%"

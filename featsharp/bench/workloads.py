@@ -3,10 +3,10 @@
 direct      the backbone on an image of factor x its native size, in one pass
 passes      the backbone on the image and on the tiles that cover it: 1 + f^2 passes at the native size
 UPSAMPLER   a sharp encoder with the upsampler's default options, untrained, its low-resolution pass at the native size;
-            where there is something to learn, with the normalizer that training gives it by default
+            for a trainable upsampler with the default normalizer of training
 CHECKPOINT  a sharp encoder with its weights, at its factor
 
-All give the same number of cells at a factor, factor x the tokens of the native size in each direction.
+All make the same number of cells at a factor, factor x the tokens of the native size in each direction.
 """
 
 import math
@@ -52,7 +52,7 @@ class CurvesTask:
     def workloads(
         self, backbone: Backbone, device: torch.device, *, factors: Sequence[float] = (), batch_size: int = 1
     ) -> "tuple[list[Workload], list[dict[str, Any]]]":
-        """The points of all curves, at more ``factors`` than the settings have; see :func:`list_workloads`."""
+        """List the points of all curves, at the factors of the settings and ``factors``; see :func:`list_workloads`."""
         return list_workloads(
             backbone,
             (DIRECT, PASSES, *self.upsampler),
@@ -70,14 +70,14 @@ class Workload:
     curve: str  # DIRECT, PASSES, the name of an upsampler or the label of a checkpoint
     factor: float
     module: Backbone | SharpEncoder
-    input_shape: tuple[int, ...]  # [B, 3, H, W] of the images that it is given
+    input_shape: tuple[int, ...]  # [B, 3, H, W] of the images
     cells: int  # of the result, per image
-    key: str | None = None  # of the encoder's content (content_key); None of a backbone alone and of random weights
-    autocast: torch.dtype | None = None  # of a call as a whole, beside what the backbone does by itself
+    key: str | None = None  # of the encoder's content (content_key); None for a backbone alone and random weights
+    autocast: torch.dtype | None = None  # of the whole call, beside the backbone's autocast
 
     @property
     def backbone(self) -> Backbone:
-        """The module itself, or the encoder's."""
+        """The backbone itself, or the encoder's."""
         return self.module if isinstance(self.module, Backbone) else self.module.backbone
 
     @property
@@ -102,14 +102,14 @@ def list_workloads(
     batch_size: int = 1,
     normalizer: str | None = None,
 ) -> tuple[list[Workload], list[dict[str, Any]]]:
-    """List the points of all curves, by factor, and those that cannot be, as {"curve", "factor", "reason"}.
+    """List the points of all curves, by factor, and impossible ones, as {"curve", "factor", "reason"}.
 
     Args:
         backbone: Shared by all.
-        curves: :data:`DIRECT`, :data:`PASSES`, names of upsamplers, ``module:function`` for one made of a function;
-            each measured at ``factors``, or with -FACTORx behind its name at that one.
+        curves: :data:`DIRECT`, :data:`PASSES`, names of upsamplers, ``module:function`` for a custom one; each measured
+            at ``factors``, or with -FACTORx after its name at that one.
         factors: In each direction; checkpoints have their own.
-        device: Where everything is put.
+        device: Of backbone and encoders.
         checkpoints: ``[LABEL=]FILE`` each, trained for that backbone.
         batch_size: Images at a time.
         normalizer: Of untrained encoders; see :func:`build_encoder`.
@@ -150,25 +150,25 @@ def list_workloads(
 
 
 def skip(curve: str, factor: float, reason: str) -> dict[str, Any]:
-    """Entry of a result for a point that is not there."""
+    """Make the entry of a result for a point that was not measured."""
     return {"curve": curve, "factor": factor, "reason": reason}
 
 
 def describe_skipped(skipped: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each point that is not there."""
+    """Format a line for each point that was not measured."""
     return [f"not measured: {entry['curve']} {entry['factor']:g}x: {entry['reason']}" for entry in skipped]
 
 
 def build_encoder(
     backbone: str | Backbone, upsampler: str, factor: float, normalizer: str | None = None
 ) -> SharpEncoder:
-    """Build an untrained encoder, whose normalizer is fitted to random vectors, which cost as much as others.
+    """Build an untrained encoder, whose normalizer is fitted to random vectors, which take the same time as others.
 
     Args:
         backbone: Name or object.
-        upsampler: Name, or ``module:function`` for one made of a function.
+        upsampler: Name, or ``module:function`` for a custom one.
         factor: In each direction.
-        normalizer: Name; None: PHI-S, the default of training, where there is something to learn, otherwise none.
+        normalizer: Name; None: PHI-S, the default of training, for a trainable upsampler, otherwise none.
     """
     options = {"function": upsampler} if ":" in upsampler else {}
     name = "custom" if options else upsampler
@@ -183,22 +183,22 @@ def build_encoder(
 
 
 def needs_training(upsampler: str) -> bool:
-    """Whether there is anything to learn for an upsampler of this name."""
+    """Return whether an upsampler of this name is trainable."""
     return bool(getattr(UPSAMPLERS[upsampler].factory, "trainable", False))
 
 
 def needs_function(upsampler: str) -> bool:
-    """Whether an upsampler of this name is made of a function of the user's."""
+    """Return whether an upsampler of this name needs a function of the user."""
     return bool(getattr(UPSAMPLERS[upsampler].factory, "function_options", ()))
 
 
 def is_foreign(module: Backbone | SharpEncoder) -> bool:
-    """Whether a function of the user's runs in it."""
+    """Return whether a module runs a function of the user."""
     return isinstance(module, SharpEncoder) and bool(module.upsampler.function_options)
 
 
 def backbone_passes(backbone: Backbone, function: Callable[[], object]) -> list[Tensor]:
-    """Collect the batches that go through a backbone during a call."""
+    """Collect the batches that a backbone encodes during a call."""
     batches: list[Tensor] = []
     hook = backbone.register_forward_pre_hook(lambda module, arguments: batches.append(arguments[0]))
     try:
@@ -211,10 +211,10 @@ def backbone_passes(backbone: Backbone, function: Callable[[], object]) -> list[
 def label_files(texts: Sequence[str]) -> dict[str, str]:
     """Label files: by the label of ``LABEL=FILE``, else the shortest end of the path that no other file has.
 
-    Shipped weights go by their whole name.
+    Shipped weights have their whole name.
 
     Raises:
-        ConfigError: For a file that is there twice, and for two of one label.
+        ConfigError: For two files of one label.
     """
     labels, paths = zip(*map(split_label, texts), strict=True) if texts else ((), ())
     parts = [Path(path).parts for path in paths]
@@ -229,7 +229,7 @@ def label_files(texts: Sequence[str]) -> dict[str, str]:
 
 
 def _shortest_end(parts: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
-    """The last parts of a path, as few as tell it from the others; all of them where none do."""
+    """Return the fewest last parts of a path that distinguish it from the others; all where none do."""
     count = next((n for n in range(1, len(parts)) if all(parts[-n:] != other[-n:] for other in others)), len(parts))
     return PurePath(*parts[-count:]).as_posix()
 
@@ -253,7 +253,7 @@ def _backbone_workload(backbone: Backbone, curve: str, factor: float, batch_size
 
 
 def _encoder_workload(curve: str, encoder: SharpEncoder, batch_size: int, key: str | None) -> Workload:
-    # A fitted normalizer looks at its values once, which a copy without values could not do.
+    # A fitted normalizer reads its buffers once, which a fake copy could not do.
     encoder.normalizer(torch.zeros(1, encoder.embed_dim, 1, 1, device=encoder.device))
     native = encoder.backbone.grid_size(encoder.backbone.input_size)
     cells = scale_length(native[0], encoder.factor) * scale_length(native[1], encoder.factor)

@@ -1,4 +1,4 @@
-"""Encoders of figures: their flags, how they are loaded, and the feature maps of one image through all of them."""
+"""Encoders of figures: their flags, loading, and the feature maps of one image by all of them."""
 
 import argparse
 from collections import defaultdict
@@ -40,7 +40,7 @@ def add_encoders(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how checkpoints are loaded."""
+    """Add the flags for loading checkpoints."""
     parser.add_argument(
         "--allow-functions",
         action="store_true",
@@ -50,10 +50,10 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 
 
 def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:
-    """Load the encoders that a command asks for, by backbone: training-free ones, then checkpoints.
+    """Load the encoders of a command, by backbone: training-free ones, then checkpoints.
 
-    Training-free upsamplers are built for every --backbone, or for those of the checkpoints. One label may stand for
-    checkpoints of several backbones: they share a column.
+    Training-free upsamplers are built for every --backbone, or for those of the checkpoints. Checkpoints of several
+    backbones may have one label: they share a column.
 
     Raises:
         ConfigError: For a backbone without encoders, and two encoders of one label.
@@ -94,10 +94,10 @@ def feature_maps(
 ) -> "dict[str, Tensor]":
     """Compute feature maps of one image, all in one space: low resolution, the encoders, the backbone itself.
 
-    The space is the backbone's own, or that of the first encoder whose normalizer has no inverse (LayerNorm).
+    The space is the backbone's, or that of the first encoder whose normalizer has no inverse (LayerNorm).
 
     All encoders share the low-resolution pass, which has the image's aspect ratio and about the area of the backbone's
-    native size (exactly that size for a backbone that takes no other), and see the image at the largest factor.
+    native size (exactly that size for a backbone that takes no other), and get the image at the largest factor.
 
     Args:
         image: RGB picture.
@@ -140,7 +140,7 @@ def feature_maps(
 
 
 def real_caption(factor: float) -> str:
-    """Caption of the backbone itself on the enlarged image."""
+    """Format the caption of the backbone itself on the enlarged image."""
     return f"backbone at {factor:g}x"
 
 

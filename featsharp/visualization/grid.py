@@ -18,9 +18,9 @@ class Row:
     """One row of pictures.
 
     Attributes:
-        pictures: By caption: [3, h, w] in [0, 1] in colours, [h, w] in [0, 1] for the colour map, or a text that says
-            why there is none.
-        aspect: Height over width of all of them, whatever grid they have: that of the image.
+        pictures: By caption: [3, h, w] in [0, 1] in colours, [h, w] in [0, 1] for the colour map, or text with the
+            reason for none.
+        aspect: Height over width of all of them for any grid: that of the image.
         label: At the left; "" for none.
     """
 
@@ -35,7 +35,7 @@ def picture_grid(
     """Draw all rows; cells of feature maps stay visible as squares.
 
     Args:
-        rows: At least one. Columns are the captions of all rows; a row that lacks one has a gap there.
+        rows: At least one. Columns are the captions of all rows; a row without a caption has a gap there.
         cell: Width of a picture in inches.
         colour_map: Of matplotlib, for pictures of one channel.
 
@@ -51,15 +51,15 @@ def picture_grid(
     heights = [cell * row.aspect for row in rows]
     figure = new_figure(cell * len(captions) + 0.5, sum(heights) + 1.0, compressed=True)
     lines = figure.subplots(len(rows), len(captions), squeeze=False, height_ratios=heights)
-    places = []
+    by_caption = []
     for row, height, line in zip(rows, heights, lines, strict=True):
         for caption, axes in zip(captions, line, strict=True):
             show_picture(axes, row.pictures.get(caption, ""), row.aspect, colour_map)
         line[0].set_ylabel(wrap(row.label, height, TITLE), fontsize=TITLE, color=INK)
-        places.append(dict(zip(captions, line, strict=True)))
+        by_caption.append(dict(zip(captions, line, strict=True)))
     for caption, axes in zip(captions, lines[0], strict=True):
         axes.set_title(wrap(caption, cell, CAPTION), fontsize=CAPTION, color=INK)
-    return figure, places
+    return figure, by_caption
 
 
 def show_picture(axes: "Axes", picture: "Tensor | str", aspect: float, colour_map: str = "viridis") -> None:

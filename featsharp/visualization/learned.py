@@ -1,4 +1,4 @@
-"""Pictures of what training learns beside the upsampler: bias buffer, uncertainty, kernels of the downsampler.
+"""Pictures of modules that are trained beside the upsampler: bias buffer, uncertainty, kernels of the downsampler.
 
 Pictures are float [3, H, W] in [0, 1] on the CPU. Single maps are drawn in viridis, dark for low and yellow for high.
 """
@@ -11,7 +11,7 @@ from featsharp.visualization.colours import colour_map
 from featsharp.visualization.panels import panel
 from featsharp.visualization.pca import FeaturePCA
 
-# Most kernels of a mosaic in each direction; of more places every second, third, ... is drawn.
+# Most kernels of a mosaic in each direction; of more tokens every second, third, ... is drawn.
 MAX_KERNELS = 32
 
 
@@ -29,7 +29,7 @@ def uncertainty_picture(
 
     Args:
         samples: Image [3, height, width] in [0, 1] and log variance [h, w], n times.
-        value_range: What is drawn as darkest and as brightest; see :func:`middle_range`.
+        value_range: Darkest and brightest value; see :func:`middle_range`.
         size: (H, W).
     """
     return torch.cat([panel([image, colour_map(values, *value_range)], size) for image, values in samples], 1)
@@ -46,7 +46,7 @@ def middle_range(maps: list[Tensor]) -> tuple[float, float]:
 def kernel_picture(kernels: Tensor, side: int) -> Tensor:
     """Draw non-negative kernels [rows, cols, K, K] as a mosaic, about ``side`` pixels high or wide.
 
-    All share one scale, from 0 to the largest weight. A weight is a square of whole pixels; white lines run between
+    All share one scale, from 0 to the largest weight. A weight is a square of whole pixels, with white lines between
     kernels.
     """
     step = max(-(-count // MAX_KERNELS) for count in kernels.shape[:2])

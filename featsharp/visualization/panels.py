@@ -22,7 +22,7 @@ def panel(pictures: Sequence[Tensor], size: tuple[int, int], captions: Sequence[
     Args:
         pictures: [3, h, w] each, in [0, 1]; h and w need not agree.
         size: (H, W) in pixels of each picture.
-        captions: Texts, one a picture, for a white line above the pictures, which then stand apart; () for none.
+        captions: Texts, one per picture, for a white line above the pictures, which then have gaps; () for none.
 
     Returns:
         [3, H, n * W] in [0, 1], float32 on the CPU; with captions [3, H + line, n * W + (n - 1) * GAP].
@@ -47,7 +47,7 @@ def save_picture(picture: Tensor, path: Path) -> None:
 
 
 def _font_size(captions: Sequence[str], width: int) -> int:
-    """Pixels of the largest letters in which every caption is at most ``width`` pixels wide."""
+    """Compute the largest size in pixels in which every caption is at most ``width`` pixels wide."""
     sizes = range(LETTERS, LEAST_LETTERS, -1)
     fonts = {size: ImageFont.load_default(size) for size in sizes}
     fitting = (size for size in sizes if all(fonts[size].getlength(text) <= width for text in captions))
@@ -55,7 +55,7 @@ def _font_size(captions: Sequence[str], width: int) -> int:
 
 
 def _line_of_text(text: str, width: int, size: int) -> Tensor:
-    """Black text in the middle of a white line [3, 1.5 * size, width]; what is wider is cut off."""
+    """Draw black text in the middle of a white line [3, 1.5 * size, width]; wider text is cut off."""
     line = Image.new("RGB", (width, round(1.5 * size)), "white")
     middle = (width / 2, line.height / 2)
     ImageDraw.Draw(line).text(middle, text, fill="black", font=ImageFont.load_default(size), anchor="mm")

@@ -1,4 +1,4 @@
-"""Feature maps as pictures: three principal components, one basis for all maps that are to be compared."""
+"""Feature maps as pictures: three principal components, in one basis for all maps to be compared."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from featsharp.errors import InputError
 
 
 class FeaturePCA:
-    """Projects C-channel maps to RGB.
+    """Projection of C-channel maps to RGB.
 
-    The basis and the colour range are those of the map it was fitted on, so colours of other maps mean the same. The
+    The basis and the colour range are those of the map it is fitted on, so colours of other maps are comparable. The
     range spans the 1st to 99th percentile of each component; the sign makes each component's largest weight positive.
 
     Args:
@@ -31,8 +31,8 @@ class FeaturePCA:
         self.low, self.high = torch.quantile(projected, torch.tensor([0.01, 0.99], device=rows.device), dim=0)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """[B, C, h, w] to RGB [B, 3, h, w] in [0, 1]."""
-        # The mean is taken off afterwards: no copy of a map that may be large.
+        """Project [B, C, h, w] to RGB [B, 3, h, w] in [0, 1]."""
+        # The mean is subtracted afterwards, without a copy of a map that may be large.
         projected = torch.einsum("bchw,kc->bkhw", features.detach().float(), self.components)
         projected -= (self.components @ self.mean)[:, None, None]
         spread = (self.high - self.low).clamp(min=1e-12)

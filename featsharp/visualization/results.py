@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from featsharp.errors import ConfigError, DataError
 
-# What each task's file is made with.
+# Commands that make each task's file.
 MAKERS = {
     "segmentation": "featsharp eval segmentation --data FOLDER --upsampler bilinear-2x tile-2x --json FILE",
     "boundaries": "featsharp eval boundaries --data FOLDER --upsampler bilinear-2x tile-2x --json FILE",
@@ -55,10 +55,10 @@ def read_result(path: Path, *tasks: str) -> dict[str, Any]:
 
     Args:
         path: JSON of ``featsharp eval TASK --json``.
-        tasks: Which it may be of; none: any.
+        tasks: Allowed tasks; none: any.
 
     Raises:
-        DataError: For a file that is missing, no JSON, no result, or of another task; it says how to make one.
+        DataError: For a file that is missing, no JSON, no result, or of another task, with the command to make one.
     """
     make = " or ".join(MAKERS[task] for task in tasks) or "featsharp eval TASK ... --json FILE"
     wanted = f"the result of {' or '.join(tasks)}" if tasks else "a result"
@@ -80,7 +80,7 @@ def entries(content: Mapping[str, Any]) -> Iterator[Entry]:
     """Iterate over the encoders of a result.
 
     Raises:
-        DataError: When the file has none, or one without what every result has.
+        DataError: When the file has none, or an incomplete one.
     """
     encoders = content.get("encoders")
     if not isinstance(encoders, dict) or not encoders:
@@ -100,7 +100,7 @@ def line_names(entries: Sequence[tuple[Hashable, Entry]]) -> list[str]:
     """Name the line of each encoder: by its upsampler, so that several factors make one line.
 
     Where a group (a panel of the figure) has several encoders of an upsampler at one factor, of other backbones or
-    checkpoints, all encoders of that upsampler go by their labels.
+    checkpoints, all encoders of that upsampler have their labels.
     """
     times = Counter((group, entry.upsampler, entry.factor) for group, entry in entries)
     shared = {upsampler for (_, upsampler, _), count in times.items() if count > 1}
@@ -111,7 +111,7 @@ def number(entry: Entry, name: str, file: object) -> Number:
     """Look up a number of an encoder's result by its name; "a/b" is b inside of a.
 
     Raises:
-        ConfigError: When there is none of that name; it lists those that there are.
+        ConfigError: For an unknown name, with all names.
     """
     numbers = dict(_numbers(entry.result))
     if name not in numbers:

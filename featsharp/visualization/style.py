@@ -1,7 +1,7 @@
-"""One look for all figures: size, fonts, colours, grids, files.
+"""Common style of all figures: size, fonts, colours, grids, files.
 
-Figures are matplotlib's, made without pyplot, so nothing is shared between them. Matplotlib is optional and imported
-when the first figure is made.
+Figures are matplotlib's, made without pyplot and its global state. Matplotlib is optional and imported when the first
+figure is made.
 """
 
 import io
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; their yellow is too pale for lines on white.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; their yellow is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # Markers differ too: for prints in grey.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT, GRID = "#222222", "#767676", "#DDDDDD"
-# Points: captions of pictures, titles, names of axes, what may be small.
+# Points: captions of pictures, titles, names of axes, small text.
 CAPTION, TITLE, TEXT, SMALL = 12, 10, 9, 8
 # Inches of the widest legend.
 LEGEND_WIDTH = 2.2
-# What a figure can be written as; pictures of dots at twice matplotlib's 100 per inch.
+# File formats; raster images at twice matplotlib's 100 dots per inch.
 FORMATS = ("png", "pdf", "svg")
 DOTS_PER_INCH = 200
 
@@ -37,7 +37,8 @@ def new_figure(width: float, height: float, *, compressed: bool = False) -> "Fig
     """Make an empty white figure, whose parts matplotlib lays out without overlap.
 
     Args:
-        width, height: Inches.
+        width: In inches.
+        height: In inches.
         compressed: Whether axes of fixed aspect move together, leaving the rest of the figure empty at its borders.
 
     Raises:
@@ -70,10 +71,10 @@ def style_axes(axes: "Axes", *, x: str, y: str, title: str = "") -> None:
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the ``number``-th line of a figure; the first 28 differ."""
-    turn, place = divmod(number, len(COLOURS))
-    dashes = ("-", "--", ":", "-.")[turn % 4]
-    return {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": dashes, "linewidth": 1.5, "markersize": 4.5}
+    """Return colour, marker and dashes of the ``number``-th line of a figure; the first 28 differ."""
+    cycle, index = divmod(number, len(COLOURS))
+    dashes = ("-", "--", ":", "-.")[cycle % 4]
+    return {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": dashes, "linewidth": 1.5, "markersize": 4.5}
 
 
 def factor_axis(axes: "Axes", factors: Sequence[float]) -> None:
@@ -100,7 +101,7 @@ def amount_axis(axes: "Axes", values: Sequence[float]) -> None:
 
 def error_bars(intervals: Sequence[tuple[float, float, float]], scale: float = 1.0) -> list[list[float]]:
     """Turn (value, low, high) each into the lengths below and above the values that matplotlib's errorbar takes."""
-    # Rounding, or a bootstrap far from its statistic, may leave a value outside of its own interval.
+    # Rounding, or a bootstrap far from its statistic, may leave a value outside of its interval.
     return [
         [scale * max(0.0, value - low) for value, low, _ in intervals],
         [scale * max(0.0, high - value) for value, _, high in intervals],
@@ -115,7 +116,7 @@ def line_handle(label: str, **style: Any) -> "Line2D":
 
 
 def legend_beside(figure: "Figure", handles: Sequence["Artist"]) -> None:
-    """Put one legend for a whole figure to its right; the figure grows by the legend's width, so panels keep theirs."""
+    """Add one legend at the right of a figure, which grows by the legend's width, so that panels keep theirs."""
     labels = [wrap(str(handle.get_label()), LEGEND_WIDTH, SMALL) for handle in handles]
     legend = figure.legend(handles, labels, loc="outside right upper", fontsize=SMALL, frameon=False)
     box = legend.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
@@ -129,7 +130,7 @@ def wrap(text: str, width: float, size: float) -> str:
 
 
 def check_output(path: Path) -> Path:
-    """Return the path of a figure, if it can be written as its suffix says.
+    """Return the path of a figure after a check of its suffix.
 
     Raises:
         ConfigError: For another suffix than .png, .pdf or .svg.
@@ -151,7 +152,7 @@ def save(figure: "Figure", path: Path) -> None:
     kind = check_output(path).suffix.lower().removeprefix(".")
     undated: dict[str, Any] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
     encoded = io.BytesIO()
-    # Letters as text of a scalable font in PDFs, and SVG names that do not change from run to run.
+    # Text in a scalable font in PDFs, and SVG names that do not change from run to run.
     with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "featsharp"}):
         figure.savefig(
             encoded, format=kind, dpi=DOTS_PER_INCH, metadata=undated[kind], bbox_inches="tight", pad_inches=0.04

@@ -1,7 +1,7 @@
 """Position biases as pictures (FeatSharp, arXiv 2502.16025, figure 11): the fixed pattern in a backbone's features.
 
-Two views of it, each in the PCA colours of its own: the bias buffer that an upsampler learned, and the mean feature map
-of many images, which is what is left of a backbone's features when contents average out.
+Two views of it, each in separate PCA colours: the bias buffer that an upsampler learned, and the mean feature map of
+many images, whose contents average out.
 """
 
 import argparse
@@ -66,12 +66,12 @@ def make_figure(arguments: argparse.Namespace) -> "Figure":
 
 @dataclass(frozen=True)
 class Pattern:
-    """A positional pattern and how strong it is.
+    """A positional pattern and its strength.
 
     Attributes:
         label: Of the model.
         features: [1, C, h, w] with spatial mean 0.
-        strengths: By name, 0 for none; the first decides the order.
+        strengths: By name, 0 for none; patterns are sorted by the first.
     """
 
     label: str
@@ -88,9 +88,9 @@ def mean_pattern(features: "Tensor") -> "Tensor":
 def learned_pattern(encoder: "SharpEncoder", features: "Tensor") -> "tuple[Tensor, float]":
     """Return the bias buffer of an encoder, and its strength: its rms over that of the features around their mean.
 
-    Both are taken in the backbone's own space, where the fitted normalizer knows the spread of the features over the
-    images it was fitted on. Without a fitted normalizer or an inverse, both are taken in normalised space, and the
-    spread is that of ``features``.
+    Both are computed in the backbone's space, where the fitted normalizer has the spread of the features over its
+    images. Without a fitted normalizer or an inverse, both are computed in normalised space, and the spread is that of
+    ``features``.
 
     Args:
         encoder: With a bias buffer.
@@ -118,7 +118,7 @@ def learned_pattern(encoder: "SharpEncoder", features: "Tensor") -> "tuple[Tenso
 
 
 def draw_bias(groups: Mapping[str, Sequence[Pattern]], *, cell: float = 1.9) -> "Figure":
-    """Draw lines of pictures for every group, the strongest pattern first, each picture in colours of its own.
+    """Draw lines of pictures for every group, the strongest pattern first, each picture in separate colours.
 
     Args:
         groups: By heading, such as "learned bias buffers"; groups without patterns are left out.
@@ -138,8 +138,8 @@ def draw_bias(groups: Mapping[str, Sequence[Pattern]], *, cell: float = 1.9) -> 
         for first in range(0, len(some), columns)
     ]
     figure = new_figure(cell * columns + 0.5, (cell + 0.8) * len(lines), compressed=True)
-    places = figure.subplots(len(lines), columns, squeeze=False)
-    for (heading, patterns), line in zip(lines, places, strict=True):
+    all_axes = figure.subplots(len(lines), columns, squeeze=False)
+    for (heading, patterns), line in zip(lines, all_axes, strict=True):
         line[0].set_ylabel(wrap(heading, cell, TITLE), fontsize=TITLE, color=INK)
         for axes, pattern in zip(line, patterns, strict=False):
             show_picture(axes, _picture(pattern.features), 1.0)

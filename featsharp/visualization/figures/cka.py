@@ -58,8 +58,8 @@ def draw_cka(matrices: Sequence[Matrix]) -> "Figure":
     lines = math.ceil(len(matrices) / PER_LINE)
     columns = math.ceil(len(matrices) / lines)  # so that all lines are about as long
     figure = new_figure(side * columns + 0.9, (side + 0.4) * lines, compressed=True)
-    places = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axes, matrix in zip(places, matrices, strict=False):
+    all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes, matrix in zip(all_axes, matrices, strict=False):
         picture = axes.imshow(matrix.values, vmin=0, vmax=1, cmap="viridis")
         for (row, column), value in np.ndenumerate(matrix.values):
             # White on the dark half of the colour map, ink on the bright one.
@@ -71,11 +71,11 @@ def draw_cka(matrices: Sequence[Matrix]) -> "Figure":
         axes.set_yticks(ticks, matrix.sizes)
         axes.tick_params(labelsize=SMALL, length=0, labelcolor=INK)
         axes.spines[:].set_visible(False)
-    for axes in places[len(matrices) :]:
+    for axes in all_axes[len(matrices) :]:
         axes.remove()
     figure.supxlabel("input size, destination (pixels)", fontsize=TEXT, color=INK)
     figure.supylabel("input size, source (pixels)", fontsize=TEXT, color=INK)
-    bar = figure.colorbar(picture, ax=places[: len(matrices)], aspect=22, pad=0.01, ticks=[0, 0.5, 1])
+    bar = figure.colorbar(picture, ax=all_axes[: len(matrices)], aspect=22, pad=0.01, ticks=[0, 0.5, 1])
     bar.set_label("linear CKA", fontsize=TEXT, color=INK)
     bar.ax.tick_params(labelsize=SMALL)
     bar.outline.set_visible(False)

@@ -1,6 +1,6 @@
 """Accuracy against cost (LiFT, arXiv 2403.14625, figure 1): a quality number of any task against operations or time.
 
-A point joins two results of one encoder, known by the key of its content: the cost is of the weights that are drawn.
+A point joins two results of one encoder by the key of its content, so that the cost is of the same weights.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from featsharp.visualization.style import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# By task: the number of a row that is the cost, and the units of an axis from small to large, each with its size.
+# By task: the key of the cost in a row, and the units of an axis from small to large, each with its size.
 COSTS = {
     "flops": ("total", (("MFLOP", 1e6), ("GFLOP", 1e9))),
     "throughput": ("ms_per_image", (("milliseconds", 1.0),)),
 }
-# Where factors stand beside their points, line by line: (right, up).
+# Positions of factors beside their points, line by line: (right, up).
 CORNERS = ((1, -1), (-1, 1), (1, 1), (-1, -1))
 
 
@@ -76,9 +76,9 @@ def read_cost(
         metric: Name of the number of those results.
 
     Raises:
-        ConfigError: For costs of both kinds, or a number that is not there.
-        DataError: When the cost of an encoder was not measured, or measured at another size; it says how to do so. For
-            a result that does not say which weights it is of. For two encoders of one label and factor.
+        ConfigError: For costs of both kinds, or a missing number.
+        DataError: When the cost of an encoder was not measured, or measured at another size, with the command to do so;
+            for a result without a key of its weights, and for two encoders of one label and factor.
     """
     tasks = sorted({content["task"] for content in costs})
     if len(tasks) != 1:
@@ -166,7 +166,7 @@ class _Cost(NamedTuple):
 
 
 def _costs_by_key(costs: Sequence[Mapping[str, Any]], task: str) -> dict[str, _Cost]:
-    """Costs by the key of the encoder's content; of untrained weights, which have none, nothing is drawn."""
+    """Collect costs by the key of the encoder's content; untrained weights have none."""
     known: dict[str, _Cost] = {}
     for content in costs:
         try:
@@ -182,7 +182,7 @@ def _costs_by_key(costs: Sequence[Mapping[str, Any]], task: str) -> dict[str, _C
 
 
 def _check_size(content: Mapping[str, Any], entry: Entry, native: tuple[int, int]) -> None:
-    """Refuse a quality that was measured at another size than the cost; files that name none are of the native size."""
+    """Raise DataError for a quality of another size than the cost; files without a size are of the native size."""
     size = entry.result.get("low_res_size") or (content.get("settings") or {}).get("low_res_size") or native
     if tuple(size) != native:
         raise DataError(

@@ -55,7 +55,7 @@ class Point(NamedTuple):
     factor: float
     miou: Number
     backbone: str = ""
-    identity: bool = False  # features as the backbone gives them, with no upsampler
+    identity: bool = False  # features of the backbone without an upsampler
 
 
 def read_miou(contents: Iterable[Mapping[str, Any]], metric: str = "miou") -> list[Point]:
@@ -90,15 +90,15 @@ def read_miou(contents: Iterable[Mapping[str, Any]], metric: str = "miou") -> li
 def draw_miou(points: Sequence[Point], metric: str = "miou") -> "Figure":
     """Draw mIoU in percent, or another number, with its 95 % interval.
 
-    Where the features of the backbone itself were measured ("identity"), the lines of all upsamplers without a point of
-    their own at factor 1 start there.
+    Where the features of the backbone itself were measured ("identity"), the lines of all upsamplers without a point at
+    factor 1 start there.
     """
     name, scale = axis_name(metric)
     sizes = sorted({point.size for point in points})
     lines = list(dict.fromkeys(point.line for point in points))
     figure = new_figure(0.4 + 2.9 * len(sizes), 3.1)
-    places = figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0]
-    for axes, size in zip(places, sizes, strict=True):
+    all_axes = figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0]
+    for axes, size in zip(all_axes, sizes, strict=True):
         for index, line in enumerate(lines):
             some = sorted((p for p in points if p.size == size and p.line == line), key=lambda p: p.factor)
             start = _start(points, some)
@@ -118,7 +118,7 @@ def draw_miou(points: Sequence[Point], metric: str = "miou") -> "Figure":
         style_axes(
             axes,
             x="upsampling factor",
-            y=name if axes is places[0] else "",
+            y=name if axes is all_axes[0] else "",
             title=f"input {size.height} x {size.width}",
         )
         factor_axis(axes, [p.factor for p in points if p.size == size])
@@ -127,7 +127,7 @@ def draw_miou(points: Sequence[Point], metric: str = "miou") -> "Figure":
 
 
 def _start(points: Sequence[Point], line: Sequence[Point]) -> Point | None:
-    """Find the point of the bare backbone that a line starts from, if it has none at factor 1 itself."""
+    """Find the point of the backbone that a line starts from, if the line has no point at factor 1."""
     if not line or line[0].factor <= 1:
         return None
     starts = [p for p in points if p.identity and (p.size, p.backbone) == (line[0].size, line[0].backbone)]

@@ -48,7 +48,7 @@ class PCARow:
         maps: By caption, [1, C, h, w] each.
         best: Caption of the map that the basis is fitted on.
         label: At the left of the row.
-        absent: By caption, why a map is missing.
+        absent: Reasons for missing maps, by caption.
     """
 
     image: "Tensor"
@@ -59,7 +59,7 @@ class PCARow:
 
 
 def pca_row(image: "Image", encoders: "Mapping[str, SharpEncoder]", *, real: bool = True, label: str = "") -> PCARow:
-    """Run one image through all encoders of one backbone."""
+    """Encode one image by all encoders of one backbone."""
     from featsharp.data.images import image_to_tensor
 
     backbone = next(iter(encoders.values())).backbone

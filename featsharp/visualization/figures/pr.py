@@ -61,7 +61,7 @@ def read_pr(contents: Iterable[Mapping[str, Any]]) -> list[Curve]:
 
 
 def draw_pr(curves: Sequence[Curve]) -> "Figure":
-    """Draw the curves; thresholds at which nothing was found (precision and recall 0) are no points of a line."""
+    """Draw the curves, without thresholds at which nothing was detected (precision and recall 0)."""
     figure = new_figure(4.2, 4.2)
     axes = figure.subplots()
     for f in EQUAL_F:

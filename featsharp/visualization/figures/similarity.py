@@ -1,6 +1,6 @@
 """Self-similarity maps (LiFT, arXiv 2403.14625): the cosine between the feature at one point and all others.
 
-Drawn from 0 to 1; what is negative is drawn as 0.
+Drawn from 0 to 1; negative values are drawn as 0.
 """
 
 import argparse
@@ -57,15 +57,15 @@ def self_similarity(features: "Tensor", at: tuple[float, float] = CENTRE) -> "Te
     """
     import torch.nn.functional as F
 
-    if not all(0 <= place <= 1 for place in at):
+    if not all(0 <= coordinate <= 1 for coordinate in at):
         raise ConfigError(f"the point is (y, x) from 0 to 1 of the picture; got {at[0]:g},{at[1]:g}")
     if features.ndim != 4 or len(features) != 1:
         raise InputError(f"self-similarity takes one map [1, C, h, w]; got {tuple(features.shape)}")
     if not features.isfinite().all():
         raise InputError("cannot draw features with NaN or infinite values")
     row, column = (
-        min(int(place * side), side - 1) for place, side in zip(at, features.shape[-2:], strict=True)
-    )  # the last cell holds its right and lower border too
+        min(int(coordinate * side), side - 1) for coordinate, side in zip(at, features.shape[-2:], strict=True)
+    )  # the last cell includes its right and lower border
     features = features[0].float()
     return F.cosine_similarity(features, features[:, row, column, None, None], dim=0)
 
@@ -77,21 +77,21 @@ def draw_similarity(
 
     Args:
         image: RGB [3, H, W] in [0, 1].
-        maps: By caption, [1, C, h, w] each; cells need not agree, the point lies at the same place of the picture.
+        maps: By caption, [1, C, h, w] each, of any size; the point is at the same position of the picture.
         at: (y, x) in [0, 1].
         colour_map: "viridis" or "gray".
     """
     pictures: dict[str, Tensor] = {"image": image}
     pictures |= {caption: self_similarity(features, at).clamp(min=0) for caption, features in maps.items()}
     aspect = image.shape[1] / image.shape[2]
-    figure, (places,) = picture_grid([Row(pictures, aspect)], colour_map=colour_map)
-    for caption, axes in places.items():
+    figure, (by_caption,) = picture_grid([Row(pictures, aspect)], colour_map=colour_map)
+    for caption, axes in by_caption.items():
         height, width = pictures[caption].shape[-2:]
         # Pixel i of a picture spans i - 0.5 to i + 0.5 in matplotlib.
         axes.plot(
             at[1] * width - 0.5, at[0] * height - 0.5, "o", color="#E00000", markersize=6, markeredgecolor="white"
         )
-    last = list(places.values())[-1]
+    last = list(by_caption.values())[-1]
     # As high as the pictures, which colorbar(ax=...) would not be.
     bar = figure.colorbar(last.images[0], cax=last.inset_axes((1.04, 0, 0.04, 1)), ticks=[0, 0.5, 1])
     bar.set_label("cosine,\nclipped to [0, 1]", fontsize=SMALL, color=INK)

@@ -1,7 +1,7 @@
-"""Time and memory that sharpness takes, by factor (FeatSharp, arXiv 2502.16025, figure 14).
+"""Time and memory by upsampling factor (FeatSharp, arXiv 2502.16025, figure 14).
 
 Left: time per token of the result. Middle: time per image with its quartiles, and of the upsampler alone, dashed. Both
-beside what they would be if every token took as long as at factor 1 ("linear"). Right: peak memory.
+with the time if every token took as long as at factor 1 ("linear"). Right: peak memory.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def make_figure(arguments: argparse.Namespace) -> "Figure":
 
 
 class Speed(NamedTuple):
-    """One way to a map, at one factor."""
+    """One curve at one factor."""
 
     curve: str
     factor: float
@@ -61,10 +61,10 @@ class Speed(NamedTuple):
 
 
 def read_throughput(content: Mapping[str, Any]) -> tuple[list[Speed], str]:
-    """Read the points of a result of ``featsharp eval throughput``, and a line that says where they were measured.
+    """Read the points of a result of ``featsharp eval throughput``, and a line with the settings and the machine.
 
     Raises:
-        DataError: When the file lacks what that task writes.
+        DataError: When the file is incomplete.
     """
     try:
         result, machine = content["result"], content["machine"]
