@@ -40,11 +40,11 @@ def parse_count(text: str) -> int:
 
 
 def check_inputs(paths: Iterable[Path], checkpoints: Iterable[str | Path] = ()) -> None:
-    """Refuse files that are absent before anything large is imported for them.
+    """Check that files exist before large packages are imported.
 
     Args:
         paths: Files or folders that a command reads.
-        checkpoints: Names of encoders, of which those of files are checked.
+        checkpoints: Names of encoders; those of files are checked.
 
     Raises:
         DataError: For the first of ``paths`` that does not exist.

@@ -34,17 +34,17 @@ if TYPE_CHECKING:
 class TaskEntry(NamedTuple):
     """A line of :data:`TASKS`: the module and class of a task, and its line in the help."""
 
-    place: str
+    path: str
     line: str
 
     def load(self) -> Any:
         """Import the class of the task."""
-        module, _, name = self.place.partition(":")
+        module, _, name = self.path.partition(":")
         return getattr(importlib.import_module(module), name)
 
 
-# The chosen task alone is imported. One with encoders is a featsharp.evaluation.runner.Task; others have `run`, which
-# returns the result, and `table`, which returns its lines.
+# Only the chosen task is imported. One with encoders is a featsharp.evaluation.runner.Task; others have `run`, which
+# returns the result, and `table`, which formats it.
 TASKS = {
     "fidelity": TaskEntry(
         "featsharp.evaluation.fidelity:FidelityTask", "does the sharp map agree with the features of other views?"
@@ -89,7 +89,7 @@ TASKS = {
     ),
 }
 
-# Types of settings that argparse has no name for.
+# Parsers of the types of settings beyond those of argparse.
 PARSERS: dict[Any, Callable[[str], Any]] = {"count": parse_count, "size": parse_size}
 
 
@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
 def find_subjects(
     arguments: argparse.Namespace, device: "torch.device", dtype: "torch.dtype | None"
 ) -> "list[Subject]":
-    """The encoders of a command, none of them loaded."""
+    """List the encoders of a command, without loading them."""
     subjects: dict[str, Subject] = {}
     wanted = [(text, False) for text in arguments.checkpoint or []] + [(t, True) for t in arguments.upsampler or []]
     if not wanted:
@@ -169,7 +169,7 @@ def find_subjects(
 
 
 def image_quality(images: Path, limit: int) -> "Callable[[SharpEncoder], dict[str, float]]":
-    """Measure of an encoder for a recommendation: zoom cosine and fidelity on the first images of a folder."""
+    """Make a measure of encoders for a recommendation: zoom cosine and fidelity on the first images of a folder."""
     from featsharp.evaluation.fidelity import FidelityTask
     from featsharp.evaluation.runner import Subject, Task, evaluate
     from featsharp.evaluation.zoom import ZoomTask
@@ -256,7 +256,7 @@ def _subject(
 
 
 def _command(given: Sequence[str]) -> str:
-    """The command as given, but with the names of files outside of the current folder for their paths."""
+    """Format the command, with names instead of paths for files outside of the current folder."""
     return shlex.join(["featsharp", *(_name(argument) for argument in given)])
 
 
@@ -265,7 +265,7 @@ def _named(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(text: str) -> str:
-    label, separator, place = text.rpartition("=")
-    path = Path(place)
+    label, separator, rest = text.rpartition("=")
+    path = Path(rest)
     outside = path.is_absolute() or ".." in path.parts
     return f"{label}{separator}{path.name}" if outside else text

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def protect_inputs(arguments: argparse.Namespace) -> None:
-    """Refuse to write the figure over a file that it is made from.
+    """Check that the figure does not overwrite one of its inputs.
 
     Raises:
         ConfigError: When the output is one of the images, results or checkpoints.

@@ -92,12 +92,12 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-def _line(label: str, found: "Reconstruction") -> str:
-    return f"{label} fidelity {found.fidelity:.3f}, cosine {found.cosine:.4f}"
+def _line(label: str, score: "Reconstruction") -> str:
+    return f"{label} fidelity {score.fidelity:.3f}, cosine {score.cosine:.4f}"
 
 
 def _protect_files(source: Path, file: Path, results: list[Path]) -> None:
-    """Refuse to write over the input, or over results of something else than this fit."""
+    """Check that results overwrite neither the input nor files that are not from this fit."""
     for result in results:
         if result.resolve() == source.resolve():
             raise ConfigError(f"the result {result} would overwrite the input; choose another folder with -o")

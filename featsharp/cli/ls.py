@@ -45,15 +45,15 @@ def _lines(kind: str) -> Iterator[str]:
     """Yield the lines about one kind for a terminal: names and facts in columns, then text, below it a note."""
     facts: list[tuple[str, ...]]
     if kind == "backbones":
-        found = list(backbone_rows())
-        facts = [("name", "weights"), *((name, _weights_text(name)) for name, *_ in found)]
-        texts = ["what it is (= what the name stands for)", *(description for _, description, *_ in found)]
-        notes = ["", *("" if target == "-" else f"= {target}" for _, _, target, _ in found)]
+        rows = list(backbone_rows())
+        facts = [("name", "weights"), *((name, _weights_text(name)) for name, *_ in rows)]
+        texts = ["what it is (= what the name stands for)", *(description for _, description, *_ in rows)]
+        notes = ["", *("" if target == "-" else f"= {target}" for _, _, target, _ in rows)]
     elif kind == "upsamplers":
-        found = list(upsampler_rows())
-        facts = [(row[0], *row[2:7]) for row in (COLUMNS, *found)]
+        rows = list(upsampler_rows())
+        facts = [(row[0], *row[2:7]) for row in (COLUMNS, *rows)]
         texts = [""] * len(facts)
-        notes = ["", *(f"{does} ({source}); needs {needs}".replace(" (-)", "") for _, needs, *_, does, source in found)]
+        notes = ["", *(f"{does} ({source}); needs {needs}".replace(" (-)", "") for _, needs, *_, does, source in rows)]
     else:
         facts = [(name,) for name, _ in _rows(kind)]
         texts = [text for _, text in _rows(kind)]
@@ -82,13 +82,13 @@ def upsampler_rows() -> Iterable[tuple[str, ...]]:
     from featsharp.upsamplers import UPSAMPLERS, Upsampler
 
     for entry in UPSAMPLERS.entries():
-        # A factory that is no class says nothing about itself.
+        # A factory that is no class has no such attributes.
         is_class = isinstance(entry.factory, type) and issubclass(entry.factory, Upsampler)
         kind: Any = entry.factory if is_class else Upsampler
         try:
             cost = count_cost(entry.factory(EMBED_DIM, 1 if kind.factors == "one" else 2))
             parameters, relative = f"{cost.parameters:,}", f"{cost.relative:.2f}"
-        except ConfigError:  # wants a function of the user's, whose cost nobody knows
+        except ConfigError:  # needs a function of the user, of unknown cost
             parameters = relative = "-"
         trained = "yes" if kind.trainable else "no"
         yield (

@@ -1,6 +1,6 @@
 """The ``featsharp`` command: one module per sub-command, each with ``add_arguments`` and ``run``.
 
-A module imports nothing large before ``run``: help is instant, and a missing file is noticed at once.
+A module imports no large package before ``run``: help is instant, and a missing file is reported at once.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     set_up_terminal()
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where "module:function" is looked for last, as python -m does first
+        sys.path.append(os.getcwd())  # for "module:function"; last, so that it hides no installed module
     parser = _Parser(prog="featsharp", description="Sharp feature maps of vision foundation models.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Every parser and sub-parser: takes -v and -q, and says what is wrong in one line; ``--help`` gives the usage."""
+    """Parser with -v and -q, and errors of one line; ``--help`` gives the usage."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -1,4 +1,4 @@
-"""Files that the sub-commands which make features of a picture write."""
+"""Files of features of a picture, as the sub-commands write them."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ PICTURE_SIDE = 448
 
 
 def metadata_of(image: Image.Image) -> dict[str, str]:
-    """Texts for the header of a file of features."""
+    """Make the metadata of a file of features."""
     return {"image_size": f"{image.height}x{image.width}", "layout": "CHW"}
 
 
@@ -44,7 +44,7 @@ def save_comparison(path: Path, image: Image.Image, low_res: Tensor, high_res: T
         label: Caption of the sharp features, beside their size.
 
     Raises:
-        InputError: Where there are too few features to find colours from.
+        InputError: For too few features for a PCA.
     """
     scale = PICTURE_SIDE / max(image.size)
     shape = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))

@@ -19,5 +19,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from featsharp.train import main
 
-    place = arguments.argv.index("train")  # -v and -q may stand before it
-    return main([*arguments.argv[:place], *arguments.argv[place + 1 :]])
+    index = arguments.argv.index("train")  # -v and -q may stand before it
+    return main([*arguments.argv[:index], *arguments.argv[index + 1 :]])

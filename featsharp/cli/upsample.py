@@ -123,10 +123,10 @@ def _jobs(paths: list[Path], output: Path) -> Iterator[tuple[Path, Path]]:
     taken: dict[Path, Path] = {}
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and is_image_name(p.name))
-            if not found:
+            images = sorted(p for p in path.rglob("*") if p.is_file() and is_image_name(p.name))
+            if not images:
                 raise DataError(f"{path} holds no image; it should contain .jpg, .png or other pictures")
-            pairs = [(p, output / p.relative_to(path)) for p in found]
+            pairs = [(image, output / image.relative_to(path)) for image in images]
         else:
             pairs = [(path, output / path.name)]
         for source, target in pairs:
@@ -139,7 +139,7 @@ def _jobs(paths: list[Path], output: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _protect_files(jobs: list[tuple[Path, Path]]) -> None:
-    """Refuse to write over an input, or over a picture that is not the result of an earlier run."""
+    """Check that results overwrite neither an input nor a picture that is not from an earlier run."""
     sources = {source.resolve() for source, _ in jobs}
     for source, target in jobs:
         picture, features = _results(target)

@@ -8,10 +8,10 @@ DEFAULT = "vits14-focus/featsharp-2x"
 
 
 def list_weights() -> list[str]:
-    """Names that ``load_from_file`` takes in place of a path."""
+    """List the names that ``load_from_file`` takes instead of a path."""
     return sorted(path.relative_to(HOME).with_suffix("").as_posix() for path in HOME.glob("*/*.safetensors"))
 
 
 def find_weights(name: str) -> Path | None:
-    """The file of shipped weights; None where no weights have that name."""
+    """Return the file of shipped weights; None where no weights have that name."""
     return HOME / f"{name}.safetensors" if name in list_weights() else None
