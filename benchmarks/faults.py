@@ -1,10 +1,10 @@
-"""What a training survives: being killed again and again, a full disk, damaged files, images that are none.
+"""Test trainings against faults: being killed again and again, a full disk, damaged files and images.
 
     python benchmarks/faults.py --kills 50 --output benchmarks/results/faults.md
 
 One training is killed with SIGKILL at random moments and started again with the same command each time; in the end its
 checkpoints must equal those of a training that nobody disturbed, bit for bit. A second one, killed a fifth as often,
-reads shards from commands, most of whose images are left out. Then follow the cases of `CASES`, a whole run of the
+reads shards from commands, most of whose images are left out. Then follow the cases of `CASES`, a run of the
 command each. Everything runs on the CPU with a toy backbone and pictures that are made here.
 """
 
@@ -60,18 +60,18 @@ BEFORE_FIRST, STARTING, WRITING, STEPPING = (
 class KillSeries(NamedTuple):
     """Outcome of one killed training."""
 
-    moments: Counter[str]  # in what moments it was killed, how often
+    moments: Counter[str]  # number of kills by moment
     steps: int
-    different: list[str]  # what in its checkpoints is not as without kills
+    different: list[str]  # keys of its checkpoints that differ from those of the undisturbed run
     leftovers: list[str]  # files that the undisturbed run does not have
 
 
 class Case(NamedTuple):
-    """A fault, what should come of it, and the check that it did: an empty text, or what was found instead."""
+    """A fault, the expected outcome, and a check that returns an empty text or the actual outcome."""
 
     fault: str
     expected: str
-    found: Callable[[Path], str]
+    check: Callable[[Path], str]
 
 
 def main() -> int:
@@ -87,13 +87,13 @@ def main() -> int:
         series.append(kill_series(Path(folder, "streams"), max(1, arguments.kills // 5), arguments.seed, streams=True))
         print(series[1], flush=True)
     seconds = time.perf_counter() - start
-    found = []
+    outcomes = []
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
-            found.append(case.found(Path(folder)))
-        print(f"{case.fault}: {found[-1] or 'as expected'}", flush=True)
-    arguments.output.write_text(report(series, seconds, found, source))
-    return 1 if any(one.different or one.leftovers for one in series) or any(found) else 0
+            outcomes.append(case.check(Path(folder)))
+        print(f"{case.fault}: {outcomes[-1] or 'as expected'}", flush=True)
+    arguments.output.write_text(report(series, seconds, outcomes, source))
+    return 1 if any(one.different or one.leftovers for one in series) or any(outcomes) else 0
 
 
 # The kill series
@@ -112,7 +112,7 @@ def kill_series(folder: Path, kills: int, seed: int = 0, *, streams: bool = Fals
         settings[-1] = f"train_data_dir=[['{command}', 2], '{folder / 'photos'}']"
         settings += [f"{key}={folder / 'photos'}" for key in ("val_data_dir", "dist_train_data_dir")]
     steps = max(64, 8 * kills)  # enough that none ends before its kill, however the load of the machine changes
-    whole, parts = (Life(folder, name, steps, settings) for name in ("whole", "parts"))
+    whole, killed = (Life(folder, name, steps, settings) for name in ("whole", "killed"))
     whole.start("dry_run=true").join()  # imports all; how long the next ones take is what is measured
     start = time.perf_counter()
     process = whole.start()
@@ -126,30 +126,30 @@ def kill_series(folder: Path, kills: int, seed: int = 0, *, streams: bool = Fals
     draw = random.Random(seed)
     moments: Counter[str] = Counter()
     for number in range(kills):
-        before = parts.last_change()
-        process = parts.start(*([] if streams else [f"num_workers={number % 2}"]))
+        before = killed.last_change()
+        process = killed.start(*([] if streams else [f"num_workers={number % 2}"]))
         if number <= kills // 10:
             time.sleep(draw.uniform(0, until_first))
         elif number % 2:
             time.sleep(draw.uniform(0, 1.3 * until_first))
         else:
-            parts.wait_for_checkpoint(process)
+            killed.wait_for_checkpoint(process)
             time.sleep(draw.uniform(0, 6 * per_step))
         process.kill()
         process.join()
         if process.exitcode != -9:
-            raise RuntimeError(f"ended before kill {number + 1} with {process.exitcode}:\n{parts.log.read_text()}")
-        moments[parts.moment(before)] += 1
-    process = parts.start()
+            raise RuntimeError(f"ended before kill {number + 1} with {process.exitcode}:\n{killed.log.read_text()}")
+        moments[killed.moment(before)] += 1
+    process = killed.start()
     process.join()
     if process.exitcode != 0:
-        raise RuntimeError(f"the last life failed:\n{parts.log.read_text()}")
+        raise RuntimeError(f"the last life failed:\n{killed.log.read_text()}")
     different = [
         f"{name}: {key}"
         for name in ("last.pth", "best.pth")
-        for key in differences(whole.content(name), parts.content(name))
+        for key in differences(whole.content(name), killed.content(name))
     ]
-    leftovers = {path.name for path in parts.folder.iterdir()} - {path.name for path in whole.folder.iterdir()}
+    leftovers = {path.name for path in killed.folder.iterdir()} - {path.name for path in whole.folder.iterdir()}
     return KillSeries(moments, steps, different, sorted(leftovers))
 
 
@@ -165,7 +165,7 @@ class Life:
         ]
 
     def start(self, *overrides: str) -> BaseProcess:
-        """Start it in a process of its own, which is there at once: a server that has imported all forks it."""
+        """Start it in a new process, forked at once by a server that has imported everything."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", "featsharp.train"])
         arguments = [*self.arguments, *overrides]
@@ -174,17 +174,17 @@ class Life:
         return process
 
     def last_change(self) -> int:
-        """When the last checkpoint was written; 0: never."""
+        """Time of the last checkpoint in nanoseconds; 0: none was written."""
         return self.last.stat().st_mtime_ns if self.last.exists() else 0
 
     def wait_for_checkpoint(self, process: BaseProcess) -> None:
-        """Until the process has written a checkpoint, or ended."""
+        """Wait until the process has written a checkpoint or ended."""
         before = self.last_change()
         while self.last_change() == before and process.is_alive():
             time.sleep(0.002)
 
     def moment(self, before: int) -> str:
-        """What it was doing when it was killed, if its last checkpoint was of time ``before`` when it was started."""
+        """Name the moment it was killed at, given the time of its last checkpoint ``before`` it was started."""
         if any(self.folder.glob(".*.pth.*.tmp")):
             return WRITING
         if self.last_change() == 0:
@@ -192,14 +192,14 @@ class Life:
         return STARTING if self.last_change() == before else STEPPING
 
     def content(self, name: str) -> dict[str, Any]:
-        """A checkpoint without what names its place."""
+        """Content of a checkpoint without paths and the number of workers."""
         content = read_checkpoint(self.folder / name)
-        places = {"output_root", "num_workers", "feature_cache"}
-        return {**content, "config": {k: v for k, v in content["config"].items() if k not in places}}
+        ignored = {"output_root", "num_workers", "feature_cache"}
+        return {**content, "config": {k: v for k, v in content["config"].items() if k not in ignored}}
 
 
 def run_training(arguments: list[str], log: str, cache: str) -> None:
-    """The command in this process, its output appended to ``log``."""
+    """Run the command in this process and append its output to ``log``."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -210,7 +210,7 @@ def run_training(arguments: list[str], log: str, cache: str) -> None:
 
 
 def differences(a: object, b: object, name: str = "") -> Iterator[str]:
-    """The dotted names of all that two nested contents do not have in common, to the last bit."""
+    """Yield the dotted names of all values that differ, to the last bit, between two nested contents."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted({*a, *b}, key=str):
             if key in a and key in b:
@@ -280,7 +280,7 @@ def tar_of(path: Path, members: dict[str, bytes]) -> None:
 
 
 def run(folder: Path, *overrides: str) -> tuple[int, str]:
-    """The command in a process of its own; exit status and what it printed."""
+    """Run the command in a new process; returns the exit status and its output."""
     log = folder / "log"
     log.unlink(missing_ok=True)
     arguments = [*COMMON, *SHORT, f"train_data_dir={folder / 'data'}", f"output_root={folder / 'out'}"]
@@ -292,9 +292,9 @@ def run(folder: Path, *overrides: str) -> tuple[int, str]:
 
 
 def skipped(make: Callable[[Path], None], reason: str) -> Callable[[Path], str]:
-    """The check that what ``make`` puts beside good pictures is counted for ``reason`` and training goes on."""
+    """Return a check that files made beside good pictures are counted under ``reason`` and training goes on."""
 
-    def found(folder: Path) -> str:
+    def check(folder: Path) -> str:
         photos(folder / "data", count=2)
         make(folder / "data")
         status, text = run(folder, "batch_size=4")
@@ -302,27 +302,29 @@ def skipped(make: Callable[[Path], None], reason: str) -> Callable[[Path], str]:
         good = status == 0 and reason in account and "Traceback" not in text
         return "" if good and (folder / "out" / "last.pth").exists() else f"status {status}: {text[-500:]}"
 
-    return found
+    return check
 
 
-def refused(make: Callable[[Path], None], said: str) -> Callable[[Path], str]:
-    """The check that data made by ``make`` is refused in one line, before anything is trained."""
+def refused(make: Callable[[Path], None], message: str) -> Callable[[Path], str]:
+    """Return a check that data from ``make`` are refused in one line that has ``message``, before any training."""
 
-    def found(folder: Path) -> str:
+    def check(folder: Path) -> str:
         (folder / "data").mkdir()
         make(folder / "data")
         status, text = run(folder)
-        good = status == 1 and said in text and "Traceback" not in text
+        good = status == 1 and message in text and "Traceback" not in text
         return "" if good and not list(folder.rglob("*.pth")) else f"status {status}: {text[-500:]}"
 
-    return found
+    return check
 
 
-def kept(damage: Callable[[Path], object], said: str, *overrides: str, intact: bool = True) -> Callable[[Path], str]:
-    """The check that a second run after ``damage`` to the folder of the first one ends with a line that has ``said``,
-    and leaves the checkpoint as it was found (``intact``: as the first run wrote it)."""
+def kept(damage: Callable[[Path], object], message: str, *overrides: str, intact: bool = True) -> Callable[[Path], str]:
+    """Return a check that a second run, after ``damage`` to the folder of the first, fails with ``message``.
 
-    def found(folder: Path) -> str:
+    It must not change the checkpoint (``intact``: nor may ``damage``).
+    """
+
+    def check(folder: Path) -> str:
         photos(folder / "data", count=2)
         status, text = run(folder)
         last = folder / "out" / "last.pth"
@@ -330,10 +332,10 @@ def kept(damage: Callable[[Path], object], said: str, *overrides: str, intact: b
         damage(folder)
         present = last.read_bytes()
         status, text = run(folder, "num_training_steps=4", *overrides)
-        good = status == 1 and said in text and "Traceback" not in text and last.read_bytes() == present
+        good = status == 1 and message in text and "Traceback" not in text and last.read_bytes() == present
         return "" if good and (not intact or present == written) else f"status {status}: {text[-500:]}"
 
-    return found
+    return check
 
 
 def full_disk(folder: Path) -> str:
@@ -343,12 +345,12 @@ def full_disk(folder: Path) -> str:
     run(folder)
     last = folder / "out" / "last.pth"
     written = last.read_bytes()
-    # In this very process, as that which forks the others does not share its limits.
+    # In this process: the server that forks the others does not share its limits.
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(written) // 2, limits[1]))
         try:
-            places = [f"train_data_dir={folder / 'data'}", f"output_root={folder / 'out'}"]
-            status = train([*COMMON, *SHORT, *places, "num_training_steps=4"])
+            folders = [f"train_data_dir={folder / 'data'}", f"output_root={folder / 'out'}"]
+            status = train([*COMMON, *SHORT, *folders, "num_training_steps=4"])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     good = status == 1 and "cannot write checkpoint" in errors.getvalue() and last.read_bytes() == written
@@ -376,8 +378,8 @@ def malicious(folder: Path) -> str:
     def plant(folder: Path) -> None:
         torch.save({"format": "featsharp", "model": Malicious(folder / "trace")}, folder / "out" / "last.pth")
 
-    found = kept(plant, "could run code; it was not loaded", intact=False)(folder)
-    return "its code ran" if (folder / "trace").exists() else found
+    outcome = kept(plant, "could run code; it was not loaded", intact=False)(folder)
+    return "its code ran" if (folder / "trace").exists() else outcome
 
 
 def cut_tar(folder: Path) -> None:
@@ -392,7 +394,7 @@ def hostile_tar(folder: Path) -> None:
 
 
 def write(name: str, content: bytes) -> Callable[[Path], None]:
-    """Puts one file into the data."""
+    """Return a function that writes one file into the data."""
 
     def make(folder: Path) -> None:
         (folder / name).write_bytes(content)
@@ -437,7 +439,7 @@ CASES = [
 # The report
 
 
-def report(series: list[KillSeries], seconds: float, found: list[str], source: str) -> str:
+def report(series: list[KillSeries], seconds: float, outcomes: list[str], source: str) -> str:
     """The page in Markdown."""
     machine = describe_machine(torch.device("cpu"))
     moments = Counter(dict.fromkeys((BEFORE_FIRST, STARTING, WRITING, STEPPING), 0))
@@ -446,14 +448,14 @@ def report(series: list[KillSeries], seconds: float, found: list[str], source: s
     rows = [f"| {moment} | {' | '.join(str(one.moments[moment]) for one in series)} |" for moment in moments]
     cases = [
         f"| {case.fault} | {case.expected} | {'yes' if not wrong else 'no: ' + wrong.replace(chr(10), ' ')} |"
-        for case, wrong in zip(CASES, found, strict=True)
+        for case, wrong in zip(CASES, outcomes, strict=True)
     ]
     return "\n".join(
         [
             "# Faults",
             "",
             *(
-                said_of(one, data)
+                describe(one, data)
                 for one, data in zip(series, ("files, stored features", "streams, most of it left out"), strict=True)
             ),
             f"Both took {seconds:.0f} seconds.",
@@ -476,7 +478,7 @@ def report(series: list[KillSeries], seconds: float, found: list[str], source: s
     )
 
 
-def said_of(series: KillSeries, data: str) -> str:
+def describe(series: KillSeries, data: str) -> str:
     """A paragraph on one training."""
     equal = f"differ: {', '.join(series.different)}" if series.different else "equal those of the undisturbed training"
     return (

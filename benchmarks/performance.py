@@ -29,7 +29,7 @@ tokens of 384 channels, those of a 224 x 224 image under a ViT-S/14; batch 1, fl
 
 def main() -> None:
     ops, encode = (json.loads((RESULTS / f"{name}-cpu.json").read_text()) for name in ("ops", "encode"))
-    parts = [
+    sections = [
         INTRODUCTION,
         describe(ops),
         "![Time by factor, and cost per output cell by size](assets/performance.png)",
@@ -48,7 +48,7 @@ def main() -> None:
         + "\n\n"
         + encode_table(encode),
     ]
-    (DOCS / "performance.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
+    (DOCS / "performance.md").write_text("\n\n".join(section.strip() for section in sections) + "\n")
     draw(ops, DOCS / "assets" / "performance.png")
 
 

@@ -1,7 +1,7 @@
-"""Train upsamplers on the same photographs with the same steps, and measure them on the others.
+r"""Train upsamplers on the same photographs with the same steps, and measure them on the others.
 
     python benchmarks/quality.py --photos PHOTOS --steps 1500 --output benchmarks/results/quality-vits14-focus-cpu
-    python benchmarks/quality.py --photos PHOTOS --steps 120 --before --upsamplers sapa-2x "jafar-2x objective=jafar" \\
+    python benchmarks/quality.py --photos PHOTOS --steps 120 --before --upsamplers sapa-2x "jafar-2x objective=jafar" \
         --output benchmarks/results/upsamplers-quality-cpu
 
 The first --train-count photographs by name train, the rest are held out. An upsampler is a value of +upsampler=, with
@@ -52,9 +52,9 @@ def main() -> None:
     size = tuple(2 * side for side in load_backbone_size(arguments.backbone))
     rows: dict[str, dict[str, Estimate]] = {}
 
-    def add_row(label: str, encoder: SharpEncoder, own: torch.nn.Module | None = None) -> None:
+    def add_row(label: str, encoder: SharpEncoder, downsampler: torch.nn.Module | None = None) -> None:
         encoder.backbone.autocast_dtype = backbone_dtype
-        rows[label] = measure(encoder, own, arguments.work / "heldout", size, arguments.heldout_count)
+        rows[label] = measure(encoder, downsampler, arguments.work / "heldout", size, arguments.heldout_count)
         print(label, {name: round(estimate.value, 4) for name, estimate in rows[label].items()}, flush=True)
 
     for label, (name, factor) in untrained.items():
@@ -96,12 +96,12 @@ def split_photos(photos: Path, work: Path, train_count: int) -> None:
 
 
 def run_folder(upsampler: str, arguments: argparse.Namespace) -> Path:
-    """Where the training of an upsampler goes."""
+    """Folder of the training of an upsampler."""
     return arguments.work / upsampler.replace(" ", ",")
 
 
 def train_one(upsampler: str, arguments: argparse.Namespace) -> float:
-    """Train to the last step, or go on; returns the median seconds per step of the run that finished it."""
+    """Train to the last step or resume; returns the median seconds per step of the run that finished it."""
     folder = run_folder(upsampler, arguments)
     timing = folder / "seconds.json"
     name, *overrides = upsampler.split()
@@ -145,13 +145,17 @@ def load_backbone_size(name: str) -> tuple[int, int]:
 
 
 def measure(
-    encoder: SharpEncoder, own: torch.nn.Module | None, folder: Path, size: tuple[int, ...], limit: int | None
+    encoder: SharpEncoder,
+    downsampler: torch.nn.Module | None,
+    folder: Path,
+    size: tuple[int, ...],
+    limit: int | None,
 ) -> dict[str, Estimate]:
-    """Fidelity (area and own downsampler), cosine and zoom cosine over a folder, all at one input size.
+    """Fidelity (area and learned downsampler), cosine and zoom cosine over a folder, all at one input size.
 
-    "kept" is the cosine of the map, averaged over low-resolution cells, with the low-resolution features.
+    "kept" is the cosine of the map, averaged over low-resolution tokens, with the low-resolution features.
     """
-    fidelity = FidelityMeter(encoder, downsamplers={} if own is None else {"own": own}, size=(size[0], size[1]))
+    fidelity = FidelityMeter(encoder, downsamplers={} if downsampler is None else {"own": downsampler}, size=(size[0], size[1]))
     zoom = ZoomMeter(encoder)
     kept = []
     for _, image in ImageSet(folder, limit=limit):
@@ -170,7 +174,7 @@ def write_report(
     size: tuple[int, ...],
     source: str,
 ) -> None:
-    """OUTPUT.json with everything, OUTPUT.md for people."""
+    """Write OUTPUT.json with all figures and OUTPUT.md with the table."""
     settings = [f"--train-count {arguments.train_count}", f"--steps {arguments.steps}"]
     settings.append(f"--batch-size {arguments.batch_size}")
     if arguments.heldout_count is not None:
@@ -207,7 +211,7 @@ def write_report(
         f"Trained on the first {arguments.train_count} photographs by name, {arguments.steps} steps of batch "
         f"{arguments.batch_size}, measured on {arguments.heldout_count or 'all'} of the others. Input {size[0]}, "
         f"low-resolution pass {size[0] // 2}. Higher is better in every column but the last; brackets are 95 % "
-        'bootstrap intervals over images. "Kept" is the cosine of the map, averaged over each low-resolution cell, '
+        'bootstrap intervals over images. "Kept" is the cosine of the map, averaged over each low-resolution token, '
         "with the low-resolution features.",
         "",
         "| encoder | fidelity (area) | fidelity (own downsampler) | cosine | zoom cosine | kept | seconds per step |",

@@ -1,7 +1,7 @@
 """Fill the tables of docs/results.md from the files of `featsharp eval --json`.
 
     python benchmarks/results_page.py            rewrite the tables
-    python benchmarks/results_page.py --check    fail where the page is not what the files say
+    python benchmarks/results_page.py --check    fail where the page differs from the files
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is one of TABLES. The files lie in
 benchmarks/results/eval: TASK@WHAT.json, those of one task in one table. Below each table stand its commands.
@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "eval"
 
 
 class Table(NamedTuple):
-    """Which numbers of which task, and how they are written."""
+    """Metrics of a task and their format."""
 
     task: str
     columns: dict[str, str]  # metric in the file -> heading
@@ -51,7 +51,7 @@ def main() -> int:
     if check:
         if before != after:
             print(
-                f"{PAGE.name} is not what the result files say; run python benchmarks/results_page.py", file=sys.stderr
+                f"{PAGE.name} does not match the result files; run python benchmarks/results_page.py", file=sys.stderr
             )
         return int(before != after)
     PAGE.write_text(after, encoding="utf-8")
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def fill(page: str, results: Path) -> str:
-    """The page with every table written anew."""
+    """Return the page with every table rendered anew."""
 
     def table(match: re.Match[str]) -> str:
         if match[1] not in TABLES:
@@ -77,21 +77,21 @@ def render(table: Table, results: Path) -> str:
     columns = table.columns
     lines = [f"| encoder | {' | '.join(columns.values())} |", f"|{'---|' * (len(columns) + 1)}"]
     for content in files:
-        for label, found in content["encoders"].items():
-            cells = [cell(found["result"].get(metric), table) for metric in columns]
+        for label, encoder in content["encoders"].items():
+            cells = [cell(encoder["result"].get(metric), table) for metric in columns]
             lines.append(f"| {label} | {' | '.join(cells)} |")
     sources = []
     for content in files:
-        counts = {len(found["items"]) for found in content["encoders"].values()}
-        skipped = sum(len(found["skipped"]) for found in content["encoders"].values())
+        counts = {len(encoder["items"]) for encoder in content["encoders"].values()}
+        skipped = sum(len(encoder["skipped"]) for encoder in content["encoders"].values())
         sources.append(f"- `{content['command']}` ({'/'.join(map(str, sorted(counts)))} items, {skipped} skipped)")
     return "\n".join([*lines, "", *sources, *(f"- {text}" for text in sorted({machine(content) for content in files}))])
 
 
 def machine(content: dict[str, Any]) -> str:
-    """What a file was measured on and with."""
+    """Machine, torch version and backbone type of a measurement."""
     about = content["machine"]
-    types = sorted({str(found["backbone_autocast"] or "float32") for found in content["encoders"].values()})
+    types = sorted({str(encoder["backbone_autocast"] or "float32") for encoder in content["encoders"].values()})
     passes = f"backbone passes in {', '.join(types)}"
     return f"{about['processor']}, {about['device']}, torch {about['torch']}, {passes}"
 

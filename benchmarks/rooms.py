@@ -45,7 +45,7 @@ class Walk:
     Attributes:
         entered: All files, in the order of their first call.
         walked: Those that a reader has to open.
-        climbs: Calls (from file, to file, function), each pair of places once.
+        climbs: Calls (from file, to file, function), each once.
     """
 
     entered: dict[str, None] = field(default_factory=dict)
@@ -61,22 +61,22 @@ def record(call: Callable[[], object], until: str = "") -> Walk:
         until: Qualified name of a function at whose start recording ends.
     """
     levels, walk = read_levels(), Walk()
-    # Of each running frame: the walked file at it, None inside of what is not walked.
-    places: dict[FrameType, str | None] = {}
+    # Walked file of each running frame; None inside calls that are not walked.
+    files: dict[FrameType, str | None] = {}
     stopped = False
 
     def profile(frame: FrameType, event: str, _: object) -> None:
         nonlocal stopped
         if event == "return":
-            places.pop(frame, None)
+            files.pop(frame, None)
         if event != "call" or stopped:
             return
         code = frame.f_code
         caller = frame.f_back
-        before = places.get(caller, "") if caller is not None else ""
+        before = files.get(caller, "") if caller is not None else ""
         path = Path(code.co_filename)
         if not path.is_relative_to(PACKAGE) or code.co_name == "<module>":
-            places[frame] = before
+            files[frame] = before
             return
         if until and code.co_qualname == until:
             stopped = True
@@ -84,11 +84,11 @@ def record(call: Callable[[], object], until: str = "") -> Walk:
         file = path.relative_to(PACKAGE).as_posix()
         walk.entered.setdefault(file)
         if code.co_name in PARTS_OF_FUNCTIONS:
-            places[frame] = before
+            files[frame] = before
         elif before is None or code.co_name in CONSTRUCTORS or _is_method_of_module(frame):
-            places[frame] = None
+            files[frame] = None
         else:
-            places[frame] = file
+            files[frame] = file
             walk.walked.setdefault(file)
             if before and levels[unit_of(before)] < levels[unit_of(file)]:
                 walk.climbs.setdefault((before, file, code.co_qualname))
@@ -136,8 +136,8 @@ def walk_of_training() -> Walk:
         names = ["+model=toy-vit", "+upsampler=featsharp-2x", "viz.type=none", "normalizer.cache=false"]
         train(compose([*names, "progress=false", *(f"{key}={value}" for key, value in options.items())]))
 
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         _write_pictures(folder / "pictures")
         set_up(folder / "pictures", num_training_steps=1, output_base=folder / "first")  # imports what it needs
         return record(

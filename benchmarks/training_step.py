@@ -1,10 +1,10 @@
-"""Where the time of a training step goes, by the parts of the step.
+"""Time the parts of a training step.
 
     python benchmarks/training_step.py --data photos
     python benchmarks/training_step.py --data photos --output gpu.md model=dinov2-l_448px upsampler=featsharp-4x
 
-It runs the training command itself, with timers around the functions and modules that a step consists of. What it
-trains are arguments of `featsharp.train`, behind the options; without any, FeatSharp 2x for vits14-focus at batch 4.
+It runs the training command itself, with timers around the functions and modules of a step. Arguments of
+`featsharp.train` follow the options; without any, it trains FeatSharp 2x for vits14-focus at batch 4.
 Every --case changes some of them (`--case "from disk=feature_cache.samples=8"`). The cases are run in turn, --rounds
 times, so that what disturbs the machine disturbs them all. A page of Markdown is written and, beside it, its figures as
 JSON. Without --output these are benchmarks/results/training-step.*, and docs/performance-training.md shows them, too.
@@ -51,7 +51,7 @@ CASES = [
     "bfloat16 backbone=model.dtype=bfloat16 upsampler.dtype=float32",
     "bfloat16=model.dtype=bfloat16 upsampler.dtype=bfloat16",
 ]
-# A short run that looks at nothing and fits little: none of that is part of a step.
+# No logs, validation or checkpoints, and short fits: none of that is part of a step.
 SHORT = [
     *("log_frequency=0", "val_frequency=0", "checkpoint_frequency=0", "viz.type=none", "viz.num_images=1"),
     *("normalizer.num_samples=8", "normalizer.batch_size=4", "normalizer.cache=false", "progress=false"),
@@ -60,7 +60,7 @@ WARM_UP = 2  # steps that are not counted: memory is allocated, kernels are chos
 
 VIEWS, TILES = "backbone, jittered views", "backbone, image and tiles"
 WAIT, REST = "wait for data", "everything else"
-# In the order of a step; what a run has none of is left out.
+# In the order of a step; tables leave out parts that a run does not have.
 PARTS = (
     *(WAIT, "views rendered", VIEWS, TILES, "normalizer, bias buffer", "upsampler, forward"),
     *("downsampler, warps, losses, forward", "losses, backward to the map", "upsampler, backward"),
@@ -83,7 +83,7 @@ class PartClock:
     """Seconds of each part of each step. A part that runs within another one does not count for that one, too.
 
     Args:
-        now: What tells the time.
+        now: Returns the time in seconds.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -93,7 +93,7 @@ class PartClock:
         self._since = 0.0
 
     def begin(self, part: str) -> None:
-        """From now on time is that of ``part``; the first one begins a step."""
+        """Count time for ``part`` from now on; the outermost part begins a step."""
         if not self._running:
             self.steps.append(defaultdict(float))
             _wait_for_device()
@@ -103,7 +103,7 @@ class PartClock:
         self._running.append(part)
 
     def end(self) -> None:
-        """From now on time is that of the part around."""
+        """Count time for the enclosing part from now on."""
         self._charge()
         self._running.pop()
 
@@ -126,7 +126,7 @@ def _wait_for_device() -> None:
 
 @contextmanager
 def timers(clock: PartClock) -> Iterator[None]:
-    """Within this context every step of every trainer is timed by parts."""
+    """Time every step of every trainer by parts within this context."""
 
     def module_part(module: nn.Module) -> str | None:
         if isinstance(module, Backbone):
@@ -188,7 +188,7 @@ def _timed(
 
 
 def run_steps(overrides: list[str], now: Callable[[], float]) -> tuple[list[dict[str, float]], Trainer]:
-    """Train for a moment; the parts of the steps after the first ones, in milliseconds, and the trainer."""
+    """Train a few steps; returns the milliseconds of each part of the counted steps, and the trainer."""
     clock = PartClock(now)
     with timers(clock):
         trainer = train(compose(overrides))
@@ -238,23 +238,23 @@ def summarise(case: Case, steps: list[dict[str, float]], decode: float) -> dict[
 def measure(
     cases: list[Case], overrides: list[str], steps: int, rounds: int, now: Callable[[], float]
 ) -> list[dict[str, Any]]:
-    """All cases in turn, ``rounds`` times; one summary each."""
-    found: dict[str, list[dict[str, float]]] = defaultdict(list)
+    """Run all cases in turn, ``rounds`` times; returns one summary each."""
+    counted: dict[str, list[dict[str, float]]] = defaultdict(list)
     decode: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
         for case in cases:
             with tempfile.TemporaryDirectory() as folder:
                 length = [f"num_training_steps={WARM_UP + steps}", f"output_root={folder}"]
-                counted, trainer = run_steps([*TRAINED, *SHORT, *overrides, *case.overrides, *length], now)
-            found[case.label] += counted
+                timed, trainer = run_steps([*TRAINED, *SHORT, *overrides, *case.overrides, *length], now)
+            counted[case.label] += timed
             decode[case.label].append(decode_milliseconds(trainer))
-            total = median(sum(step.values()) for step in counted)
+            total = median(sum(step.values()) for step in timed)
             print(f"{case.label}: {total:.0f} ms a step", file=sys.stderr, flush=True)
-    return [summarise(case, found[case.label], median(decode[case.label])) for case in cases]
+    return [summarise(case, counted[case.label], median(decode[case.label])) for case in cases]
 
 
 def report(content: Mapping[str, Any]) -> str:
-    """In Markdown: a table of all cases, and what they depend on."""
+    """Render a table of all cases with their settings and the machine, in Markdown."""
     cases, machine = content["cases"], content["machine"]
     cores = f"{machine['cores']} cores, {machine['threads']} threads"
     lines = [
@@ -275,17 +275,17 @@ def report(content: Mapping[str, Any]) -> str:
 
 
 def fill(page: str, content: Mapping[str, Any]) -> str:
-    """The page with the report in its place."""
+    """Return the page with the report between its marks."""
     before, _, rest = page.partition("<!-- measured -->\n")
     return f"{before}<!-- measured -->\n{report(content)}<!-- end -->{rest.partition('<!-- end -->')[2]}"
 
 
 def table(cases: list[dict[str, Any]]) -> list[str]:
-    """Rows of parts, columns of cases."""
+    """Markdown table with parts as rows and cases as columns."""
 
     def cell(case: dict[str, Any], part: str) -> str:
-        found = case["parts"].get(part)
-        return "" if found is None else f"{found['milliseconds']:,.0f} ({found['share']:.1%})"
+        time = case["parts"].get(part)
+        return "" if time is None else f"{time['milliseconds']:,.0f} ({time['share']:.1%})"
 
     def row(name: str, cells: list[str]) -> str:
         return f"| {' | '.join([name, *cells])} |"
@@ -319,7 +319,7 @@ def bfloat16_hardware(device: str) -> list[str]:
 
 
 def make_photos(folder: Path) -> Path:
-    """Pictures of smooth colours of 640 x 480 pixels: what they show changes no time but that of decoding."""
+    """Pictures of smooth colours of 640 x 480 pixels; their content affects the decoding time only."""
     folder.mkdir()
     for number in range(8):
         coarse = np.random.default_rng(number).integers(0, 256, (12, 16, 3), np.uint8)
@@ -353,8 +353,8 @@ def main() -> None:
     cases = [case_of(text) for text in arguments.case or CASES]
     with tempfile.TemporaryDirectory() as folder:
         data = arguments.data or make_photos(Path(folder) / "photos")
-        found = measure(cases, [f"train_data_dir={data}", *overrides], arguments.steps, arguments.rounds, now)
-    # Where the photographs lie is nobody's business.
+        summaries = measure(cases, [f"train_data_dir={data}", *overrides], arguments.steps, arguments.rounds, now)
+    # Do not publish the path of the photographs.
     shown = [Path(word).name if word == arguments.data else word for word in sys.argv[1:]]
     device = "cuda" if torch.cuda.is_available() and "device=cpu" not in overrides else "cpu"
     content = {
@@ -362,13 +362,13 @@ def main() -> None:
         "overrides": [*TRAINED, *overrides],
         "machine": describe_machine(torch.device(device)),
         "bfloat16": bfloat16_hardware(device),
-        "cases": found,
+        "cases": summaries,
     }
     arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
     arguments.output.write_text(f"# A training step\n\n{EXPLANATION}\n{report(content)}")
     if arguments.output == RESULT:
         PAGE.write_text(fill(PAGE.read_text(), content))
-    print("\n".join(table(found)))
+    print("\n".join(table(summaries)))
 
 
 if __name__ == "__main__":

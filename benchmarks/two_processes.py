@@ -1,4 +1,4 @@
-"""Trainings in two processes, again and again: how often does one of them end other than well?
+"""Run trainings in two processes again and again and count failures.
 
     nice python benchmarks/two_processes.py --runs 200 --output benchmarks/results/two-processes.md
 
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def run(folder: Path, data: Path, how: str) -> dict[str, Any]:
-    """One training: exit status of each process (negative: the signal), seconds, load, and the log of a failed one."""
+    """Run one training; returns exit status of each process (negative: the signal), seconds, load, and the log of a failed one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     command = [*SETTINGS, f"train_data_dir={data}", f"output_root={folder / 'out'}"]
@@ -85,7 +85,7 @@ def run(folder: Path, data: Path, how: str) -> dict[str, Any]:
 
 
 def forked(folder: Path, command: list[str], how: str) -> list[int]:
-    """The processes, forked, with the store in this process, as torchrun has it in its own."""
+    """Fork the processes, with the store in this process, as under torchrun; returns their exit status."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "featsharp.train"])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -103,7 +103,7 @@ def forked(folder: Path, command: list[str], how: str) -> list[int]:
 
 
 def join(rank: int, port: int, folder: str, command: list[str], how: str) -> None:
-    """One of the processes, with the environment that torchrun gives it."""
+    """Run one of the processes with the environment that torchrun gives it."""
     with open(Path(folder, f"log{rank}"), "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -127,7 +127,7 @@ def join(rank: int, port: int, folder: str, command: list[str], how: str) -> Non
 
 
 def started_by_torchrun(folder: Path, command: list[str]) -> list[int]:
-    """The processes as users start them; only the status of all together is known."""
+    """Start the processes as users do; returns the one status of them all."""
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}", "--standalone", "-m", "featsharp.train"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FEATSHARP_CACHE": str(folder / "cache")}
     with (folder / "log").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
@@ -141,7 +141,7 @@ def started_by_torchrun(folder: Path, command: list[str]) -> list[int]:
 
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
-    """Processes that take what the processors have left."""
+    """Keep ``count`` processors busy within this context."""
     started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -156,7 +156,7 @@ def report(runs: list[dict[str, Any]]) -> str:
     lines = [
         "# Trainings in two processes",
         "",
-        "Made by `benchmarks/two_processes.py`, which says what a run is. The bound is the largest rate of failure",
+        "Made by `benchmarks/two_processes.py`, which describes a run. The bound is the largest rate of failure",
         "that would still give so few with 5 % probability (without failures 3 / runs, the rule of three).",
         "",
         f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}.",

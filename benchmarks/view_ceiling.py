@@ -1,9 +1,9 @@
-"""How much fidelity is there to gain? The mean of many views of a photograph, warped back, against an encoder.
+"""Compare the fidelity of an encoder with that of the mean of many views of a photograph, warped back.
 
     python benchmarks/view_ceiling.py --data PHOTOS --limit 8 --checkpoint vits14-focus/featsharp-2x
 
-The mean knows the backbone's features of --views other views of the very photograph, so no upsampler of a few passes
-reaches it; what is beyond it is noise that differs from view to view. Prints fidelity with area pooling.
+The mean uses the backbone's features of --views other views of the same photograph, so it bounds upsamplers of a few
+passes from above; the error that it leaves is noise that differs from view to view. Prints fidelity with area pooling.
 """
 
 import argparse
@@ -71,12 +71,12 @@ def draw(image: Image, encoder: SharpEncoder, count: int, seed: tuple[int, int])
 
 @torch.inference_mode()
 def encode(encoder: SharpEncoder, views: Views) -> tuple[Tensor, Tensor]:
-    """Features of every view, [n, C, h, w], and where they count, [n, 1, h, w]."""
+    """Features of every view, [n, C, h, w], and the mask of those that count, [n, 1, h, w]."""
     images, masks = render_views(views, encoder.backbone.input_size)
-    features = torch.cat([encode_raw(encoder, encoder.input_conditioner(part)) for part in images.split(CHUNK)])
+    features = torch.cat([encode_raw(encoder, encoder.input_conditioner(chunk)) for chunk in images.split(CHUNK)])
     grid = (features.shape[-2], features.shape[-1])
     shown = (resize(masks, grid) > 0.99).float() * views.jitters.inside(grid)
-    # The outermost tokens say least about what the view shows.
+    # Leave out the outermost tokens, which describe the view least well.
     return features, -F.max_pool2d(F.pad(-shown, (1, 1, 1, 1)), 3, stride=1)
 
 
@@ -85,10 +85,10 @@ def mean_of_views(encoder: SharpEncoder, views: Views) -> Tensor:
     features, valid = encode(encoder, views)
     size = (4 * features.shape[-2], 4 * features.shape[-1])
     total, count = torch.zeros(1), torch.zeros(1)
-    for part, shown, jitters in zip(features.split(CHUNK), valid.split(CHUNK), views.jitters.split(CHUNK), strict=True):
+    for chunk, shown, jitters in zip(features.split(CHUNK), valid.split(CHUNK), views.jitters.split(CHUNK), strict=True):
         back = jitters.inverse()
         weight = back.warp(shown, size, padding_mode="zeros") * back.inside(size)
-        total = total + (back.warp(part, size, padding_mode="border") * weight).sum(0)
+        total = total + (back.warp(chunk, size, padding_mode="border") * weight).sum(0)
         count = count + weight.sum(0)
     return (total / count.clamp(min=1e-3))[None]
 

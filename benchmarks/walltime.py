@@ -3,7 +3,7 @@
     git worktree add ../before 3d8a0b0
     python benchmarks/walltime.py --before ../before --after . --repeat 9
 
-Every figure comes from processes of its own, before and after in turn, so that what disturbs the machine disturbs both.
+Every figure is measured in new processes, before and after in turn, so that load on the machine affects both.
 Writes benchmarks/results/walltime.json and walltime.md: medians with quartiles. Run it while the machine does nothing
 else.
 """
@@ -28,8 +28,8 @@ from featsharp.files import write_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
-# Run in a process of its own, with documented names only, so that old checkouts have them: prints milliseconds of an
-# encoding and of its backbone passes alone, medians of interleaved runs.
+# Uses documented names only, which old checkouts have. Prints milliseconds of an encoding and of its backbone passes
+# alone, medians of interleaved runs.
 ENCODE = """
 import json, statistics, sys, time
 import torch
@@ -81,7 +81,7 @@ def main() -> None:
         "command": shlex.join(["python", "benchmarks/walltime.py", "--before", "BEFORE", "--after", "AFTER",
                                "--repeat", str(arguments.repeat)]),
         "machine": describe_machine(torch.device("cpu")),
-        "commits": {side: commit(place) for side, place in sides.items()},
+        "commits": {side: commit(checkout) for side, checkout in sides.items()},
         "figures": {
             name: {side: asdict(summarize(values)) for side, values in both.items()} for name, both in samples.items()
         },

@@ -24,7 +24,7 @@ from featsharp.ops.tiling import join_tiles, split_tiles
 
 
 class VisionTokens(NamedTuple):
-    """What the language model reads: the thumbnail's tokens, then those of the tiles as one map, both row by row."""
+    """Input of the language model: the thumbnail's tokens, then those of the tiles as one map, both row by row."""
 
     tokens: Tensor  # [thumbnail + tiles, C]
     thumbnail: tuple[int, int]  # grid of the thumbnail
@@ -59,7 +59,7 @@ def vision_tokens(pixels: Tensor, backbone: Backbone, max_tiles: int = 9) -> Vis
     tiles = split_tiles(resize(images, (rows * native[0], cols * native[1])), layout)
     features = backbone(torch.cat([resize(images, native), tiles])).features
     tile_map = join_tiles(features[1:], layout)
-    tokens = torch.cat([part.reshape(channels, -1).T for part in (features[:1], tile_map)])
+    tokens = torch.cat([grid.reshape(channels, -1).T for grid in (features[:1], tile_map)])
     return VisionTokens(tokens, size_of(features), layout, size_of(tile_map))
 
 
@@ -72,13 +72,13 @@ def main(given: Sequence[str] | None = None) -> None:
     backbone = create_backbone(arguments.backbone)
     pixels = image_to_tensor(decode_image(arguments.image))
     with torch.no_grad():
-        found = vision_tokens(pixels, backbone, arguments.max_tiles)
+        result = vision_tokens(pixels, backbone, arguments.max_tiles)
         sharp = create_encoder(backbone, "tile", 2).encode_image(arguments.image).high_res
-    (h, w), (rows, cols), (tiled_h, tiled_w) = found.thumbnail, found.tiles, found.tile_map
-    assert len(found.tokens) == h * w * (1 + rows * cols)
+    (h, w), (rows, cols), (tiled_h, tiled_w) = result.thumbnail, result.tiles, result.tile_map
+    assert len(result.tokens) == h * w * (1 + rows * cols)
     print(f"thumbnail {h}x{w} = {h * w} tokens")
     print(f"{rows}x{cols} tiles, together {tiled_h}x{tiled_w} = {tiled_h * tiled_w} tokens")
-    print(f"in all {len(found.tokens)} tokens of {backbone.embed_dim} channels, {1 + rows * cols} images encoded")
+    print(f"in all {len(result.tokens)} tokens of {backbone.embed_dim} channels, {1 + rows * cols} images encoded")
     print(f"a 2x sharp map: {sharp.shape[2]}x{sharp.shape[3]} = {sharp[0, 0].numel()} tokens")
 
 

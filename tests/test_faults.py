@@ -54,11 +54,11 @@ def test_the_comparison_finds_a_single_bit(faults):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_faults_of_files_and_disks(faults, tmp_path):
-    found = {}
+    outcomes = {}
     for number, case in enumerate(faults.CASES):
         (tmp_path / str(number)).mkdir()
-        found[case.fault] = case.found(tmp_path / str(number))
-    assert {fault: wrong for fault, wrong in found.items() if wrong} == {}
+        outcomes[case.fault] = case.check(tmp_path / str(number))
+    assert {fault: wrong for fault, wrong in outcomes.items() if wrong} == {}
 
 
 # SIGTERM and failing processes
