@@ -245,7 +245,7 @@ def _gradient_of_the_inputs(build: Build, device: str) -> None:
 
 @_check
 def _constants(build: Build, device: str) -> None:
-    """Where the result depends on features alone, a constant map stays constant, up to the borders."""
+    """A result of features alone keeps a constant map constant, up to the borders."""
 
     def encode(images: Tensor, *, patch_stride: int | None = None) -> tuple[Tensor, None]:
         shape = patch_statistics(images, patch_stride=patch_stride)[0].shape

@@ -141,7 +141,7 @@ class ImageMixture:
 
     @property
     def has_streams(self) -> bool:
-        """Whether some source can only be read in order."""
+        """Return whether some source can only be read in order."""
         return bool(self._streams)
 
     @property

@@ -54,7 +54,7 @@ class ImplicitNetwork(nn.Module):
 
     @property
     def sees_colour(self) -> bool:
-        """Whether the colours are inputs."""
+        """Return whether the colours are inputs."""
         return len(self.frequencies) == 5
 
     def forward(self, image: Tensor, top: int = 0, height: int | None = None) -> Tensor:
