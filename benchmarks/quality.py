@@ -155,7 +155,8 @@ def measure(
 
     "kept" is the cosine of the map, averaged over low-resolution tokens, with the low-resolution features.
     """
-    fidelity = FidelityMeter(encoder, downsamplers={} if downsampler is None else {"own": downsampler}, size=(size[0], size[1]))
+    downsamplers = {} if downsampler is None else {"own": downsampler}
+    fidelity = FidelityMeter(encoder, downsamplers=downsamplers, size=(size[0], size[1]))
     zoom = ZoomMeter(encoder)
     kept = []
     for _, image in ImageSet(folder, limit=limit):

@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def run(folder: Path, data: Path, how: str) -> dict[str, Any]:
-    """Run one training; returns exit status of each process (negative: the signal), seconds, load, and the log of a failed one."""
+    """Run one training; returns status of each process (negative: a signal), seconds, load, and the log on failure."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     command = [*SETTINGS, f"train_data_dir={data}", f"output_root={folder / 'out'}"]

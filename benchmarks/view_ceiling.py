@@ -85,9 +85,9 @@ def mean_of_views(encoder: SharpEncoder, views: Views) -> Tensor:
     features, valid = encode(encoder, views)
     size = (4 * features.shape[-2], 4 * features.shape[-1])
     total, count = torch.zeros(1), torch.zeros(1)
-    for chunk, shown, jitters in zip(features.split(CHUNK), valid.split(CHUNK), views.jitters.split(CHUNK), strict=True):
+    for chunk, mask, jitters in zip(features.split(CHUNK), valid.split(CHUNK), views.jitters.split(CHUNK), strict=True):
         back = jitters.inverse()
-        weight = back.warp(shown, size, padding_mode="zeros") * back.inside(size)
+        weight = back.warp(mask, size, padding_mode="zeros") * back.inside(size)
         total = total + (back.warp(chunk, size, padding_mode="border") * weight).sum(0)
         count = count + weight.sum(0)
     return (total / count.clamp(min=1e-3))[None]
