@@ -1,10 +1,12 @@
-"""Imports point downward, are absolute, shadow nothing, and leave optional packages alone until they are used."""
+"""The house rules, read from the syntax tree: imports point downward, siblings keep apart, there are no back doors."""
 
 import ast
+import io
 import re
 import sys
+import tokenize
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import NamedTuple
@@ -150,6 +152,144 @@ def installed_names() -> set[str]:
     return {name for name, owners in packages_distributions().items() if set(owners) != {"featsharp"}}
 
 
+# Modules of upsamplers/ that the methods may import; all else there is a method, and methods are siblings.
+UPSAMPLER_BASES = {"base", "chunked", "registration"}
+
+MOST_LINES = 500  # of a module
+MOST_REPLACEMENTS = 25  # of things in place, by all tests together
+
+# How no docstring begins: it is a verb or a noun of the field that says what a thing is.
+OPENINGS = re.compile(r"(What|Whose|Told|Found|Which|Where|How|Whether)\b")
+
+
+def sibling_problems(package: Path) -> list[str]:
+    """Upsamplers that import another one instead of a layer, an op or the registry."""
+    problems = []
+    for path in sorted((package / "upsamplers").glob("*.py")):
+        if path.stem == "__init__":
+            continue
+        for line, target, _, _ in read_imports(path):
+            parts = target.split(".")
+            if parts[:2] == ["featsharp", "upsamplers"] and len(parts) > 2 and parts[2] not in UPSAMPLER_BASES:
+                problems.append(f"upsamplers/{path.name}:{line}: imports its sibling {parts[2]}")
+    return problems
+
+
+def back_door_problems(package: Path) -> list[str]:
+    """Signatures that are inspected, methods that are replaced, functions kept to be swapped, silenced assignments."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sources(package)}
+    methods = method_names(trees.values())
+    all_functions = set().union(*map(own_functions, trees.values()))
+    problems = []
+    for path, tree in trees.items():
+        where = path.relative_to(package).as_posix()
+        functions = own_functions(tree) | {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("featsharp.")
+            for alias in node.names
+            if alias.name in all_functions
+        }
+        for node in ast.walk(tree):
+            if inspects_signature(node):
+                problems.append(f"{where}:{node.lineno}: inspects a signature")
+            for target in assigned(node):
+                if target.attr in methods:
+                    problems.append(f"{where}:{target.lineno}: replaces the method {ast.unparse(target)}")
+                elif getattr(node.value, "id", None) in functions:
+                    problems.append(
+                        f"{where}:{target.lineno}: keeps a function in {ast.unparse(target)}, to be swapped"
+                    )
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "setattr" and len(node.args) == 3:
+                name = getattr(node.args[1], "value", None)
+                if name in methods:
+                    problems.append(f"{where}:{node.lineno}: replaces the method {name}")
+        problems += [f"{where}:{line}: silences {text}" for line, text in comments(path) if "method-assign" in text]
+    return problems
+
+
+def own_functions(tree: ast.Module) -> set[str]:
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def method_names(trees: Iterable[ast.Module]) -> set[str]:
+    """Names of methods that no other class uses for an attribute."""
+    methods, attributes = {"forward", "train", "eval"}, set()
+    for tree in trees:
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            own = {part.name for part in node.body if is_method(part)}
+            fields = {part.name for part in node.body if isinstance(part, ast.FunctionDef)} - own
+            for part in node.body:
+                fields |= {target.id for target in getattr(part, "targets", []) if isinstance(target, ast.Name)}
+                fields |= {part.target.id} if isinstance(part, ast.AnnAssign) else set()
+            for part in ast.walk(node):
+                fields |= {target.attr for target in assigned(part) if getattr(target.value, "id", "") == "self"}
+            methods |= own
+            attributes |= fields - own
+    return methods - attributes
+
+
+def inspects_signature(node: ast.AST) -> bool:
+    names = {"signature", "getfullargspec"}
+    if isinstance(node, ast.ImportFrom):
+        return node.module == "inspect" and any(alias.name in names for alias in node.names)
+    return isinstance(node, ast.Attribute) and node.attr in names and getattr(node.value, "id", "") == "inspect"
+
+
+def is_method(node: ast.AST) -> bool:
+    """Whether a part of a class is a method that is called as one: properties are set like attributes."""
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+    return not any(text == "property" or text.endswith((".setter", "cached_property")) for text in decorators)
+
+
+def assigned(node: ast.AST) -> list[ast.Attribute]:
+    """The attributes that a statement assigns a value to."""
+    if isinstance(node, ast.Assign):
+        targets = [part for target in node.targets for part in getattr(target, "elts", [target])]
+    else:
+        targets = [node.target] if isinstance(node, ast.AnnAssign) and node.value is not None else []
+    return [target for target in targets if isinstance(target, ast.Attribute)]
+
+
+def comments(path: Path) -> list[tuple[int, str]]:
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
+    return [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
+
+
+def concrete_upsampler_problems(package: Path) -> list[str]:
+    """Classes of upsamplers that training names: it talks to them through their contract."""
+    concrete = set()
+    for path in sorted((package / "upsamplers").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            decorators = getattr(node, "decorator_list", [])
+            if isinstance(node, ast.ClassDef) and any("register_upsampler" in ast.unparse(d) for d in decorators):
+                concrete.add(node.name)
+    problems = []
+    for path in [*sorted((package / "training").rglob("*.py")), package / "train.py"]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if path.exists() else ():
+            name = getattr(node, "id", getattr(node, "attr", None))
+            if isinstance(node, ast.Name | ast.Attribute) and name in concrete:
+                problems.append(f"{path.relative_to(package).as_posix()}:{node.lineno}: knows the upsampler {name}")
+    return problems
+
+
+def docstring_problems(package: Path) -> list[str]:
+    """Docstrings that open like a riddle."""
+    problems = []
+    for path in sources(package):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                if OPENINGS.match(text):
+                    line = getattr(node, "lineno", 1)
+                    problems.append(f"{path.relative_to(package).as_posix()}:{line}: opens with {text.split()[0]}")
+    return problems
+
+
 def test_imports_are_absolute_and_point_downward():
     assert layering_problems(PACKAGE) == []
 
@@ -160,6 +300,38 @@ def test_optional_packages_are_imported_when_used():
 
 def test_no_name_hides_a_known_module():
     assert shadowing_problems(PACKAGE, installed_names()) == []
+
+
+def test_upsamplers_share_layers_and_ops_not_each_other():
+    assert sibling_problems(PACKAGE) == []
+
+
+def test_no_back_doors():
+    assert back_door_problems(PACKAGE) == []
+
+
+def test_training_knows_no_upsampler_by_its_class():
+    assert concrete_upsampler_problems(PACKAGE) == []
+
+
+def test_docstrings_open_with_a_verb_or_a_noun():
+    assert docstring_problems(PACKAGE) == []
+
+
+def test_no_module_is_longer_than_a_few_screens():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(PACKAGE)}
+    assert [f"{path.relative_to(PACKAGE)}: {n} lines" for path, n in lengths.items() if n > MOST_LINES] == []
+    assert lengths[PACKAGE / "train.py"] < 100
+
+
+def test_tests_replace_little_in_place():
+    replaced = re.compile(r"monkeypatch\.(setattr|setitem|delattr)|mock\.patch|patch\.object")
+    counts = {
+        path.relative_to(ROOT).as_posix(): len(replaced.findall(path.read_text(encoding="utf-8")))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if path != Path(__file__).resolve()
+    }
+    assert sum(counts.values()) <= MOST_REPLACEMENTS, {path: n for path, n in counts.items() if n}
 
 
 # The checkers themselves: each kind of violation is planted and found.
@@ -263,3 +435,65 @@ def test_installed_names_are_import_names():
     assert {"torch", "PIL", "pytest"} <= installed_names()
     assert "featsharp" not in installed_names()
     assert hard_dependencies() == {"torch", "numpy", "PIL", "safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("from featsharp.upsamplers.tile import tile_map\n", "imports its sibling tile"),
+        ("from featsharp.upsamplers import tile\n", "imports its sibling tile"),
+        ("def f():\n    import featsharp.upsamplers.tile\n", "imports its sibling tile"),
+    ],
+)
+def test_sibling_imports_are_found(tmp_path, text, problem):
+    (message,) = sibling_problems(plant(tmp_path, {"upsamplers/s2.py": text}))
+    assert problem in message
+
+
+def test_bases_of_upsamplers_may_be_imported(tmp_path):
+    text = "from featsharp.upsamplers.base import Upsampler\nfrom featsharp.upsamplers import registration\n"
+    assert sibling_problems(plant(tmp_path, {"upsamplers/s2.py": text})) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("from inspect import signature\n", "inspects a signature"),
+        ("import inspect\nx = inspect.signature(print)\n", "inspects a signature"),
+        ("class A:\n    def extract(self): ...\ndef f(a, g):\n    a.extract = g\n", "replaces the method a.extract"),
+        ("def f(module, g):\n    module.forward, x = g, 1\n", "replaces the method module.forward"),
+        ("def f(module, g):\n    setattr(module, 'forward', g)\n", "replaces the method forward"),
+        ("def g(): ...\nclass A:\n    def f(self):\n        self._call = g\n", "keeps a function in self._call"),
+        (
+            "from featsharp.ops import g\nclass A:\n    def f(self):\n        self._call = g\n",
+            "keeps a function in self._call",
+        ),
+        ("x = 1  # type: ignore[method-assign]\n", "silences"),
+    ],
+)
+def test_back_doors_are_found(tmp_path, text, problem):
+    (message,) = back_door_problems(plant(tmp_path, {"model.py": text, "ops/__init__.py": "def g(): ...\n"}))
+    assert problem in message
+
+
+def test_properties_and_plain_attributes_are_no_back_doors(tmp_path):
+    text = (
+        "class A:\n    @property\n    def limit(self): ...\n    @limit.setter\n    def limit(self, x): ...\n"
+        "def f(a):\n    a.limit = 1\n    a.name = 'x'\n"
+    )
+    assert back_door_problems(plant(tmp_path, {"model.py": text})) == []
+
+
+def test_concrete_upsamplers_in_training_are_found(tmp_path):
+    files = {
+        "upsamplers/tile.py": "@register_upsampler('tile', 'tiles')\nclass Tile: ...\n",
+        "training/trainer.py": "def f(x):\n    return isinstance(x, Tile)\n",
+    }
+    (message,) = concrete_upsampler_problems(plant(tmp_path, files))
+    assert message == "training/trainer.py:2: knows the upsampler Tile"
+
+
+@pytest.mark.parametrize("opening", ["What a backbone says.", "Whose place it is.", "Whether it is so."])
+def test_riddles_are_found(tmp_path, opening):
+    (message,) = docstring_problems(plant(tmp_path, {"model.py": f'def f():\n    """{opening}"""\n'}))
+    assert "opens with" in message
