@@ -10,7 +10,7 @@ FLOOR = 60  # per cent
 def modules_below(report: dict, floor: float = FLOOR) -> list[str]:
     """Modules of a coverage report (``coverage json``) with less than ``floor`` per cent of their lines run."""
     shares = {name: file["summary"]["percent_covered"] for name, file in report["files"].items()}
-    return [f"{name}: {share:.0f} %" for name, share in sorted(shares.items()) if share < floor]
+    return [f"{name}: {share:.1f} %" for name, share in sorted(shares.items()) if share < floor]
 
 
 if __name__ == "__main__":
