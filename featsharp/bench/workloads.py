@@ -12,7 +12,6 @@ All make the same number of cells at a factor, factor x the tokens of the native
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -29,7 +28,7 @@ from featsharp.ops.tiling import window_starts
 from featsharp.settings import setting
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import check_factor, scale_length
-from featsharp.upsamplers.registration import plain_options
+from featsharp.upsamplers.registration import default_options, plain_options
 from featsharp.weights import list_weights
 
 DIRECT, PASSES = "direct", "passes"
@@ -86,9 +85,7 @@ class Workload:
         if isinstance(self.module, Backbone):
             return {"normalizer": None, "options": None, "key": None}
         recipe = self.module.recipe
-        parameters = signature(UPSAMPLERS[recipe["upsampler"]].factory).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        options = plain_options(defaults | recipe["options"])
+        options = plain_options(default_options(recipe["upsampler"]) | recipe["options"])
         return {"normalizer": recipe["normalizer"], "options": options, "key": self.key}
 
 

@@ -85,6 +85,7 @@ class Upsampler(nn.Module):
 
     @property
     def input_upsample_factor(self) -> float:
+        """Size of the image that is of use, in sizes of the low-resolution pass: f for tiles, 1 for guided methods."""
         return 1
 
     def forward(

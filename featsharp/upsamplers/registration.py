@@ -35,14 +35,14 @@ def create_upsampler(
     """
     name, factor = resolve_upsampler(name, factor, UPSAMPLERS)
     # Upsamplers that undo the whitening need the backbone's.
-    wanted = {"mean", "std"}.intersection(options_of_upsampler(name))
+    wanted = {"mean", "std"}.intersection(default_options(name))
     known = {key: getattr(backbone, key) for key in wanted if hasattr(backbone, key)}
     return build_upsampler(name, backbone.embed_dim, factor, known | dict(options or {}))
 
 
 def build_upsampler(name: str, embed_dim: int, factor: float, options: Mapping[str, Any]) -> Upsampler:
     """Build an upsampler by name; raises ConfigError for a name or an option that does not exist."""
-    allowed = options_of_upsampler(name)
+    allowed = default_options(name)
     for option in options:
         if option not in allowed:
             raise unknown_name(f"option of upsampler {name!r}:", option, allowed)
@@ -52,11 +52,11 @@ def build_upsampler(name: str, embed_dim: int, factor: float, options: Mapping[s
         raise ConfigError(f"upsampler {name!r} cannot be built with {dict(options)}: {error}") from error
 
 
-def options_of_upsampler(name: str) -> list[str]:
-    """Keyword arguments that the factory of an upsampler takes."""
+def default_options(name: str) -> dict[str, Any]:
+    """Keyword arguments that the factory of an upsampler takes, with their defaults."""
     # A constructor states its options once, with types and defaults; a list beside it would have to repeat them.
     parameters = signature(UPSAMPLERS[name].factory).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
