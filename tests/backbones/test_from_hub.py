@@ -4,6 +4,7 @@ The real repositories are not on this machine, and no test opens a connection.
 """
 
 import copy
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -265,6 +266,9 @@ def no_connections(monkeypatch):
     """Whatever asks a network is refused at once, by a port that nobody listens to."""
     for scheme in ("http", "https"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
+    urllib.request.install_opener(None)  # the opener of the process reads the environment once
+    yield
+    urllib.request.install_opener(None)
 
 
 @pytest.fixture
