@@ -299,6 +299,7 @@ def test_edited_checkpoints_are_one_error(damage, tmp_path):
         load_from_file(tmp_path / "last.pth")
 
 
+@pytest.mark.slow
 def test_a_compiled_encoder_can_be_copied():
     encoder = create_encoder("toy-vit", "bilinear", 2)
     encoder.compile(backend="eager")

@@ -58,11 +58,13 @@ def encode_under_limit(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_large_image_at_4x():
     result = encode_under_limit("featsharp", 4, 2048, 2048, "160MiB", "")
     assert result.stdout.strip() == "(1, 384, 148, 148)", result.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_an_output_4096_wide_goes_to_a_file_much_larger_than_the_limit(tmp_path: Path):
     file = tmp_path / "features.npy"
     result = encode_under_limit("featup", 16, 112, 3584, "128MiB", file)

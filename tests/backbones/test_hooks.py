@@ -73,6 +73,7 @@ def test_only_calls_of_the_own_thread_are_kept(inputs):
     assert not double._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_compiled_features_are_the_same(name):
     plain, compiled = create_backbone(name), create_backbone(name)
     compiled.compile(backend="eager")

@@ -71,6 +71,7 @@ def test_bench_of_what_does_not_exist(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_passes_of_every_upsampler_are_counted(capsys):
     names = ("bilinear", "tile", "s2", "featsharp-progressive", "native-highres", "stride")
     assert (

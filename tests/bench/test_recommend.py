@@ -278,6 +278,7 @@ def test_where_nothing_can_be_ranked_the_first_reasons_are_given(planted):
         RecommendTask("toy-vit", upsampler=COMPARED, memory="1KiB").run(CPU, None, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("why", ["refused", "undefined"])
 def test_where_no_candidate_gets_a_score_the_first_reasons_are_given(planted, photos, why):
     def measure(encoder):
@@ -310,6 +311,7 @@ def test_rank():
     assert [row["rank"] for row in ranked] == [1, 2, 3, 4, 5, 6, None]
 
 
+@pytest.mark.slow
 def test_the_registered_upsamplers_are_all_there():
     """Untouched registry, real methods, a small picture."""
     result = RecommendTask("toy-vit", size=(32, 32), repeat=2).run(CPU, None, progress=False)

@@ -175,6 +175,7 @@ def test_noise_by_position_is_attenuated_to_a_quarter_and_the_signal_kept_within
 # F3
 
 
+@pytest.mark.slow
 def test_the_fusion_is_more_faithful_than_tiles_alone_and_jbu_alone(toys):
     """F3: each has the same training and a bias buffer of its own."""
     outcome = {name: fidelity(pair.trained) for name, pair in toys.items()}

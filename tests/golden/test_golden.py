@@ -30,7 +30,10 @@ NEEDS = {
 
 
 def cases() -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.slow] if case.slow else []) for name, case in CASES.items()]
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if case.slow or name.startswith("train/") else [])
+        for name, case in CASES.items()
+    ]
 
 
 @pytest.mark.parametrize("name", cases())

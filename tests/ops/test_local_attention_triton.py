@@ -25,6 +25,7 @@ runs_kernels = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
 @pytest.mark.timeout(600)

@@ -48,6 +48,7 @@ def test_against_the_loop(backend, border, size, factor, window):
     torch.testing.assert_close(out, loop(weights, value, border).float(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_by_finite_differences(backend, border):

@@ -256,6 +256,7 @@ def test_float16_scales_its_loss_and_learns_what_float32_learns(photos, tmp_path
     assert resumed.scaler.get_scale() == 2.0**10
 
 
+@pytest.mark.slow
 def test_a_compiled_upsampler_trains_as_it_is_and_keeps_its_names(photos, tmp_path):
     plain = trainer_of(photos, tmp_path / "a", objective=PLAIN, num_training_steps=2)
     compiled = trainer_of(

@@ -87,7 +87,13 @@ def test_chunks_of_any_shape_see_the_tiles_around_them(chunk):
     torch.testing.assert_close(in_chunks(encoder, images, chunk, 3).high_res, expected, atol=3e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "factor", "options"), CASES)
+QUICK = [("tile", 3, {}), ("featup", 2, {})]
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "options"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES],
+)
 def test_memory_stays_below_the_limit_and_the_least_that_works_works(name, factor, options):
     encoder = build(name, factor, options)
     k = encoder.upsampler.input_upsample_factor
@@ -107,6 +113,7 @@ def test_memory_stays_below_the_limit_and_the_least_that_works_works(name, facto
         assert peak(limit) <= limit
 
 
+@pytest.mark.slow
 def test_a_result_larger_than_the_limit():
     upsampler = FeatSharp(256, 4).eval()
     weight = torch.randn(256, 3, 4, 4)

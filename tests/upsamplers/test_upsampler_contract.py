@@ -45,6 +45,7 @@ VARIANTS = {
     "featsharp-progressive, published": ("featsharp-progressive", {"start": "published"}),
 }
 CASES = {name: (name, NEEDED.get(name, {})) for name in list_upsamplers()} | VARIANTS
+ALL_CASES = [pytest.param(case, marks=pytest.mark.slow if case in VARIANTS else []) for case in CASES]
 
 
 class Width:
@@ -55,13 +56,13 @@ class Width:
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_conformance(case, check):
     name, options = CASES[case]
     run_check(check, lambda embed_dim, factor: create_upsampler(name, Width(embed_dim), factor, options=options))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_through_a_checkpoint(case, tmp_path):
     name, options = CASES[case]
     if callable(next(iter(options.values()), None)):
@@ -225,7 +226,7 @@ def test_a_good_one_passes_the_whole_suite():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_conformance_on_a_gpu(case):
     name, options = CASES[case]
     check_upsampler(
