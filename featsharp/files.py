@@ -54,11 +54,9 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(folder: Path, older_than: float = 0) -> None:
-    """Delete the unfinished files of writers that were killed.
+    """Delete the unfinished files in ``folder`` of writers that were killed.
 
-    Args:
-        folder: Of the files that were being written.
-        older_than: Least age in seconds; where others may be writing now, longer than any file takes.
+    Their age is at least ``older_than`` seconds: where others may be writing now, give more than any file takes.
     """
     latest = time.time() - older_than
     for path in folder.glob(".*.tmp"):

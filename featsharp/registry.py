@@ -25,11 +25,7 @@ class Entry(Generic[T]):
 
 
 class Registry(dict[str, Entry[T]]):
-    """Entries by name; the error for an unknown name gives the nearest ones.
-
-    Args:
-        kind: Noun for the entries, for messages.
-    """
+    """Entries by name; the error for an unknown name gives the nearest ones. ``kind`` is the noun for an entry."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

@@ -191,10 +191,9 @@ def shipped_weights(backbone: str, factor: float) -> list[str]:
 
 
 def rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Order rows and give each its "rank": by the first score, if any, then by time; those that need training last.
+    """Order rows of :meth:`RecommendTask.run` and give each its "rank": by the first score, if any, then by time.
 
-    Args:
-        rows: With "kind", "quality" and "time", as :meth:`RecommendTask.run` describes them.
+    Those that need training come last.
     """
 
     def key(row: dict[str, Any]) -> tuple[bool, bool, float, float]:

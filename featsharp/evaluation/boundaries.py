@@ -100,11 +100,8 @@ class BoundaryTask(Task):
 def neighbour_distances(features: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the distances between neighbouring features scaled to unit length: from 0 to 2.
 
-    Args:
-        features: [C, h, w] floating point, at least 2 x 2 cells.
-
-    Returns:
-        Between the cells above and below [h - 1, w], and to the left and right [h, w - 1], float32.
+    Of features [C, h, w], at least 2 x 2 cells, returns float32 distances between the cells above and below
+    [h - 1, w], and to the left and right [h, w - 1].
     """
     if min(size_of(features)) < 2:
         raise InputError(f"edges need a map of at least 2x2 cells; got {tuple(features.shape[-2:])}")
@@ -153,11 +150,9 @@ def _enlarge(values: Tensor, size: tuple[int, int], between: int) -> Tensor:
 # the optimum, and F is lower by about as much, for every encoder. Thinning and boundaries of scikit-image are for
 # binary masks and labels, not for strengths.
 class Matcher:
-    """Greedy matching between boundary maps of one size; never less than half of the largest matching.
+    """Greedy matching between boundary maps of ``size`` (H, W); never less than half of the largest matching.
 
-    Args:
-        size: (H, W).
-        tolerance: Largest distance between two pixels of a pair, in pixels.
+    Two pixels of a pair are at most ``tolerance`` pixels apart.
     """
 
     def __init__(self, size: tuple[int, int], tolerance: float) -> None:
@@ -170,11 +165,7 @@ class Matcher:
         self._offsets = (steps[order // len(steps)] * self._width + steps[order % len(steps)]).tolist()
 
     def match(self, predicted: np.ndarray, human: np.ndarray) -> np.ndarray:
-        """Match a prediction with the boundaries of one annotator.
-
-        Args:
-            predicted: [H, W] bool.
-            human: [H, W] bool.
+        """Match a prediction with the boundaries of one annotator, both [H, W] bool.
 
         Returns:
             [n] bool, whether the n predicted pixels, row by row, have a partner. As many human pixels are matched.

@@ -35,13 +35,7 @@ def bootstrap(per_image: Any, statistic: Callable[[np.ndarray], float], *, resam
 def bootstrap_sums(
     per_image: np.ndarray, statistic: Callable[[np.ndarray], float], *, resamples: int = 1000
 ) -> Estimate:
-    """:func:`bootstrap` of a statistic of the sum over images: fast where rows are long.
-
-    Args:
-        per_image: [images, ...].
-        statistic: Maps a sum [...] to a number.
-        resamples: At least 1.
-    """
+    """:func:`bootstrap` of a statistic of the sum over images of ``per_image`` [images, ...]; fast for long rows."""
     count = len(per_image)
     rng = np.random.default_rng(0)
     times = [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(resamples)]

@@ -42,14 +42,10 @@ _WARM_UP = 0.02  # of the steps
 
 
 class LinearProbe(nn.Module):
-    """Linear head from features [B, C, h, w] to logits [B, K, h, w] float32.
+    """Linear head from features [B, channels, h, w] to logits [B, classes, h, w] float32.
 
     The convolution starts at zero, so a seed affects the order of images only. The normalisation has no weights, which
     the convolution would absorb.
-
-    Args:
-        channels: C.
-        classes: K.
     """
 
     def __init__(self, channels: int, classes: int) -> None:

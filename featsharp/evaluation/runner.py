@@ -119,10 +119,7 @@ class Task:
 class Journal:
     """Rows on disk, one JSON line each, until the result is written; nothing without a path.
 
-    Two evaluations must not share one.
-
-    Args:
-        path: Created with the first row; lines that were cut off are dropped.
+    The file is created with the first row; lines that were cut off are dropped. Two evaluations must not share one.
     """
 
     def __init__(self, path: Path | None = None) -> None:

@@ -187,13 +187,7 @@ def predict(logits: Tensor, size: Sequence[int], max_logits: int = MAX_LOGITS) -
 
 
 def confusion(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
-    """Count pixels by true class and predicted class, [K, K] integers; void pixels of ``truth`` are ignored.
-
-    Args:
-        truth: Integers of any shape, classes and VOID.
-        prediction: Classes, of the same shape.
-        classes: K.
-    """
+    """Count pixels by true and predicted class, [classes, classes] integers; void pixels of ``truth`` are ignored."""
     labelled = truth != VOID
     cells = truth[labelled].astype(np.int64) * classes + prediction[labelled]
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
@@ -202,8 +196,7 @@ def confusion(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.nda
 def iou(counts: np.ndarray) -> np.ndarray:
     """Compute the intersection over union by class, [K]; NaN for a class that is neither in the truth nor predicted.
 
-    Args:
-        counts: [3, K], numbers of correctly predicted, true and predicted pixels of each class.
+    ``counts`` [3, K] are the numbers of correctly predicted, true and predicted pixels of each class.
     """
     hit, true, predicted = counts
     union = true + predicted - hit

@@ -132,14 +132,9 @@ def nearest_other_mean(vectors: np.ndarray, category: np.ndarray, image: np.ndar
 
 
 def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
-    """Average the features over the pixels of each mask, as if the map were bilinearly enlarged to the picture.
+    """Average features [C, h, w], bilinearly enlarged to the picture, over the pixels of masks [n, H, W]: [n, C].
 
-    Args:
-        features: [C, h, w], covering the picture.
-        masks: [n, H, W] of the same type, 1 inside, none empty.
-
-    Returns:
-        [n, C].
+    Masks have the type of the features, 1 inside; none is empty.
     """
     # Enlarging is linear along each axis: its transpose spreads a mask over the cells, without a large map.
     rows, columns = (

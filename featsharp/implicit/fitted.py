@@ -60,11 +60,7 @@ class ImplicitFeatures(nn.Module):
         return resize(self.image[None].float() / 255, size)
 
     def components(self, guide: Tensor) -> Tensor:
-        """Compute the map before it is projected back: [1, K, H, W], of the size of ``guide``.
-
-        Args:
-            guide: [1, 3, H, W], the image in [0, 1] at any size.
-        """
+        """Compute the map before it is projected back: [1, K, H, W], for the image ``guide`` [1, 3, H, W] in [0, 1]."""
         return self.network(guide) + resize(self.base, size_of(guide))
 
     @torch.no_grad()

@@ -74,14 +74,9 @@ class ImplicitNetwork(nn.Module):
         return out.T.unflatten(1, (rows, width))[None]
 
     def at(self, points: Tensor, colours: Tensor) -> Tensor:
-        """Evaluate single points.
+        """Evaluate points [N, 2], (row, column), -1 and 1 at the edges of the image, to [N, K].
 
-        Args:
-            points: [N, 2], (row, column), -1 and 1 at the edges of the image.
-            colours: [N, 3] in [0, 1], the image there.
-
-        Returns:
-            [N, K].
+        ``colours`` [N, 3] are those of the image there, in [0, 1].
         """
         x = self.norm_in(self.fourier_features(points, colours))
         x = F.relu(self.layer_in(self._drop_channels(x)))

@@ -10,12 +10,8 @@ class Projection(nn.Module):
     """Projection of C channels to K principal components and back, ``z = basis (x - mean) / scale``.
 
     One scale for all components brings their mean square to 1, so that learning rates and loss weights suit every
-    backbone (the published fit takes features as they are). With K = C nothing is lost.
-
-    Args:
-        mean: [C].
-        basis: [K, C], orthonormal rows.
-        scale: [].
+    backbone (the published fit takes features as they are). With K = C nothing is lost. ``mean`` is [C], ``basis``
+    [K, C] with orthonormal rows, ``scale`` a scalar.
     """
 
     mean: Tensor

@@ -13,12 +13,8 @@ from featsharp.ops.resize import resize, size_of
 class BiasBuffer(nn.Module):
     """Learned [1, C, h, w] map, zero at the start, that is resized to the grid of the features and added to them.
 
-    Its spatial mean is subtracted: a constant would cancel in training, between prediction and target, and only shift
-    the output.
-
-    Args:
-        embed_dim: Channels C.
-        grid: Tokens (h, w) of the backbone's native size.
+    Its grid is that of the backbone's native size. Its spatial mean is subtracted: a constant would cancel in training,
+    between prediction and target, and only shift the output.
     """
 
     def __init__(self, embed_dim: int, grid: tuple[int, int]) -> None:

@@ -10,15 +10,7 @@ from featsharp.ops.resize import resize
 
 
 def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Average an image over the cells of a grid, or enlarge it where it is the smaller one.
-
-    Args:
-        image: [B, 3, height, width].
-        size: (h, w) of the grid.
-
-    Returns:
-        [B, 3, h, w].
-    """
+    """Average an image [B, 3, height, width] over the cells of a grid (h, w), or enlarge it: [B, 3, h, w]."""
     if image.shape[-2] >= size[0] and image.shape[-1] >= size[1]:
         return F.adaptive_avg_pool2d(image, size)
     return resize(image, size)

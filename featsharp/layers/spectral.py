@@ -21,9 +21,7 @@ EPS = 1e-6
 class SpectralScale(nn.Module):
     """Parametrisation that gives each of ``parts`` equal row blocks of a weight a learned spectral norm.
 
-    Args:
-        weight: [parts * rows, cols]; only its shape and singular vectors at the start are used.
-        parts: Number of row blocks that are scaled independently.
+    Only the shape [rows, cols] of ``weight`` and its singular vectors at the start are used.
     """
 
     u: Tensor

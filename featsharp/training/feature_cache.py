@@ -17,14 +17,10 @@ from featsharp.training.wrapped import WrappedBackbone
 
 
 class CachedBackbone(WrappedBackbone):
-    """A backbone that caches the features of each image in a file, in half precision.
+    """A backbone that caches the features of each image in a file of ``folder``, in half precision.
 
     Features beyond the range of half precision keep their type. Other weights, feature options and autocast types have
     separate folders. A damaged file is written again.
-
-    Args:
-        backbone: Computes features that are not cached.
-        folder: Of the files; created where it does not exist.
     """
 
     def __init__(self, backbone: Backbone, folder: Path) -> None:

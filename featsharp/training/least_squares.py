@@ -67,12 +67,7 @@ def check_linear_fit(upsampler: Upsampler, ridge: float) -> Tensor:
 class LinearFit:
     """Sums over samples that determine the weight: 8 D (D + C) bytes for any number of samples.
 
-    Args:
-        upsampler: Its ``linear_weight`` is the start.
-        ridge: See :class:`LinearFitConfig`.
-
-    Raises:
-        ConfigError: See :func:`check_linear_fit`.
+    The upsampler's ``linear_weight`` is the start. Raises like :func:`check_linear_fit`.
     """
 
     def __init__(self, upsampler: Upsampler, ridge: float) -> None:

@@ -7,11 +7,7 @@ from featsharp.backbones.base import Backbone, BackboneOutput
 
 
 class WrappedBackbone(Backbone):
-    """A backbone with the features, sizes, name and hash of another.
-
-    Args:
-        backbone: The wrapped one.
-    """
+    """A backbone with the features, sizes, name and hash of another."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(

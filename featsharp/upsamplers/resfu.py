@@ -128,13 +128,7 @@ class TiledReSFU(TiledUpsampler):
 
 
 class Similarity(nn.Module):
-    """Weights of the nine samples of each new cell, from features and guidance; has all parameters of ReSFU.
-
-    Args:
-        embed_dim: C.
-        guidance_channels: G.
-        start: See :class:`ReSFU`.
-    """
+    """Weights of the nine samples of each new cell, from features and guidance; has all parameters of ReSFU."""
 
     def __init__(self, embed_dim: int, guidance_channels: int, start: Start) -> None:
         super().__init__()

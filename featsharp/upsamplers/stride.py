@@ -90,17 +90,9 @@ def compute_stride(patch_size: int, factor: float) -> int:
 def read_tokens(
     tokens: Tensor, patch_size: int, stride: int, image_size: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
-    """Read the map of ``size`` cells that covers the image from tokens of overlapping patches.
+    """Read the map [B, C, H, W] that covers the image from tokens [B, C, h, w] of overlapping patches.
 
-    Args:
-        tokens: [B, C, h, w].
-        patch_size: In pixels.
-        stride: In pixels.
-        image_size: (height, width) in pixels.
-        size: (H, W) in cells.
-
-    Returns:
-        [B, C, H, W].
+    ``size`` is (H, W); patch size, stride and the size of the image are in pixels.
     """
     full = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     for axis, dim in enumerate((2, 3)):

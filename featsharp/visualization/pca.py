@@ -7,13 +7,10 @@ from featsharp.errors import InputError
 
 
 class FeaturePCA:
-    """Projection of C-channel maps to RGB.
+    """Projection of C-channel maps to RGB, fitted on [B, C, h, w] with C >= 3 and at least 4 positions, all finite.
 
     The basis and the colour range are those of the map it is fitted on, so colours of other maps are comparable. The
     range spans the 1st to 99th percentile of each component; the sign makes each component's largest weight positive.
-
-    Args:
-        features: [B, C, h, w] to fit on; C >= 3 and at least 4 positions, all finite.
     """
 
     def __init__(self, features: Tensor) -> None:

@@ -13,9 +13,7 @@ from featsharp.training.loggers.base import VizWriter
 class TensorBoardWriter(VizWriter):
     """Event files in ``folder``; the configuration is a text.
 
-    Args:
-        folder: Of the training run.
-        step: The step that the run resumes from. Later steps in earlier files are no longer shown.
+    Steps after ``step``, from which the run resumes, are no longer shown.
 
     Raises:
         MissingDependencyError: Without tensorboard.

@@ -68,13 +68,7 @@ class MultiViewConfig(ObjectiveConfig):
 
 @register_objective("multi-view", "match the warped and pooled sharp map to the backbone's features of jittered views")
 class MultiViewObjective(Objective):
-    """Comparison of a high-resolution map with the backbone's features of jittered views. Trains every upsampler.
-
-    Args:
-        embed_dim: C.
-        factor: f.
-        config: See :class:`MultiViewConfig`.
-    """
+    """Comparison of a high-resolution map with the backbone's features of jittered views. Trains every upsampler."""
 
     config_type = MultiViewConfig
     downsampler: Downsampler

@@ -64,13 +64,7 @@ class ReconstructionConfig(ObjectiveConfig):
 
 @register_objective("reconstruction", "predict the features of an image from those of the image made smaller (LiFT)")
 class ReconstructionObjective(Objective):
-    """Prediction of features from a smaller image's. Trains guided upsamplers of a whole factor; has no parameters.
-
-    Args:
-        embed_dim: C.
-        factor: f.
-        config: See :class:`ReconstructionConfig`.
-    """
+    """Prediction of features from a smaller image's. Trains guided upsamplers of a whole factor; has no parameters."""
 
     config_type = ReconstructionConfig
 

@@ -88,12 +88,7 @@ def read_throughput(content: Mapping[str, Any]) -> tuple[list[Speed], str]:
 
 
 def draw_throughput(speeds: Sequence[Speed], measured_on: str = "") -> "Figure":
-    """Draw times and memory by factor.
-
-    Args:
-        speeds: A line for each curve.
-        measured_on: The heading.
-    """
+    """Draw times and memory by factor, a line for each curve, under the heading ``measured_on``."""
     figure = new_figure(9.0, 3.0)
     per_token, per_image, memory = figure.subplots(1, 3)
     handles = []
