@@ -35,7 +35,7 @@ class ViewBatch(NamedTuple):
 
 # Position of each reader in each stream, which a resumed run needs to continue with the same images. torchdata's
 # StatefulDataLoader would save it, but ties all data of a run to one number of workers (docs/experiments.md).
-Places = dict[str, tuple[int, int]]
+Positions = dict[str, tuple[int, int]]
 
 
 class ViewDataset:
@@ -100,7 +100,7 @@ class StepSampler:
 
 
 def load_views(
-    dataset: ViewDataset, sampler: StepSampler, num_workers: int, places: Places | None = None
+    dataset: ViewDataset, sampler: StepSampler, num_workers: int, positions: Positions | None = None
 ) -> Generator[ViewBatch]:
     """Load the batches of ``sampler``, decoded in ``num_workers`` processes (0: in this one).
 
@@ -110,8 +110,8 @@ def load_views(
         dataset: Of samples.
         sampler: Sample numbers of each batch.
         num_workers: Number of processes.
-        places: Start positions of the readers of streams. Updated with each batch that is returned, however far ahead
-            the workers are. None starts them at the image of the sample's number.
+        positions: Start positions of the readers of streams. Updated with each batch that is returned, however far
+            ahead the workers are. None starts them at the image of the sample's number.
 
     Raises:
         DataError: When the data holds too few usable images.
@@ -119,8 +119,8 @@ def load_views(
     """
     if sampler.distinct:
         check_repeatable(dataset.mixture)
-    places = {} if places is None else places
-    dataset.mixture.go_on_from(places)  # not from earlier reads, as this pass has other readers
+    positions = {} if positions is None else positions
+    dataset.mixture.resume_from(positions)  # not from earlier reads, as this pass has other readers
     division = Division(sampler.batch_size, sampler.world, max(1, num_workers))
     lifeline = Pipe(duplex=False)
     loader: DataLoader[_Loaded | FeatSharpError] = DataLoader(
@@ -140,7 +140,7 @@ def load_views(
         for loaded in batches:
             if isinstance(loaded, FeatSharpError):
                 raise loaded
-            places.update(loaded.places)
+            positions.update(loaded.positions)
             yield loaded.batch
     finally:
         for end in lifeline:
@@ -165,7 +165,7 @@ def collate_views(samples: list[tuple[Views, list[tuple[str, str]]]]) -> ViewBat
 
 class _Loaded(NamedTuple):
     batch: ViewBatch
-    places: Places  # of the reader, after this batch
+    positions: Positions  # of the reader, after this batch
 
 
 class _Batches(Dataset[_Loaded | FeatSharpError]):
@@ -177,7 +177,7 @@ class _Batches(Dataset[_Loaded | FeatSharpError]):
     def __getitem__(self, numbers: list[int]) -> _Loaded | FeatSharpError:
         try:
             batch = collate_views([self.samples.sample(n, self.division) for n in numbers])
-            return _Loaded(batch, self.samples.mixture.places(numbers[-1], self.division))
+            return _Loaded(batch, self.samples.mixture.positions(numbers[-1], self.division))
         except FeatSharpError as error:
             return error
 

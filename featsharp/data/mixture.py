@@ -15,7 +15,7 @@ from featsharp.data.filters import ImageFilter
 from featsharp.data.images import EncodedImage, try_decode
 from featsharp.data.skips import count_of_others, describe_kinds
 from featsharp.data.sources import ImageSource, open_source
-from featsharp.data.streams import SHUFFLE_BUFFER, ShardStream, StreamPlace
+from featsharp.data.streams import SHUFFLE_BUFFER, ShardStream, StreamPosition
 from featsharp.errors import ConfigError, DataError, InputError
 from featsharp.urls import redact_setting
 
@@ -77,7 +77,7 @@ class ImageMixture:
     An unusable image is replaced by another one of its source, so that the proportions of the sources stay. In files
     and local shards it is drawn from all images of the source, in an order that belongs to the sample, so that sample n
     does not depend on other samples. Streams read on, so that each usable image comes once per epoch; the positions of
-    their readers then have to be saved (:meth:`places`).
+    their readers then have to be saved (:meth:`positions`).
 
     Args:
         sources: At least one.
@@ -167,18 +167,18 @@ class ImageMixture:
         for stream in self._streams.values():
             stream.close()
 
-    def places(self, n: int, division: Division) -> dict[str, tuple[int, int]]:
+    def positions(self, n: int, division: Division) -> dict[str, tuple[int, int]]:
         """Positions of the reader of sample ``n``, which was just loaded, in each stream that it has read."""
         return {
-            _place_name(index, division.reader(n), division.readers): stream.place
+            _position_name(index, division.reader(n), division.readers): stream.position
             for index, stream in self._streams.items()
-            if stream.place is not None
+            if stream.position is not None
         }
 
-    def go_on_from(self, places: Mapping[str, tuple[int, int]]) -> None:
-        """Start readers of streams at :meth:`places` of an earlier process, except for samples before these."""
+    def resume_from(self, positions: Mapping[str, tuple[int, int]]) -> None:
+        """Start readers of streams at :meth:`positions` of an earlier process, except for samples before these."""
         self.close()
-        self._starts = dict(places)
+        self._starts = dict(positions)
 
     def locate(self, n: int) -> tuple[int, int]:
         """Compute (source index, image index) of sample ``n >= 0``; in a stream that of a single reader."""
@@ -227,10 +227,10 @@ class ImageMixture:
         if isinstance(source, ShardStream):
             sample = sum(self._count(index, samples) for samples in division.earlier(n))
             reader, readers = division.reader(n), division.readers
-            start = self._starts.get(_place_name(index, reader, readers))
-            place = StreamPlace(*start) if start else None
+            saved = self._starts.get(_position_name(index, reader, readers))
+            start = StreamPosition(*saved) if saved else None
             seed = hash_bits(self.seed, index)
-            yield from source.images(sample, seed=seed, reader=reader, readers=readers, start=place)
+            yield from source.images(sample, seed=seed, reader=reader, readers=readers, start=start)
             return
         _, first = self.locate(n)
         prefix = f"{source.path}/"  # not joined as a path: an absolute member name would win
@@ -250,7 +250,7 @@ class ImageMixture:
         return None
 
 
-def _place_name(source: int, reader: int, readers: int) -> str:
+def _position_name(source: int, reader: int, readers: int) -> str:
     return f"source {source}, reader {reader} of {readers}"
 
 

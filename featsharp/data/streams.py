@@ -8,7 +8,7 @@ together read every image once per epoch, and none is left without data.
 The sequence of a reader depends on the seed, its number and the number of readers alone, not on whether images decode:
 any position in it can be reached again by reading up to there without decoding. That costs the transfer, and no memory
 beyond the shuffle buffer. For unusable images the reader reads on, so that none of the others is used more often. It
-has then read more images than samples, and a resumed run needs its :class:`StreamPlace`.
+has then read more images than samples, and a resumed run needs its :class:`StreamPosition`.
 """
 
 import itertools
@@ -38,7 +38,7 @@ _OTHER_COMPRESSION = (".zst", ".tzst", ".lz4")
 _START = 100  # images in the shuffle buffer before the first leaves it
 
 
-class StreamPlace(NamedTuple):
+class StreamPosition(NamedTuple):
     """Position of a reader: the number of its next sample, and of images that it has read before."""
 
     sample: int
@@ -95,7 +95,7 @@ class ShardStream:
         return len(self._shards)
 
     def images(
-        self, sample: int, *, seed: int = 0, reader: int = 0, readers: int = 1, start: StreamPlace | None = None
+        self, sample: int, *, seed: int = 0, reader: int = 0, readers: int = 1, start: StreamPosition | None = None
     ) -> Iterator[EncodedImage]:
         """Iterate over the images of one reader from its ``sample`` on; those that are taken are consumed.
 
@@ -112,20 +112,20 @@ class ShardStream:
             DataError: After :data:`MAX_EMPTY_SHARDS` shards in a row without an image.
         """
         key = (seed, reader, readers)
-        if self._reading is None or self._reading.key != key or self._reading.place.sample > sample:
+        if self._reading is None or self._reading.key != key or self._reading.position.sample > sample:
             self.close()
             self._reading = _Reading(self, key)
             if start is not None and start.sample <= sample:
                 self._reading.pass_over(start.read)
-                self._reading.place = start
-        self._reading.pass_over(sample - self._reading.place.sample)
-        self._reading.place = self._reading.place._replace(sample=sample + 1)
+                self._reading.position = start
+        self._reading.pass_over(sample - self._reading.position.sample)
+        self._reading.position = self._reading.position._replace(sample=sample + 1)
         return self._reading.take()
 
     @property
-    def place(self) -> StreamPlace | None:
+    def position(self) -> StreamPosition | None:
         """Position of the present reader; None before it reads."""
-        return None if self._reading is None else self._reading.place
+        return None if self._reading is None else self._reading.position
 
     def scan(self) -> Iterator[EncodedImage]:
         """Iterate over all images once, in stored order; damage is an image without name and data.
@@ -259,14 +259,14 @@ class _Reading:
 
     def __init__(self, stream: ShardStream, key: tuple[int, int, int]) -> None:
         self.key = key
-        self.place = StreamPlace(0, 0)
+        self.position = StreamPosition(0, 0)
         self.path = stream.path
         self.images: Generator[EncodedImage] = stream._sequence(*key)
 
     def take(self) -> Iterator[EncodedImage]:
         """Iterate over the images from here on; stopping in between loses none."""
         for image in self.images:
-            self.place = self.place._replace(read=self.place.read + 1)
+            self.position = self.position._replace(read=self.position.read + 1)
             yield image
         raise DataError(f"{self.path}: cannot be read on after an error")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from featsharp.builder import save_checkpoint
 from featsharp.checkpoint import read_checkpoint, restoring
-from featsharp.data.loader import Places, StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.loader import Positions, StepSampler, ViewBatch, ViewDataset, load_views
 from featsharp.data.skips import SkipLog
 from featsharp.data.views import Views
 from featsharp.device import autocast_dtype
@@ -117,7 +117,7 @@ class Trainer:
         self.is_new = True
         self.skipped = SkipLog()
         self.skipped.add(list(skipped))
-        self.places: Places = {}
+        self.positions: Positions = {}
         self.term = TermSignal()
         self.clock = StepClock()
 
@@ -151,7 +151,7 @@ class Trainer:
             file=sys.stderr,
             disable=not (self.config.progress and is_main),
         )
-        loaded = load_views(self.dataset, self._sampler(), self.config.num_workers, self.places)
+        loaded = load_views(self.dataset, self._sampler(), self.config.num_workers, self.positions)
         with closing(loaded), bar, self.term:
             for batches in self._batches_of_steps(loaded):
                 losses = self.train_step(*batches)
@@ -245,7 +245,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped.state(),
-            "places": {name: list(place) for name, place in self.places.items()},
+            "places": {name: list(position) for name, position in self.positions.items()},
         }
 
     def resume(self, path: Path) -> None:
@@ -285,7 +285,7 @@ class Trainer:
             if self.world.is_main:
                 self.skipped.add_state(state["skipped"])
             if state["readers"] == count_readers(self.config, processes):  # else a forced run starts by the step alone
-                self.places |= {name: (sample, read) for name, (sample, read) in state["places"].items()}
+                self.positions |= {name: (sample, read) for name, (sample, read) in state["places"].items()}
         if self.world.is_main:
             logger.info("resuming %s at step %d", path, self.step)
 
@@ -313,9 +313,9 @@ class Trainer:
     def _save_on_main(self) -> None:
         """Save the state of all processes; all of them must call it."""
         _, *others = gather_objects(self.skipped.state(), self.world)
-        for places in gather_objects(self.places, self.world):
-            for reader, place in places.items():  # only the process of a reader has its latest
-                self.places[reader] = max(self.places.get(reader, place), place)
+        for positions in gather_objects(self.positions, self.world):
+            for reader, position in positions.items():  # only the process of a reader has its latest
+                self.positions[reader] = max(self.positions.get(reader, position), position)
         if self.world.is_main:
             for counted in others:
                 self.skipped.add_state(counted)

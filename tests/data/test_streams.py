@@ -28,7 +28,7 @@ from featsharp.data._fetch import FetchConfig
 from featsharp.data._order import hash_bits
 from featsharp.data.filters import ImageFilter, Predicate
 from featsharp.data.images import EncodedImage
-from featsharp.data.loader import Places, StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.loader import Positions, StepSampler, ViewBatch, ViewDataset, load_views
 from featsharp.data.mixture import Division, ImageMixture
 from featsharp.data.skips import SkipLog
 from featsharp.data.sources import open_source
@@ -466,10 +466,10 @@ def test_a_mixture_counts_the_places_of_a_stream_by_reader(server: str, tmp_path
 
 
 def batches(
-    data: object, sampler: StepSampler, workers: int, places: Places | None = None, keep: Predicate | None = None
+    data: object, sampler: StepSampler, workers: int, positions: Positions | None = None, keep: Predicate | None = None
 ) -> Generator[ViewBatch]:
     mixture = ImageMixture.from_data_dir(data, keep=ImageFilter(predicate=keep), shuffle_buffer=6, fetch=IMPATIENT)
-    return load_views(ViewDataset(mixture, (16, 24), ViewConfig(num_views=1), seed=0), sampler, workers, places)
+    return load_views(ViewDataset(mixture, (16, 24), ViewConfig(num_views=1), seed=0), sampler, workers, positions)
 
 
 def same(batch: ViewBatch, other: ViewBatch) -> bool:
@@ -527,20 +527,20 @@ def test_a_run_that_leaves_images_out_goes_on_with_the_very_next(server: str, tm
     """However far the workers had read ahead, and beside local data."""
     write_tar(tmp_path / "local.tar", range(100, 112))
     data = [[f"{server}/{{0..9}}.tar", 2], str(tmp_path / "local.tar")]
-    first: Places = {}
+    first: Positions = {}
     whole = list(batches(data, StepSampler(0, 8, 3, rank=1, world=2), workers, first, every_fourth))
     assert sum(len(batch.skipped) for batch in whole) > 40
     for stop in (1, 4):
-        places: Places = {}
-        stopped = batches(data, StepSampler(0, 8, 3, rank=1, world=2), workers, places, every_fourth)
+        positions: Positions = {}
+        stopped = batches(data, StepSampler(0, 8, 3, rank=1, world=2), workers, positions, every_fourth)
         assert all(same(*pair) for pair in zip(islice(stopped, stop), whole, strict=False))
         stopped.close()
-        assert places != first
-        resumed = list(batches(data, StepSampler(stop, 8, 3, rank=1, world=2), workers, places, every_fourth))
+        assert positions != first
+        resumed = list(batches(data, StepSampler(stop, 8, 3, rank=1, world=2), workers, positions, every_fourth))
         assert len(resumed) == 8 - stop
         assert all(same(*pair) for pair in zip(resumed, whole[stop:], strict=True))
         assert [batch.skipped for batch in resumed] == [batch.skipped for batch in whole[stop:]]
-        assert places == first
+        assert positions == first
 
 
 def test_a_stream_of_which_nothing_is_left_is_an_error_and_no_endless_loop(server: str) -> None:

@@ -200,8 +200,8 @@ def test_masks_that_are_no_polygons_count_by_their_box(twin):
         ("3 0.5 0.5 0.2 0.2 0.3", r"1\.txt, line 4: expected 'class cx cy w h'"),
         ("person 0.5 0.5 0.2 0.2", r"1\.txt, line 4: expected a class and numbers"),
         ("-1 0.5 0.5 0.2 0.2", r"1\.txt, line 4: expected 'class"),
-        ("3 120 80 40 40", r"1\.txt, line 4: places must be fractions from 0 to 1"),
-        ("3 nan 0.5 0.2 0.2", r"1\.txt, line 4: places must be fractions"),
+        ("3 120 80 40 40", r"1\.txt, line 4: coordinates must be fractions from 0 to 1"),
+        ("3 nan 0.5 0.2 0.2", r"1\.txt, line 4: coordinates must be fractions"),
     ],
 )
 def test_bad_lines_are_named_and_their_image_is_skipped(twin, line, message):

@@ -56,7 +56,7 @@ class PairOptions(NamedTuple):
 
 
 def make_pair(
-    place: str | Path,
+    location: str | Path,
     images: tuple[Path, Path],
     points: tuple[np.ndarray, np.ndarray],
     category: str,
@@ -65,7 +65,7 @@ def make_pair(
     """Make a pair of the keypoints that are visible (finite) in both images.
 
     Args:
-        place: The file or row that the pair was read from, for messages.
+        location: The file or row that the pair was read from, for messages.
         images: Source and target.
         points: [K, 2] each.
         category: As in :class:`Pair`.
@@ -76,33 +76,33 @@ def make_pair(
     """
     source, target = (np.asarray(given, dtype=np.float64) for given in points)
     if source.size == target.size == 0:
-        raise DataError(f"{place}: no keypoint is annotated")
+        raise DataError(f"{location}: no keypoint is annotated")
     for given in (source, target):
         if given.ndim != 2 or given.shape[1] != 2:
-            raise DataError(f"{place}: keypoints are lists of (x, y); got numbers of shape {given.shape}")
+            raise DataError(f"{location}: keypoints are lists of (x, y); got numbers of shape {given.shape}")
     if len(source) != len(target):
-        raise DataError(f"{place}: {len(source)} keypoints in the source, {len(target)} in the target")
+        raise DataError(f"{location}: {len(source)} keypoints in the source, {len(target)} in the target")
     common = np.isfinite(source).all(1) & np.isfinite(target).all(1)
     if not common.any():
-        raise DataError(f"{place}: no keypoint is visible in both images")
+        raise DataError(f"{location}: no keypoint is visible in both images")
     if target_box is not None and not 0 < target_box < np.inf:
-        raise DataError(f"{place}: the box of the target has a larger side of {target_box} pixels")
+        raise DataError(f"{location}: the box of the target has a larger side of {target_box} pixels")
     return Pair(*images, source[common], target[common], target_box, category)
 
 
-def parse_numbers(values: Any, place: str | Path) -> np.ndarray:
-    """Convert to float64; raises DataError, with ``place`` in it."""
+def parse_numbers(values: Any, location: str | Path) -> np.ndarray:
+    """Convert to float64; raises DataError, with ``location`` in it."""
     try:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise DataError(f"{place}: {str(values)[:60]} are not numbers") from None
+        raise DataError(f"{location}: {str(values)[:60]} are not numbers") from None
 
 
-def larger_side(box: Any, place: str | Path) -> float:
-    """Compute the larger side of a box (left, top, right, bottom); raises DataError, with ``place`` in it."""
-    corners = parse_numbers(box, place).ravel()
+def larger_side(box: Any, location: str | Path) -> float:
+    """Compute the larger side of a box (left, top, right, bottom); raises DataError, with ``location`` in it."""
+    corners = parse_numbers(box, location).ravel()
     if len(corners) != 4:
-        raise DataError(f"{place}: a box has four numbers; got {len(corners)}")
+        raise DataError(f"{location}: a box has four numbers; got {len(corners)}")
     return float((corners[2:] - corners[:2]).max())
 
 

@@ -45,7 +45,7 @@ def choose_layout(
         raise DataError(f"{root}: no such folder; give the folder of a {kind} data set")
     candidates = layouts if name == AUTO else {name: layouts[name]}
     for candidate, layout in candidates.items():
-        for folder in (root / place for place in inside):
+        for folder in (root / path for path in inside):
             if layout.fits(folder):
                 return candidate, folder
     expected = "; ".join(f"{candidate}: {layout.expected}" for candidate, layout in candidates.items())

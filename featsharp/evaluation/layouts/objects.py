@@ -139,17 +139,17 @@ def draw(outlines: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def _parse_line(line: str, place: str) -> tuple[int, np.ndarray]:
+def _parse_line(line: str, location: str) -> tuple[int, np.ndarray]:
     """Parse class and outline [n, 2] in fractions."""
     try:
         first, *rest = line.split()
         category, numbers = int(first), np.array(rest, dtype=float)
     except ValueError as error:
-        raise DataError(f"{place}: expected a class and numbers, got {line[:40]!r}") from error
+        raise DataError(f"{location}: expected a class and numbers, got {line[:40]!r}") from error
     if category < 0 or len(numbers) not in (4, *range(6, len(numbers) + 1, 2)):
-        raise DataError(f"{place}: expected 'class cx cy w h' or 'class x y x y x y ...', got {line[:40]!r}")
+        raise DataError(f"{location}: expected 'class cx cy w h' or 'class x y x y x y ...', got {line[:40]!r}")
     if not ((numbers >= -SLACK) & (numbers <= 1 + SLACK)).all():
-        raise DataError(f"{place}: places must be fractions from 0 to 1, got {line[:40]!r}")
+        raise DataError(f"{location}: coordinates must be fractions from 0 to 1, got {line[:40]!r}")
     if len(numbers) > 4:
         return category, numbers.reshape(-1, 2)
     cx, cy, w, h = numbers

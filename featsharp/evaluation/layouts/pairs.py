@@ -111,32 +111,32 @@ def _list_pascal(root: Path, options: PairOptions) -> Iterator[Entry]:
         if isinstance(fields, DataError):
             yield _refused(number, fields)
             continue
-        place, row = f"{path} line {number}", dict(zip(header, fields, strict=True))
+        location, row = f"{path} line {number}", dict(zip(header, fields, strict=True))
         try:
             source, target, category = row["source_image"], row["target_image"], _CATEGORIES[row["class"]]
         except KeyError:
-            wrong = DataError(f"{place}: expected the columns source_image, target_image and class (1..20)")
+            wrong = DataError(f"{location}: expected the columns source_image, target_image and class (1..20)")
             yield _refused(number, wrong)
             continue
         name = f"{number}-{Path(source).stem}-{Path(target).stem}:{category}"
-        yield Entry(name, category, partial(_read_pascal, root, place, row, (source, target), category))
+        yield Entry(name, category, partial(_read_pascal, root, location, row, (source, target), category))
 
 
-def _read_pascal(root: Path, place: str, row: dict[str, str], names: tuple[str, str], category: str) -> Pair:
+def _read_pascal(root: Path, location: str, row: dict[str, str], names: tuple[str, str], category: str) -> Pair:
     folder = root / "JPEGImages"
     images = folder / Path(names[0]).name, folder / Path(names[1]).name
     annotations = [root / "Annotations" / category / f"{image.stem}.mat" for image in images]
     if row.get("flip", "0") not in ("", "0"):
-        raise DataError(f"{place}: mirrored pairs are for training and not read here")
+        raise DataError(f"{location}: mirrored pairs are for training and not read here")
     if all(key in row for key in ("xa", "ya", "xb", "yb")):
-        lists = [parse_numbers(row[key].strip(";").split(";"), place) for key in ("xa", "ya", "xb", "yb")]
-        source, target = _stack(lists[:2], place), _stack(lists[2:], place)
+        lists = [parse_numbers(row[key].strip(";").split(";"), location) for key in ("xa", "ya", "xb", "yb")]
+        source, target = _stack(lists[:2], location), _stack(lists[2:], location)
     else:
         source, target = (parse_numbers(_variable(path, "kps"), path) for path in annotations)
     box = None
     if annotations[1].is_file() and "bbox" in (content := read_mat(annotations[1])):
         box = larger_side(content["bbox"], annotations[1])
-    return make_pair(place, images, (source - 0.5, target - 0.5), category, box)
+    return make_pair(location, images, (source - 0.5, target - 0.5), category, box)
 
 
 def _list_willow(root: Path, options: PairOptions) -> Iterator[Entry]:
@@ -161,12 +161,12 @@ def _list_willow(root: Path, options: PairOptions) -> Iterator[Entry]:
             yield Entry(f"{source}-{target}:{label}", label, read)
 
 
-def _read_willow_row(place: str, images: tuple[Path, Path], numbers: Sequence[str], group: str) -> Pair:
-    values = parse_numbers(numbers, place)
+def _read_willow_row(location: str, images: tuple[Path, Path], numbers: Sequence[str], group: str) -> Pair:
+    values = parse_numbers(numbers, location)
     if len(values) == 0 or len(values) % 4:
-        raise DataError(f"{place}: {len(values)} numbers are not x and y of as many keypoints in two images")
+        raise DataError(f"{location}: {len(values)} numbers are not x and y of as many keypoints in two images")
     source, target = values.reshape(2, 2, -1)
-    return make_pair(place, images, (source.T - 0.5, target.T - 0.5), group)
+    return make_pair(location, images, (source.T - 0.5, target.T - 0.5), group)
 
 
 def _read_willow(folder: Path, stems: tuple[str, str], group: str) -> Pair:
@@ -228,10 +228,10 @@ def _table(path: Path) -> Iterator[tuple[int, list[str], list[str] | DataError]]
             yield number, header, [field.strip() for field in fields]
 
 
-def _stack(axes: Sequence[np.ndarray], place: str) -> np.ndarray:
+def _stack(axes: Sequence[np.ndarray], location: str) -> np.ndarray:
     """Stack x and y to [K, 2]."""
     if len(axes[0]) != len(axes[1]):
-        raise DataError(f"{place}: {len(axes[0])} keypoints have an x and {len(axes[1])} a y")
+        raise DataError(f"{location}: {len(axes[0])} keypoints have an x and {len(axes[1])} a y")
     return np.stack(list(axes), axis=1)
 
 
