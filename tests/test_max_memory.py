@@ -77,6 +77,7 @@ def test_an_output_4096_wide_goes_to_a_file_much_larger_than_the_limit(tmp_path:
     file.unlink()  # pytest keeps the folders of its last runs
 
 
+@pytest.mark.slow
 def test_a_limit_that_is_too_small_is_said_in_time():
     result = encode_under_limit("featsharp", 4, 2048, 2048, "32MiB", "")
     assert "InputError: max_memory=32MiB is too little" in result.stderr

@@ -45,6 +45,7 @@ def test_bench_writes_what_it_prints(tmp_path, capsys):
     assert content["machine"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_bench_of_an_encoder(tmp_path, capsys):
     file = tmp_path / "encode.json"
     arguments = ("bench", "encode", "--backbone", "toy-vit", "--factors", "1", "2", "--repeat", "2", "--json", file)

@@ -38,6 +38,7 @@ def rows_of(result, curve):
     return {row["factor"]: row for row in result["rows"] if row["curve"] == curve}
 
 
+@pytest.mark.slow
 def test_every_curve_has_a_point_per_factor_and_factor_one_is_always_there(found):
     _, result = found
     for curve in ("direct", "passes", "tile", "bilinear", SLOW):
@@ -49,6 +50,7 @@ def test_every_curve_has_a_point_per_factor_and_factor_one_is_always_there(found
     json.dumps(result)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_listed_with_its_reason(found):
     task, result = found
     (skipped,) = result["skipped"]
@@ -66,6 +68,7 @@ def test_a_backbone_of_one_size_has_no_larger_images_but_tiles():
     assert "takes 64x64 pixels only, not 128x128" in skipped["reason"]
 
 
+@pytest.mark.slow
 def test_the_linear_curve_has_one_time_per_token(found):
     _, result = found
     base = rows_of(result, "direct")[1]
@@ -74,6 +77,7 @@ def test_the_linear_curve_has_one_time_per_token(found):
     assert base["linear_ms_per_image"] == pytest.approx(base["ms_per_image"])
 
 
+@pytest.mark.slow
 def test_times_are_per_image_and_token_with_quartiles(found):
     _, result = found
     for row in result["rows"]:
@@ -85,6 +89,7 @@ def test_times_are_per_image_and_token_with_quartiles(found):
         assert row["peak_bytes"] >= 0
 
 
+@pytest.mark.slow
 def test_an_upsampler_that_sleeps_shows_in_its_time_and_not_in_that_of_its_passes(found):
     _, result = found
     for row in rows_of(result, SLOW).values():
@@ -93,6 +98,7 @@ def test_an_upsampler_that_sleeps_shows_in_its_time_and_not_in_that_of_its_passe
         assert row["backbone_ms_per_image"] == rows_of(result, "direct")[1]["ms_per_image"]
 
 
+@pytest.mark.slow
 def test_passes_through_the_backbone(found):
     """1 + f^2 for tiles; a single tile is the image itself; 1.5x takes 2 x 2 tiles that overlap."""
     _, result = found
@@ -112,6 +118,7 @@ def test_more_pixels_take_longer():
     assert times[2] > 4 * times[1]
 
 
+@pytest.mark.slow
 def test_the_table_says_what_the_figures_depend_on(found):
     task, result = found
     lines = task.table(result)
@@ -125,6 +132,7 @@ def test_every_case_runs_five_times():
     assert {row["time"]["runs"] for row in result["rows"]} == {5}
 
 
+@pytest.mark.slow
 def test_a_share_is_never_more_than_all(found):
     """The medians of passes and whole are of different runs."""
     task, result = found
@@ -136,6 +144,7 @@ def test_a_share_is_never_more_than_all(found):
     assert "~100% where those alone took longer" in lines[1]
 
 
+@pytest.mark.slow
 def test_a_noisy_machine_is_pointed_out(found):
     task, result = found
     planted = copy.deepcopy(result)
@@ -154,6 +163,7 @@ def test_a_function_of_the_users_that_fails_is_skipped_with_its_reason():
     assert skipped["reason"].startswith("TypeError: dumps() takes 1 positional argument")
 
 
+@pytest.mark.slow
 def test_rows_name_normalizer_and_options(found):
     _, result = found
     assert {row["normalizer"] for row in result["rows"] if row["curve"] == "sapa"} == {"phi-s"}

@@ -592,7 +592,7 @@ def wait_for_the_end_of(started: Path) -> None:
     """Of the processes whose numbers a file has."""
     begin = time.monotonic()
     while any(alive(int(line)) for line in started.read_text().split()):
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 60  # they would sleep for 1000 seconds; a loaded machine takes its time
         time.sleep(0.05)
 
 
