@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput
 from featsharp.backbones.from_callable import from_callable
+from featsharp.backbones.loading import set_native_size
 from featsharp.backbones.models import FAMILIES, MODELS, Family, Model
 from featsharp.backbones.options import COMMON, FEATURES, Options, parse_options
 from featsharp.errors import ConfigError, unknown_name
@@ -121,7 +123,11 @@ def _build(name: BackboneName) -> Backbone:
         model = target.model.partition(":")[2]
         options = parse_options(model, texts, family.options)
         label = str(BackboneName(target.model, {key: text for key, text in texts.items() if key not in COMMON}))
+        if options.weights is not None and not Path(options.weights).exists():
+            raise ConfigError(f"weights of backbone {label!r}: there is no file or directory {options.weights!r}")
         backbone = _load(family.build)(label, model, options)
+        if options.img_size is not None:
+            set_native_size(backbone, options.img_size)
     else:
         if target.model not in MODELS:
             forms = [FAMILIES[prefix].form for prefix in sorted(FAMILIES)]

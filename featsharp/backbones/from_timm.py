@@ -3,46 +3,59 @@
 Three kinds are known: vision transformers with a token sequence (:class:`TimmViT`), the trunk of Segment Anything
 (:class:`TimmSAM`), and everything else that ends in a map, such as convolutional networks (:class:`TimmStages`).
 
-Shapes:
-    tokens [B, P + h * w, C]: P prefix tokens (class token first, then registers), then patches row by row.
-
 Convention:
     Other sizes than the native one resample the position embedding as timm does: bicubic, antialiased, half-pixel
     centres. At the native size timm adds the stored embedding itself. Models of its class ``NaFlexVit`` keep a table of
     their own grid and resample that at every call, as each is configured: those of RADIO bilinearly to a square of the
     longer side, of which they crop the top left (cropped position embedding, arXiv 2412.07679).
 
-Whitening is what ``pretrained_cfg`` of the weights says. Published numbers may rest on another: timm has 0.5/0.5 for
-the supervised ``vit_small_patch16_224``, FeatUp (arXiv 2403.10516) feeds it ImageNet's. Options ``mean`` and ``std``
-match these: ``?mean=0.485,0.456,0.406&std=0.229,0.224,0.225``.
+Whitening is that of the weights, ``pretrained_cfg``. Published numbers may rest on another: timm has 0.5/0.5 for the
+supervised ``vit_small_patch16_224``, FeatUp (arXiv 2403.10516) feeds it ImageNet's. Options ``mean`` and ``std`` match
+these: ``?mean=0.485,0.456,0.406&std=0.229,0.224,0.225``.
 """
 
+import difflib
+import json
 import math
+import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featsharp.backbones._timm_loading import load_timm_model
-from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput, embeds_patches
-from featsharp.backbones.loading import first_line
-from featsharp.backbones.options import Facet, Options
-from featsharp.backbones.tokens import FACETS, TokenBackbone, chosen_stage, chosen_summary
-from featsharp.errors import ConfigError
+from featsharp.backbones.adapters import FACETS, ModelBackbone, TokenBackbone, choose_stage
+from featsharp.backbones.base import Backbone
+from featsharp.backbones.loading import (
+    call_leaving_out,
+    cannot_fetch,
+    find_weights,
+    first_line,
+    import_optional,
+    seeded_weights,
+    shorten,
+    square_patch,
+    whole_patches,
+)
+from featsharp.backbones.options import DEFAULTS, Facet, Options
+from featsharp.backbones.preprocessing import choose_whitening
+from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError
+
+INSTALL_TIMM = 'pip install "featsharp[timm]"'
+# As timm looks for them in a directory of its own.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+# These resample their positions at every call: SAM not when it loads them, NaFlexVit from a table of its own grid.
+RESAMPLING_MODULES = ["vision_transformer_sam", "naflexvit"]
 
 
-def build(name: str, spec: str, choices: Options) -> Backbone:
+def build(name: str, spec: str, options: Options) -> Backbone:
     """Build ``timm:MODEL[.TAG]``; the directory that ``timm.models.save_for_hf`` writes can take the place of MODEL.
 
-    Options, beside those of every backbone:
-        ``layer``, ``facet``, ``summary``: see :class:`featsharp.backbones.options.Options` and the classes here.
-        ``pretrained=false``: seeded random weights.
-        ``img_size=448x224``: the native size, whole patches.
-        ``weights``: a file that timm can read (``.safetensors``, ``.pth``, ``.bin``; timm's own keys or those of the
-        authors, which timm converts) or a directory with one. Every weight has to be in it, the classifier aside.
-        ``mean``, ``std``: three numbers with commas in place of those of the weights.
+    ``weights`` is a file that timm can read (``.safetensors``, ``.pth``, ``.bin``; timm's own keys or those of the
+    authors, which timm converts) or a directory with one. Every weight has to be in it, the classifier aside.
 
     Raises:
         ConfigError: For an unknown model, tag or option, or a model that has not what an option asks for.
@@ -50,23 +63,12 @@ def build(name: str, spec: str, choices: Options) -> Backbone:
         CheckpointError: For a weight file that cannot be read.
         BackboneMismatchError: For one that does not fill the model.
     """
-    model = load_timm_model(spec, choices)
+    model = load_timm_model(name, spec, options)
     if not hasattr(model, "forward_features"):
         raise ConfigError(f"timm model {name!r} ({type(model).__name__}) gives no features")
-    if _is_sam(model):
-        kind: type[TimmViT | TimmSAM | TimmStages] = TimmSAM
-    else:
-        kind = TimmViT if _has_tokens(model) else TimmStages
-    # A model with a token grid may be native at less: it was built for img_size.
-    size = None if hasattr(_embedding(model), "grid_size") and kind is TimmViT else choices.img_size
-    backbone = kind(name, model, choices=choices, input_size=size, mean=choices.mean, std=choices.std)
-    if choices.img_size is not None and backbone.input_size != choices.img_size:
-        height, width = backbone.input_size
-        which = "smallest near it" if min(choices.img_size) < backbone.patch_size else "nearest below"
-        raise ConfigError(
-            f"img_size of {name!r} has to be whole patches of {backbone.patch_size}; the {which} is {height}x{width}"
-        )
-    return backbone
+    if all(hasattr(model, part) for part in ("patch_embed", "blocks", "neck", "rope_window")):
+        return TimmSAM(name, model, options)  # the one model with a neck after blocks that keep their map
+    return TimmViT(name, model, options) if _has_tokens(model) else TimmStages(name, model, options)
 
 
 class TimmViT(TokenBackbone):
@@ -86,11 +88,11 @@ class TimmViT(TokenBackbone):
     that there is none. timm's models carry no text-aligned head.
 
     Args:
-        name: What ``create_backbone`` builds it from, or a label.
+        name: The name of ``create_backbone``, or a label.
         model: A timm model with ``patch_embed`` (``embeds`` in a ``NaFlexVit``), ``num_prefix_tokens`` and
             ``forward_features`` to tokens.
-        choices: Of these ``layers``, ``facet`` and ``summary``.
-        input_size, mean, std: Override what is read.
+        options: Of these layer, facet, summary, mean and std.
+        facts: In place of those that are read.
 
     Raises:
         ConfigError: For a model without such tokens, with patches that are not square, or without what is chosen.
@@ -98,37 +100,25 @@ class TimmViT(TokenBackbone):
 
     facet_from_inputs = True
 
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        *,
-        choices: Options = Options(),  # noqa: B008  (frozen)
-        input_size: tuple[int, int] | None = None,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-    ) -> None:
-        if not _has_tokens(model):
+    def __init__(self, name: str, model: Any, options: Options = DEFAULTS, **facts: Any) -> None:
+        embedding, width = _embedding(model), model.embed_dim
+        ratio = getattr(embedding, "feat_ratio", None)
+        patch_size = square_patch(name, embedding.patch_size if ratio is None else ratio(as_scalar=False))
+        blocks = getattr(model, "blocks", [])
+        if options.inner and not (len(blocks) and hasattr(model, "forward_intermediates")):
             raise ConfigError(
-                f"timm model {name!r} ({type(model).__name__}) does not give patch tokens; wrap it with "
-                f"featsharp.backbones.from_callable(model.forward_features)"
+                f"timm model {name!r} ({type(model).__name__}) shows no blocks; leave out layer and facet"
             )
-        embedding = _embedding(model)
-        patch_size, width = _square_patch(name, embedding), _int(model, "embed_dim")
-        super().__init__(
-            name,
-            model,
-            choices,
-            _blocks(model, choices, name),
-            width=width,
-            summaries=dict.fromkeys(_token_summaries(model), width),
-            patch_size=patch_size,
-            input_size=_whole_patches(input_size or _native_size(model, patch_size), patch_size),
-            flexible=_is_naflex(model) or bool(getattr(model, "dynamic_img_size", False)),
-            **_whitening(model, mean, std),
-        )
-        self.num_prefix_tokens = _int(model, "num_prefix_tokens")
-        self.embeds_patches = embeds_patches(getattr(embedding, "proj", None), patch_size)
+        if "input_size" not in facts:
+            grid = None if _is_naflex(model) else [side * patch_size for side in embedding.grid_size]
+            facts["input_size"] = whole_patches(grid or _configured_size(model), patch_size)
+        read: dict[str, Any] = {
+            "summaries": dict.fromkeys(_token_summaries(model), width),
+            "flexible": _is_naflex(model) or bool(getattr(model, "dynamic_img_size", False)),
+            **_whitening(name, model, options),
+        }
+        super().__init__(name, model, options, blocks, width=width, patch_size=patch_size, **{**read, **facts})
+        self.num_prefix_tokens = int(getattr(model, "num_prefix_tokens", 0))
 
     def run(self, images: Tensor) -> tuple[Tensor, Any]:
         return self.model.forward_features(images), None
@@ -148,52 +138,28 @@ class TimmViT(TokenBackbone):
             return tensor
         return F.linear(tensor[:, self.num_prefix_tokens :], *_projection(block, self.options.facet))
 
-    def summarise(self, kind: str, tokens: Tensor, output: Any, num_patches: int) -> Tensor:
-        return tokens[:, 0] if kind == "cls" else self.model.forward_head(tokens, pre_logits=True)
+    def summarise(self, kind: str, end: Any, output: Any) -> Tensor:
+        return end[:, 0] if kind == "cls" else self.model.forward_head(end, pre_logits=True)
 
 
-class TimmSAM(TokenBackbone):
+class TimmSAM(TimmViT):
     """The image encoder of Segment Anything (arXiv 2304.02643): the output of its last block, before the neck.
 
     It takes one size, 1024 pixels in the weights of the authors: its absolute and relative positions are tables.
-    Another ``input_size`` resamples them at every call as timm does (absolute ones bicubic and antialiased, relative
-    ones linear). There is no class token and no pooling; the only summary is the token mean, when asked for.
+    Another ``options.img_size`` resamples them at every call as timm does (absolute ones bicubic and antialiased,
+    relative ones linear). There is no class token and no pooling; the only summary is the token mean, when asked for.
 
     ``facet`` gives the projections of whole maps, also in blocks whose attention is windowed.
 
     Args: As :class:`TimmViT`.
     """
 
+    facet_from_inputs = False
     has_end = False
 
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        *,
-        choices: Options = Options(),  # noqa: B008  (frozen)
-        input_size: tuple[int, int] | None = None,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-    ) -> None:
-        patch_embed: Any = model.patch_embed
-        patch_size = _square_patch(name, patch_embed)
-        super().__init__(
-            name,
-            model,
-            choices,
-            _blocks(model, choices, name),
-            width=_int(model, "embed_dim"),
-            summaries={},
-            patch_size=patch_size,
-            input_size=_whole_patches(input_size or patch_embed.img_size, patch_size),
-            flexible=False,
-            **_whitening(model, mean, std),
-        )
-        self.embeds_patches = embeds_patches(getattr(patch_embed, "proj", None), patch_size)
-
-    def run(self, images: Tensor) -> tuple[Tensor, Any]:
-        return self.model.forward_features(images), None
+    def __init__(self, name: str, model: Any, options: Options = DEFAULTS) -> None:
+        size = whole_patches(options.img_size or model.patch_embed.img_size, model.patch_embed.patch_size[0])
+        super().__init__(name, model, options, summaries={}, input_size=size, flexible=False)
 
     def norm(self, tokens: Tensor) -> Tensor:
         return tokens
@@ -201,74 +167,63 @@ class TimmSAM(TokenBackbone):
     def source(self, block: Any) -> nn.Module:
         return block.norm1  # the attention itself may see windows, with padding
 
-    def facet_width(self, block: Any) -> int:
-        return _projection(block, self.options.facet)[0].shape[0]
-
     def take(self, block: Any, tensor: Tensor, grid: tuple[int, int]) -> Tensor:
         facet = self.options.facet
         return (tensor if facet == "token" else F.linear(tensor, *_projection(block, facet))).flatten(1, 2)
 
 
-class TimmStages(Backbone):
+class TimmStages(ModelBackbone):
     """A timm model whose stages are maps: ConvNeXt, ResNet and other CNNs, Swin and other hierarchical transformers.
 
     ``layer`` is a stage as timm counts them in ``feature_info`` (in a ResNet 0 is the stem, 4 the last one); its stride
     is the patch size. Without it the last stage, through the model's final norm over maps where it has one. The summary
     is "pool", the pooled output of the model's last stage, as its classifier would see it.
 
-    Where token (y, x) looks: a stride-s stack of patch convolutions (ConvNeXt) is centred on its s pixels. Odd kernels
-    of stride 2 with symmetric padding (ResNet) are centred on the first pixel of theirs, (s - 1) / 2 pixels above and
-    left of the centre: 15.5 of 32 pixels at the last stage of a ResNet. That is the model's own, and is left as it is.
+    Token (y, x) of a stride-s stack of patch convolutions (ConvNeXt) is centred on its s pixels. Odd kernels of stride
+    2 with symmetric padding (ResNet) are centred on the first pixel of theirs, (s - 1) / 2 pixels above and left of the
+    centre: 15.5 of 32 pixels at the last stage of a ResNet. That is the model's own, and is left as it is.
 
-    Args: As :class:`TimmViT`; of ``choices.layer`` one.
+    Args: As :class:`TimmViT`; of ``options.layer`` one.
 
     Raises:
-        ConfigError: Also for a model whose map is not image / stride (no padding, as in Inception), found by a pass.
+        ConfigError: Also for a model whose map is not image / stride (no padding, as in Inception).
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        *,
-        choices: Options = Options(),  # noqa: B008  (frozen)
-        input_size: tuple[int, int] | None = None,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-    ) -> None:
-        stages: Any = getattr(model, "feature_info", None)
+    def __init__(self, name: str, model: Any, options: Options = DEFAULTS) -> None:
+        stages = getattr(model, "feature_info", None)
         if not isinstance(stages, Sequence) or not stages or not hasattr(model, "forward_intermediates"):
             raise ConfigError(
                 f"timm model {name!r} ({type(model).__name__}) names no stages; wrap it with "
                 f"featsharp.backbones.from_callable(model.forward_features)"
             )
-        stage = chosen_stage(stages, choices, name)
-        config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-        size = input_size or _configured_size(model)
+        self.norm = True
+        stage = choose_stage(stages, options, name)
         stride = int(stages[stage]["reduction"])
         super().__init__(
             name,
+            model,
+            options,
+            summaries={"pool": None},
             patch_size=stride,
             embed_dim=int(stages[stage]["num_chs"]),
-            input_size=_whole_patches(size, stride),
-            flexible=not config.get("fixed_input_size", False),
-            **_whitening(model, mean, std),
+            input_size=whole_patches(options.img_size or _configured_size(model), stride),
+            flexible=not _config(model).get("fixed_input_size", False),
+            **_whitening(name, model, options),
         )
-        self.model: Any = model
         self.stage = stage
-        self.summary_kind = chosen_summary(name, choices.summary, {"pool": None})
-        self.norm = True
-        self.freeze()
         self._try()
 
-    def extract(self, images: Tensor) -> BackboneOutput:
-        if self.summary_kind != "pool":
-            (features,) = self.model.forward_intermediates(
-                images, indices=[self.stage], norm=self.norm, stop_early=True, intermediates_only=True
-            )
-            return BackboneOutput(features, features.mean((2, 3)) if self.summary_kind == "mean" else None)
-        final, (features,) = self.model.forward_intermediates(images, indices=[self.stage], norm=self.norm)
-        return BackboneOutput(features, self.model.forward_head(final, pre_logits=True))
+    def encode(self, images: Tensor) -> tuple[Tensor, Any, Any]:
+        if self.needs_end:
+            end, (features,) = self.model.forward_intermediates(images, indices=[self.stage], norm=self.norm)
+            return features, end, None
+        (features,) = self.model.forward_intermediates(
+            images, indices=[self.stage], norm=self.norm, stop_early=True, intermediates_only=True
+        )
+        return features, None, None
+
+    def summarise(self, kind: str, end: Any, output: Any) -> Tensor:
+        return self.model.forward_head(end, pre_logits=True)
 
     @torch.no_grad()
     def _try(self) -> None:
@@ -277,6 +232,7 @@ class TimmStages(Backbone):
         deepest = math.lcm(p, *(int(stage["reduction"]) for stage in self.model.feature_info))
         size = (3 * deepest, 4 * deepest) if self.flexible else self.input_size
         weight = next(self.model.parameters())
+        model = f"timm model {self.name!r} ({type(self.model).__name__})"
         try:
             features, summary = self.extract(weight.new_zeros(1, 3, *size))
             shape = tuple(features.shape)
@@ -285,51 +241,46 @@ class TimmStages(Backbone):
                 self.norm = False
                 return self._try()
             raise ConfigError(
-                f"timm model {self.name!r} ({type(self.model).__name__}) cannot run at {size[0]}x{size[1]} "
-                f"({first_line(error)}); wrap it with featsharp.backbones.from_callable(model.forward_features)"
+                f"{model} cannot run at {size[0]}x{size[1]} ({first_line(error)}); wrap it with "
+                f"featsharp.backbones.from_callable(model.forward_features)"
             ) from error
         expected = (1, self.embed_dim, *self.grid_size(size))
         if shape != expected:
             raise ConfigError(
-                f"timm model {self.name!r} ({type(self.model).__name__}) makes {shape} of {size[0]}x{size[1]} pixels, "
-                f"not {expected}: its map is not the image over its stride, {p}; choose another layer or model"
+                f"{model} makes {shape} of {size[0]}x{size[1]} pixels, not {expected}: its map is not the image over "
+                f"its stride, {p}; choose another layer or model"
             )
         self.summary_dim = None if summary is None else summary.shape[1]
 
 
-def _has_tokens(model: nn.Module) -> bool:
+def _has_tokens(model: Any) -> bool:
     placed = hasattr(_embedding(model), "grid_size") or _is_naflex(model)
     return placed and isinstance(getattr(model, "num_prefix_tokens", None), int)
 
 
-def _is_naflex(model: nn.Module) -> bool:
-    """timm's ``NaFlexVit``, which takes images as other models do, of any size, beside batches of loose patches."""
+def _is_naflex(model: Any) -> bool:
+    """Recognise timm's ``NaFlexVit``, which takes images of any size, beside batches of loose patches."""
     return hasattr(getattr(model, "embeds", None), "pos_embed_ar_preserving")
 
 
-def _embedding(model: nn.Module) -> Any:
+def _embedding(model: Any) -> Any:
     return model.embeds if _is_naflex(model) else getattr(model, "patch_embed", None)
 
 
-def _native_size(model: nn.Module, patch_size: int) -> tuple[int, int]:
-    if _is_naflex(model):
-        return _configured_size(model)
-    rows, columns = _embedding(model).grid_size
-    return rows * patch_size, columns * patch_size
+def _config(model: Any) -> dict[str, Any]:
+    return getattr(model, "pretrained_cfg", None) or {}
 
 
-def _configured_size(model: nn.Module) -> tuple[int, int]:
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    height, width = config.get("input_size", (3, 224, 224))[1:]
+def _configured_size(model: Any) -> tuple[int, int]:
+    height, width = _config(model).get("input_size", (3, 224, 224))[1:]
     return height, width
 
 
-def _is_sam(model: nn.Module) -> bool:
-    """Recognise the one model of timm with a neck after blocks that keep their map."""
-    return all(hasattr(model, part) for part in ("patch_embed", "blocks", "neck", "rope_window"))
+def _whitening(name: str, model: Any, options: Options) -> dict[str, Any]:
+    return choose_whitening(options, _config(model), f"pretrained_cfg of timm model {name!r}")
 
 
-def _token_summaries(model: nn.Module) -> list[str]:
+def _token_summaries(model: Any) -> list[str]:
     """List the summaries that the model has, the one that it is known for first."""
     holder = _embedding(model) if _is_naflex(model) else model
     summaries = ["cls"] if getattr(holder, "cls_token", None) is not None else []
@@ -338,22 +289,6 @@ def _token_summaries(model: nn.Module) -> list[str]:
         pooled_first = not isinstance(getattr(model, "fc_norm", None), nn.Identity | None)
         summaries.insert(0 if pooled_first else len(summaries), "pool")
     return summaries
-
-
-def _square_patch(name: str, patch_embed: Any) -> int:
-    ratio = getattr(patch_embed, "feat_ratio", None)
-    height, width = ratio(as_scalar=False) if ratio is not None else patch_embed.patch_size
-    if height != width:
-        raise ConfigError(f"timm model {name!r} has {height}x{width} patches; only square ones work")
-    return int(height)
-
-
-def _blocks(model: nn.Module, choices: Options, name: str) -> Any:
-    """Blocks of a transformer; ConfigError where features from inside are asked for and it shows none."""
-    blocks: Any = getattr(model, "blocks", [])
-    if choices.inner and not (len(blocks) and hasattr(model, "forward_intermediates")):
-        raise ConfigError(f"timm model {name!r} ({type(model).__name__}) shows no blocks; leave out layer and facet")
-    return blocks
 
 
 def _projection(block: nn.Module, facet: Facet) -> tuple[Tensor, Tensor | None]:
@@ -375,33 +310,129 @@ def _projection(block: nn.Module, facet: Facet) -> tuple[Tensor, Tensor | None]:
     return joint.weight.chunk(3)[part], bias
 
 
-def _whitening(model: nn.Module, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> dict[str, Any]:
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    return {
-        "mean": mean or _configured_values(config, "mean", IMAGENET_MEAN),
-        "std": std or _configured_values(config, "std", IMAGENET_STD),
-    }
+def load_timm_model(name: str, spec: str, options: Options) -> nn.Module:
+    """Load the timm model without a classifier, able to change its size where its class can.
 
-
-def _configured_values(config: dict[str, Any], key: str, default: tuple[float, ...]) -> tuple[float, ...]:
-    """``pretrained_cfg`` may come from a file."""
-    values = config.get(key, default)
-    numbers = isinstance(values, Sequence) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-    if not numbers or len(values) != 3 or (key == "std" and min(values) <= 0):
-        above = ", above zero" if key == "std" else ""
+    Args:
+        name: For messages.
+        spec: ``MODEL``, ``MODEL.TAG``, ``hf-hub:ORG/MODEL``, or a directory with ``config.json`` (``DIR`` or
+            ``local-dir:DIR``), where the weights are too.
+        options: Of these ``pretrained``, ``weights`` and ``img_size``.
+    """
+    timm = import_optional("timm", f"backbone {name!r}", INSTALL_TIMM)
+    source, architecture = _find_source(timm, spec, options.weights)
+    weights = None
+    if options.pretrained and (options.weights is not None or source.startswith("local-dir:")):
+        weights = find_weights(options.weights or source.removeprefix("local-dir:"), WEIGHT_FILES)
+    optional: dict[str, Any] = {"dynamic_img_size": True}
+    if options.img_size is not None and not timm.models.is_model_in_modules(architecture, RESAMPLING_MODULES):
+        optional["img_size"] = options.img_size
+    load = options.pretrained and weights is None
+    try:
+        with seeded_weights():
+            model: nn.Module = call_leaving_out(
+                timm.create_model, optional, model_name=source, pretrained=load, num_classes=0, **optional
+            )
+    except OSError as error:
+        command = f"python -c \"import timm; timm.create_model('{spec}', pretrained=True)\""
+        raise cannot_fetch(name, error, command) from error
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ConfigError(
-            f"pretrained_cfg of this timm model has {key}={values!r}; it has to be three numbers{above}, such as "
-            f"{list(default)}: mend its config.json, or give option {key}"
+            f"timm cannot build {spec!r}: {first_line(error)}; {_nearest_tags(timm, source, architecture)}"
+            f"timm.list_pretrained('{architecture}*') lists the tags with weights, ?weights=FILE takes a file, "
+            f"?pretrained=false takes random weights"
+        ) from error
+    if weights is not None:
+        _fill(timm, model, architecture, weights)
+    return model
+
+
+def _find_source(timm: Any, spec: str, weights: str | None) -> tuple[str, str]:
+    """Find the source that ``timm.create_model`` takes, and its architecture."""
+    if spec.startswith("hf-hub:"):
+        return spec, spec
+    if not spec:
+        raise ConfigError(
+            "timm: needs a name of timm.list_models() or a directory, such as timm:vit_small_patch16_224.dino"
         )
-    return tuple(float(value) for value in values)
+    directory = Path(os.path.expanduser(spec.removeprefix("local-dir:")))
+    if spec.startswith("local-dir:") or directory.is_dir():
+        return f"local-dir:{directory}", _architecture(timm, directory)
+    if "/" in spec or "\\" in spec:
+        raise ConfigError(f"there is no directory {spec!r}; timm:MODEL is a name of timm.list_models() or a directory")
+    architecture = spec.split(".")[0]
+    if not timm.is_model(architecture):
+        nearest = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.6)
+        hint = f"did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else "no name is near."
+        raise ConfigError(f"unknown timm model {architecture!r}; {hint} timm.list_models() lists all")
+    folder = None if weights is None else Path(weights)
+    if folder is not None and (folder / "config.json").is_file():
+        other = _architecture(timm, folder)
+        if other != architecture:
+            raise BackboneMismatchError(f"{folder} holds a timm model {other!r}, not {architecture!r}; name that one")
+        return f"local-dir:{folder}", architecture
+    return spec, architecture
 
 
-def _whole_patches(size: Sequence[int], patch_size: int) -> tuple[int, int]:
-    height, width = (max(1, side // patch_size) * patch_size for side in size)
-    return height, width
+def _nearest_tags(timm: Any, source: str, architecture: str) -> str:
+    """For the message about a tag that timm has not: the nearest ones, else the first; empty for a tag that it has."""
+    if source.startswith(("hf-hub:", "local-dir:")):
+        return ""
+    tag = source.partition(".")[2]
+    known = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+    if not tag or not known or tag in known:
+        return ""
+    nearest = difflib.get_close_matches(tag, known, n=3, cutoff=0.4) or known[:5]
+    return f"nearest tags: {', '.join(nearest)}; "
 
 
-def _int(model: nn.Module, attribute: str) -> int:
-    """nn.Module types its attributes as Tensor | Module."""
-    value: Any = getattr(model, attribute)
-    return int(value)
+def _architecture(timm: Any, directory: Path) -> str:
+    config = directory / "config.json"
+    if not config.is_file():
+        raise ConfigError(
+            f"{directory} has no config.json, so it is not a model that timm.models.save_for_hf wrote; "
+            f"for a file of weights name the model: timm:MODEL?weights=FILE"
+        )
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{config} is not JSON ({error}); save the model again") from error
+    architecture = content.get("architecture") if isinstance(content, dict) else None
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise ConfigError(f"{config} names no architecture of this timm ({architecture!r}); is it of another library?")
+    if not isinstance(content.get("pretrained_cfg", {}), dict):
+        raise ConfigError(
+            f"{config} has pretrained_cfg={content['pretrained_cfg']!r}; it has to be a mapping with mean, std and "
+            f"input_size, as timm.models.save_for_hf writes it"
+        )
+    return architecture
+
+
+def _fill(timm: Any, model: nn.Module, architecture: str, file: Path) -> None:
+    """Load all weights but those of the classifier.
+
+    timm itself lets any key be missing when it is asked for another number of classes than the weights have.
+    """
+    try:
+        state = timm.models.load_state_dict(str(file), weights_only=True)
+    except Exception as error:  # each format has errors of its own
+        raise CheckpointError(
+            f"{file} cannot be read as weights ({first_line(error)}); fetch or save it again"
+        ) from error
+    convert = getattr(sys.modules[timm.models.model_entrypoint(architecture).__module__], "checkpoint_filter_fn", None)
+    try:
+        result = model.load_state_dict(convert(state, model) if convert else state, strict=False)
+    except (RuntimeError, KeyError, AttributeError, AssertionError, ValueError, TypeError) as error:
+        shapes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        raise BackboneMismatchError(
+            f"{file} does not fit timm model {architecture!r}: {shorten(shapes, '; ') if shapes else first_line(error)}"
+            f"; name the model that it was saved from"
+        ) from error
+    names = _config(model).get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    unknown = [key for key in result.unexpected_keys if not key.startswith(heads)]
+    if result.missing_keys or unknown:
+        raise BackboneMismatchError(
+            f"{file} does not fill timm model {architecture!r}: missing {shorten(result.missing_keys)}; "
+            f"not of this model {shorten(unknown)}; name the model that it was saved from"
+        )

@@ -1,78 +1,406 @@
-"""Vision models of Hugging Face transformers by name: ``hf:ORG/MODEL`` or ``hf:DIRECTORY``."""
+"""Vision models of Hugging Face transformers by name: ``hf:ORG/MODEL`` or ``hf:DIRECTORY``.
 
-import inspect
+:data:`FAMILIES` has the class for each kind of model that is known; the others are tried out as any module is.
+
+Convention:
+    Sizes other than the native one resample the position embedding as transformers does: bicubic, not antialiased,
+    half-pixel centres; SigLIP2 NaFlex: bilinear, antialiased. At the size of the stored table it is added itself.
+"""
+
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from featsharp.backbones._transformers_families import FAMILIES, Preprocessing, pair
+from featsharp.backbones.adapters import FACETS, StageBackbone, TokenBackbone, captured, choose_stage, to_map
 from featsharp.backbones.base import Backbone
-from featsharp.backbones.from_callable import from_callable
-from featsharp.backbones.loading import first_line, import_optional
-from featsharp.backbones.options import Options, parse_whitening
+from featsharp.backbones.from_callable import wrap_unknown
+from featsharp.backbones.loading import (
+    call_leaving_out,
+    cannot_fetch,
+    first_line,
+    import_optional,
+    pair,
+    read_state,
+    seeded_weights,
+    shorten,
+    square_patch,
+    whole_patches,
+)
+from featsharp.backbones.options import Options
+from featsharp.backbones.preprocessing import Preprocessing, read_image_processor
 from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError
+from featsharp.ops.resize import size_of
 
 INSTALL_HF = 'pip install "featsharp[hf]"'
-
 # Where the vision tower lies in the checkpoints of language models that see (PaliGemma, LLaVA), old layout and new.
 TOWER_KEYS = {r"^(model\.)?vision_tower\.(vision_model\.)?": ""}
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
-SHOWN_KEYS = 6
+# The linear layers of an attention, by the names that transformers gives them.
+PROJECTIONS = {"query": ("q_proj", "query"), "key": ("k_proj", "key"), "value": ("v_proj", "value")}
+# A side that the strides of all convolutional networks divide.
+PROBE_SIDE = 128
+# Models that resample their positions when they are asked to, beside those of FAMILIES.
+RESAMPLING = {
+    *("beit", "chinese_clip_vision_model", "data2vec-vision", "donut-swin", "hiera", "ijepa", "maskformer-swin"),
+    *("swin", "swinv2", "vit_msn", "vivit"),
+}
 
 
-def build(name: str, source: str, choices: Options) -> Backbone:
+def build(name: str, source: str, options: Options) -> Backbone:
     """Build ``hf:ORG/MODEL`` or ``hf:DIRECTORY``, whose ``save_pretrained`` files lie there.
 
-    Of a model with a language part only the vision tower is built and read. Options beside those of
-    :class:`featsharp.backbones.options.Options`: ``mean`` and ``std``, a number or three with commas, for a model
+    Of a model with a language part only the vision tower is built and read. ``mean`` and ``std`` are for a model
     without an image processor; ``trust=true`` runs the model code that comes with the weights, which is otherwise
-    refused. Models outside :data:`FAMILIES`, and those with code of their own, go through
-    :func:`featsharp.backbones.from_callable`, which finds out their facts; of the choices these have only ``img_size``,
-    ``weights`` and ``pretrained``. ``weights`` is a directory or a file with weights in place of the model's own.
+    refused. ``weights`` is a directory or a file with weights in place of the model's own.
 
     Raises:
-        ConfigError: For an option or a choice that the model does not have, no or an unknown configuration, no
-            whitening, or code that is not trusted.
+        ConfigError: For an option that the model does not have, no or an unknown configuration, no whitening, or code
+            that is not trusted.
         CheckpointError: For weights that cannot be read or are of another architecture; the message lists the keys.
         MissingDependencyError: When transformers or the weights are absent and the weights cannot be fetched.
     """
     transformers = import_optional("transformers", f"backbone {name!r}", INSTALL_HF)
     source = os.path.expanduser(source)
-    trust = choices.trust
     with _quiet(transformers):
-        place, config = _read_config(transformers, name, source, choices.weights, trust)
-        preprocessing = _read_preprocessing(name, place, choices)
-        vision = config if _is_foreign(config) else getattr(config, "vision_config", None) or config
-        family = None if _is_foreign(config) else FAMILIES.get(vision.model_type)
-        model = _build_model(transformers, name, place, config, vision, choices, trust)
-    if family is not None:
-        return family(name, model, preprocessing, choices)
-    return _found_out(name, model, vision, preprocessing, choices)
+        place, config = _read_config(transformers, name, source, options)
+        preprocessing = read_image_processor(name, place, options)
+        foreign = not type(config).__module__.startswith("transformers.")  # its code came with the weights
+        vision = config if foreign else getattr(config, "vision_config", None) or config
+        model = _build_model(transformers, name, place, config, vision, foreign, options)
+    if not foreign and vision.model_type in FAMILIES:
+        if options.project and not hasattr(model, "visual_projection"):
+            raise ConfigError(
+                f"backbone {name!r} has no projection into the space of text; leave out project, or take a checkpoint "
+                f"of CLIPModel or CLIPVisionModelWithProjection"
+            )
+        if options.project and options.facet != "token":
+            raise ConfigError(f"the {options.facet} of {name!r} has no projection; leave out project or facet")
+        return FAMILIES[vision.model_type](name, model, options, preprocessing)
+    facts = {
+        "input_size": _native_size(name, options.img_size or preprocessing.size or getattr(vision, "image_size", None)),
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+    }
+    asked = not foreign and vision.model_type in RESAMPLING
+    backbone = wrap_unknown(name, _Resampling(model) if asked else model, options, **facts)
+    if not backbone.flexible and not asked:  # others may have to be asked as well
+        with suppress(ConfigError):
+            other = wrap_unknown(name, _Resampling(model), options, **facts)
+            return other if other.flexible else backbone
+    return backbone
 
 
-def _read_config(transformers: Any, name: str, source: str, weights: str | None, trust: bool) -> tuple[str, Any]:
+class TransformersViT(TokenBackbone):
+    """A vision transformer of transformers: its last patch tokens after the final norm (ViT, DeiT).
+
+    Patch size, width, blocks and the size of the position table are read from the model. The native size is that of the
+    image processor, in whole patches: a 384-pixel model with 14-pixel patches is native at 27 patches, 378 pixels.
+
+    Args:
+        name: The name of ``create_backbone``, or a label.
+        model: The vision model, with weights.
+        options: Layer, facet, projection and summary.
+        preprocessing: Whitening and native size.
+
+    Raises:
+        ConfigError: For an option that this model does not have, or patches that are not square.
+    """
+
+    final_norm: str | None = "layernorm"
+    # Whether positions are resampled for other grids, and whether the model has to be asked to.
+    resamples = True
+    arguments: Mapping[str, Any] = {"interpolate_pos_encoding": True}
+
+    def __init__(self, name: str, model: nn.Module, options: Options, preprocessing: Preprocessing) -> None:
+        trunk = self.trunk_of(model)
+        config = trunk.config
+        table = self.table_size(config)
+        # To resample its table, transformers makes it a square first.
+        flexible = self.resamples and table[0] == table[1]
+        patch_size = square_patch(name, config.patch_size)
+        head: Any = getattr(model, "visual_projection", None)
+        projected = None if head is None else head.out_features
+        super().__init__(
+            name,
+            model,
+            options,
+            _module_list(trunk, config.num_hidden_layers),
+            width=config.hidden_size,
+            summaries=self.summaries(config, projected),
+            head_width=projected or 0,
+            patch_size=patch_size,
+            input_size=whole_patches((preprocessing.size if flexible else None) or table, patch_size),
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            flexible=flexible,
+        )
+        self.trunk: Any = trunk
+
+    def trunk_of(self, model: Any) -> Any:
+        """The part of ``model`` that has ``config``, blocks and norm as its own."""
+        return getattr(model, "vision_model", model)
+
+    def table_size(self, config: Any) -> tuple[int, int]:
+        """(h, w) in pixels of the images that the position table is for."""
+        return pair(config.image_size)
+
+    def summaries(self, config: Any, projected: int | None) -> dict[str, int | None]:
+        """Channels of the summaries that this model has, its default first; the mean is that of its last tokens."""
+        return {"cls": config.hidden_size, "mean": config.hidden_size}
+
+    def run(self, images: Tensor, **more: Any) -> tuple[Tensor, Any]:
+        output = self.model(images, **(self.arguments if self.flexible else {}), **more)
+        return output.last_hidden_state, output
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        return tokens if self.final_norm is None else getattr(self.trunk, self.final_norm)(tokens)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        return self.model.visual_projection(tokens)
+
+    def source(self, block: Any) -> nn.Module:
+        names = PROJECTIONS[self.options.facet]
+        for path, module in block.named_modules():
+            if path.rpartition(".")[2] in names and isinstance(module, nn.Linear):
+                return module
+        raise ConfigError(
+            f"backbone {self.name!r} has no facet {self.options.facet!r}: no layer of {type(block).__name__} is called "
+            f"{' or '.join(names)}; leave out facet"
+        )
+
+    def summarise(self, kind: str, end: Any, output: Any) -> Tensor:
+        if kind == "cls":
+            return end[:, 0]
+        return output.pooler_output if kind == "pool" else output.image_embeds
+
+
+class DinoV2ViT(TransformersViT):
+    """DINOv2, with registers or without, which resamples unasked."""
+
+    arguments: Mapping[str, Any] = {}
+
+
+class DinoV3ViT(DinoV2ViT):
+    """DINOv3: rotary positions, so every grid is as native as another; the facets are taken before the rotation."""
+
+    final_norm = "norm"
+
+
+class MaskedAutoencoderViT(TransformersViT):
+    """The encoder of a masked autoencoder that masks nothing and leaves the patches in their order."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.trunk.config.mask_ratio = 0.0
+
+    def run(self, images: Tensor, **more: Any) -> tuple[Tensor, Any]:
+        rows, columns = self.grid_size(size_of(images))
+        # The encoder keeps, and sorts by, the smallest noise.
+        order = torch.arange(rows * columns, device=images.device).expand(len(images), -1)
+        return super().run(images, noise=order)
+
+
+class ClipViT(TransformersViT):
+    """The vision tower of CLIP.
+
+    transformers applies the final norm to the class token only; here it goes over the patch tokens too, as in
+    open_clip, because the head behind it (``project``) expects its output. The summary is the projected class token
+    where the checkpoint has the projection, else the class token.
+    """
+
+    final_norm = "post_layernorm"
+
+    def summaries(self, config: Any, projected: int | None) -> dict[str, int | None]:
+        head: dict[str, int | None] = {} if projected is None else {"projected": projected}
+        return head | super().summaries(config, projected)
+
+    def run(self, images: Tensor, **more: Any) -> tuple[Tensor, Any]:
+        tokens, output = super().run(images)
+        return self.norm(tokens), output
+
+
+class SiglipViT(TransformersViT):
+    """The vision tower of SigLIP and of what is built on it (SigLIP2 of fixed size, PaliGemma): no class token.
+
+    The summary is the output of the attention pool, where the tower has one.
+    """
+
+    final_norm = "post_layernorm"
+
+    def summaries(self, config: Any, projected: int | None) -> dict[str, int | None]:
+        width = config.hidden_size
+        return {**({"pool": width} if config.vision_use_head else {}), "none": None, "mean": width}
+
+
+class NaFlexViT(SiglipViT):
+    """SigLIP2 NaFlex: images of any aspect ratio as sequences of flattened patches.
+
+    The images of a batch have one size, so there is no padding, and attention without a mask is exact.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.embeds_patches = True  # by a linear layer
+
+    def table_size(self, config: Any) -> tuple[int, int]:
+        return pair(int(config.num_patches**0.5) * config.patch_size)
+
+    def run(self, images: Tensor, **more: Any) -> tuple[Tensor, Any]:
+        rows, columns = self.grid_size(size_of(images))
+        p = self.patch_size
+        cells = images.reshape(len(images), 3, rows, p, columns, p)
+        patches = cells.permute(0, 2, 4, 3, 5, 1).reshape(len(images), rows * columns, 3 * p * p)
+        shapes = torch.tensor([[rows, columns]]).expand(len(images), 2)
+        output = self.model(pixel_values=patches, pixel_attention_mask=None, spatial_shapes=shapes)
+        return output.last_hidden_state, output
+
+
+class SamViT(TransformersViT):
+    """The image encoder of SAM at its one size: the tokens of the last block, before the neck. It has no summary."""
+
+    final_norm = None
+    resamples = False
+
+    def __init__(self, name: str, model: nn.Module, options: Options, preprocessing: Preprocessing) -> None:
+        self.trunk_of(model).neck = nn.Identity()
+        super().__init__(name, model, options, preprocessing)
+
+    def trunk_of(self, model: Any) -> Any:
+        return model.vision_encoder
+
+    def summaries(self, config: Any, projected: int | None) -> dict[str, int | None]:
+        return {"none": None, "mean": config.hidden_size}
+
+    def run(self, images: Tensor, **more: Any) -> tuple[Tensor, Any]:
+        tokens, output = super().run(images)
+        return tokens.flatten(1, 2), output
+
+    def source(self, block: Any) -> nn.Module:
+        return block.attn.qkv
+
+    def take(self, block: Any, tensor: Tensor, grid: tuple[int, int]) -> Tensor:
+        if self.options.facet != "token":
+            tensor = tensor.chunk(3, dim=-1)[FACETS.index(self.options.facet)]
+            window = block.window_size
+            if window > 0:  # the attention sees windows of a padded map
+                padded = (-(-grid[0] // window) * window, -(-grid[1] // window) * window)
+                tensor = block.window_unpartition(tensor, window, padded, grid)
+        return tensor.flatten(1, 2)
+
+
+class TransformersConvNet(StageBackbone):
+    """A convolutional network of transformers (ResNet, ConvNeXt, DINOv3 ConvNeXt): the map of a stage, the last one.
+
+    ``layer`` counts stages and gives their maps as they are; the stride of the stage, measured by a run, is the patch
+    size. The summary is the pooled last map.
+
+    Args:
+        name, model, options, preprocessing: As for :class:`TransformersViT`.
+
+    Raises:
+        ConfigError: For an option that such a network does not have, or stages of several strides.
+    """
+
+    def __init__(self, name: str, model: nn.Module, options: Options, preprocessing: Preprocessing) -> None:
+        config: Any = model.config
+        stages = _module_list(model, len(config.depths))
+        stage = choose_stage(stages, options, name)
+        model.eval()  # normalisation layers must not learn from the run
+        with torch.no_grad(), captured(stages) as maps:
+            model(torch.zeros(1, 3, PROBE_SIDE, PROBE_SIDE))
+        patch_size, width = PROBE_SIDE // maps[stage].shape[2], maps[-1].shape[1]
+        super().__init__(
+            name,
+            model,
+            options,
+            stages[stage],
+            summaries={"pool": width, "mean": width},
+            patch_size=patch_size,
+            embed_dim=maps[stage].shape[1],
+            input_size=whole_patches(_native_size(name, preprocessing.size or options.img_size), patch_size),
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+        )
+        self._last_stride = PROBE_SIDE // maps[-1].shape[2]
+
+    def run(self, images: Tensor) -> tuple[Tensor, Any]:
+        output = self.model(images)
+        last = output.last_hidden_state
+        if last.ndim == 3:  # DINOv3 ConvNeXt: the pooled token, then the pixels of the map, after the norm
+            height, width = size_of(images)
+            last = to_map(last[:, 1:], (height // self._last_stride, width // self._last_stride))
+        return last, output
+
+    def summarise(self, kind: str, end: Any, output: Any) -> Tensor:
+        return output.pooler_output.flatten(1)
+
+
+FAMILIES: dict[str, type[TransformersViT] | type[TransformersConvNet]] = {
+    "clip_vision_model": ClipViT,
+    "convnext": TransformersConvNet,
+    "convnextv2": TransformersConvNet,
+    "deit": TransformersViT,
+    "dinov2": DinoV2ViT,
+    "dinov2_with_registers": DinoV2ViT,
+    "dinov3_convnext": TransformersConvNet,
+    "dinov3_vit": DinoV3ViT,
+    "resnet": TransformersConvNet,
+    "sam_vision_model": SamViT,
+    "siglip2_vision_model": NaFlexViT,
+    "siglip_vision_model": SiglipViT,
+    "vit": TransformersViT,
+    "vit_mae": MaskedAutoencoderViT,
+}
+
+
+class _Resampling(nn.Module):
+    """Takes images of any size, its positions resampled."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model(images, interpolate_pos_encoding=True)
+
+
+def _module_list(model: nn.Module, length: int) -> list[nn.Module]:
+    """The outermost list of as many blocks as the configuration names."""
+    return list(next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == length))
+
+
+def _native_size(name: str, size: Any) -> tuple[int, int]:
+    if size is None:
+        raise ConfigError(f"backbone {name!r} does not say its native size; give img_size, such as ?img_size=224")
+    return pair(size)
+
+
+def _read_config(transformers: Any, name: str, source: str, options: Options) -> tuple[str, Any]:
     """Read the configuration, with its place: of the model, or of the weights where the model has none at hand."""
-    complete = weights is not None and os.path.isfile(os.path.join(weights, "config.json"))
-    if weights is not None and not os.path.exists(weights):
-        raise ConfigError(f"weights of backbone {name!r}: there is no file or directory {weights!r}")
     if not source:
         raise ConfigError("hf: needs a model, such as hf:google/siglip2-base-patch16-224, or a directory")
     if os.path.isfile(source):
         raise ConfigError(f"backbone {name!r}: {source!r} is a file; give its directory, or hf:MODEL?weights={source}")
     if not os.path.isdir(source) and not re.fullmatch(HUB_NAME, source):
         raise ConfigError(f"backbone {name!r}: there is no directory {source!r}; on the hub, names are ORG/MODEL")
-    try:
-        facts, _ = transformers.PreTrainedConfig.get_config_dict(source, local_files_only=complete)
-        reason: Exception = FileNotFoundError("it has no config.json")
-    except (OSError, ValueError) as error:
-        facts, reason = {}, error
-    if not facts and complete and weights is not None:
-        return _read_config(transformers, name, weights, None, trust)
+    places, trust = [source], options.trust
+    if options.weights is not None and os.path.isfile(os.path.join(options.weights, "config.json")):
+        places.append(options.weights)
+    complete = len(places) > 1
+    facts: dict[str, Any] = {}
+    reason: Exception = FileNotFoundError("it has no config.json")
+    for place in places:
+        try:
+            facts, _ = transformers.PreTrainedConfig.get_config_dict(place, local_files_only=complete)
+        except (OSError, ValueError) as error:
+            reason = error
+        if facts:
+            break
     if not facts and os.path.isdir(source):
         raise ConfigError(
             f"directory {source!r} has no config.json that transformers can read; save_pretrained writes one"
@@ -85,71 +413,61 @@ def _read_config(transformers: Any, name: str, source: str, weights: str | None,
             f"with {name}{'&' if '?' in name else '?'}trust=true"
         )
     try:
-        return source, transformers.AutoConfig.from_pretrained(
-            source, trust_remote_code=trust, local_files_only=complete
-        )
+        read = transformers.AutoConfig.from_pretrained
+        return place, read(place, trust_remote_code=trust, local_files_only=complete)
     except Exception as error:  # whatever values of another kind lead to
         raise ConfigError(f"transformers cannot read the configuration of {name!r}: {first_line(error)}") from error
 
 
 def _build_model(
-    transformers: Any, name: str, place: str, config: Any, vision: Any, choices: Options, trust: bool
+    transformers: Any, name: str, place: str, config: Any, vision: Any, foreign: bool, options: Options
 ) -> nn.Module:
     """The vision model in float32, with weights or seeded random ones."""
     arguments: dict[str, Any] = {"dtype": torch.float32}
-    if _is_foreign(config):
-        build = transformers.AutoModel
-        arguments["trust_remote_code"] = trust
+    if foreign:
+        kind = transformers.AutoModel
+        arguments["trust_remote_code"] = options.trust
     else:
         try:
-            build = transformers.MODEL_MAPPING[type(vision)]
+            kind = transformers.MODEL_MAPPING[type(vision)]
         except KeyError:
             raise ConfigError(
                 f"transformers has no model without a head for {name!r} ({vision.model_type}); wrap one with "
                 f"featsharp.backbones.from_callable"
             ) from None
-        build = build[0] if isinstance(build, tuple) else build
-        if vision.model_type == "clip_vision_model" and _wants_projection(config, choices):
-            build = transformers.CLIPVisionModelWithProjection
+        kind = kind[0] if isinstance(kind, tuple) else kind
+        projects = config.model_type == "clip" or "CLIPVisionModelWithProjection" in (config.architectures or ())
+        if projects and (options.project or options.summary not in ("cls", "mean", "none")):
+            kind = transformers.CLIPVisionModelWithProjection
             vision.projection_dim = config.projection_dim
-        if "add_pooling_layer" in inspect.signature(build.__init__).parameters:
-            arguments["add_pooling_layer"] = False
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if not choices.pretrained:
-            create = build.from_config if build is transformers.AutoModel else build._from_config
-            try:
-                return create(vision, **arguments)
-            except Exception as error:  # whatever values that do not fit lead to
-                raise ConfigError(
-                    f"transformers cannot build {name!r} from its configuration at {place!r}: {first_line(error)}"
-                ) from error
-        if vision is not config:
-            arguments["key_mapping"] = TOWER_KEYS
-        return _load(build, name, choices.weights or place, vision, arguments)
+        arguments["add_pooling_layer"] = False
+    with seeded_weights():
+        if options.pretrained:
+            if vision is not config:
+                arguments["key_mapping"] = TOWER_KEYS
+            return _load(kind, name, options.weights or place, vision, arguments)
+        create = kind.from_config if kind is transformers.AutoModel else kind._from_config
+        try:
+            return call_leaving_out(create, ["add_pooling_layer"], config=vision, **arguments)
+        except Exception as error:  # whatever values that do not fit lead to
+            raise ConfigError(
+                f"transformers cannot build {name!r} from its configuration at {place!r}: {first_line(error)}"
+            ) from error
 
 
-def _is_foreign(config: Any) -> bool:
-    """Tell whether its code came with the weights."""
-    return not type(config).__module__.startswith("transformers.")
-
-
-def _wants_projection(config: Any, choices: Options) -> bool:
-    """Tell whether CLIP's projection into the space of text is there and used."""
-    has = config.model_type == "clip" or "CLIPVisionModelWithProjection" in (config.architectures or ())
-    return has and (choices.project or choices.summary not in ("cls", "mean", "none"))
-
-
-def _load(build: Any, name: str, place: str, config: Any, arguments: dict[str, Any]) -> nn.Module:
+def _load(kind: Any, name: str, place: str, config: Any, arguments: dict[str, Any]) -> nn.Module:
     """The model with all its weights from ``place``: a hub name, a directory, or a file.
 
     Keys that the model has no use for are passed over: the checkpoint may hold heads and a language model.
     """
+    file = os.path.isfile(place)
+    if file:
+        arguments = {**arguments, "state_dict": read_state(place)}
     try:
-        if os.path.isfile(place):
-            arguments = {**arguments, "state_dict": _read_file(place)}
-        model, report = build.from_pretrained(
-            None if os.path.isfile(place) else place,
+        model, report = call_leaving_out(
+            kind.from_pretrained,
+            ["add_pooling_layer"],
+            pretrained_model_name_or_path=None if file else place,
             config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below, with the missing ones
@@ -159,100 +477,17 @@ def _load(build: Any, name: str, place: str, config: Any, arguments: dict[str, A
         raise _not_at_hand(name, place, error) from error
     except Exception as error:  # whatever reading a foreign file raises, the message has to name it
         raise CheckpointError(f"the weights of {name!r} at {place!r} cannot be read: {first_line(error)}") from error
-    missing = sorted(report["missing_keys"])
-    mismatched = [f"{key} {_shape(given)}, not {_shape(wanted)}" for key, given, wanted in report["mismatched_keys"]]
+    missing, spare = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    mismatched = sorted(
+        f"{key} {'x'.join(map(str, given))}, not {'x'.join(map(str, wanted))}"
+        for key, given, wanted in report["mismatched_keys"]
+    )
     if missing or mismatched:
-        spare = sorted(report["unexpected_keys"])
         raise CheckpointError(
             f"the weights at {place!r} are not those of a {type(model).__name__} as {name!r} has it: "
-            f"missing {_listed(missing)}; of another shape {_listed(sorted(mismatched))}; without use {_listed(spare)}"
+            f"missing {shorten(missing)}; of another shape {shorten(mismatched)}; without use {shorten(spare)}"
         )
     return model
-
-
-def _read_file(path: str) -> dict[str, Tensor]:
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _found_out(name: str, model: nn.Module, config: Any, preprocessing: Preprocessing, choices: Options) -> Backbone:
-    """A model that this module does not know, as ``from_callable`` understands it."""
-    if choices.layer is not None or choices.facet != "token" or choices.project or choices.summary != "default":
-        raise ConfigError(
-            f"the insides of {name!r} ({type(model).__name__}) are not known; leave out layer, facet, project and "
-            f"summary, or wrap the model with featsharp.backbones.from_callable"
-        )
-    size = choices.img_size or preprocessing.size or _pair_or_none(getattr(config, "image_size", None))
-    if size is None:
-        raise ConfigError(f"backbone {name!r} does not say its native size; give img_size, such as ?img_size=512")
-    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
-        model = _Interpolating(model)
-    return from_callable(model, name=name, input_size=size, mean=preprocessing.mean, std=preprocessing.std)
-
-
-class _Interpolating(nn.Module):
-    """Takes images of any size, its positions resampled."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Any:
-        return self.model(images, interpolate_pos_encoding=True)
-
-
-def _read_preprocessing(name: str, place: str, choices: Options) -> Preprocessing:
-    """From the image processor's file, where the options give no ``mean`` and ``std``."""
-    from transformers.models.auto.image_processing_auto import get_image_processor_config
-
-    mean, std = choices.mean, choices.std
-    try:
-        config = get_image_processor_config(place, local_files_only=os.path.isdir(place))
-        size = _processor_size(config)
-        whitening = None if mean and std else _processor_whitening(config)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
-        raise ConfigError(
-            f"{os.path.join(place, 'preprocessor_config.json')} cannot be read as that of an image processor "
-            f"({first_line(error)}); save_pretrained of the processor writes one"
-        ) from error
-    if mean is None or std is None:
-        if whitening is None:
-            raise ConfigError(
-                f"backbone {name!r} has no preprocessor_config.json with image_mean and image_std; say its whitening "
-                f"as options, such as ?mean=0.485,0.456,0.406&std=0.229,0.224,0.225"
-            )
-        return Preprocessing(mean or whitening[0], std or whitening[1], size)
-    return Preprocessing(mean, std, size)
-
-
-def _processor_whitening(config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation of pixels in [0, 1]; None where the processor does not say them."""
-    whitens = config.get("do_normalize", "image_mean" in config)
-    if not config or (whitens and not ("image_mean" in config and "image_std" in config)):
-        return None
-    # The processor multiplies pixels from 0 to 255 first.
-    scale = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
-    mean, std = (config["image_mean"], config["image_std"]) if whitens else (0.0, 1.0)
-    mean, std = parse_whitening("image_mean", mean), parse_whitening("image_std", std)
-    return tuple(value / scale for value in mean), tuple(value / scale for value in std)
-
-
-def _processor_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(h, w) of the images that a processor makes: of its crop, or what it resizes to."""
-    crops = config.get("do_center_crop", "crop_size" in config)
-    size = (config.get("crop_size") if crops else None) or config.get("size")
-    if isinstance(size, Mapping):
-        if size.get("height") and size.get("width"):
-            return size["height"], size["width"]
-        size = size.get("shortest_edge") or size.get("longest_edge")
-    return _pair_or_none(size)
-
-
-def _pair_or_none(value: Any) -> tuple[int, int] | None:
-    return None if value is None else pair(value)
 
 
 def _not_at_hand(name: str, source: str, error: Exception) -> MissingDependencyError:
@@ -261,10 +496,7 @@ def _not_at_hand(name: str, source: str, error: Exception) -> MissingDependencyE
             f"directory {source!r} has no weights of backbone {name!r} ({first_line(error)}); put them there, give "
             f"weights=FILE, or take random ones: pretrained=false"
         )
-    return MissingDependencyError(
-        f"the files of backbone {name!r} are not on this machine and cannot be fetched ({first_line(error)}); with a "
-        f"network, run once: hf download {source}; or copy them into a directory and name it: hf:DIRECTORY"
-    )
+    return cannot_fetch(name, error, f"hf download {source} (or copy the files and name their place, hf:DIRECTORY)")
 
 
 @contextmanager
@@ -280,12 +512,3 @@ def _quiet(transformers: Any) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-
-
-def _listed(keys: Sequence[str]) -> str:
-    rest = len(keys) - SHOWN_KEYS
-    return f"{', '.join(keys[:SHOWN_KEYS]) or 'none'}{f' and {rest} more' if rest > 0 else ''}"
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))

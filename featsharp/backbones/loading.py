@@ -1,12 +1,22 @@
-"""Optional packages, foreign weights and foreign errors, as every family of models needs them."""
+"""Packages, weights, sizes and errors of foreign libraries, as every family of models needs them."""
 
 import importlib
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from featsharp.errors import CheckpointError, MissingDependencyError
+from featsharp.backbones.base import Backbone
+from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError
+
+Made = TypeVar("Made")
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def import_optional(module: str, purpose: str, install: str) -> ModuleType:
@@ -19,6 +29,67 @@ def import_optional(module: str, purpose: str, install: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependencyError(f"{purpose} needs {module} ({error}); run: {install}") from error
+
+
+@contextmanager
+def seeded_weights() -> Iterator[None]:
+    """Draw the same random weights at every call and leave the global random state as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def call_leaving_out(call: Callable[..., Made], optional: Collection[str], **arguments: Any) -> Made:
+    """Call with ``arguments``, without those of ``optional`` that the function does not take."""
+    try:
+        return call(**arguments)
+    except TypeError as error:
+        unknown = {key for key in optional if key in arguments and f"'{key}'" in str(error)}
+        if "unexpected keyword" not in str(error) or not unknown:
+            raise
+    return call_leaving_out(call, optional, **{key: arguments[key] for key in arguments.keys() - unknown})
+
+
+def find_weights(place: str, names: Sequence[str]) -> Path:
+    """The file with weights that ``place`` is, or holds: one of ``names``, else the only one that looks like weights.
+
+    Raises:
+        ConfigError: For a directory with none, or with several.
+    """
+    path = Path(os.path.expanduser(place))  # Path.expanduser raises for an unknown user
+    if not path.is_dir():
+        return path
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    others = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    if len(others) != 1:
+        present = ", ".join(file.name for file in others) or "none"
+        raise ConfigError(f"{path} needs one file of weights, such as {names[0]}; it has {present}; name the file")
+    return others[0]
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict, alone in its file or under ``state_dict``, ``model`` or ``teacher``.
+
+    Raises:
+        CheckpointError: For a file that cannot be read, or holds something else.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever reading a foreign file raises, the message has to name it
+        raise CheckpointError(f"{path} cannot be read as a state dict ({first_line(error)})") from error
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no state dict")
+    return state
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -42,6 +113,57 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         lists = "; ".join(f"{what}: {shorten(sorted(keys))}" for what, keys in wrong.items() if keys)
         raise CheckpointError(f"{source}; {lists}")
     module.load_state_dict(state, strict=True)
+
+
+def cannot_fetch(name: str, error: Exception, command: str) -> MissingDependencyError:
+    """Make the error for a model whose files are not here; ``command`` fetches them where there is a network."""
+    return MissingDependencyError(
+        f"the files of backbone {name!r} are not on this machine and cannot be fetched ({first_line(error)}); with a "
+        f"network, run once: {command}; or give option weights=FILE; or take random weights: pretrained=false"
+    )
+
+
+def set_native_size(backbone: Backbone, size: tuple[int, int]) -> None:
+    """Make ``size``, (h, w) in pixels, the native one; positions are resampled at each call, which is cheap.
+
+    Raises:
+        ConfigError: For a size that the backbone does not take.
+    """
+    if size == backbone.input_size:
+        return
+    asked = f"img_size={size[0]}x{size[1]}"
+    if not backbone.flexible:
+        height, width = backbone.input_size
+        raise ConfigError(
+            f"backbone {backbone.name!r} takes {height}x{width} pixels only; got {asked}. other_sizes=tile covers "
+            f"larger images"
+        )
+    height, width = backbone.fit_size(*(max(side, backbone.patch_size) for side in size))
+    if size != (height, width):
+        raise ConfigError(
+            f"backbone {backbone.name!r} takes whole patches of {backbone.patch_size}; got {asked}, the nearest is "
+            f"{height}x{width}"
+        )
+    backbone.input_size = size
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """A side, or a height and a width, as (h, w)."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def whole_patches(size: Any, patch_size: int) -> tuple[int, int]:
+    """The largest whole patches within a side or an (h, w), one at least."""
+    height, width = pair(size)
+    return max(1, height // patch_size) * patch_size, max(1, width // patch_size) * patch_size
+
+
+def square_patch(name: str, size: Any) -> int:
+    """The side of a patch; ConfigError for one that is not square."""
+    height, width = pair(size)
+    if height != width:
+        raise ConfigError(f"backbone {name!r} has {height}x{width} patches; only square ones work")
+    return int(height)
 
 
 def first_line(error: BaseException) -> str:

@@ -68,6 +68,9 @@ class Options:
         return self.layer is not None or self.facet != "token"
 
 
+DEFAULTS = Options()
+
+
 def parse_options(model: str, texts: Mapping[str, str], supported: Collection[str] = ()) -> Options:
     """Options of a name as values.
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featsharp.backbones import create_backbone
-from featsharp.backbones._open_clip_towers import TrunkTower, resample_positions
+from featsharp.backbones.from_open_clip import TrunkTower, resample_positions
 from featsharp.backbones.options import Options
 from featsharp.builder import create_encoder
 from featsharp.errors import CheckpointError, ConfigError, InputError, MissingDependencyError
@@ -601,7 +601,7 @@ def test_another_native_size(tmp_path):
     assert backbone.input_size == (84, 112)
     images = pictures(1, (84, 112))
     assert torch.equal(backbone(images).features, create_backbone(name)(images).features)
-    with pytest.raises(ConfigError, match="whole patches of 14; the nearest is 98x98"):
+    with pytest.raises(ConfigError, match="whole patches of 14; got img_size=100x100, the nearest is 98x98"):
         create_backbone(name, img_size=100)
 
 
@@ -654,7 +654,7 @@ def test_wrong_checkpoints(tmp_path):
         ("ViT-B-33/openai", "unknown open_clip model 'ViT-B-33'; did you mean 'ViT-B-32'"),
         ("ViT-B-32/opnai", "unknown pretrained tag of open_clip model 'ViT-B-32': 'opnai'; did you mean 'openai'"),
         ("ViT-B-32", r"names no weights; write one of open_clip:ViT-B-32/openai.*weights=FILE.*pretrained=false"),
-        ("ViT-B-32/openai?weights=/nowhere.pt", "weights=/nowhere.pt is not there"),
+        ("ViT-B-32/openai?weights=/nowhere.pt", "there is no file or directory '/nowhere.pt'"),
         ("/nowhere/at/all", "is not a directory"),
         ("ViT-B-32/openai?layr=3", "did you mean 'layer'"),
     ],
@@ -670,7 +670,7 @@ def test_wrong_names(spec, message):
         (TRANSFORMER, {"layer": 3}, "3 blocks, 0 to 2; got layer=3"),
         (TRANSFORMER, {"project": True, "facet": "key"}, "facet token or value; got 'key'"),
         (COCA, {"project": True}, "leave out project"),
-        (RESNET, {"summary": "cls"}, "no class token; its summaries are projected"),
+        (RESNET, {"summary": "cls"}, "no summary 'cls'; it has projected, pool, mean, none"),
         (RESNET, {"facet": "key"}, "convolutional, without attention: it has no key"),
         (RESNET, {"layer": [0, 1]}, "different strides.*name one layer, 0 to 3"),
         (RESNET, {"layer": 1, "project": True}, "projects its last stage, 3; got layer=1"),
@@ -690,7 +690,7 @@ def test_directories_that_are_none(tmp_path):
     with pytest.raises(ConfigError, match=r"open_clip_config.json cannot be read.*save_for_hf"):
         create_backbone(f"open_clip:{tmp_path}")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TRANSFORMER}))
-    with pytest.raises(ConfigError, match=r"neither open_clip_model.safetensors nor open_clip_pytorch_model.bin"):
+    with pytest.raises(ConfigError, match=r"one file of weights, such as open_clip_model.safetensors; it has none"):
         create_backbone(f"open_clip:{tmp_path}")
 
 

@@ -129,7 +129,7 @@ def test_tokens_run_row_by_row(backbone):
 
 def test_layers_go_through_the_final_norm(family, model, backbone):
     images = images_for(backbone)
-    chosen = TimmViT(family, model, choices=Options(layer=(-1, 0)))
+    chosen = TimmViT(family, model, Options(layer=(-1, 0)))
     assert chosen.embed_dim == 2 * backbone.embed_dim
     features, summary = chosen(images)
     last, first = features.chunk(2, 1)
@@ -158,7 +158,7 @@ def test_facets_are_what_the_attention_projects(family, model, backbone):
             bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
         expected = (attention.qkv(tokens) + bias).chunk(3, -1)
     for facet, own in zip(("query", "key", "value"), expected, strict=True):
-        chosen = TimmViT(family, model, choices=Options(facet=facet))
+        chosen = TimmViT(family, model, Options(facet=facet))
         out = chosen(images)
         assert chosen.embed_dim == own.shape[-1] == out.features.shape[1]
         torch.testing.assert_close(tokens_of(out.features), own, atol=1e-5, rtol=1e-5)
@@ -170,7 +170,7 @@ def test_the_value_facet_is_what_attention_of_one_token_passes_on():
     model = tiny(class_token=False, global_pool="", dynamic_img_size=True)
     seen = []
     hook = model.blocks[0].attn.proj.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    value = TimmViT("mine", model, choices=Options(layer=(0,), facet="value"))
+    value = TimmViT("mine", model, Options(layer=(0,), facet="value"))
     image = torch.randn(1, 3, 16, 16)
     features = value(image).features
     model.forward_features(image)
@@ -301,7 +301,7 @@ def test_without_class_token_the_summary_is_the_models_pool():
     images = torch.randn(2, 3, 224, 224)
     torch.testing.assert_close(backbone(images).summary, model.attn_pool(model.forward_features(images)))
     with pytest.raises(ConfigError, match="no summary 'cls'; it has pool, mean, none"):
-        TimmViT("mine", model, choices=Options(summary="cls"))
+        TimmViT("mine", model, Options(summary="cls"))
     silent = TimmViT("mine", tiny(class_token=False, global_pool="", dynamic_img_size=True))
     assert silent.summary_dim is None
     assert silent(images).summary is None
@@ -314,7 +314,7 @@ def test_summaries_by_name(layers):
     tokens = model.forward_features(images)
 
     def summary(kind: str) -> Tensor | None:
-        backbone = TimmViT("mine", model, choices=Options(summary=kind, layer=layers))
+        backbone = TimmViT("mine", model, Options(summary=kind, layer=layers))
         out = backbone(images)
         assert backbone.summary_dim == (None if out.summary is None else out.summary.shape[1])
         if kind == "mean":
@@ -334,9 +334,9 @@ def test_a_layer_without_summary_ends_there():
     model.blocks[1].register_forward_hook(lambda *given: ran.append(1))
     images = torch.randn(1, 3, 32, 32)
     for facet in ("token", "key"):
-        TimmViT("mine", model, choices=Options(layer=(0,), facet=facet, summary="none"))(images)
+        TimmViT("mine", model, Options(layer=(0,), facet=facet, summary="none"))(images)
     assert not ran
-    TimmViT("mine", model, choices=Options(layer=(0,), facet="key"))(images)
+    TimmViT("mine", model, Options(layer=(0,), facet="key"))(images)
     assert ran
 
 
@@ -376,7 +376,7 @@ def test_sam_gives_its_trunk():
     outputs = trunk(model, images)
     assert torch.equal(features, outputs[2].permute(0, 3, 1, 2))
     assert summary is None
-    both = TimmSAM("sam", model, choices=Options(layer=(2, 0), summary="mean"))(images)
+    both = TimmSAM("sam", model, Options(layer=(2, 0), summary="mean"))(images)
     assert torch.equal(both.features, torch.cat([outputs[2], outputs[0]], 3).permute(0, 3, 1, 2))
     torch.testing.assert_close(both.summary, both.features.flatten(2).mean(2))
     with pytest.raises(InputError, match="takes a fixed size; got 240x240, the nearest is 240x320"):
@@ -390,7 +390,7 @@ def test_facets_of_sam_are_whole_maps_with_and_without_windows(layer):
     normalised = model.blocks[layer].norm1(trunk(model, images)[layer - 1])
     expected = model.blocks[layer].attn.qkv(normalised).chunk(3, -1)
     for facet, own in zip(("query", "key", "value"), expected, strict=True):
-        features = TimmSAM("sam", model, choices=Options(layer=(layer,), facet=facet))(images).features
+        features = TimmSAM("sam", model, Options(layer=(layer,), facet=facet))(images).features
         torch.testing.assert_close(features, own.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-5)
 
 
@@ -485,7 +485,7 @@ def test_where_a_token_looks(name, layer, shift):
 def test_hierarchical_transformers_and_mixers_are_fixed_maps():
     arguments = {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2), "img_size": 56, "num_classes": 0}
     model = timm.create_model("swin_tiny_patch4_window7_224", **arguments)
-    backbone = TimmStages("swin", model, input_size=(56, 56))
+    backbone = TimmStages("swin", model, Options(img_size=(56, 56)))
     assert not backbone.flexible
     features, summary = backbone(images := torch.randn(1, 3, 56, 56))
     assert torch.equal(features, model.forward_features(images).permute(0, 3, 1, 2))
@@ -499,7 +499,7 @@ def test_hierarchical_transformers_and_mixers_are_fixed_maps():
         ("layer=1,2", "have different strides .* name one layer"),
         ("facet=key", "without attention: it has no key"),
         ("summary=cls", "no summary 'cls'; it has pool, mean, none"),
-        ("img_size=100", "whole patches of 32; the nearest below is 96x96"),
+        ("img_size=100", "whole patches of 32; got img_size=100x100, the nearest is 96x96"),
     ],
 )
 def test_what_networks_have_not(options, message):
@@ -546,10 +546,10 @@ def test_the_home_directory_by_its_sign(tmp_path, monkeypatch):
     ("content", "message"),
     [
         (5, r"config\.json has pretrained_cfg=5; it has to be a mapping"),
-        ({"mean": "x"}, r"has mean='x'; it has to be three numbers, such as \[0\.485, 0\.456, 0\.406\]"),
-        ({"mean": [0.5, 0.5]}, r"has mean=.*0\.5, 0\.5.; it has to be three numbers"),
-        ({"mean": [0.5, 0.5, float("nan")]}, "it has to be three numbers"),
-        ({"std": [0.5, 0, 0.5]}, r"has std=.*; it has to be three numbers, above zero.* or give option std"),
+        ({"mean": "x"}, "pretrained_cfg of timm model .*: option mean is a number or three with commas, .* got 'x'"),
+        ({"mean": [0.5, 0.5]}, r"option mean is a number or three .* got .0\.5, 0\.5."),
+        ({"mean": [0.5, 0.5, float("nan")]}, "option mean is a number or three with commas, finite"),
+        ({"std": [0.5, 0, 0.5]}, "option std .* above 0.* or give option std"),
     ],
 )
 def test_configurations_with_whitening_that_is_none(content, message, tmp_path):
@@ -574,7 +574,7 @@ def test_a_radio_by_name_and_from_its_own_weights(tmp_path):
     assert (backbone.input_size, backbone.flexible) == ((64, 96), True)
     images = torch.randn(1, 3, 96, 48)
     torch.testing.assert_close(tokens_of(backbone(images).features), model.eval().forward_features(images)[:, 8:])
-    with pytest.raises(ConfigError, match="nearest below is 64x96"):
+    with pytest.raises(ConfigError, match="nearest is 64x96"):
         create_backbone(f"timm:{folder}?img_size=70x96")
 
 
@@ -682,9 +682,9 @@ def test_checkpoints_that_do_not_fit(tmp_path):
 
 
 def test_places_without_weights(tmp_path):
-    with pytest.raises(ConfigError, match=r"weights is a file or directory that is there; got 'nowhere\.pth'"):
+    with pytest.raises(ConfigError, match=r"there is no file or directory 'nowhere\.pth'"):
         create_backbone("timm:test_vit?weights=nowhere.pth")
-    with pytest.raises(ConfigError, match=r"needs one file of weights, .* found none"):
+    with pytest.raises(ConfigError, match=r"needs one file of weights, .* it has none"):
         create_backbone(f"timm:test_vit?weights={tmp_path}")
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         create_backbone(f"timm:{tmp_path}")
@@ -739,9 +739,12 @@ def test_random_weights_are_seeded_and_leave_the_global_state():
         ("vit_tiny_patch16_224?pretrained=no", "true or false; got 'no'"),
         ("vit_tiny_patch16_224?pretrained=false&pretrained=true", "given twice"),
         ("vit_tiny_patch16_224?pretrained=false&img_size=0", "448x224; got '0'"),
-        ("vit_tiny_patch16_224?pretrained=false&img_size=100", "whole patches of 16; the nearest below is 96x96"),
-        ("vit_tiny_patch16_224?pretrained=false&img_size=8", "whole patches of 16; the smallest near it is 16x16"),
-        ("vit_tiny_patch16_224?pretrained=false&img_size=8x40", "whole patches of 16; the smallest near it is 16x32"),
+        ("vit_tiny_patch16_224?pretrained=false&img_size=100", "patches of 16; got .*100x100, the nearest is 96x96"),
+        ("vit_tiny_patch16_224?pretrained=false&img_size=8", "patches of 16; got img_size=8x8, the nearest is 16x16"),
+        (
+            "vit_tiny_patch16_224?pretrained=false&img_size=8x40",
+            "patches of 16; got img_size=8x40, the nearest is 16x32",
+        ),
         ("vit_tiny_patch16_224.nonsense", "Invalid pretrained tag.*nearest tags: augreg_in21k"),
         ("vit_tiny_patch16_224.augreg_in21", "nearest tags: augreg_in21k, "),
         ("", "timm: needs a name .* or a directory, such as timm:vit_small_patch16_224.dino"),
@@ -764,7 +767,7 @@ def test_blocks_without_a_projection_of_their_own_are_refused():
     from timm.models.vision_transformer import ParallelScalingBlock
 
     with pytest.raises(ConfigError, match="ParallelScalingBlock of timm has no linear key"):
-        TimmViT("mine", tiny(block_fn=ParallelScalingBlock), choices=Options(facet="key"))
+        TimmViT("mine", tiny(block_fn=ParallelScalingBlock), Options(facet="key"))
 
 
 def test_patches_that_are_not_square_are_refused():

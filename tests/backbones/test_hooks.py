@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.backbones import Backbone, create_backbone
-from featsharp.backbones.tokens import captured
+from featsharp.backbones.adapters import captured
 
 TIMM = "timm:vit_tiny_patch16_224?pretrained=false&img_size=64"
 OPTIONS = ["timm facet=key", "timm facet=query&layer=1,3", "hf layer=1,3", "hf facet=key&layer=0,2"]

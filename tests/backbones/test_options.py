@@ -18,8 +18,8 @@ from featsharp.backbones import (
     list_backbones,
     resolve_backbone,
 )
+from featsharp.backbones.adapters import captured, choose_blocks
 from featsharp.backbones.options import COMMON, OPTIONS, Options, parse_options, parse_whitening
-from featsharp.backbones.tokens import captured, chosen_blocks
 from featsharp.backbones.toy import ToyViT
 from featsharp.backbones.windowed import WindowedBackbone
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint
@@ -117,11 +117,11 @@ def test_whitenings_that_cannot_be(option, values, message):
 
 def test_blocks_are_counted_from_both_ends():
     blocks = nn.ModuleList(nn.Identity() for _ in range(4))
-    assert chosen_blocks(blocks, None, "m") == [3]
-    assert chosen_blocks(blocks, (0, -1, -4), "m") == [0, 3, 0]
+    assert choose_blocks(blocks, None, "m") == [3]
+    assert choose_blocks(blocks, (0, -1, -4), "m") == [0, 3, 0]
     for layer in (4, -5):
         with pytest.raises(ConfigError, match=f"backbone 'm' has 4 blocks, 0 to 3; got layer={layer}"):
-            chosen_blocks(blocks, (layer,), "m")
+            choose_blocks(blocks, (layer,), "m")
 
 
 def test_captured_outputs_come_in_order_and_hooks_go():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featsharp.backbones import create_backbone, vits14_focus
-from featsharp.backbones._focus_vit import FocusBackbone
+from featsharp.backbones.vits14_focus import FocusBackbone
 from featsharp.errors import CheckpointError, MissingDependencyError
 
 needs_wheel = pytest.mark.skipif(
