@@ -117,7 +117,7 @@ class Backbone(nn.Module):
         return size[0] // self.patch_size, size[1] // self.patch_size
 
     def with_patch_stride(self, stride: int) -> "OverlappingPatches":
-        """This backbone with a token every ``stride`` pixels, on the same weights.
+        """Return a view of this backbone with a token every ``stride`` pixels, on the same weights.
 
         Args:
             stride: From 1 to the patch size, where the features are those of the backbone itself.

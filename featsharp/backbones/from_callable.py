@@ -123,7 +123,8 @@ def from_callable(
         num_prefix_tokens: Tokens before the patches (class token, registers) of a BNC output.
         layout: "BCHW" or "BNC".
         input_size: Native (h, w) in pixels, whole patches.
-        mean, std: The whitening that the module expects.
+        mean: Of the whitening that the module expects, three values.
+        std: Its standard deviation.
         summary: Takes what the module returns, gives [B, C_s]. None: ``x_norm_clstoken``, ``pooler_output`` or
             ``summary`` if the output has one, the [B, C_s] part of a pair, else no summary.
         flexible: False when only ``input_size`` works; other sizes are then not tried. A module that fails the trial at
@@ -395,10 +396,12 @@ def pick_summary(raw: Any, summary: Callable[[Any], Tensor] | None) -> Tensor | 
 
 
 def shape_text(shape: Any) -> str:
+    """Write a shape as "[1, 3, 64, 64]"."""
     return f"[{', '.join(map(str, shape))}]"
 
 
 def size_text(size: Any) -> str:
+    """Write an (h, w) as "64x96"."""
     return f"{size[0]}x{size[1]}"
 
 

@@ -374,21 +374,18 @@ def resample_positions(table: Tensor, native: tuple[int, int], grid: tuple[int, 
 def _find(open_clip: Any, name: str, spec: str, options: Options) -> Source:
     """The source that ``spec`` and the option ``weights`` mean."""
     folder = Path(spec.removeprefix(DIRECTORY)).expanduser()
+    files = (open_clip.constants.HF_SAFE_WEIGHTS_NAME, open_clip.constants.HF_WEIGHTS_NAME)
     if spec.startswith(HUB):  # its files lie in one local directory once fetched
         source = _from_directory(open_clip, _download(open_clip, name, spec, open_clip.constants.HF_CONFIG_NAME).parent)
     elif folder.is_dir():
         source = _from_directory(open_clip, folder)
         if options.pretrained and options.weights is None:
-            source = replace(source, weights=_weights_in(open_clip, str(folder)))
+            source = replace(source, weights=find_weights(str(folder), files))
     elif spec.startswith((DIRECTORY, "/", "./", "../", "~")):
         raise ConfigError(f"{folder} is not a directory; open_clip:DIR takes one with open_clip_config.json in it")
     else:
         source = _from_list(open_clip, spec, options)
-    return source if options.weights is None else replace(source, weights=_weights_in(open_clip, options.weights))
-
-
-def _weights_in(open_clip: Any, place: str) -> Path:
-    return find_weights(place, (open_clip.constants.HF_SAFE_WEIGHTS_NAME, open_clip.constants.HF_WEIGHTS_NAME))
+    return source if options.weights is None else replace(source, weights=find_weights(options.weights, files))
 
 
 def _from_list(open_clip: Any, spec: str, options: Options) -> Source:

@@ -32,7 +32,7 @@ from featsharp.backbones.loading import (
     whole_patches,
 )
 from featsharp.backbones.options import Options
-from featsharp.backbones.preprocessing import Preprocessing, read_image_processor
+from featsharp.backbones.preprocessing import read_image_processor
 from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError
 from featsharp.ops.resize import size_of
 
@@ -68,7 +68,7 @@ def build(name: str, source: str, options: Options) -> Backbone:
     source = os.path.expanduser(source)
     with _quiet(transformers):
         place, config = _read_config(transformers, name, source, options)
-        preprocessing = read_image_processor(name, place, options)
+        whitening, size = read_image_processor(name, place, options)
         foreign = not type(config).__module__.startswith("transformers.")  # its code came with the weights
         vision = config if foreign else getattr(config, "vision_config", None) or config
         model = _build_model(transformers, name, place, config, vision, foreign, options)
@@ -80,17 +80,13 @@ def build(name: str, source: str, options: Options) -> Backbone:
             )
         if options.project and options.facet != "token":
             raise ConfigError(f"the {options.facet} of {name!r} has no projection; leave out project or facet")
-        return FAMILIES[vision.model_type](name, model, options, preprocessing)
-    facts = {
-        "input_size": _native_size(name, options.img_size or preprocessing.size or getattr(vision, "image_size", None)),
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
-    }
+        return FAMILIES[vision.model_type](name, model, options, size, **whitening)
+    size = _native_size(name, options.img_size or size or getattr(vision, "image_size", None))
     asked = not foreign and vision.model_type in RESAMPLING
-    backbone = wrap_unknown(name, _Resampling(model) if asked else model, options, **facts)
+    backbone = wrap_unknown(name, _Resampling(model) if asked else model, options, input_size=size, **whitening)
     if not backbone.flexible and not asked:  # others may have to be asked as well
         with suppress(ConfigError):
-            other = wrap_unknown(name, _Resampling(model), options, **facts)
+            other = wrap_unknown(name, _Resampling(model), options, input_size=size, **whitening)
             return other if other.flexible else backbone
     return backbone
 
@@ -105,7 +101,8 @@ class TransformersViT(TokenBackbone):
         name: The name of ``create_backbone``, or a label.
         model: The vision model, with weights.
         options: Layer, facet, projection and summary.
-        preprocessing: Whitening and native size.
+        size: (h, w) in pixels that the image processor makes; None when it does not say.
+        whitening: ``mean`` and ``std``.
 
     Raises:
         ConfigError: For an option that this model does not have, or patches that are not square.
@@ -116,15 +113,14 @@ class TransformersViT(TokenBackbone):
     resamples = True
     arguments: Mapping[str, Any] = {"interpolate_pos_encoding": True}
 
-    def __init__(self, name: str, model: nn.Module, options: Options, preprocessing: Preprocessing) -> None:
+    def __init__(self, name: str, model: Any, options: Options, size: tuple[int, int] | None, **whitening: Any) -> None:
         trunk = self.trunk_of(model)
         config = trunk.config
         table = self.table_size(config)
         # To resample its table, transformers makes it a square first.
         flexible = self.resamples and table[0] == table[1]
         patch_size = square_patch(name, config.patch_size)
-        head: Any = getattr(model, "visual_projection", None)
-        projected = None if head is None else head.out_features
+        projected = model.visual_projection.out_features if hasattr(model, "visual_projection") else None
         super().__init__(
             name,
             model,
@@ -134,10 +130,9 @@ class TransformersViT(TokenBackbone):
             summaries=self.summaries(config, projected),
             head_width=projected or 0,
             patch_size=patch_size,
-            input_size=whole_patches((preprocessing.size if flexible else None) or table, patch_size),
-            mean=preprocessing.mean,
-            std=preprocessing.std,
+            input_size=whole_patches((size if flexible else None) or table, patch_size),
             flexible=flexible,
+            **whitening,
         )
         self.trunk: Any = trunk
 
@@ -194,8 +189,8 @@ class DinoV3ViT(DinoV2ViT):
 class MaskedAutoencoderViT(TransformersViT):
     """The encoder of a masked autoencoder that masks nothing and leaves the patches in their order."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **whitening: Any) -> None:
+        super().__init__(*arguments, **whitening)
         self.trunk.config.mask_ratio = 0.0
 
     def run(self, images: Tensor, **more: Any) -> tuple[Tensor, Any]:
@@ -216,8 +211,7 @@ class ClipViT(TransformersViT):
     final_norm = "post_layernorm"
 
     def summaries(self, config: Any, projected: int | None) -> dict[str, int | None]:
-        head: dict[str, int | None] = {} if projected is None else {"projected": projected}
-        return head | super().summaries(config, projected)
+        return {**({} if projected is None else {"projected": projected}), **super().summaries(config, projected)}
 
     def run(self, images: Tensor, **more: Any) -> tuple[Tensor, Any]:
         tokens, output = super().run(images)
@@ -243,8 +237,8 @@ class NaFlexViT(SiglipViT):
     The images of a batch have one size, so there is no padding, and attention without a mask is exact.
     """
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **whitening: Any) -> None:
+        super().__init__(*arguments, **whitening)
         self.embeds_patches = True  # by a linear layer
 
     def table_size(self, config: Any) -> tuple[int, int]:
@@ -266,9 +260,9 @@ class SamViT(TransformersViT):
     final_norm = None
     resamples = False
 
-    def __init__(self, name: str, model: nn.Module, options: Options, preprocessing: Preprocessing) -> None:
+    def __init__(self, name: str, model: nn.Module, *arguments: Any, **whitening: Any) -> None:
         self.trunk_of(model).neck = nn.Identity()
-        super().__init__(name, model, options, preprocessing)
+        super().__init__(name, model, *arguments, **whitening)
 
     def trunk_of(self, model: Any) -> Any:
         return model.vision_encoder
@@ -299,16 +293,11 @@ class TransformersConvNet(StageBackbone):
     ``layer`` counts stages and gives their maps as they are; the stride of the stage, measured by a run, is the patch
     size. The summary is the pooled last map.
 
-    Args:
-        name, model, options, preprocessing: As for :class:`TransformersViT`.
-
-    Raises:
-        ConfigError: For an option that such a network does not have, or stages of several strides.
+    Args: As :class:`TransformersViT`; of ``options.layer`` one.
     """
 
-    def __init__(self, name: str, model: nn.Module, options: Options, preprocessing: Preprocessing) -> None:
-        config: Any = model.config
-        stages = _module_list(model, len(config.depths))
+    def __init__(self, name: str, model: Any, options: Options, size: tuple[int, int] | None, **whitening: Any) -> None:
+        stages = _module_list(model, len(model.config.depths))
         stage = choose_stage(stages, options, name)
         model.eval()  # normalisation layers must not learn from the run
         with torch.no_grad(), captured(stages) as maps:
@@ -322,9 +311,8 @@ class TransformersConvNet(StageBackbone):
             summaries={"pool": width, "mean": width},
             patch_size=patch_size,
             embed_dim=maps[stage].shape[1],
-            input_size=whole_patches(_native_size(name, preprocessing.size or options.img_size), patch_size),
-            mean=preprocessing.mean,
-            std=preprocessing.std,
+            input_size=whole_patches(_native_size(name, size or options.img_size), patch_size),
+            **whitening,
         )
         self._last_stride = PROBE_SIDE // maps[-1].shape[2]
 
@@ -359,7 +347,7 @@ FAMILIES: dict[str, type[TransformersViT] | type[TransformersConvNet]] = {
 
 
 class _Resampling(nn.Module):
-    """Takes images of any size, its positions resampled."""
+    """A model that is asked to resample its positions at every call."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -402,9 +390,7 @@ def _read_config(transformers: Any, name: str, source: str, options: Options) ->
         if facts:
             break
     if not facts and os.path.isdir(source):
-        raise ConfigError(
-            f"directory {source!r} has no config.json that transformers can read; save_pretrained writes one"
-        ) from reason
+        raise ConfigError(f"{source!r} has no config.json that transformers can read; save_pretrained writes one")
     if not facts:
         raise _not_at_hand(name, source, reason) from reason
     if "auto_map" in facts and not trust and facts.get("model_type") not in transformers.CONFIG_MAPPING:
@@ -428,13 +414,12 @@ def _build_model(
         kind = transformers.AutoModel
         arguments["trust_remote_code"] = options.trust
     else:
-        try:
-            kind = transformers.MODEL_MAPPING[type(vision)]
-        except KeyError:
+        kind = transformers.MODEL_MAPPING.get(type(vision), None)
+        if kind is None:
             raise ConfigError(
                 f"transformers has no model without a head for {name!r} ({vision.model_type}); wrap one with "
                 f"featsharp.backbones.from_callable"
-            ) from None
+            )
         kind = kind[0] if isinstance(kind, tuple) else kind
         projects = config.model_type == "clip" or "CLIPVisionModelWithProjection" in (config.architectures or ())
         if projects and (options.project or options.summary not in ("cls", "mean", "none")):

@@ -2,27 +2,12 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from featsharp.backbones.loading import first_line, pair
 from featsharp.backbones.options import Options, parse_whitening
 from featsharp.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """Whitening, for pixels in [0, 1], and native size.
-
-    Attributes:
-        mean, std: Whitening, three values each.
-        size: (h, w) in pixels that the image processor makes; None when it does not say.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    size: tuple[int, int] | None = None
 
 
 def choose_whitening(options: Options, config: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -40,13 +25,16 @@ def choose_whitening(options: Options, config: Mapping[str, Any], place: str) ->
     return chosen
 
 
-def read_image_processor(name: str, place: str, options: Options) -> Preprocessing:
+def read_image_processor(name: str, place: str, options: Options) -> tuple[dict[str, Any], tuple[int, int] | None]:
     """Read the image processor of a model of transformers; ``mean`` and ``std`` of the options go before its own.
 
     Args:
         name: The backbone, for messages.
         place: A directory or a name on the hub.
         options: Of these ``mean`` and ``std``.
+
+    Returns:
+        ``mean`` and ``std`` for pixels in [0, 1], and the (h, w) in pixels that it makes; None when it does not say.
 
     Raises:
         ConfigError: For a file that cannot be read, or no whitening.
@@ -68,7 +56,7 @@ def read_image_processor(name: str, place: str, options: Options) -> Preprocessi
             f"backbone {name!r} has no preprocessor_config.json with image_mean and image_std; say its whitening "
             f"as options, such as ?mean=0.485,0.456,0.406&std=0.229,0.224,0.225"
         )
-    return Preprocessing(mean, std, size)
+    return {"mean": mean, "std": std}, size
 
 
 def _processor_whitening(config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
