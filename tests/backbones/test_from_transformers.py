@@ -943,6 +943,21 @@ def test_code_from_elsewhere_runs_only_when_trusted(remote, tmp_path):
         create_backbone(f"hf:{remote}?trust=true&layer=1")
 
 
+def test_code_from_elsewhere_is_asked_to_resample_where_it_has_to_be(remote):
+    """Positions of a 4x4 grid, which the model resamples on request only."""
+    model = REMOTE_MODEL.replace("def forward(self, x)", "def forward(self, x, interpolate_pos_encoding=False)")
+    table = """tokens = self.embed(x)
+        positions = torch.arange(16.0).reshape(1, 1, 4, 4)
+        if interpolate_pos_encoding:
+            positions = nn.functional.interpolate(positions, tokens.shape[2:], mode="bilinear")
+        tokens = (tokens + positions / 16).flatten(2).transpose(1, 2)"""
+    model = model.replace("tokens = self.embed(x).flatten(2).transpose(1, 2)", table)
+    (remote / "modeling_tiny.py").write_text(model)
+    backbone = create_backbone(f"hf:{remote}?pretrained=false&trust=true")
+    assert backbone.flexible
+    assert backbone(pictures(1, (48, 80))).features.shape == (1, 24, 3, 5)
+
+
 def test_other_models_of_the_library_are_found_out(tmp_path):
     config = transformers.IJepaConfig(**TOWER)
     model = transformers.IJepaModel(config).eval()
