@@ -127,7 +127,7 @@ class ShardStream:
         """Position of the present reader; None before it reads."""
         return None if self._reading is None else self._reading.position
 
-    def scan(self) -> Iterator[EncodedImage]:
+    def probe(self) -> Iterator[EncodedImage]:
         """Iterate over all images once, in stored order; damage is an image without name and data.
 
         Ends early after :data:`MAX_EMPTY_SHARDS` shards in a row without an image.
@@ -140,10 +140,6 @@ class ShardStream:
                 yield image
             if empty == MAX_EMPTY_SHARDS:
                 return
-
-    def probe(self) -> Iterator[EncodedImage]:
-        """As :meth:`scan`."""
-        return self.scan()
 
     def close(self) -> None:
         """Close connections and commands."""
@@ -188,7 +184,7 @@ def first_images(stream: ShardStream, count: int) -> Iterator[tuple[str, Image.I
     """Iterate over name and RGB picture of the first readable images of a stream; DataError when there is none."""
     given = 0
     skipped: list[tuple[str, str]] = []
-    for encoded in stream.scan():
+    for encoded in stream.probe():
         image = try_decode(encoded, skipped)
         if image is None:
             continue

@@ -359,7 +359,7 @@ def test_compressed_tars_are_read_as_streams(tmp_path, mode):
     (tmp_path / "bad.tar").write_bytes(whole[: len(whole) // 2] + b"?" * 1000 + whole[len(whole) // 2 :])
     with pytest.raises(DataError, match="compressed tar files cannot be read at random"):
         open_source(tmp_path / "bad.tar")
-    for _ in ShardStream(f"pipe:cat {tmp_path}/bad.tar").scan():  # whatever it finds
+    for _ in ShardStream(f"pipe:cat {tmp_path}/bad.tar").probe():  # whatever it finds
         pass
 
 

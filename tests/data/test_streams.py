@@ -219,7 +219,7 @@ def test_reading_on_does_not_start_again(server: str) -> None:
 
 def test_a_lost_connection_is_taken_up_again(server: str) -> None:
     Handler.lost, Handler.busy = Counter({"/1.tar": 2}), Counter({"/2.tar": 3})
-    images = list(ShardStream(f"{server}/{{0..3}}.tar", fetch=IMPATIENT).scan())
+    images = list(ShardStream(f"{server}/{{0..3}}.tar", fetch=IMPATIENT).probe())
     assert names(iter(images), 99) == [f"{number:03d}.png" for number in range(15)]
     assert [image.data for image in images] == [picture(number) for number in range(15)]
     assert Handler.asked == ["/0.tar", *["/1.tar"] * 3, *["/2.tar"] * 4, "/3.tar"]
@@ -250,7 +250,7 @@ def test_a_shard_that_fails_again_and_again_is_given_up_and_training_goes_on(
     else:
         setattr(Handler, fault, Counter({"/1.tar": 1000}))
     stream = ShardStream(f"{server}/{{0..2}}.tar", buffer=1, fetch=IMPATIENT)
-    images = list(stream.scan())
+    images = list(stream.probe())
     assert [entry for image in images for entry in image.skipped] == [
         (f"{server}/1.tar", f"cannot be fetched ({said})")
     ]
@@ -271,7 +271,7 @@ def test_a_password_is_sent_to_the_server_and_never_shown(server: str, caplog: p
     Handler.busy = Counter({"/0.tar": 1})
     address = server.replace("//", "//me:se%2Fcret@")
     stream = ShardStream(f"{address}/{{0..1}}.tar")
-    assert names(stream.scan(), 9) == [f"{number:03d}.png" for number in range(7)]
+    assert names(stream.probe(), 9) == [f"{number:03d}.png" for number in range(7)]
     mixture = ImageMixture([stream])
     assert mixture.load(0).name.startswith(server.replace("//", "//***@"))
     assert "trying again" in caplog.text
@@ -347,7 +347,7 @@ def test_a_query_is_sent_but_never_shown(server: str) -> None:
 def test_a_command_is_run_by_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tar(tmp_path / "0.tar", range(3))
     monkeypatch.setenv("SHARDS", str(tmp_path))
-    images = ShardStream("pipe:dd if=$SHARDS/0.tar status=none | cat").scan()
+    images = ShardStream("pipe:dd if=$SHARDS/0.tar status=none | cat").probe()
     assert names(images, 9) == ["000.png", "001.png", "002.png"]
 
 
@@ -355,7 +355,7 @@ def test_a_command_that_keeps_quiet_is_waited_for_and_named(tmp_path: Path, capl
     caplog.set_level("INFO")
     write_tar(tmp_path / "0.tar", range(3))
     command = f"pipe:sleep 0.7; cat {tmp_path}/0.tar # http://h/x?t=SECRET"
-    images = ShardStream(command, fetch=FetchConfig(timeout=0.2)).scan()
+    images = ShardStream(command, fetch=FetchConfig(timeout=0.2)).probe()
     assert [image.name[-7:] for image in images] == ["000.png", "001.png", "002.png"]
     said = f"pipe:sleep 0.7; cat {tmp_path}/0.tar # http://h/x?t=***: still waiting for the first bytes"
     assert 1 <= caplog.messages.count(said) <= 3
@@ -387,7 +387,7 @@ def test_a_group_that_may_not_be_signalled_any_more_is_no_error(
 
     monkeypatch.setattr("os.killpg", refuse)
     write_tar(tmp_path / "0.tar", range(3))
-    images = list(ShardStream(f"pipe:cat {tmp_path}/0.tar").scan())
+    images = list(ShardStream(f"pipe:cat {tmp_path}/0.tar").probe())
     assert [entry for image in images for entry in image.skipped] == []
     assert len(images) == 3
 
@@ -500,7 +500,7 @@ def test_fewer_shards_than_ranks_and_workers(server: str, shards: int) -> None:
         reader: [mixture.load(n, division).name for n in range(4 * total) if division.reader(n) == reader]
         for reader in range(4)
     }
-    assert set().union(*by_reader.values()) == {image.name for image in ShardStream(url).scan()}
+    assert set().union(*by_reader.values()) == {image.name for image in ShardStream(url).probe()}
     for reader, loaded in by_reader.items():
         assert len(loaded) == total
         assert max(Counter(loaded).values()) < total, f"reader {reader} repeats one image"
