@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from featsharp.errors import DataError, missing_checkpoint
+from featsharp.errors import ConfigError, DataError, missing_checkpoint
 
 CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors")
 
@@ -56,3 +56,23 @@ def check_inputs(paths: Iterable[Path], checkpoints: Iterable[str | Path] = ()) 
     for name in checkpoints:
         if str(name).endswith(CHECKPOINT_ENDINGS) and not Path(name).exists():
             raise missing_checkpoint(Path(name))
+
+
+def protect_files(results: Iterable[tuple[Path, Path]], inputs: Iterable[Path]) -> None:
+    """Check that results overwrite neither an input nor a file of other origin.
+
+    Args:
+        results: Files to write, each with one that exists if an earlier run wrote it.
+        inputs: Files that the command reads.
+
+    Raises:
+        ConfigError: For the first result that would.
+    """
+    sources = {path.resolve(): path for path in inputs}
+    for result, sign in results:
+        if source := sources.get(result.resolve()):
+            raise ConfigError(f"the result {result} would overwrite the input {source}; choose another place with -o")
+        if result.exists() and not sign.exists():
+            raise ConfigError(
+                f"the result would overwrite {result}, which featsharp did not write; choose another place with -o"
+            )

@@ -21,8 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from featsharp.cli.arguments import check_inputs
-from featsharp.errors import ConfigError
+from featsharp.cli.arguments import check_inputs, protect_files
 from featsharp.names import split_label
 from featsharp.visualization.style import check_output, save
 
@@ -51,25 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
-    protect_inputs(arguments)
+    inputs = (*_files(arguments), *map(Path, _encoders(arguments)))
+    protect_files([(arguments.output, arguments.output)], inputs)  # an earlier figure may be replaced
     check_inputs(_files(arguments), _encoders(arguments))
     from featsharp.memory import keep_freed_memory
 
     keep_freed_memory()
     save(_module(arguments.figure).make_figure(arguments), arguments.output)
     print(arguments.output)
-
-
-def protect_inputs(arguments: argparse.Namespace) -> None:
-    """Check that the figure does not overwrite one of its inputs.
-
-    Raises:
-        ConfigError: When the output is one of the images, results or checkpoints.
-    """
-    target = arguments.output.resolve()
-    for path in (*_files(arguments), *map(Path, _encoders(arguments))):
-        if path.resolve() == target:
-            raise ConfigError(f"the figure would overwrite its input {path}; choose another file with -o")
 
 
 def _module(name: str) -> Any:

@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featsharp.cli.arguments import add_device, check_inputs, parse_count, parse_size
+from featsharp.cli.arguments import add_device, check_inputs, parse_count, parse_size, protect_files
 from featsharp.errors import ConfigError, InputError
 from featsharp.terminal import with_progress
 
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     name = arguments.output / arguments.image.stem
     file, features_file, picture_file = (name.with_name(name.name + end) for end in (".pth", ".safetensors", ".png"))
     image = decode_image(arguments.image)
-    _protect_files(arguments.image, file, [features_file, picture_file])
+    protect_files([(features_file, file), (picture_file, file)], [arguments.image])
     fitter = Fitter(
         create_backbone(arguments.backbone).to(find_device(arguments.device)),
         image,
@@ -94,12 +94,3 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _line(label: str, score: "Reconstruction") -> str:
     return f"{label} fidelity {score.fidelity:.3f}, cosine {score.cosine:.4f}"
-
-
-def _protect_files(source: Path, file: Path, results: list[Path]) -> None:
-    """Check that results overwrite neither the input nor files that are not from this fit."""
-    for result in results:
-        if result.resolve() == source.resolve():
-            raise ConfigError(f"the result {result} would overwrite the input; choose another folder with -o")
-        if result.exists() and not file.exists():
-            raise ConfigError(f"{result} is there already, and not from a fit; choose another folder with -o")

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featsharp.cli.arguments import add_backbone, add_device, check_inputs, parse_size
+from featsharp.cli.arguments import add_backbone, add_device, check_inputs, parse_size, protect_files
 from featsharp.errors import ConfigError, DataError, InputError
 from featsharp.weights import DEFAULT
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = list(_jobs(arguments.images, arguments.output))
     if not jobs:
         raise DataError(f"no image in {', '.join(map(str, arguments.images))}")
-    _protect_files(jobs)
+    protect_files((_results(target) for _, target in jobs), (source for source, _ in jobs))
     failed = 0
     hint = "  (for more: --size HxW)" if arguments.size is None else ""
     for source, target in jobs:
@@ -136,22 +136,6 @@ def _jobs(paths: list[Path], output: Path) -> Iterator[tuple[Path, Path]]:
             if result is target and taken.setdefault(target, source) != source:
                 raise ConfigError(f"{source} and {taken[target]} would write the same result; use two output folders")
             yield source, result
-
-
-def _protect_files(jobs: list[tuple[Path, Path]]) -> None:
-    """Check that results overwrite neither an input nor a picture that is not from an earlier run."""
-    sources = {source.resolve() for source, _ in jobs}
-    for source, target in jobs:
-        picture, features = _results(target)
-        if picture.resolve() in sources:
-            raise ConfigError(
-                f"the result for {source} would overwrite the input {picture}; choose another folder with -o"
-            )
-        if picture.exists() and not features.exists():
-            raise ConfigError(
-                f"the result for {source} would overwrite {picture}, which featsharp did not write; choose another "
-                "folder with -o"
-            )
 
 
 def _results(target: Path) -> tuple[Path, Path]:

@@ -106,7 +106,7 @@ def test_a_changed_setting_is_refused_in_one_line(photo, tmp_path, capsys):
         (["{photo}", *QUICK, "-o", "{tmp}/out", "--device", "gpu"], "cannot be used"),
         (["{photo}", *QUICK, "-o", "{photo}"], "cannot write"),
         (["{tmp}/mine.png", *QUICK, "-o", "{tmp}"], "would overwrite the input"),
-        (["{tmp}/in/mine.png", *QUICK, "-o", "{tmp}"], "is there already, and not from a fit"),
+        (["{tmp}/in/mine.png", *QUICK, "-o", "{tmp}"], "which featsharp did not write"),
     ],
 )
 def test_bad_input_costs_one_line(photo, tmp_path, capsys, arguments, said):

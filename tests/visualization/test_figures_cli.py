@@ -142,7 +142,7 @@ def test_inputs_are_never_overwritten(photo, checkpoint, tmp_path, capsys):
     }
     for output, command in commands.items():
         assert figure(*command, "-o", output) == 1
-        assert "would overwrite its input" in capsys.readouterr().err
+        assert "would overwrite the input" in capsys.readouterr().err
     assert (tmp_path / "result.png").read_text() == "{}"
     assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
 
