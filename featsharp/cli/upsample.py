@@ -117,16 +117,17 @@ def upsample_file(
 
 
 def _jobs(paths: list[Path], output: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield image files with the stems of their results; folders keep their structure below ``output``."""
+    """Yield image files with the stems of their results; folders keep their structure, without hidden files."""
     from featsharp.data.images import is_image_name
+    from featsharp.data.sources import walk_files
 
     taken: dict[Path, Path] = {}
     for path in paths:
         if path.is_dir():
-            images = sorted(p for p in path.rglob("*") if p.is_file() and is_image_name(p.name))
-            if not images:
+            names = sorted(filter(is_image_name, walk_files(path, [])))
+            if not names:
                 raise DataError(f"{path} holds no image; it should contain .jpg, .png or other pictures")
-            pairs = [(image, output / image.relative_to(path)) for image in images]
+            pairs = [(path / name, output / name) for name in names]
         else:
             pairs = [(path, output / path.name)]
         for source, target in pairs:

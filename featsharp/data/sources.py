@@ -141,7 +141,7 @@ def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str]
     source = ImageSource(Path(path))
     if source.path.is_dir():
         skip = Path(exclude).resolve() if exclude is not None else None
-        for name in sorted(_files(source.path, skip, source.skipped)):
+        for name in sorted(walk_files(source.path, source.skipped, skip)):
             if is_image_name(name):
                 source._append(name)
             elif is_compressed_name(name):
@@ -195,8 +195,11 @@ def _warn_once(problem: str) -> None:
     logger.warning("%s", problem)
 
 
-def _files(root: Path, exclude: Path | None, skipped: list[tuple[str, str]]) -> Iterator[str]:
-    """List all files below ``root`` that are not hidden; each folder once, even if links form a loop."""
+def walk_files(root: Path, skipped: list[tuple[str, str]], exclude: Path | None = None) -> Iterator[str]:
+    """Iterate over all files below ``root`` that are not hidden, by relative paths; loops of links are followed once.
+
+    Problems are appended to ``skipped`` as (path, reason).
+    """
     seen: set[str] = set()
 
     def note(error: OSError) -> None:
