@@ -19,9 +19,10 @@ from featsharp.layers.spectral import folded_state
 from featsharp.model import SharpEncoder
 from featsharp.names import parse_upsampler, resolve_upsampler
 from featsharp.normalizers import NORMALIZERS
+from featsharp.settings import plain_value
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import Upsampler
-from featsharp.upsamplers.registration import create_upsampler, plain_options
+from featsharp.upsamplers.registration import create_upsampler
 from featsharp.weights import find_weights, list_weights
 
 
@@ -57,7 +58,7 @@ def create_encoder(
         torch.Size([1, 32, 24, 16])
     """
     backbone = create_backbone(backbone)
-    options = plain_options(upsampler_options or {})
+    options = plain_value(upsampler_options or {})
     if isinstance(upsampler, Upsampler):
         if options or factor not in (None, upsampler.factor):
             raise ConfigError(

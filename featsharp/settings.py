@@ -1,6 +1,7 @@
 """Settings of tasks: dataclass fields that are also flags on the command line."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,16 @@ def setting_fields(task: Any) -> "list[dataclasses.Field[Any]]":
 
 def settings_of(task: Any) -> dict[str, Any]:
     """Collect the settings of a task as JSON values, by name."""
-    return {field.name: _plain(getattr(task, field.name)) for field in setting_fields(task)}
+    values = {field.name: getattr(task, field.name) for field in setting_fields(task)}
+    return {name: str(value) if isinstance(value, Path) else plain_value(value) for name, value in values.items()}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+def plain_value(value: Any) -> Any:
+    """Convert NumPy's numbers and arrays, tensors, tuples, ranges and mappings to values of JSON; keep others."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, tuple | list | range):
+        return [plain_value(one) for one in value]
+    if isinstance(value, Mapping):
+        return {key: plain_value(one) for key, one in value.items()}
+    return value

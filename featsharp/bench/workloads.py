@@ -25,10 +25,10 @@ from featsharp.model import SharpEncoder
 from featsharp.names import parse_upsampler, split_label
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.tiling import window_starts
-from featsharp.settings import setting
+from featsharp.settings import plain_value, setting
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import check_factor, scale_length
-from featsharp.upsamplers.registration import default_options, plain_options
+from featsharp.upsamplers.registration import default_options
 from featsharp.weights import list_weights
 
 DIRECT, PASSES = "direct", "passes"
@@ -85,7 +85,7 @@ class Workload:
         if isinstance(self.module, Backbone):
             return {"normalizer": None, "options": None, "key": None}
         recipe = self.module.recipe
-        options = plain_options(default_options(recipe["upsampler"]) | recipe["options"])
+        options = plain_value(default_options(recipe["upsampler"]) | recipe["options"])
         return {"normalizer": recipe["normalizer"], "options": options, "key": self.key}
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from featsharp.errors import ConfigError, unknown_name
 from featsharp.names import resolve_upsampler
 from featsharp.registry import Registry
+from featsharp.settings import plain_value
 from featsharp.upsamplers.base import Upsampler
 
 UPSAMPLERS: Registry[Upsampler] = Registry("upsampler")
@@ -47,7 +48,7 @@ def build_upsampler(name: str, embed_dim: int, factor: float, options: Mapping[s
         if option not in allowed:
             raise unknown_name(f"option of upsampler {name!r}:", option, allowed)
     try:
-        return UPSAMPLERS[name].factory(embed_dim, factor, **plain_options(options))
+        return UPSAMPLERS[name].factory(embed_dim, factor, **plain_value(options))
     except TypeError as error:  # an option of another type than it should be
         raise ConfigError(f"upsampler {name!r} cannot be built with {dict(options)}: {error}") from error
 
@@ -57,18 +58,3 @@ def default_options(name: str) -> dict[str, Any]:
     # A constructor states its options once, with types and defaults; a list beside it would have to repeat them.
     parameters = signature(UPSAMPLERS[name].factory).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-
-
-def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert options to values of JSON: NumPy's numbers and arrays, tuples and ranges."""
-    return {key: _plain(value) for key, value in options.items()}
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # arrays, tensors and their scalars
-        return value.tolist()
-    if isinstance(value, tuple | list | range):
-        return [_plain(one) for one in value]
-    if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    return value
