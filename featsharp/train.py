@@ -3,8 +3,7 @@
     python -m featsharp.train +model=vits14-focus +upsampler=featsharp-2x train_data_dir=photos num_training_steps=500
     torchrun --nproc-per-node=8 -m featsharp.train +model=siglip2 +upsampler=featsharp-4x train_data_dir=shards
 
-Configuration groups and every default are in ``featsharp/configs``; ``dry_run=true`` prints the plan and stops.
-Artifacts go to ``output_base/output_subdir``: ``last.pth``, ``best.pth``, ``config.yaml`` and what ``viz.type`` writes.
+``featsharp train -h`` describes arguments and results.
 """
 
 import contextlib
