@@ -33,16 +33,16 @@ from PIL import Image
 from torch import Tensor
 
 from featsharp.data.images import decode_image, image_to_tensor
-from featsharp.errors import ConfigError, DataError, InputError
+from featsharp.errors import ConfigError, DataError
 from featsharp.evaluation.estimates import Estimate, bootstrap, estimate_mean, estimate_ratio
-from featsharp.evaluation.features import find_low_res_size, predict_raw, shown_size
+from featsharp.evaluation.features import check_finite, find_low_res_size, predict_raw, shown_size
 from featsharp.evaluation.keys import file_key
 from featsharp.evaluation.layouts.keypoints import SPLITS, Entry, Pair, PairOptions, check_points
 from featsharp.evaluation.layouts.pairs import LAYOUTS, find_layout, list_pairs
 from featsharp.evaluation.runner import Item, Row, Subject, Summary, Task
 from featsharp.model import SharpEncoder
 from featsharp.ops.boxes import Box
-from featsharp.ops.resize import resize
+from featsharp.ops.resize import find_neighbours, resize
 from featsharp.settings import setting
 
 # Size that alpha is a fraction of, by layout, for --normalize-by auto.
@@ -297,8 +297,7 @@ def draw(image: Image.Image, placement: Placement, whiten: Callable[[Tensor], Te
 
 def prepare(features: Tensor, placement: Placement) -> Encoded:
     """Normalise the features [1, C, h, w] of a canvas; raises InputError for NaN."""
-    if not torch.isfinite(features).all():
-        raise InputError("the features hold NaN or infinite values")
+    check_finite(features)
     cells = F.normalize(features.float(), dim=1)
     lengths = interpolated_lengths(cells[0], placement.canvas_size)
     return Encoded(placement, cells, placement.box.cut(lengths))
@@ -310,11 +309,10 @@ def interpolated_lengths(cells: Tensor, size: tuple[int, int]) -> Tensor:
     Between neighbours a and b, |a + t (b - a)|^2 = (1 - t) |a|^2 + t |b|^2 - t (1 - t) |b - a|^2, which takes the
     squared lengths of the cells and of the steps from one to the next. Here along x, then along y.
     """
-    rows, columns = (_positions(cells.shape[dim], size[dim - 1], cells.device) for dim in (1, 2))
     down = _step(cells, 1)
-    of_rows = _between(_square(cells), _square(_step(cells, 2)), columns)  # [h, W]
-    of_steps = _between(_square(down), _square(_step(down, 2)), columns)
-    return _between(of_rows.T, of_steps.T, rows).T.clamp(min=0).sqrt().float()
+    of_rows = _between(_square(cells), _square(_step(cells, 2)), size[1])  # [h, W]
+    of_steps = _between(_square(down), _square(_step(down, 2)), size[1])
+    return _between(of_rows.T, of_steps.T, size[0]).T.clamp(min=0).sqrt().float()
 
 
 def match(source: Encoded, target: Encoded, points: np.ndarray) -> np.ndarray:
@@ -339,17 +337,10 @@ def sample(image: Encoded, points: np.ndarray) -> Tensor:
     return F.grid_sample(image.features, grid, padding_mode="border", align_corners=False)[0, :, 0].T
 
 
-def _positions(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Locate ``target`` pixels along a line of ``source`` cells: the cell before each, and the distance from it."""
-    position = ((torch.arange(target, device=device) + 0.5) * (source / target) - 0.5).clamp(min=0)
-    before = position.long().clamp(max=source - 1)
-    return before, (position - before).double()
-
-
-def _between(square: Tensor, step: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+def _between(square: Tensor, step: Tensor, length: int) -> Tensor:
     """Interpolate squared lengths [..., N] from those of vectors and of the steps between them, [..., n] each."""
-    before, t = positions
-    after = (before + 1).clamp(max=square.shape[-1] - 1)
+    before, after, t = find_neighbours(square.shape[-1], length, range(length), square.device)
+    t = t.double()
     return torch.lerp(square[..., before], square[..., after], t) - t * (1 - t) * step[..., before]
 
 

@@ -81,12 +81,17 @@ def source_box(box: Box, source_size: tuple[int, int], size: tuple[int, int]) ->
     return inner.grow(1, source_size)
 
 
+def find_neighbours(source: int, target: int, cells: range, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Locate some of ``target`` cells of an axis among ``source`` cells: those before and after, distance to before."""
+    position = ((torch.arange(cells.start, cells.stop, device=device) + 0.5) * (source / target) - 0.5).clamp(min=0)
+    before = position.long().clamp(max=source - 1)
+    return before, (before + 1).clamp(max=source - 1), position - before
+
+
 def _enlarge_axis(x: Tensor, first: int, source: int, target: int, start: int, stop: int, dim: int) -> Tensor:
     """Along one axis: the cells start..stop of a line of ``source`` cells, of which ``x`` has those from ``first``."""
-    position = ((torch.arange(start, stop, device=x.device) + 0.5) * (source / target) - 0.5).clamp(min=0)
-    before = position.long().clamp(max=source - 1)
-    after = (before + 1).clamp(max=source - 1)
-    weight = (position - before).to(x.dtype).unflatten(0, (-1, *(3 - dim) * [1]))
+    before, after, distance = find_neighbours(source, target, range(start, stop), x.device)
+    weight = distance.to(x.dtype).unflatten(0, (-1, *(3 - dim) * [1]))
     return torch.lerp(x.index_select(dim, before - first), x.index_select(dim, after - first), weight)
 
 
