@@ -389,6 +389,17 @@ def test_version_and_help(capsys):
     assert "output_base" in capsys.readouterr().out
 
 
+def test_upsample_lists_folders_as_training_does(tmp_path):
+    """Links are followed, hidden files and folders left out."""
+    write_photo(tmp_path / "elsewhere" / "a.png")
+    write_photo(tmp_path / "photos" / ".thumbnails" / "b.png")
+    (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
+    assert run("upsample", tmp_path / "photos", *TILE, "-o", tmp_path / "out") == 0
+    assert [path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")] == [
+        "link/a.png"
+    ]
+
+
 def test_upsample_never_overwrites_its_input(tmp_path, capsys):
     photo = write_photo(tmp_path / "photo.png")
     before = photo.read_bytes()
