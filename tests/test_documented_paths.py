@@ -1,8 +1,11 @@
 """Every path that README, docs and examples of version 0.1 import can still be imported, wherever the code is now."""
 
 import importlib
+import sys
 
 import pytest
+
+from featsharp._moved import MOVED
 
 PATHS = [
     "featsharp.backbones.base:Backbone",
@@ -60,3 +63,12 @@ def test_the_path_is_importable(path):
     found = importlib.import_module(module)
     if name:
         assert getattr(found, name) is not None
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_an_old_path_warns_and_gives_the_new_module(old):
+    sys.modules.pop(old, None)
+    with pytest.warns(DeprecationWarning, match=MOVED[old]):
+        module = importlib.import_module(old)
+    assert module is importlib.import_module(MOVED[old])
+    assert module.__spec__.name == MOVED[old]
