@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from featsharp.data.images import image_to_tensor
-from featsharp.errors import InputError
+from featsharp.evaluation.features import check_finite
 from featsharp.files import write_file
 from featsharp.ops.resize import resize
 from featsharp.visualization.panels import panel, save_picture
@@ -58,10 +57,3 @@ def save_comparison(path: Path, image: Image.Image, low_res: Tensor, high_res: T
 def size_text(features: Tensor) -> str:
     """Format the size of a map [..., h, w] as ``hxw``."""
     return "x".join(map(str, features.shape[-2:]))
-
-
-def check_finite(features: Tensor) -> None:
-    """Raise InputError unless all features are finite."""
-    # Channel by channel, since the map may be larger than memory.
-    if not all(torch.isfinite(channel).all() for channel in features.unbind(1)):
-        raise InputError("the features hold NaN or infinite values; nothing was written")

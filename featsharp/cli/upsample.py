@@ -94,8 +94,9 @@ def upsample_file(
     output_size: tuple[int, int] | None = None,
 ) -> str:
     """Write ``target``.safetensors and ``target``.png for one image file; returns the sizes of image and maps."""
-    from featsharp.cli.results import check_finite, metadata_of, save_comparison, save_features, size_text
+    from featsharp.cli.results import metadata_of, save_comparison, save_features, size_text
     from featsharp.data.images import decode_image
+    from featsharp.evaluation.features import check_finite
     from featsharp.extraction.mapped import MappedFeatures
 
     image = decode_image(source)

@@ -61,11 +61,7 @@ def encode_raw(encoder: SharpEncoder, images: Tensor) -> Tensor:
         InputError: For features that are NaN or infinite.
     """
     features = encoder.backbone(images).features.float()
-    if not torch.isfinite(features).all():
-        raise InputError(
-            f"backbone {encoder.backbone.name!r} returned NaN or infinite features for {len(images)} image(s); is half "
-            "precision too narrow for it?"
-        )
+    check_finite(features, f"backbone {encoder.backbone.name!r}")
     return features if encoder.normalizer.invertible else encoder.normalizer(features)
 
 
@@ -119,10 +115,11 @@ def sharp_features(encoder: SharpEncoder, image: Image, low_res_size: tuple[int,
     )
 
 
-def check_finite(features: Tensor) -> None:
-    """Raise InputError for features [B, ...] of an encoder that are NaN or infinite."""
-    if not torch.isfinite(features).all():
+def check_finite(features: Tensor, origin: str = "the encoder") -> None:
+    """Raise InputError for features [B, ...] that are NaN or infinite; ``origin`` is the subject of its message."""
+    # The extremes, which are NaN where any value is: they take no memory, and the map may be larger than that.
+    if not torch.stack(features.aminmax()).isfinite().all():
         raise InputError(
-            f"the encoder returned NaN or infinite features for {len(features)} image(s); is the checkpoint damaged, "
+            f"{origin} returned NaN or infinite features for {len(features)} image(s); is the checkpoint damaged, "
             "or half precision too narrow for this backbone?"
         )
