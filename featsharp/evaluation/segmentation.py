@@ -31,8 +31,8 @@ from featsharp.evaluation.estimates import bootstrap_sums
 from featsharp.evaluation.features import find_low_res_size, shown_size
 from featsharp.evaluation.head import FeatureReader, Head, Part, Schedule, TrainingData, train_head
 from featsharp.evaluation.keys import file_key
-from featsharp.evaluation.layouts.labels import VOID, LabelCode, LabelledImage, check_sizes
-from featsharp.evaluation.layouts.segmentation import LAYOUTS, FolderOptions, SegmentationData, open_segmentation
+from featsharp.evaluation.layouts.labels import VOID, FolderOptions, LabelCode, LabelledImage, check_sizes
+from featsharp.evaluation.layouts.segmentation import LAYOUTS, SegmentationData, open_segmentation
 from featsharp.evaluation.runner import Item, Row, Subject, Summary, Task
 from featsharp.memory import parse_memory
 from featsharp.model import SharpEncoder

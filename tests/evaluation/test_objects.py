@@ -15,7 +15,8 @@ from torch import Tensor
 from featsharp.builder import create_encoder
 from featsharp.cli.main import main
 from featsharp.errors import DataError
-from featsharp.evaluation.layouts.objects import draw, open_labels
+from featsharp.evaluation.layouts.objects import open_labels
+from featsharp.evaluation.layouts.outlines import draw
 from featsharp.evaluation.runner import Subject, evaluate
 from featsharp.evaluation.small_objects import SmallObjectTask, nearest_other_mean, pool_masks
 from featsharp.upsamplers.base import GuidedUpsampler

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from featsharp.errors import ConfigError, DataError
-from featsharp.evaluation.layouts.labels import VOID, LabelCode, ranges
-from featsharp.evaluation.layouts.segmentation import FolderOptions, SegmentationData, open_segmentation
+from featsharp.evaluation.layouts.labels import VOID, FolderOptions, LabelCode, ranges
+from featsharp.evaluation.layouts.segmentation import SegmentationData, open_segmentation
 
 CODE = LabelCode(("a", "b", "c"), {0: 0, 1: 1, 2: 2, 255: VOID})
 

@@ -2,11 +2,12 @@
 
 layout          the contract of layouts, and detection of the one of a folder
 labels          images with label files, and the meaning of their numbers
-segmentation    layouts of segmentation: ADE20K, Pascal VOC and Context, Cityscapes, COCO-Stuff, CamVid, plain folders
+segmentation    list of the layouts of segmentation, a file each: ade20k, voc, cityscapes, coco_stuff, camvid, folder
 class_names     of these data sets
 keypoints       pairs of images with keypoints that both show
 pairs           layouts of such pairs: SPair-71k, PF-PASCAL, PF-WILLOW
 boundaries      pictures with human boundaries: BSDS500 and its like
-objects         objects with class and outline: COCO, YOLO
+outlines        objects with class and outline, and their masks
+objects         layouts of such objects: COCO, YOLO
 mat             MATLAB files
 """

@@ -78,6 +78,21 @@ class LabelCode:
         return table
 
 
+# Result of a layout's reader: the meaning of labels, training pairs, validation pairs.
+SegmentationContent = tuple[LabelCode, list[LabelledImage], list[LabelledImage]]
+
+
+class FolderOptions(NamedTuple):
+    """Options of the layout "folder" alone.
+
+    ``classes``: their number, where there is no classes.txt; None: as many as the training labels show.
+    ``ignore_index``: the label of void pixels.
+    """
+
+    classes: int | None = None
+    ignore_index: int = 255
+
+
 def read_values(path: Path, name: str) -> np.ndarray:
     """Read the numbers in a label file, integers [H, W]; errors as of :meth:`LabelCode.read`."""
     try:

@@ -1,0 +1,46 @@
+"""COCO-Stuff, with the things of COCO: 171 classes."""
+
+from pathlib import Path
+
+from featsharp.evaluation.layouts.class_names import COCO_STUFF
+from featsharp.evaluation.layouts.labels import (
+    VOID,
+    FolderOptions,
+    LabelCode,
+    SegmentationContent,
+    pair_by_stem,
+    plain_code,
+)
+from featsharp.evaluation.layouts.layout import Layout, has_folders
+
+# Numbers below 182 that COCO-Stuff left out: things that COCO has names for, but no annotations.
+_GAPS = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+
+_LABEL_FOLDERS = ("annotations", "stuffthingmaps")
+# COCO's own folder "annotations" holds JSON files.
+_has_maps = has_folders("train2017", "val2017")
+
+
+def _read_coco_stuff(root: Path, options: FolderOptions) -> SegmentationContent:
+    labels = next(name for name in _LABEL_FOLDERS if _has_maps(root / name))
+    if any((root / labels / "val2017").glob("*_labelTrainIds.png")):
+        code, ending = plain_code(COCO_STUFF, 255), "_labelTrainIds"
+    else:
+        numbers = [number for number in range(182) if number not in _GAPS]
+        codes = {255: VOID} | {number: c for c, number in enumerate(numbers)}
+        code, ending = LabelCode(COCO_STUFF, codes), ""
+    train, val = (
+        pair_by_stem(root, f"images/{split}", f"{labels}/{split}", ("", ending)) for split in ("train2017", "val2017")
+    )
+    return code, train, val
+
+
+def _is_coco_stuff(root: Path) -> bool:
+    return (root / "images/val2017").is_dir() and any(_has_maps(root / name) for name in _LABEL_FOLDERS)
+
+
+LAYOUT = Layout(
+    "images/{train2017,val2017} and annotations or stuffthingmaps/{train2017,val2017} with png files (171 classes)",
+    _is_coco_stuff,
+    _read_coco_stuff,
+)
