@@ -11,19 +11,15 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from featsharp.configs.compose import compose
 from featsharp.errors import ConfigError, FeatSharpError
-from featsharp.memory import keep_freed_memory
 from featsharp.terminal import parse_verbosity, set_up_terminal
-from featsharp.training.config import RunConfig, to_yaml
-from featsharp.training.distributed import name_process, object_from_main, start_world, stop_world
-from featsharp.training.resume import read_earlier
-from featsharp.training.setup import build, expand_path, fit_before_training, open_writer
-from featsharp.training.signals import Terminated
-from featsharp.training.trainer import LAST, Trainer
 from featsharp.urls import redact_url
-from featsharp.validation import ValidationSamples
+
+if TYPE_CHECKING:
+    from featsharp.training.config import RunConfig
+    from featsharp.training.trainer import Trainer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
+    from featsharp.configs.compose import compose
+    from featsharp.memory import keep_freed_memory
+    from featsharp.training.config import to_yaml
+    from featsharp.training.distributed import name_process, stop_world
+    from featsharp.training.signals import Terminated
+
     keep_freed_memory()
     try:
         config = compose(arguments)
@@ -54,12 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(config: RunConfig) -> Trainer:
+def train(config: "RunConfig") -> "Trainer":
     """Run a training to its end; returns the finished trainer.
 
     Raises:
         Terminated: On SIGTERM, after everything is saved.
     """
+    from featsharp.training.distributed import object_from_main, start_world
+    from featsharp.training.resume import read_earlier
+    from featsharp.training.setup import build, expand_path, fit_before_training, open_writer
+    from featsharp.training.trainer import LAST, Trainer
+    from featsharp.validation import ValidationSamples
+
     if config.train_data_dir is None:
         raise ConfigError("which images? Set train_data_dir=FOLDER (images or tars), or the variable FEATSHARP_DATA")
     folder = expand_path(config.output_root)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from featsharp.cli import fit
+from featsharp.cli.figure import FIGURES
 from featsharp.cli.main import COMMANDS
 from featsharp.implicit import FitConfig
 
@@ -41,8 +42,8 @@ def run_all(commands: list[list[str]]) -> tuple[list[tuple[int, float, list[str]
 
 
 def test_help_imports_nothing_large_and_takes_under_half_a_second():
-    names = COMMANDS
-    commands = [["--help"], *([name, "--help"] for name in names)]
+    names = [*COMMANDS, *(f"figure {name}" for name in FIGURES)]
+    commands = [["--help"], ["train"], *([*name.split(), "--help"] for name in names)]
     for _ in range(3):  # on a busy machine CPU time grows, too
         results, total, printed = run_all(commands)
         if total < 0.5:
@@ -53,6 +54,7 @@ def test_help_imports_nothing_large_and_takes_under_half_a_second():
     assert total < 0.5
     for name in names:
         assert f"usage: featsharp {name}" in printed
+    assert "python -m featsharp.train +model=" in printed  # the help of the module, also shown without arguments
 
 
 def test_missing_files_are_noticed_before_anything_large_is_imported(tmp_path):

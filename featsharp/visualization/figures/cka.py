@@ -5,13 +5,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from featsharp.errors import DataError
 from featsharp.visualization.results import add_results, entries, read_result
 from featsharp.visualization.style import INK, SMALL, TEXT, TITLE, new_figure, wrap
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
 
 # Most panels to a line.
@@ -31,11 +30,13 @@ class Matrix(NamedTuple):
 
     label: str
     sizes: list[str]
-    values: np.ndarray  # [n, n], rows are the source, columns the destination
+    values: "np.ndarray"  # [n, n], rows are the source, columns the destination
 
 
 def read_cka(contents: Iterable[Mapping[str, Any]]) -> list[Matrix]:
     """Read the matrices of results of ``featsharp eval cka``."""
+    import numpy as np
+
     matrices = []
     for content in contents:
         for entry in entries(content):
@@ -54,6 +55,8 @@ def read_cka(contents: Iterable[Mapping[str, Any]]) -> list[Matrix]:
 
 def draw_cka(matrices: Sequence[Matrix]) -> "Figure":
     """Draw all panels on one scale from 0 to 1, every value in its cell."""
+    import numpy as np
+
     side = max(1.9, 0.42 * max(len(matrix.sizes) for matrix in matrices) + 0.5)
     lines = math.ceil(len(matrices) / PER_LINE)
     columns = math.ceil(len(matrices) / lines)  # so that all lines are about as long

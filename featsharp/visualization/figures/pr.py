@@ -4,8 +4,6 @@ import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from featsharp.errors import DataError
 from featsharp.visualization.results import Number, add_results, entries, number, read_result
 from featsharp.visualization.style import (
@@ -62,6 +60,8 @@ def read_pr(contents: Iterable[Mapping[str, Any]]) -> list[Curve]:
 
 def draw_pr(curves: Sequence[Curve]) -> "Figure":
     """Draw the curves, without thresholds at which nothing was detected (precision and recall 0)."""
+    import numpy as np
+
     figure = new_figure(4.2, 4.2)
     axes = figure.subplots()
     for f in EQUAL_F:

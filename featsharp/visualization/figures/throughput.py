@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from featsharp.errors import DataError
 from featsharp.visualization.results import read_result
 from featsharp.visualization.style import (
@@ -142,6 +140,8 @@ def _plot_quartiles(axes: "Axes", speeds: Sequence[Speed], colour: str) -> None:
 
 def _plot_linear(per_token: "Axes", per_image: "Axes", speeds: Sequence[Speed]) -> None:
     """Draw the times if every token took as long as at factor 1; tokens grow with the square of the factor."""
+    import numpy as np
+
     first = min(speeds, key=lambda speed: speed.factor)
     factors = np.geomspace(first.factor, max(speed.factor for speed in speeds), 101)
     per_image.plot(factors, first.linear_ms_per_image * (factors / first.factor) ** 2, **LINEAR, zorder=1)
