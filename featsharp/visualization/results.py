@@ -10,16 +10,6 @@ from typing import Any, NamedTuple
 
 from featsharp.errors import ConfigError, DataError
 
-# Commands that make each task's file.
-MAKERS = {
-    "segmentation": "featsharp eval segmentation --data FOLDER --upsampler bilinear-2x tile-2x --json FILE",
-    "boundaries": "featsharp eval boundaries --data FOLDER --upsampler bilinear-2x tile-2x --json FILE",
-    "cka": "featsharp eval cka --data FOLDER --upsampler bilinear-2x --json FILE",
-    "throughput": "featsharp eval throughput --upsampler featsharp tile --json FILE",
-    "flops": "featsharp eval flops --upsampler featsharp tile --json FILE",
-}
-
-
 # Numbers between 0 and 1 that are drawn in percent, by how their names begin and end.
 SHARES = ("miou", "pck@", "pixel_accuracy", "accuracy_")
 SHARE_ENDINGS = ("_f", "_precision", "_recall")
@@ -60,7 +50,7 @@ def read_result(path: Path, *tasks: str) -> dict[str, Any]:
     Raises:
         DataError: For a file that is missing, no JSON, no result, or of another task, with the command to make one.
     """
-    make = " or ".join(MAKERS[task] for task in tasks) or "featsharp eval TASK ... --json FILE"
+    make = " or ".join(f"featsharp eval {task} ... --json FILE" for task in tasks or ("TASK",))
     wanted = f"the result of {' or '.join(tasks)}" if tasks else "a result"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

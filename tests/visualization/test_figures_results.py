@@ -48,7 +48,7 @@ def segmentation(value, size=64):
 
 
 def test_missing_and_foreign_files_say_what_is_needed_and_how_it_is_made(tmp_path):
-    with pytest.raises(DataError, match=r"none\.json: No such file.*featsharp eval segmentation --data"):
+    with pytest.raises(DataError, match=r"none\.json: No such file.*featsharp eval segmentation \.\.\. --json"):
         read_result(tmp_path / "none.json", "segmentation")
     (tmp_path / "text.json").write_text("hello")
     with pytest.raises(DataError, match=r"text\.json is no JSON.*result of cka.*featsharp eval cka"):
@@ -62,6 +62,8 @@ def test_missing_and_foreign_files_say_what_is_needed_and_how_it_is_made(tmp_pat
         DataError, match=r"fidelity\.json is the result of fidelity.*of flops or throughput.*eval flops"
     ):
         read_result(fidelity, "flops", "throughput")
+    with pytest.raises(DataError, match=r"needs the result of a-new-task, made with: featsharp eval a-new-task \.\.\."):
+        read_result(fidelity, "a-new-task")
     assert read_result(fidelity)["task"] == "fidelity"
 
 
