@@ -52,10 +52,11 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     inputs = (*_files(arguments), *map(Path, _encoders(arguments)))
     protect_files([(arguments.output, arguments.output)], inputs)  # an earlier figure may be replaced
-    check_inputs(_files(arguments), _encoders(arguments))
-    from featsharp.memory import keep_freed_memory
+    if "checkpoint" in arguments:  # a figure of features; those of results say how a missing file is made
+        check_inputs(_files(arguments), _encoders(arguments))
+        from featsharp.memory import keep_freed_memory
 
-    keep_freed_memory()
+        keep_freed_memory()
     save(_module(arguments.figure).make_figure(arguments), arguments.output)
     print(arguments.output)
 

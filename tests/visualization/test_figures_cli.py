@@ -162,6 +162,23 @@ def test_results_of_another_task_are_refused(tmp_path, kind, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "task"),
+    [
+        (["miou", "none.json"], "segmentation"),
+        (["throughput", "none.json"], "throughput"),
+        (["cost", "{there}", "--accuracy", "none.json", "--metric", "x"], "TASK"),
+    ],
+)
+def test_missing_results_say_how_they_are_made(tmp_path, arguments, task, capsys):
+    there = tmp_path / "flops.json"
+    there.write_text(json.dumps({"task": "flops", "result": {}}))
+    assert figure(*(text.format(there=there) for text in arguments), "-o", tmp_path / "x.png") == 1
+    message = capsys.readouterr().err
+    assert "cannot read none.json" in message
+    assert f"make it with: featsharp eval {task} " in message
+
+
+@pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         ("--checkpoint a.pth -o x.jpg", ".png, .pdf or .svg"),
