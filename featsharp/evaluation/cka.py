@@ -24,7 +24,7 @@ from featsharp.errors import ConfigError, InputError
 from featsharp.evaluation.estimates import Estimate, estimate_mean
 from featsharp.evaluation.features import predict_raw, shown_size, whitened_crop
 from featsharp.evaluation.images import ImageTask
-from featsharp.evaluation.runner import Row, Subject, Summary
+from featsharp.evaluation.runner import Row, Run, Subject, Summary
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
 from featsharp.settings import setting
@@ -78,7 +78,7 @@ class CkaTask(ImageTask):
         SIZES, "sides of the low-resolution passes, rounded to whole patches", type="count", nargs="+", metavar="N"
     )
 
-    def prepare(self, encoder: SharpEncoder, subject: Subject) -> list[int]:
+    def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> list[int]:
         return fitting_sizes(encoder, self.sizes)
 
     def measure_image(self, encoder: SharpEncoder, image: Image, number: int, head: list[int]) -> Row:

@@ -39,7 +39,7 @@ from featsharp.evaluation.features import check_finite, find_low_res_size, predi
 from featsharp.evaluation.keys import file_key
 from featsharp.evaluation.layouts.keypoints import SPLITS, Entry, Pair, PairOptions, check_points
 from featsharp.evaluation.layouts.pairs import LAYOUTS, find_layout, list_pairs
-from featsharp.evaluation.runner import Item, Row, Subject, Summary, Task
+from featsharp.evaluation.runner import Item, Row, Run, Subject, Summary, Task
 from featsharp.model import SharpEncoder
 from featsharp.ops.boxes import Box
 from featsharp.ops.resize import find_neighbours, resize
@@ -99,7 +99,7 @@ class CorrespondenceTask(Task):
 
     # The rule
 
-    def prepare(self, encoder: SharpEncoder, subject: Subject) -> "NearestPixel":
+    def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> "NearestPixel":
         return NearestPixel(encoder, find_low_res_size(encoder, self.low_res_size), self.fit)
 
     # The score

@@ -25,7 +25,7 @@ from featsharp.errors import ConfigError
 from featsharp.evaluation.estimates import estimate_mean
 from featsharp.evaluation.features import whitened_crop
 from featsharp.evaluation.images import ImageTask
-from featsharp.evaluation.runner import Row, Subject, Summary
+from featsharp.evaluation.runner import Row, Run, Subject, Summary
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
 from featsharp.settings import setting
@@ -49,7 +49,7 @@ class DriftTask(ImageTask):
 
     iterations: int = setting(3, "applications", type="count", metavar="N")
 
-    def prepare(self, encoder: SharpEncoder, subject: Subject) -> GuidedUpsampler:
+    def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> GuidedUpsampler:
         """Check that the upsampler can be applied repeatedly, and that its maps fit."""
         upsampler = encoder.upsampler
         name, factor = type(upsampler).__name__, upsampler.factor

@@ -25,7 +25,7 @@ from featsharp.errors import ConfigError
 from featsharp.evaluation.estimates import Estimate, bootstrap, estimate_ratio
 from featsharp.evaluation.features import encode_raw, predict_raw, shown_size
 from featsharp.evaluation.images import ImageTask
-from featsharp.evaluation.runner import Row, Subject, Summary
+from featsharp.evaluation.runner import Row, Run, Subject, Summary
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
 from featsharp.settings import setting
@@ -149,7 +149,7 @@ class FidelityTask(ImageTask):
 
     views: int = setting(EVAL_VIEWS.num_views, "views per image", type="count", metavar="N")
 
-    def prepare(self, encoder: SharpEncoder, subject: Subject) -> FidelityMeter:
+    def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> FidelityMeter:
         trained = subject.load_downsampler(encoder)
         downsamplers = {} if trained is None else {"own": trained}
         views = replace(EVAL_VIEWS, num_views=self.views)

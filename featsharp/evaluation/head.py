@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -33,6 +34,7 @@ from featsharp.files import write_file
 from featsharp.memory import format_memory
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
+from featsharp.terminal import with_progress
 
 logger = logging.getLogger(__name__)
 
@@ -247,6 +249,7 @@ def train_head(
     cache_dir: Path | None,
     cache_limit: int,
     scratch: Path | None = None,
+    progress: bool = False,
 ) -> Head:
     """Train a head on one of the maps of an encoder, or load the same from disk.
 
@@ -255,24 +258,25 @@ def train_head(
         part: The map to train on.
         data: Training pictures and targets.
         schedule: Of the training.
-        cache_dir: Folder for features and heads; None: features are cached in a temporary one.
+        cache_dir: Folder for features and heads; None: ``scratch``.
         cache_limit: Most bytes of features there.
-        scratch: Folder for the head without ``cache_dir``; None: it is not saved.
+        scratch: Folder for the head, and for the features until it is trained; None: a temporary one.
+        progress: Whether to show bars on stderr.
 
     Raises:
         DataError: When no training image can be used.
     """
     with ExitStack() as stack:
-        folder = cache_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="featsharp-")))
+        folder = cache_dir or scratch or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="featsharp-")))
         cache = FeatureCache(reader, part, folder / "features", cache_limit)
         files = [[file_key(pair.root, pair.image), file_key(pair.root, pair.label)] for pair in data.pairs]
         name = digest(cache.key, files, *data.key, asdict(schedule))
-        path = (cache_dir or scratch or folder) / "heads" / f"{name}.safetensors"
+        path = folder / "heads" / f"{name}.safetensors"
         cached = load_probe(path, reader.encoder.device)
         if cached is not None:
             probe, (images, skipped) = cached
             return Head(reader, probe, images, [(name, reason) for name, reason in skipped])
-        pairs, targets, skipped = _read_targets(cache, data)
+        pairs, targets, skipped = _read_targets(cache, data, progress)
         logger.info("training a head on %d images", len(pairs))
         probe = fit_probe(
             lambda number: cache.get(pairs[number]).map,
@@ -281,11 +285,14 @@ def train_head(
             data.loss,
             schedule,
             reader.encoder.device,
+            progress=progress,
         )
         try:
             save_probe(probe, path, [len(pairs), skipped])
         except FeatSharpError as error:
             logger.warning("the head is not kept, a stopped evaluation will train it again: %s", error)
+        if cache_dir is None:
+            shutil.rmtree(cache.folder, ignore_errors=True)  # the limit is for each encoder
     return Head(reader, probe, len(pairs), skipped)
 
 
@@ -296,6 +303,8 @@ def fit_probe(
     loss: Callable[[Tensor, Tensor], Tensor],
     schedule: Schedule,
     device: torch.device,
+    *,
+    progress: bool = False,
 ) -> LinearProbe:
     """Train a probe.
 
@@ -306,13 +315,15 @@ def fit_probe(
         loss: Maps output [B, K, H, W] and targets [B, H, W] to a number.
         schedule: Of the training.
         device: To train on.
+        progress: Whether to show a bar on stderr.
 
     Returns:
         The probe on ``device``, in eval mode, without gradients.
     """
     probe = LinearProbe(len(features(0)), outputs).to(device).train()
     optimizer = torch.optim.AdamW(probe.parameters(), lr=schedule.learning_rate, weight_decay=0)
-    for step, batch in enumerate(schedule.batches(len(targets))):
+    batches = list(schedule.batches(len(targets)))
+    for step, batch in enumerate(with_progress(batches, "training of the head", progress)):
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * schedule.rate(step)
         maps = torch.stack([features(number) for number in batch]).to(device)
@@ -346,12 +357,14 @@ def load_probe(path: Path, device: torch.device) -> tuple[LinearProbe, Any] | No
     return probe.to(device).eval().requires_grad_(False), about
 
 
-def _read_targets(cache: FeatureCache, data: TrainingData) -> tuple[list[LabelledImage], Tensor, list[tuple[str, str]]]:
+def _read_targets(
+    cache: FeatureCache, data: TrainingData, progress: bool
+) -> tuple[list[LabelledImage], Tensor, list[tuple[str, str]]]:
     """Read the usable training pairs, their targets [N, h, w], and (name, reason) of the others."""
     pairs: list[LabelledImage] = []
     targets: list[Tensor] = []
     skipped = []
-    for pair in data.pairs:
+    for pair in with_progress(data.pairs, "training features", progress):
         try:
             target, label_size = data.read(pair)
             check_sizes(pair, cache.get(pair).picture_size, label_size)

@@ -26,7 +26,7 @@ from featsharp.evaluation.cka import linear_cka
 from featsharp.evaluation.estimates import estimate_mean, estimate_ratio
 from featsharp.evaluation.features import encode_raw, predict_raw, whitened_crop
 from featsharp.evaluation.images import ImageTask
-from featsharp.evaluation.runner import Row, Subject, Summary
+from featsharp.evaluation.runner import Row, Run, Subject, Summary
 from featsharp.model import SharpEncoder
 
 
@@ -36,7 +36,7 @@ class ReferenceTask(ImageTask):
 
     name: ClassVar[str] = "reference"
 
-    def prepare(self, encoder: SharpEncoder, subject: Subject) -> None:
+    def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> None:
         if not encoder.backbone.flexible:
             raise ConfigError(
                 f"backbone {encoder.backbone.name!r} takes {encoder.backbone.input_size} only, so there is no real run "

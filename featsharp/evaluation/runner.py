@@ -15,7 +15,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -55,14 +55,24 @@ class Subject:
         load: Builds it, in eval mode, on its device.
         tag: Distinguishes encoders that differ in code of the user only: a version of it, for example.
         load_downsampler: Loads the downsampler that a checkpoint was trained with; None where there is none.
-        scratch: Set by the runner: a folder that lasts until the result is written, for resuming; else None.
     """
 
     label: str
     load: Callable[[], SharpEncoder]
     tag: str = ""
     load_downsampler: Callable[[SharpEncoder], nn.Module | None] = lambda encoder: None
+
+
+class Run(NamedTuple):
+    """Circumstances of an evaluation.
+
+    Attributes:
+        scratch: Folder for files that a resumed evaluation uses again, deleted after the result is written; None: none.
+        progress: Whether to show bars on stderr.
+    """
+
     scratch: Path | None = None
+    progress: bool = False
 
 
 class Task:
@@ -82,8 +92,13 @@ class Task:
         """
         raise NotImplementedError
 
-    def prepare(self, encoder: SharpEncoder, subject: Subject) -> Any:
+    def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> Any:
         """Make the head (trained here; gradients are allowed) or the rule that measures this encoder.
+
+        Args:
+            encoder: In eval mode.
+            subject: The encoder was loaded from it.
+            run: Files of a head that is trained, and progress bars.
 
         Raises:
             FeatSharpError: When the encoder cannot be measured.
@@ -288,7 +303,7 @@ def from_json(value: Any) -> Any:
 def _evaluate(task: Task, items: Sequence[Item], subject: Subject, journal: Journal, progress: bool) -> dict[str, Any]:
     """Run a task on one subject."""
     encoder = subject.load()
-    head = task.prepare(encoder, replace(subject, scratch=journal.scratch))
+    head = task.prepare(encoder, subject, Run(journal.scratch, progress))
     key = digest(task.name, _resolved(task), subject.label, subject.tag, encoder_key(encoder), task.head_key(head))
     rows: dict[str, Row] = {}
     skipped: list[tuple[str, str]] = []

@@ -33,7 +33,7 @@ from featsharp.evaluation.head import FeatureReader, Head, Part, Schedule, Train
 from featsharp.evaluation.keys import file_key
 from featsharp.evaluation.layouts.labels import VOID, FolderOptions, LabelCode, LabelledImage, check_sizes
 from featsharp.evaluation.layouts.segmentation import LAYOUTS, SegmentationData, open_segmentation
-from featsharp.evaluation.runner import Item, Row, Subject, Summary, Task
+from featsharp.evaluation.runner import Item, Row, Run, Subject, Summary, Task
 from featsharp.memory import parse_memory
 from featsharp.model import SharpEncoder
 from featsharp.ops.boxes import Box
@@ -71,7 +71,7 @@ class SegmentationTask(Task):
     seed: int = setting(0, "of the order of training images", type=int, metavar="N")
     cache_dir: Path | None = setting(
         None,
-        "keep features and heads there for later runs; default: features in a temporary folder",
+        "keep features and heads there for later runs; default: until the result is written",
         type=Path,
         metavar="DIR",
     )
@@ -109,7 +109,7 @@ class SegmentationTask(Task):
 
     # The head
 
-    def prepare(self, encoder: SharpEncoder, subject: Subject) -> Head:
+    def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> Head:
         low_res = find_low_res_size(encoder, self.low_res_size)
         return train_head(
             FeatureReader(encoder, shown_size(encoder, low_res), low_res),
@@ -118,7 +118,8 @@ class SegmentationTask(Task):
             Schedule(self.steps, self.batch, self.learning_rate, self.seed),
             cache_dir=self.cache_dir,
             cache_limit=parse_memory(self.cache_limit),
-            scratch=subject.scratch,
+            scratch=run.scratch,
+            progress=run.progress,
         )
 
     def _part(self, encoder: SharpEncoder) -> Part:

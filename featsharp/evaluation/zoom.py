@@ -17,7 +17,7 @@ from torch import Tensor
 from featsharp.evaluation.estimates import Estimate, estimate_mean
 from featsharp.evaluation.features import encode_raw, predict_raw, whitened_crop
 from featsharp.evaluation.images import ImageTask
-from featsharp.evaluation.runner import Row, Subject, Summary
+from featsharp.evaluation.runner import Row, Run, Subject, Summary
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
 from featsharp.settings import setting
@@ -81,7 +81,7 @@ class ZoomTask(ImageTask):
 
     crops: int = setting(4, "crops per image", type="count", metavar="N")
 
-    def prepare(self, encoder: SharpEncoder, subject: Subject) -> ZoomMeter:
+    def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> ZoomMeter:
         return ZoomMeter(encoder, crops=self.crops, seed=self.seed)
 
     def measure_image(self, encoder: SharpEncoder, image: Image, number: int, head: ZoomMeter) -> Row:

@@ -19,6 +19,7 @@ from featsharp.evaluation.runner import (
     Item,
     Journal,
     Row,
+    Run,
     Subject,
     Summary,
     Task,
@@ -47,7 +48,7 @@ class Squares(Task):
     def items(self) -> Iterator[Item]:
         return (Item(f"n{n}", abs(n) if self.mended else n) for n in self.numbers)
 
-    def prepare(self, encoder: SharpEncoder, subject: Subject) -> Any:
+    def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> Any:
         return encoder.factor
 
     def measure(self, encoder: SharpEncoder, item: Item, head: Any) -> Row:
@@ -156,7 +157,7 @@ def test_pooled_fidelity_is_a_ratio_of_sums_over_images(tmp_path):
     outcome = evaluate(task, [Subject("tile", lambda: encoder)], progress=False)["tile"]
     assert [name for name, _ in outcome["skipped"]] == ["bad.png"]
     # Views are drawn by the item's place, so that a bad item does not change those of the others.
-    meter = task.prepare(encoder, subject())
+    meter = task.prepare(encoder, subject(), Run())
     with torch.inference_mode():
         rows = [task.measure(encoder, item, meter) for item in task.items() if item.name != "bad.png"]
     assert outcome["result"]["fidelity_area"]["value"] == pytest.approx(pool_fidelity(rows)["area"].value, rel=1e-6)

@@ -21,7 +21,7 @@ from featsharp.errors import ConfigError, DataError
 from featsharp.evaluation.head import FeatureCache, FeatureReader, Head, Schedule, fit_probe, load_probe, save_probe
 from featsharp.evaluation.keys import encoder_key
 from featsharp.evaluation.layouts.labels import VOID, LabelledImage
-from featsharp.evaluation.runner import Item, Journal, Row, Subject, evaluate
+from featsharp.evaluation.runner import Item, Journal, Row, Subject, evaluate, evaluate_to_file
 from featsharp.evaluation.segmentation import SegmentationTask, confusion, pool_rows, predict, score_image
 from featsharp.model import SharpEncoder
 
@@ -291,6 +291,27 @@ def test_features_are_computed_once_and_heads_trained_once(blocks, tmp_path):
     assert images == 3
     # Nothing kept: the same numbers.
     assert run_counted(SegmentationTask(blocks, **QUICK), encoder) == (first, 8)
+
+
+def test_a_stopped_training_finds_its_features_again(blocks, tmp_path):
+    class Stopping(PatchColour):
+        stops_after = 4
+
+        def extract(self, images: Tensor) -> BackboneOutput:
+            if self.images == self.stops_after:
+                raise KeyboardInterrupt
+            return super().extract(images)
+
+    encoder = create_encoder(Stopping(), "bilinear", 2)
+    path, task = tmp_path / "result.json", SegmentationTask(blocks, **QUICK)
+    subjects = [Subject("x", lambda: encoder)]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_to_file(task, subjects, path, {}, progress=False)
+    encoder.backbone.images, encoder.backbone.stops_after = 0, None
+    resumed = evaluate_to_file(task, subjects, path, {}, progress=False)["encoders"]["x"]
+    assert encoder.backbone.images == (5 - 4) + 3
+    assert resumed == evaluate(task, subjects, progress=False)["x"]
+    assert list(tmp_path.glob("result.json*")) == [path]
 
 
 def test_other_encoders_sizes_and_files_have_features_of_their_own(blocks, tmp_path):
