@@ -1,9 +1,50 @@
 """Settings of tasks: dataclass fields that are also flags on the command line."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+
+# Maps an encoder to its scores by name, where higher is better; the first ranks.
+Quality = Callable[[Any], dict[str, float]]
+
+
+class PlainTask:
+    """Base of tasks that are not given encoders: a dataclass with fields made by :func:`setting`.
+
+    Attributes:
+        name: Of the task, on the command line and in results.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def quality_images(self) -> tuple[Path, int] | None:
+        """Folder or tars on which :meth:`run` needs ``quality``, and the number of images; None: it needs none."""
+        return None
+
+    def run(
+        self, device: "torch.device", dtype: "torch.dtype | None", progress: bool, quality: Quality | None = None
+    ) -> dict[str, Any]:
+        """Compute the result, JSON values by name.
+
+        Args:
+            device: To compute on.
+            dtype: Autocast type of backbone passes; None: float32.
+            progress: Whether to show bars on stderr.
+            quality: Measures an encoder on :attr:`quality_images`.
+
+        Raises:
+            FeatSharpError: When there is no result.
+        """
+        raise NotImplementedError
+
+    def table(self, result: dict[str, Any]) -> list[str]:
+        """Format the result as lines of text."""
+        raise NotImplementedError
 
 
 def setting(default: Any, help: str, **argparse: Any) -> Any:

@@ -276,6 +276,15 @@ def test_eval_measures_several_encoders_and_writes_json(photos, checkpoint, tmp_
     assert str(tmp_path) not in path.read_text()
 
 
+def test_lists_of_files_are_written_without_their_folders(checkpoint, tmp_path, capsys):
+    path = tmp_path / "r.json"
+    files = [checkpoint, f"mine={checkpoint}"]
+    chosen = ["--backbone", "toy-vit", "--upsampler", "bilinear", "--factors", 2, "--checkpoint", *files]
+    assert run("eval", "flops", *chosen, "--json", path) == 0
+    assert json.loads(path.read_text())["settings"]["checkpoint"] == [checkpoint.name, f"mine={checkpoint.name}"]
+    assert str(tmp_path) not in path.read_text()
+
+
 def test_an_encoder_that_is_not_there_costs_only_itself(photos, tmp_path, capsys):
     path = tmp_path / "r.json"
     chosen = ["--upsampler", "bilinear-2x", "--checkpoint", "b=nothere.safetensors", "--backbone", "toy-vit"]

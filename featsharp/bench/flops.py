@@ -9,6 +9,7 @@ from featsharp.backbones import create_backbone
 from featsharp.bench.counting import count_operations
 from featsharp.bench.workloads import CurvesTask, Workload, describe_skipped, skip
 from featsharp.errors import FeatSharpError
+from featsharp.settings import Quality
 from featsharp.terminal import align, with_progress
 
 CONVENTION = (
@@ -27,13 +28,16 @@ class FlopsTask(CurvesTask):
 
     name: ClassVar[str] = "flops"
 
-    def run(self, device: torch.device, dtype: torch.dtype | None, progress: bool) -> dict[str, Any]:
+    def run(
+        self, device: torch.device, dtype: torch.dtype | None, progress: bool, quality: Quality | None = None
+    ) -> dict[str, Any]:
         """Count.
 
         Args:
             device: Of the operators that are counted, and of encoders that have to run.
             dtype: Autocast type of backbone passes; changes no count.
             progress: Whether to show a bar on stderr.
+            quality: Not used.
 
         Returns:
             "rows", one per curve and factor: "cells" of the result, "passes" through the backbone, operations of the

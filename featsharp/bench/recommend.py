@@ -26,7 +26,7 @@ from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.memory import format_memory, parse_memory
 from featsharp.model import SharpEncoder
 from featsharp.names import resolve_upsampler
-from featsharp.settings import setting
+from featsharp.settings import PlainTask, Quality, setting
 from featsharp.terminal import align, with_progress
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import UpsampleFeatures, check_factor, scale_length
@@ -37,12 +37,9 @@ READY, SHIPPED, CHECKPOINT, NEEDS_TRAINING = "ready", "shipped", "checkpoint", "
 # Most reasons in an error.
 SHOWN_REASONS = 3
 
-# Maps an encoder to its scores by name, where higher is better; the first ranks.
-Quality = Callable[[SharpEncoder], dict[str, float]]
-
 
 @dataclass
-class RecommendTask:
+class RecommendTask(PlainTask):
     """Rank the upsamplers for a backbone, a size of picture and an amount of memory, by measurement on this machine.
 
     All candidates get the same picture and make a map of the same size: their low-resolution pass has 1/factor of the
@@ -52,7 +49,6 @@ class RecommendTask:
     """
 
     name: ClassVar[str] = "recommend"
-    needs_quality: ClassVar[bool] = True  # with ``data``, the caller passes ``quality``
 
     backbone: str = setting("vits14-focus", "name of the backbone")
     factor: float = setting(2.0, "upsampling factor", type=float, metavar="F")
@@ -65,6 +61,10 @@ class RecommendTask:
     data: Path | None = setting(None, "images to measure quality on: a folder or tars", type=Path, metavar="DIR")
     limit: int = setting(8, "only the first N images", type="count", metavar="N")
     repeat: int = setting(10, "most runs of a candidate; slow ones get fewer, at least 2", type="count", metavar="N")
+
+    @property
+    def quality_images(self) -> tuple[Path, int] | None:
+        return None if self.data is None else (self.data, self.limit)
 
     def run(
         self, device: torch.device, dtype: torch.dtype | None, progress: bool, quality: Quality | None = None

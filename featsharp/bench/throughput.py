@@ -17,7 +17,7 @@ from featsharp.bench.measure import describe_noise, noise
 from featsharp.bench.workloads import DIRECT, CurvesTask, Workload, describe_skipped
 from featsharp.errors import ConfigError
 from featsharp.memory import format_memory
-from featsharp.settings import setting
+from featsharp.settings import Quality, setting
 from featsharp.terminal import align
 
 # Quartiles of fewer are not meaningful.
@@ -38,13 +38,16 @@ class ThroughputTask(CurvesTask):
     batch_size: int = setting(1, "images at a time", type="count", metavar="N")
     repeat: int = setting(20, "most runs of a case; slow ones get fewer, at least 5", type="count", metavar="N")
 
-    def run(self, device: torch.device, dtype: torch.dtype | None, progress: bool) -> dict[str, Any]:
+    def run(
+        self, device: torch.device, dtype: torch.dtype | None, progress: bool, quality: Quality | None = None
+    ) -> dict[str, Any]:
         """Measure.
 
         Args:
             device: To measure on.
             dtype: Autocast type of backbone passes; None: float32.
             progress: Whether to show bars on stderr.
+            quality: Not used.
 
         Returns:
             "rows", one per curve and factor: "cells" of the result and "passes" through the backbone per image;

@@ -25,7 +25,7 @@ from featsharp.model import SharpEncoder
 from featsharp.names import parse_upsampler, split_label
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.tiling import window_starts
-from featsharp.settings import plain_value, setting
+from featsharp.settings import PlainTask, plain_value, setting
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import check_factor, scale_length
 from featsharp.upsamplers.registration import default_options
@@ -36,7 +36,7 @@ TRAINING_NORMALIZER = "phi-s"
 
 
 @dataclass
-class CurvesTask:
+class CurvesTask(PlainTask):
     """Settings of tasks that draw curves of cost."""
 
     backbone: str | Backbone = setting("vits14-focus", "name of the backbone")

@@ -43,8 +43,8 @@ class TaskEntry(NamedTuple):
         return getattr(importlib.import_module(module), name)
 
 
-# Only the chosen task is imported. One with encoders is a featsharp.evaluation.runner.Task; others have `run`, which
-# returns the result, and `table`, which formats it.
+# Only the chosen task is imported. One with encoders is a featsharp.evaluation.runner.Task, others are a
+# featsharp.settings.PlainTask.
 TASKS = {
     "fidelity": TaskEntry(
         "featsharp.evaluation.fidelity:FidelityTask", "does the sharp map agree with the features of other views?"
@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = autocast_dtype(arguments.dtype, device)
     about = {
         "command": _command(arguments.argv),
-        "settings": _named(settings_of(task)),
+        "settings": {key: _name_paths(value) for key, value in settings_of(task).items()},
         "machine": describe_machine(device),
     }
     if isinstance(task, Task):
@@ -141,10 +141,8 @@ def run(arguments: argparse.Namespace) -> int:
         report = lambda label, content: print(*format_result(label, content), sep="\n")  # noqa: E731
         content = evaluate_to_file(task, subjects, path, about, report=report)
         return int(any("failed" in encoder for encoder in content["encoders"].values()))
-    extra = {}
-    if getattr(task, "needs_quality", False) and task.data is not None:
-        extra["quality"] = image_quality(task.data, task.limit)
-    result = task.run(device, dtype, progress=True, **extra)
+    quality = None if task.quality_images is None else image_quality(*task.quality_images)
+    result = task.run(device, dtype, progress=True, quality=quality)
     print(*task.table(result), sep="\n")
     if path is not None:
         write_result(path, {"task": task.name, **about, "result": result})
@@ -260,8 +258,11 @@ def _command(given: Sequence[str]) -> str:
     return shlex.join(["featsharp", *(_name(argument) for argument in given)])
 
 
-def _named(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: _name(value) if isinstance(value, str) else value for key, value in settings.items()}
+def _name_paths(value: Any) -> Any:
+    """Shorten paths in a setting, as in the command."""
+    if isinstance(value, list):
+        return [_name_paths(v) for v in value]
+    return _name(value) if isinstance(value, str) else value
 
 
 def _name(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from featsharp.errors import ConfigError, DataError, unknown_name
-from featsharp.settings import setting
+from featsharp.settings import PlainTask, Quality, setting
 from featsharp.terminal import align
 
 LAYOUT = (
@@ -33,7 +33,7 @@ class Scores(NamedTuple):
 
 
 @dataclass
-class DeltaMTask:
+class DeltaMTask(PlainTask):
     """Rank candidates by their mean relative change against a baseline, from a table of scores of any benchmarks."""
 
     name: ClassVar[str] = "delta-m"
@@ -42,7 +42,11 @@ class DeltaMTask:
     baseline: str = setting("", "the candidate that others are compared with", required=True, metavar="NAME")
 
     def run(
-        self, device: torch.device | None = None, dtype: torch.dtype | None = None, *, progress: bool = False
+        self,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        progress: bool = False,
+        quality: Quality | None = None,
     ) -> dict[str, Any]:
         """Compute "delta_m" and "changes" by group, in per cent, by candidate, the best first."""
         scores = read_scores(self.data)

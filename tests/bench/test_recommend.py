@@ -270,7 +270,8 @@ def test_mistakes_show_at_once(planted, tmp_path):
 def test_images_need_the_function_that_measures(photos):
     with pytest.raises(ConfigError, match="hand in the function"):
         RecommendTask("toy-vit", upsampler=COMPARED, data=photos).run(CPU, None, progress=False)
-    assert RecommendTask.needs_quality
+    assert RecommendTask(data=photos, limit=3).quality_images == (photos, 3)
+    assert RecommendTask(limit=3).quality_images is None
 
 
 def test_where_nothing_can_be_ranked_the_first_reasons_are_given(planted):
