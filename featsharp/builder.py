@@ -17,12 +17,12 @@ from featsharp.files import write_file
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.spectral import folded_state
 from featsharp.model import SharpEncoder
-from featsharp.names import parse_upsampler, resolve_upsampler
+from featsharp.names import is_function_name, parse_upsampler, resolve_upsampler
 from featsharp.normalizers import NORMALIZERS
 from featsharp.settings import plain_value
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import Upsampler
-from featsharp.upsamplers.registration import create_upsampler
+from featsharp.upsamplers.registration import create_upsampler, read_trait
 from featsharp.weights import find_weights, list_weights
 
 
@@ -115,7 +115,7 @@ def load_from_file(
         BackboneMismatchError: When ``featurizer`` is not the backbone that the checkpoint was trained for.
     """
     name, factor = parse_upsampler(str(path), UPSAMPLERS)
-    if (name in UPSAMPLERS or (":" in name and factor is not None)) and not Path(path).exists():
+    if (name in UPSAMPLERS or (is_function_name(name) and factor is not None)) and not Path(path).exists():
         if featurizer is None:
             raise ConfigError(
                 f"{path} is no file but an untrained upsampler; give it a backbone: featurizer='vits14-focus' "
@@ -166,12 +166,11 @@ def _untrained_encoder(
 ) -> SharpEncoder:
     """Build the encoder of a pseudo-path."""
     options = {}
-    if ":" in name:
+    if is_function_name(name):
         name, options = "custom", {"function": name}
-    kind = UPSAMPLERS[name].factory
     if factor is None:
-        factor = 1 if getattr(kind, "factors", "any") == "one" else 2
-    if getattr(kind, "trainable", False):
+        factor = 1 if read_trait(name, "factors") == "one" else 2
+    if read_trait(name, "trainable"):
         raise ConfigError(
             f"{name} has to be trained; give a checkpoint of it, or build it untrained: "
             f"create_encoder(backbone, {name!r}, {factor:g})"
@@ -181,7 +180,7 @@ def _untrained_encoder(
 
 def _refuse_functions(recipe: Mapping[str, Any], path: object) -> None:
     """Raise CheckpointError where a recipe would import code."""
-    options = getattr(UPSAMPLERS[recipe["upsampler"]].factory, "function_options", ())
+    options = read_trait(recipe["upsampler"], "function_options")
     named = [f"{key}={recipe['options'][key]!r}" for key in options if key in recipe["options"]]
     if named:
         raise CheckpointError(

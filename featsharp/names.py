@@ -105,6 +105,11 @@ def resolve_upsampler(text: str, factor: float | None, known: Container[str] = (
     return name, factor
 
 
+def is_function_name(name: str) -> bool:
+    """Return whether a name is that of a function of the user, ``module:function``."""
+    return ":" in name
+
+
 def split_label(text: str) -> tuple[str, str]:
     """Split ``LABEL=NAME``; the label is "" without "=", or where that belongs to a path."""
     label, separator, name = text.partition("=")

@@ -22,13 +22,13 @@ from featsharp.backbones.base import Backbone
 from featsharp.builder import content_key, create_encoder, load_from_file
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.model import SharpEncoder
-from featsharp.names import parse_upsampler, split_label
+from featsharp.names import is_function_name, parse_upsampler, split_label
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.tiling import window_starts
 from featsharp.settings import PlainTask, plain_value, setting
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import check_factor, scale_length
-from featsharp.upsamplers.registration import default_options
+from featsharp.upsamplers.registration import default_options, read_trait
 from featsharp.weights import list_weights
 
 DIRECT, PASSES = "direct", "passes"
@@ -123,7 +123,7 @@ def list_workloads(
         for f in ([fixed] if fixed else factors)
     ]
     for name in curves:
-        if ":" not in name and name not in (DIRECT, PASSES):
+        if not is_function_name(name) and name not in (DIRECT, PASSES):
             UPSAMPLERS[name]  # unknown ones are refused before anything is measured
     points, skipped = [], []
     for label, path in label_files(checkpoints).items():
@@ -167,7 +167,7 @@ def build_encoder(
         factor: In each direction.
         normalizer: Name; None: PHI-S, the default of training, for a trainable upsampler, otherwise none.
     """
-    options = {"function": upsampler} if ":" in upsampler else {}
+    options = {"function": upsampler} if is_function_name(upsampler) else {}
     name = "custom" if options else upsampler
     if normalizer is None:
         normalizer = TRAINING_NORMALIZER if needs_training(name) else "none"
@@ -181,12 +181,12 @@ def build_encoder(
 
 def needs_training(upsampler: str) -> bool:
     """Return whether an upsampler of this name is trainable."""
-    return bool(getattr(UPSAMPLERS[upsampler].factory, "trainable", False))
+    return bool(read_trait(upsampler, "trainable"))
 
 
 def needs_function(upsampler: str) -> bool:
     """Return whether an upsampler of this name needs a function of the user."""
-    return bool(getattr(UPSAMPLERS[upsampler].factory, "function_options", ()))
+    return bool(read_trait(upsampler, "function_options"))
 
 
 def is_foreign(module: Backbone | SharpEncoder) -> bool:

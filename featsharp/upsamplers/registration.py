@@ -53,6 +53,11 @@ def build_upsampler(name: str, embed_dim: int, factor: float, options: Mapping[s
         raise ConfigError(f"upsampler {name!r} cannot be built with {dict(options)}: {error}") from error
 
 
+def read_trait(name: str, trait: str) -> Any:
+    """Read a class attribute of :class:`Upsampler` before one is built; its default for factories that are no class."""
+    return getattr(UPSAMPLERS[name].factory, trait, getattr(Upsampler, trait))
+
+
 def default_options(name: str) -> dict[str, Any]:
     """Keyword arguments that the factory of an upsampler takes, with their defaults."""
     # A constructor states its options once, with types and defaults; a list beside it would have to repeat them.
