@@ -117,6 +117,12 @@ class SharpEncoder(nn.Module):
         return self.upsampler.factor
 
     @property
+    def caption(self) -> str:
+        """Upsampler and factor for pictures and tables, such as "tile 2x" or "featsharp, linear 2x"."""
+        name = self.recipe.get("upsampler") or type(self.upsampler).__name__
+        return f"{', '.join(filter(None, (name, self.upsampler.variant)))} {self.factor:g}x"
+
+    @property
     def patch_size(self) -> int:
         """Pixels per token of the backbone."""
         return self.backbone.patch_size

@@ -294,6 +294,21 @@ def test_printed_it_fits_a_screen():
         assert sum(part in line for line in lines) == 1
 
 
+@pytest.mark.parametrize("name", ["featsharp", "featsharp-progressive"])
+def test_a_linear_map_is_called_one(name):
+    blocks = create_encoder("toy-vit", name, 2)
+    linear = create_encoder("toy-vit", name, 2, upsampler_options={"attention": False, "ffn": False})
+    assert (blocks.caption, linear.caption) == (f"{name} 2x", f"{name}, linear 2x")
+    assert "factor=2, linear" in repr(linear)
+    assert "linear" not in repr(blocks)
+
+
+def test_the_caption_of_an_encoder_has_its_method_and_factor():
+    assert create_encoder("toy-vit", "tile", 1.5).caption == "tile 1.5x"
+    upsampler = create_encoder("toy-vit", "bilinear", 2).upsampler
+    assert create_encoder("toy-vit", upsampler).caption == f"{type(upsampler).__name__} 2x"
+
+
 def test_a_list_of_pictures_of_several_sizes_equals_them_one_by_one(tmp_path):
     encoder = fitted_encoder()
     sizes = [(60, 90), (90, 60), (60, 90), (50, 50), (120, 180)]

@@ -110,8 +110,7 @@ def upsample_file(
             check_finite(out.high_res)
     try:
         low_res = out.low_res.to(out.high_res.device)  # a file is mapped on the CPU
-        label = f"{encoder.recipe['upsampler']} {encoder.factor:g}x"
-        save_comparison(picture_file, image, low_res, out.high_res, label)
+        save_comparison(picture_file, image, low_res, out.high_res, encoder.caption)
     except InputError as error:
         raise InputError(f"{features_file} is written, but there is no picture: {error}") from error
     return f"{image.height}x{image.width} pixels -> {size_text(out.low_res)} tokens -> {size_text(out.high_res)} cells"

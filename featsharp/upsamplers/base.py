@@ -88,6 +88,11 @@ class Upsampler(nn.Module):
         """Size of the image that is of use, in sizes of the low-resolution pass: f for tiles, 1 for guided methods."""
         return 1
 
+    @property
+    def variant(self) -> str:
+        """Word beside the method's name where options make it a much simpler one, such as "linear"; "" otherwise."""
+        return ""
+
     def forward(
         self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
     ) -> UpsampleFeatures:
@@ -150,7 +155,7 @@ class Upsampler(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return f"embed_dim={self.embed_dim}, factor={self.factor}"
+        return f"embed_dim={self.embed_dim}, factor={self.factor}" + (f", {self.variant}" if self.variant else "")
 
 
 class GuidedUpsampler(Upsampler):

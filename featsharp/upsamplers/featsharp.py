@@ -150,6 +150,10 @@ class FeatSharp(TiledUpsampler):
         one_map = isinstance(self.block, nn.Linear) or len(self.tile_inputs) <= 1
         self.halo = self._reach if one_map else None
 
+    @property
+    def variant(self) -> str:
+        return "linear" if isinstance(self.block, nn.Linear) else ""
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Group the parameters of JBU, which may have a different learning rate."""
         jbu = list(self.branches["jbu"].parameters()) if "jbu" in self.branches else []
@@ -331,6 +335,10 @@ class ProgressiveFeatSharp(Upsampler):
 
     def _levels(self) -> list[FeatSharp]:
         return [cast(FeatSharp, level) for level in self.levels]
+
+    @property
+    def variant(self) -> str:
+        return self._levels()[0].variant
 
     def forward(
         self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None

@@ -145,7 +145,7 @@ def real_caption(factor: float) -> str:
 
 
 def _add(encoders: Encoders, label: str, encoder: "SharpEncoder") -> None:
-    label = label or f"{encoder.recipe['upsampler']} {encoder.factor:g}x"
+    label = label or encoder.caption
     if label in encoders:
         raise ConfigError(f"two encoders are called {label!r}; name them: LABEL=FILE")
     encoders[label] = encoder
