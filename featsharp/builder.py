@@ -17,12 +17,12 @@ from featsharp.files import write_file
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.spectral import folded_state
 from featsharp.model import SharpEncoder
-from featsharp.names import is_function_name, parse_upsampler, resolve_upsampler
+from featsharp.names import is_function_name, parse_upsampler
 from featsharp.normalizers import NORMALIZERS
 from featsharp.settings import plain_value
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import Upsampler
-from featsharp.upsamplers.registration import create_upsampler, read_trait
+from featsharp.upsamplers.registration import create_upsampler, default_factor, read_trait, resolve_upsampler
 from featsharp.weights import find_weights, list_weights
 
 
@@ -42,8 +42,8 @@ def create_encoder(
         backbone: A name of ``list_backbones()`` or a backbone (see ``from_callable`` for your own model).
         upsampler: A name of ``list_upsamplers()``, also with its factor as "bilinear-2x", or an upsampler built for
             that backbone.
-        factor: Factor in each direction, at least 1, fractions for methods that allow them; needed where the name has
-            none, refused if it contradicts the name or the object.
+        factor: Factor in each direction, at least 1, fractions for methods that allow them; None: that of the name,
+            else 2 (1 for methods that have no other). Refused if it contradicts the name or the object.
         upsampler_options: Keyword arguments of the upsampler's class; only with a name.
         normalizer: "none", or one of ``featsharp.normalizers.list_normalizers()``, to be fitted before use.
         bias_buffer: Whether to add a bias buffer (zero until trained).
@@ -66,7 +66,7 @@ def create_encoder(
             )
         module, name = upsampler, None
     else:
-        name, factor = resolve_upsampler(upsampler, factor, UPSAMPLERS)
+        name, factor = resolve_upsampler(upsampler, factor)
         module = create_upsampler(name, backbone, factor, options=options)
     grid = backbone.grid_size(backbone.input_size)
     encoder = SharpEncoder(
@@ -168,8 +168,7 @@ def _untrained_encoder(
     options = {}
     if is_function_name(name):
         name, options = "custom", {"function": name}
-    if factor is None:
-        factor = 1 if read_trait(name, "factors") == "one" else 2
+    factor = default_factor(name) if factor is None else factor
     if read_trait(name, "trainable"):
         raise ConfigError(
             f"{name} has to be trained; give a checkpoint of it, or build it untrained: "

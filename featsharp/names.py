@@ -90,21 +90,6 @@ def parse_upsampler(text: str, known: Container[str] = ()) -> tuple[str, float |
     return (match["name"], float(match["factor"])) if match else (text, None)
 
 
-def resolve_upsampler(text: str, factor: float | None, known: Container[str] = ()) -> tuple[str, float]:
-    """Resolve the name and the factor of an upsampler; the text or the argument gives the factor.
-
-    Raises:
-        ConfigError: For no factor, or two different ones.
-    """
-    name, named = parse_upsampler(text, known)
-    if named is not None and factor is not None and named != factor:
-        raise ConfigError(f"{text!r} has factor {named:g}, but factor={factor:g} is given too; leave one of them out")
-    factor = named if factor is None else factor
-    if factor is None:
-        raise ConfigError(f"which factor should {name!r} have? Write {name}-2x, or give factor=2 beside the name")
-    return name, factor
-
-
 def is_function_name(name: str) -> bool:
     """Return whether a name is that of a function of the user, ``module:function``."""
     return ":" in name

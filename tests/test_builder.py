@@ -229,7 +229,8 @@ def test_an_upsampler_object_cannot_be_saved(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("toy-vit", "bilinear"), "which factor should 'bilinear' have"),
+        (("toy-vit", "bilinear-2x", 3), "'bilinear-2x' has factor 2, but factor=3 is given too"),
+        (("toy-vit", "featshrap"), "did you mean 'featsharp'"),
         (("toy-vit", "featshrap", 2), "did you mean 'featsharp'"),
         (("toy-vti", "bilinear", 2), "did you mean 'toy-vit'"),
     ],

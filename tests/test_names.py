@@ -6,11 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from featsharp import create_backbone, create_encoder, create_upsampler, load_from_file
+from featsharp import UpsampleLayer, create_backbone, create_encoder, create_upsampler, load_from_file
 from featsharp.cli.main import main
 from featsharp.configs.compose import compose
 from featsharp.errors import ConfigError
-from featsharp.names import BackboneName, parse_backbone, parse_upsampler, resolve_upsampler
+from featsharp.names import BackboneName, parse_backbone, parse_upsampler
+from featsharp.upsamplers import UPSAMPLERS
+from featsharp.upsamplers.registration import resolve_upsampler
 
 
 @pytest.mark.parametrize(
@@ -57,11 +59,11 @@ def test_a_known_name_stays_whole():
 
 
 def test_a_factor_is_given_once():
-    assert resolve_upsampler("tile", 2) == resolve_upsampler("tile-2x", None) == resolve_upsampler("tile-2x", 2)
+    assert resolve_upsampler("tile", 2) == resolve_upsampler("tile-2x") == resolve_upsampler("tile-2x", 2)
     with pytest.raises(ConfigError, match="'tile-2x' has factor 2, but factor=3 is given too"):
         resolve_upsampler("tile-2x", 3)
-    with pytest.raises(ConfigError, match=r"which factor should 'tile' have\? Write tile-2x"):
-        resolve_upsampler("tile", None)
+    with pytest.raises(ConfigError, match="unknown upsampler 'tiel'; did you mean 'tile'"):
+        resolve_upsampler("tiel")
 
 
 def test_bilinear_with_its_factor_is_taken_everywhere(tmp_path, capsys):
@@ -71,15 +73,26 @@ def test_bilinear_with_its_factor_is_taken_everywhere(tmp_path, capsys):
     assert create_upsampler("bilinear-3x", backbone).factor == create_upsampler("bilinear", backbone, 3).factor == 3
     assert load_from_file("bilinear-3x", featurizer=backbone).factor == 3
     assert compose(["+model=toy-vit", "+upsampler=bilinear-3x", "train_data_dir=x"]).upsampler.factor == 3
-    assert compose(["+model=toy-vit", "+upsampler=bilinear", "train_data_dir=x"]).upsampler.factor == 2  # its default
-    for attempt in (
-        lambda: create_encoder(backbone, "bilinear"),
-        lambda: create_upsampler("bilinear", backbone),
-    ):
-        with pytest.raises(ConfigError, match=r"which factor should 'bilinear' have\? Write bilinear-2x"):
-            attempt()
-    for name, factor in (("bilinear", 2), ("bilinear-2x", 2), ("identity", 1)):
-        assert load_from_file(name, featurizer=backbone).factor == factor
+    assert UpsampleLayer("bilinear-3x", 32).upsampler.factor == UpsampleLayer("bilinear", 32, 3).upsampler.factor == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"), [("bilinear", 2), ("bilinear-2x", 2), ("identity", 1), ("identity-1x", 1), ("s2-pooled", 1)]
+)
+def test_a_name_without_a_factor_has_the_same_one_everywhere(name, factor):
+    backbone = create_backbone("toy-vit")
+    assert create_encoder(backbone, name).recipe == create_encoder(backbone, name, factor).recipe
+    assert create_encoder(backbone, name).factor == factor
+    assert create_upsampler(name, backbone).factor == factor
+    assert load_from_file(name, featurizer=backbone).factor == factor
+    assert compose(["+model=toy-vit", f"+upsampler={name}", "train_data_dir=x"]).upsampler.factor == factor
+    if name != "s2-pooled":  # needs tiles
+        assert UpsampleLayer(name, 32).upsampler.factor == factor
+
+
+@pytest.mark.parametrize("name", sorted({*UPSAMPLERS} - {"custom", "super-resolution"}))  # need a function
+def test_every_method_has_its_default_factor(name):
+    assert create_upsampler(name, create_backbone("toy-vit")).factor == resolve_upsampler(name)[1]
 
 
 @pytest.mark.parametrize("name", ["bilinear", "bilinear-2x"])

@@ -69,7 +69,7 @@ def test_a_climb_is_a_call_from_a_lower_level_up(rooms):
 
 
 def test_recording_ends_where_it_is_told_to(rooms):
-    from featsharp.names import parse_upsampler, resolve_upsampler
+    from featsharp.names import parse_backbone, parse_upsampler
 
-    walk = rooms.record(lambda: (parse_upsampler("tile"), resolve_upsampler("tile-2x", None)), until="parse_upsampler")
+    walk = rooms.record(lambda: (parse_upsampler("tile"), parse_backbone("mae")), until="parse_upsampler")
     assert not walk.entered

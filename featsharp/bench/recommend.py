@@ -25,12 +25,12 @@ from featsharp.data import open_source
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.memory import format_memory, parse_memory
 from featsharp.model import SharpEncoder
-from featsharp.names import resolve_upsampler
 from featsharp.settings import PlainTask, Quality, setting
 from featsharp.terminal import align, with_progress
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import UpsampleFeatures, check_factor, scale_length
 from featsharp.upsamplers.chunked import works_in_chunks
+from featsharp.upsamplers.registration import default_factor, resolve_upsampler
 from featsharp.weights import list_weights
 
 READY, SHIPPED, CHECKPOINT, NEEDS_TRAINING = "ready", "shipped", "checkpoint", "needs training"
@@ -170,10 +170,9 @@ class RecommendTask(PlainTask):
     def _candidates(self, backbone: Backbone) -> dict[str, tuple[str, Callable[[], SharpEncoder]]]:
         """List kind and builder by name: upsamplers, shipped weights, checkpoints."""
         candidates: dict[str, tuple[str, Callable[[], SharpEncoder]]] = {}
-        names = (resolve_upsampler(text, self.factor, UPSAMPLERS)[0] for text in self.upsampler or UPSAMPLERS.names())
+        names = (resolve_upsampler(text, self.factor)[0] for text in self.upsampler or UPSAMPLERS.names())
         for name in sorted(names):
-            only_one = getattr(UPSAMPLERS[name].factory, "factors", "any") == "one"
-            if not needs_function(name) and (self.factor == 1 or not only_one):
+            if not needs_function(name) and (self.factor == 1 or default_factor(name) != 1):
                 kind = NEEDS_TRAINING if needs_training(name) else READY
                 candidates[name] = kind, partial(build_encoder, backbone, name, self.factor)
         for name in shipped_weights(self.backbone, self.factor):

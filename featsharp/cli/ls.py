@@ -80,13 +80,14 @@ def upsampler_rows() -> Iterable[tuple[str, ...]]:
     from featsharp.bench.counting import EMBED_DIM, count_cost
     from featsharp.errors import ConfigError
     from featsharp.upsamplers import UPSAMPLERS, Upsampler
+    from featsharp.upsamplers.registration import default_factor
 
     for entry in UPSAMPLERS.entries():
         # A factory that is no class has no such attributes.
         is_class = isinstance(entry.factory, type) and issubclass(entry.factory, Upsampler)
         kind: Any = entry.factory if is_class else Upsampler
         try:
-            cost = count_cost(entry.factory(EMBED_DIM, 1 if kind.factors == "one" else 2))
+            cost = count_cost(entry.factory(EMBED_DIM, default_factor(entry.name)))
             parameters, relative = f"{cost.parameters:,}", f"{cost.relative:.2f}"
         except ConfigError:  # needs a function of the user, of unknown cost
             parameters = relative = "-"

@@ -9,17 +9,17 @@ from torch.utils.checkpoint import checkpoint
 
 from featsharp.errors import ConfigError
 from featsharp.upsamplers.base import GuidedUpsampler, Upsampler
-from featsharp.upsamplers.registration import build_upsampler
+from featsharp.upsamplers.registration import build_upsampler, resolve_upsampler
 
 
 class UpsampleLayer(nn.Module):
     """Upsampling inside a network, with gradients to weights, features and image.
 
     Args:
-        upsampler: Name of a guided upsampler (one that needs no tiles: "featup", "jafar", "resize-conv" ...), or an
-            object, for example the ``upsampler`` of a trained encoder.
+        upsampler: Name of a guided upsampler (one that needs no tiles: "featup", "jafar", "resize-conv" ...), also with
+            its factor as "featup-4x", or an object, for example the ``upsampler`` of a trained encoder.
         embed_dim: Channels C of the features; only with a name.
-        factor: In each direction; only with a name.
+        factor: In each direction; only with a name. None: that of the name, else 2 (1 for methods that have no other).
         options: Keyword arguments of the upsampler's class; only with a name.
         recompute: Whether to checkpoint activations: less memory for one more forward pass; the gradients are the same.
             (Running statistics of batch norm, which LiFT has, then advance twice per step.)
@@ -44,11 +44,10 @@ class UpsampleLayer(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(upsampler, str):
-            if embed_dim is None or factor is None:
-                raise ConfigError(
-                    f"how many channels and which factor? For example UpsampleLayer({upsampler!r}, 384, 2)"
-                )
-            built: Upsampler = build_upsampler(upsampler, embed_dim, factor, options or {})
+            if embed_dim is None:
+                raise ConfigError(f"how many channels? For example UpsampleLayer({upsampler!r}, 384)")
+            name, factor = resolve_upsampler(upsampler, factor)
+            built: Upsampler = build_upsampler(name, embed_dim, factor, options or {})
         else:
             if (embed_dim, factor, options) != (None, None, None):
                 raise ConfigError("an upsampler object brings its own channels, factor and options; leave them out")

@@ -5,7 +5,7 @@ from inspect import signature
 from typing import Any, Protocol
 
 from featsharp.errors import ConfigError, unknown_name
-from featsharp.names import resolve_upsampler
+from featsharp.names import parse_upsampler
 from featsharp.registry import Registry
 from featsharp.settings import plain_value
 from featsharp.upsamplers.base import Upsampler
@@ -28,17 +28,37 @@ def create_upsampler(
     Args:
         name: One of :func:`list_upsamplers`, also with its factor: "bilinear-2x".
         backbone: Anything with ``embed_dim``.
-        factor: In each direction, at least 1, one of the method's ``factors``; where the name does not give it.
+        factor: In each direction, at least 1, one of the method's ``factors``; None: that of the name, else
+            :func:`default_factor`.
         options: Keyword arguments of the upsampler's class, for example ``{"widths": "published"}``.
 
     Raises:
-        ConfigError: For an unknown name, an option that this upsampler does not have, or a factor that it cannot have.
+        ConfigError: For an unknown name, an option that this upsampler does not have, a factor that it cannot have, or
+            one that differs from the name's.
     """
-    name, factor = resolve_upsampler(name, factor, UPSAMPLERS)
+    name, factor = resolve_upsampler(name, factor)
     # Upsamplers that undo the whitening need the backbone's.
     wanted = {"mean", "std"}.intersection(default_options(name))
     known = {key: getattr(backbone, key) for key in wanted if hasattr(backbone, key)}
     return build_upsampler(name, backbone.embed_dim, factor, known | dict(options or {}))
+
+
+def resolve_upsampler(text: str, factor: float | None = None) -> tuple[str, float]:
+    """Resolve ``NAME[-FACTORx]`` and a factor beside it into the name and the factor.
+
+    Raises:
+        ConfigError: For two different factors, or none and an unknown name.
+    """
+    name, named = parse_upsampler(text, UPSAMPLERS)
+    if named is not None and factor is not None and named != factor:
+        raise ConfigError(f"{text!r} has factor {named:g}, but factor={factor:g} is given too; leave one of them out")
+    factor = named if factor is None else factor
+    return name, default_factor(name) if factor is None else factor
+
+
+def default_factor(name: str) -> int:
+    """Return the factor of an upsampler where the user gives none: 2, or 1 for methods that have no other."""
+    return 1 if read_trait(name, "factors") == "one" else 2
 
 
 def build_upsampler(name: str, embed_dim: int, factor: float, options: Mapping[str, Any]) -> Upsampler:

@@ -73,7 +73,8 @@ def test_a_trained_upsampler_becomes_a_layer(tmp_path):
     ("arguments", "said"),
     [
         (("featsharp", 16, 2), "FeatSharp needs a backbone .it looks at image, tiles. and cannot be a layer"),
-        (("featup",), "how many channels and which factor"),
+        (("featup",), "how many channels"),
+        (("featup-2x", 16, 4), "has factor 2, but factor=4"),
         (("featupp", 16, 2), "did you mean 'featup'"),
         ((UPSAMPLERS["bilinear"].factory(16, 2), 16), "brings its own channels"),
     ],
