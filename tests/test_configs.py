@@ -1,6 +1,10 @@
 """Every configuration file composes with every other, and a mistake in one key is answered at once and in one line."""
 
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +62,9 @@ def test_a_model_given_twice_or_beside_its_keys():
     config = compose([*BASE, "model.name=timm:vit_tiny_patch16_224", "output_subdir=mine"])
     assert (config.model.name, config.output_subdir) == ("timm:vit_tiny_patch16_224", "mine")
     assert compose([*BASE, "model=siglip2"]).output_subdir == MODELS["siglip2"].folder
-    with pytest.raises(ConfigError, match="the model is given twice, toy-vit and siglip2; choose one"):
+    assert compose(["model=vit", "model=siglip2", *BASE[1:]]).model.name == "siglip2"
+    assert compose(["++model=siglip2", *BASE[1:]]).model.name == "siglip2"
+    with pytest.raises(ConfigError, match="Multiple values for model"):
         compose([*BASE, "+model=siglip2"])
 
 
@@ -111,8 +117,34 @@ def test_an_upsampler_given_twice_or_beside_its_keys():
     ).upsampler == (UpsamplerConfig("tile", 4))
     linear = compose([*BASE, "upsampler=featsharp-linear-2x"])
     assert linear == compose(["+model=toy-vit", "+upsampler=featsharp-linear-2x", "train_data_dir=photos"])
-    with pytest.raises(ConfigError, match="the upsampler is given twice, featsharp and tile; choose one"):
+    with pytest.raises(ConfigError, match="Multiple values for upsampler"):
         compose([*BASE, "+upsampler=tile-2x"])
+
+
+def test_a_preset_builds_on_another(tmp_path):
+    """A new file of ``configs/upsampler``, in a copy of the package."""
+    shutil.copytree(CONFIGS.parent, tmp_path / "featsharp", ignore=shutil.ignore_patterns("*.safetensors", "*.pyc"))
+    header = "# @package _global_\n# Mine.\n"
+    for name, base in (("mine", "featsharp"), ("mine-wide", "mine"), ("tile", "featsharp-linear")):
+        text = f"{header}defaults: [{base}, _self_]\nupsampler: {{options: {{{name.replace('-', '_')}: 1}}}}\n"
+        (tmp_path / "featsharp" / "configs" / "upsampler" / f"{name}.yaml").write_text(text)
+    code = (
+        "from featsharp.configs.compose import compose, options_of\n"
+        "for name in ('mine', 'mine-wide-3x', 'tile'):\n"
+        "    chosen = compose(['+model=toy-vit', '+upsampler=' + name, 'train_data_dir=x']).upsampler\n"
+        "    print(chosen.name, chosen.factor, *sorted(chosen.options))\n"
+        "print(options_of('upsampler')['mine'])"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert printed.stdout.splitlines() == [
+        "featsharp 2.0 mine",
+        "featsharp 3.0 mine mine_wide",
+        "featsharp 2.0 attention ffn inputs tile",
+        "Mine.",
+    ]
 
 
 def test_published_presets_override_views_and_objective():

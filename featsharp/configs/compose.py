@@ -13,8 +13,12 @@ from featsharp.names import parse_upsampler
 from featsharp.training.config import RunConfig, check_values, flatten
 from featsharp.training.objectives import OBJECTIVES, ObjectiveConfig, config_type
 from featsharp.upsamplers import UPSAMPLERS
+from featsharp.upsamplers.registration import default_factor
 
 GROUPS = ("model", "upsampler", "datasets", "normalizer", "objective")
+
+# Those whose names need no file.
+NAMED = ("model", "upsampler")
 
 # Keys whose values the shell may split into several.
 DATA_KEYS = ("train_data_dir", "val_data_dir", "dist_train_data_dir")
@@ -37,7 +41,8 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     except ImportError as error:
         raise MissingDependencyError('training needs: pip install "featsharp[train]"') from error
 
-    overrides = _expand_names(overrides)
+    _store_names()
+    overrides = _expand_groups(overrides)
     _check_overrides(overrides)
     try:
         GlobalHydra.instance().clear()
@@ -103,57 +108,38 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             raise ConfigError(f"unknown configuration key {key!r}; {hint}")
 
 
-def _expand_names(overrides: Sequence[str]) -> list[str]:
-    """Replace ``+upsampler=NAME-FACTORx`` and names without a file by overrides of single keys.
+def _store_names() -> None:
+    """Register short names of backbones and names of upsamplers as configurations, where there is no file."""
+    from hydra.core.config_store import ConfigStore
 
-    These come first, so that explicit values take precedence.
-    """
-    chosen: dict[str, list[str]] = {}
-    others: list[str] = []
-    given = dict(override.partition("=")[::2] for override in overrides)
+    nodes = [("model", name, {"model": {"name": name}, "output_subdir": MODELS[name].folder}) for name in MODELS]
+    nodes += [("upsampler", name, {"upsampler": {"name": name, "factor": default_factor(name)}}) for name in UPSAMPLERS]
+    for group, name, node in nodes:
+        # Hydra would merge a file into a stored configuration of its name.
+        if not files("featsharp.configs").joinpath(group, f"{name}.yaml").is_file():
+            ConfigStore.instance().store(name, node, group, package="_global_")
+
+
+def _expand_groups(overrides: Sequence[str]) -> list[str]:
+    """Write the factor of ``upsampler=NAME-FACTORx`` as its key, and ``GROUP=NAME`` with the "+" that Hydra needs."""
+    given = next((text.partition("=")[2] for text in overrides if text.startswith("upsampler.factor=")), None)
+    appended = {group for group in NAMED if any(text.startswith((f"+{group}=", f"++{group}=")) for text in overrides)}
+    expanded: list[str] = []
     for override in overrides:
         key, _, value = override.partition("=")
         group = key.lstrip("+")
-        if group not in ("model", "upsampler") or key not in (group, f"+{group}", f"++{group}"):
-            others.append(override)
+        if group not in NAMED:
+            expanded.append(override)
             continue
-        name, factor = parse_upsampler(value) if group == "upsampler" else (value, None)
-        expansion = _expansion(group, name)
-        if group in chosen and key != group and name in options_of(group):
-            earlier = chosen[group][0].partition("=")[2]
-            raise ConfigError(f"the {group} is given twice, {earlier} and {name}; choose one")
-        if key == group:  # "+" adds, without it the earlier choice is replaced
-            replaced = bool(chosen.pop(group, None))
-            if expansion:
-                others = [other for other in others if other.partition("=")[0].lstrip("+") != group]
-            elif replaced:
-                key = f"+{group}"
-        if expansion:
-            chosen[group] = expansion
-        else:
-            others.append(f"{key}={name}")
+        name, factor = (value, None) if group == "model" else parse_upsampler(value, options_of(group))
+        # A name without "+" replaces one that has it.
+        expanded.append(f"{group}={name}" if key == group and group in appended else f"+{group}={name}")
+        appended.add(group)
         if factor is not None:
-            if given.get("upsampler.factor", f"{factor:g}") not in (f"{factor:g}", str(factor)):
-                raise ConfigError(
-                    f"{override} and upsampler.factor={given['upsampler.factor']} differ; give one factor"
-                )
-            others.append(f"upsampler.factor={factor:.15g}")
-    return [override for overrides in chosen.values() for override in overrides] + others
-
-
-def _expansion(group: str, name: str) -> list[str]:
-    """Overrides for a name of a group without a file; empty for a name with a file or an unknown one."""
-    if files("featsharp.configs").joinpath(group, f"{name}.yaml").is_file():
-        return []
-    if group == "model" and name in MODELS:
-        return [f"++model.name={name}", f"++output_subdir={MODELS[name].folder}"]
-    if group == "upsampler" and name in UPSAMPLERS:
-        return [f"++upsampler.name={name}", f"++upsampler.factor={_default_factor(name)}"]
-    return []
-
-
-def _default_factor(upsampler: str) -> int:
-    return 1 if getattr(UPSAMPLERS[upsampler].factory, "factors", "any") == "one" else 2
+            expanded.append(f"++upsampler.factor={factor:.15g}")
+            if given not in (None, f"{factor:g}", str(factor)):
+                raise ConfigError(f"{override} and upsampler.factor={given} differ; give one factor")
+    return expanded
 
 
 def _objective_type(settings: Mapping[str, Any]) -> type[ObjectiveConfig]:
