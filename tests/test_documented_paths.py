@@ -12,6 +12,7 @@ PATHS = [
     "featsharp.backbones:Backbone",
     "featsharp.backbones:from_callable",
     "featsharp.backbones:register_backbone",
+    "featsharp.backbones:register_prefix",
     "featsharp.builder:load_from_file",
     "featsharp.cli.main:main",
     "featsharp.configs.compose:compose",

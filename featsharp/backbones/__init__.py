@@ -1,5 +1,6 @@
 """Frozen vision encoders by name: ``create_backbone("vits14-focus")``, or any module through ``from_callable``."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +12,7 @@ from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Back
 from featsharp.backbones.from_callable import from_callable
 from featsharp.backbones.loading import set_native_size
 from featsharp.backbones.models import FAMILIES, MODELS, Family, Model
-from featsharp.backbones.options import COMMON, FEATURES, Options, parse_options
+from featsharp.backbones.options import COMMON, FEATURES, OPTIONS, Options, parse_options
 from featsharp.errors import ConfigError, unknown_name
 from featsharp.names import BackboneName, parse_backbone
 
@@ -24,15 +25,19 @@ __all__ = [
     "BackboneOutput",
     "Family",
     "Model",
+    "Options",
     "create_backbone",
     "from_callable",
     "list_backbones",
     "register_backbone",
+    "register_family",
+    "register_prefix",
     "resolve_backbone",
 ]
 
 AUTOCAST_DTYPES = (None, torch.bfloat16, torch.float16)
 Factory = TypeVar("Factory", bound=Callable[[], Backbone])
+PrefixFactory = TypeVar("PrefixFactory", bound=Callable[[str], Backbone])
 
 
 def create_backbone(name: str | Backbone, *, autocast_dtype: torch.dtype | None = None, **options: Any) -> Backbone:
@@ -97,6 +102,39 @@ def register_backbone(name: str, description: str) -> Callable[[Factory], Factor
     return add
 
 
+def register_family(prefix: str, family: Family) -> None:
+    """Make ``create_backbone("prefix:MODEL?options")`` call ``family.build(name, MODEL, options)``.
+
+    Raises:
+        ConfigError: For an option that is none of those of :class:`featsharp.backbones.options.Options`.
+    """
+    if prefix in FAMILIES:
+        raise AssertionError(f"backbone prefix {prefix!r} is registered twice")
+    for option in family.options or ():
+        if option not in OPTIONS:
+            raise unknown_name(f"option of family {prefix!r}:", option, OPTIONS)
+    FAMILIES[prefix] = family
+
+
+def register_prefix(prefix: str, description: str) -> Callable[[PrefixFactory], PrefixFactory]:
+    """Decorator: make ``create_backbone("prefix:REST")`` call the decorated factory with ``"prefix:REST"``.
+
+    Deprecated for :func:`register_family`, which parses the options; it goes in version 0.2.
+
+    Args:
+        prefix: The part before the colon.
+        description: One line for ``featsharp ls``: the form of a name, a space, what it is.
+    """
+    warnings.warn("register_prefix is now register_family; it goes in version 0.2", DeprecationWarning, stacklevel=2)
+    form, _, text = description.partition(" ")
+
+    def add(factory: PrefixFactory) -> PrefixFactory:
+        register_family(prefix, Family(lambda name, model, options: factory(name), form, text, options=None))
+        return factory
+
+    return add
+
+
 def resolve_backbone(name: str | BackboneName) -> BackboneName:
     """The name that a short one stands for; options of the short name go before those of the table."""
     parsed = parse_backbone(name) if isinstance(name, str) else name
@@ -121,7 +159,10 @@ def _build(name: BackboneName) -> Backbone:
             raise unknown_name("backbone prefix", f"{target.prefix}:", [f"{known}:" for known in sorted(FAMILIES)])
         family = FAMILIES[target.prefix]
         model = target.model.partition(":")[2]
-        options = parse_options(model, texts, family.options)
+        if family.options is None:
+            options = parse_options(name.model, {key: text for key, text in texts.items() if key in COMMON})
+        else:
+            options = parse_options(name.model, texts, family.options)
         label = str(BackboneName(target.model, {key: text for key, text in texts.items() if key not in COMMON}))
         if options.weights is not None and not Path(options.weights).exists():
             raise ConfigError(f"weights of backbone {label!r}: there is no file or directory {options.weights!r}")
@@ -132,7 +173,7 @@ def _build(name: BackboneName) -> Backbone:
         if target.model not in MODELS:
             forms = [FAMILIES[prefix].form for prefix in sorted(FAMILIES)]
             raise unknown_name("backbone", target.model, [*list_backbones(), *forms])
-        options = parse_options(target.model, texts) if texts else Options()
+        options = parse_options(name.model, texts) if texts else Options()
         backbone = _load(MODELS[target.model].build)()
     if options.other_sizes == "tile":
         from featsharp.backbones.windowed import WindowedBackbone

@@ -23,7 +23,8 @@ class Family:
             imported when the first is built.
         form: How a name is written, for ``featsharp ls``.
         description: One line for ``featsharp ls``.
-        options: Options beside those of every backbone; see :class:`featsharp.backbones.options.Options`.
+        options: Options beside those of every backbone; see :class:`featsharp.backbones.options.Options`. None: any,
+            which ``build`` reads from the name.
         weight_files: Any one of these is a whole set of weights in a repository of the Hugging Face hub.
         weight_indexes: Files there that list others, which together are one.
     """
@@ -31,7 +32,7 @@ class Family:
     build: "str | Callable[[str, str, Options], Backbone]"
     form: str
     description: str
-    options: tuple[str, ...]
+    options: tuple[str, ...] | None = ()
     weight_files: tuple[str, ...] = ()
     weight_indexes: tuple[str, ...] = ()
 
@@ -122,6 +123,7 @@ def _dinov3(size: str, letter: str, channels: int) -> Model:
     return Model(target, f"{name}: {channels} channels, 256 pixels", f"dinov3/{size}/256")
 
 
+# A description is "what it is: facts", with a colon; a target with options needs a source, that says why these.
 MODELS: dict[str, Model] = {
     "c-radio-v3-b": _c_radio("base", 3, "B", 768),
     "c-radio-v3-h": _c_radio("huge", 3, "H", 1280),

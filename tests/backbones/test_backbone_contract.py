@@ -16,13 +16,19 @@ from torch import nn
 
 from featsharp import create_encoder
 from featsharp.backbones import (
+    FAMILIES,
     MODELS,
     Backbone,
     BackboneOutput,
+    Family,
+    Options,
     create_backbone,
     list_backbones,
     register_backbone,
+    register_family,
+    register_prefix,
 )
+from featsharp.backbones.toy import ToyViT
 from featsharp.errors import ConfigError, InputError
 
 TIMM_RANDOM = "timm:vit_tiny_patch16_224?pretrained=false&img_size=64"
@@ -429,6 +435,54 @@ def test_registering_makes_a_name():
         assert create_backbone("test-only").weights_hash() != create_backbone("toy-cnn").weights_hash()
     finally:
         del MODELS["test-only"]
+
+
+def test_a_family_of_an_outside_package():
+    """Every option goes the way of those of the libraries that are here."""
+
+    def build(name: str, model: str, options: Options) -> Backbone:
+        return ToyViT(name, seed=int(model) if options.pretrained else 0)
+
+    register_family("test-family", Family(build, "test-family:SEED", "registered by a test", ("pretrained",)))
+    try:
+        backbone = create_backbone("test-family:16?dtype=bfloat16")
+        assert (backbone.name, backbone.autocast_dtype) == ("test-family:16?dtype=bfloat16", torch.bfloat16)
+        assert backbone.weights_hash() == ToyViT(seed=16).weights_hash()
+        assert create_backbone("test-family:16", pretrained=False).weights_hash() == ToyViT(seed=0).weights_hash()
+        with pytest.raises(
+            ConfigError, match="backbone 'test-family:16' has no option 'layer'; it has pretrained, dtype"
+        ):
+            create_backbone("test-family:16?layer=3")
+        with pytest.raises(ConfigError, match="'test-famly:'; did you mean 'test-family:'"):
+            create_backbone("test-famly:16")
+        with pytest.raises(AssertionError, match="'test-family' is registered twice"):
+            register_family("test-family", FAMILIES["test-family"])
+    finally:
+        del FAMILIES["test-family"]
+    with pytest.raises(ConfigError, match="option of family 'test-family': 'layr'; did you mean 'layer'"):
+        register_family("test-family", Family(build, "test-family:SEED", "registered by a test", ("layr",)))
+
+
+def test_register_prefix_of_version_0_1():
+    """The factory reads its options from the whole name; those of every backbone are not for it."""
+    names = []
+    with pytest.warns(DeprecationWarning, match="register_family"):
+        decorate = register_prefix("test-prefix", "test-prefix:NAME registered by a test")
+
+    @decorate
+    def build(name: str) -> Backbone:
+        names.append(name)
+        return ToyViT(name)
+
+    try:
+        backbone = create_backbone("test-prefix:a/b?rank=4&layer=last&dtype=bfloat16")
+        assert names == ["test-prefix:a/b?rank=4&layer=last"]
+        assert backbone.autocast_dtype == torch.bfloat16
+        assert backbone.feature_options == {"layer": "last"}
+        family = FAMILIES["test-prefix"]
+        assert (family.form, family.description) == ("test-prefix:NAME", "registered by a test")
+    finally:
+        del FAMILIES["test-prefix"]
 
 
 def test_import_is_light():

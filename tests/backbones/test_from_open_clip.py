@@ -718,7 +718,9 @@ def test_odd_configurations_are_named(content, message, tmp_path):
 
 
 def test_random_weights_and_a_file_of_weights_exclude_each_other():
-    with pytest.raises(ConfigError, match="pretrained=false takes random weights for 'RN50'; leave out it or weights"):
+    with pytest.raises(
+        ConfigError, match="pretrained=false takes random weights for 'open_clip:RN50'; leave out it or weights"
+    ):
         create_backbone("open_clip:RN50?pretrained=false&weights=w.pt")
 
 
