@@ -41,6 +41,7 @@ def test_the_numbers_are_as_recorded(name, tmp_path):
     for word, package in NEEDS.items():
         if word in name and importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}")
+    assert name in SAVED["cases"], f"a new case; record it: python tests/golden/record.py '{name}'"
     values, saved, case = summarise_all(run_case(name, tmp_path)), SAVED["cases"][name], CASES[name]
     assert set(values) == set(saved)
     for key, expected in saved.items():
@@ -64,7 +65,9 @@ def compare(key: str, value: Any, expected: Any, tolerance: float) -> None:
 
 
 def test_the_record_has_every_case_and_no_other():
-    assert set(SAVED["cases"]) == set(CASES)
+    new, gone = sorted(CASES.keys() - SAVED["cases"].keys()), sorted(SAVED["cases"].keys() - CASES.keys())
+    assert not new, f"record them, each by python tests/golden/record.py 'PATTERN': {new}"
+    assert not gone, f"no cases any more; record.py with any pattern drops them: {gone}"
 
 
 def test_every_upsampler_and_normalizer_has_a_case():
