@@ -17,9 +17,8 @@ from featsharp.files import write_file
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.spectral import folded_state
 from featsharp.model import SharpEncoder
-from featsharp.names import is_function_name, parse_upsampler
+from featsharp.names import is_function_name, parse_upsampler, plain_value
 from featsharp.normalizers import NORMALIZERS
-from featsharp.settings import plain_value
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import Upsampler
 from featsharp.upsamplers.registration import create_upsampler, default_factor, read_trait, resolve_upsampler

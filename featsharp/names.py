@@ -7,6 +7,7 @@ labelled   ``[LABEL=]NAME``                ``ours=runs/last.pth``
 =========  ==============================  =============================================================
 
 In Python the parts are arguments: ``create_backbone("dinov2-l", layer=-2)``, ``create_encoder(b, "tile", 1.5)``.
+Their options are stored beside the names as values of JSON: :func:`plain_value`.
 """
 
 import re
@@ -101,6 +102,17 @@ def split_label(text: str) -> tuple[str, str]:
     if not separator or "/" in label or Path(text).is_file():
         return "", text
     return label, name
+
+
+def plain_value(value: Any) -> Any:
+    """Convert NumPy's numbers and arrays, tensors, tuples, ranges and mappings to values of JSON; keep others."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, tuple | list | range):
+        return [plain_value(one) for one in value]
+    if isinstance(value, Mapping):
+        return {key: plain_value(one) for key, one in value.items()}
+    return value
 
 
 def _option_text(value: Any) -> str:

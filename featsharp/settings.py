@@ -1,9 +1,11 @@
 """Settings of tasks: dataclass fields that are also flags on the command line."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from featsharp.names import plain_value
 
 if TYPE_CHECKING:
     import torch
@@ -68,14 +70,3 @@ def settings_of(task: Any) -> dict[str, Any]:
     """Collect the settings of a task as JSON values, by name."""
     values = {field.name: getattr(task, field.name) for field in setting_fields(task)}
     return {name: str(value) if isinstance(value, Path) else plain_value(value) for name, value in values.items()}
-
-
-def plain_value(value: Any) -> Any:
-    """Convert NumPy's numbers and arrays, tensors, tuples, ranges and mappings to values of JSON; keep others."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, tuple | list | range):
-        return [plain_value(one) for one in value]
-    if isinstance(value, Mapping):
-        return {key: plain_value(one) for key, one in value.items()}
-    return value

@@ -22,10 +22,10 @@ from featsharp.backbones.base import Backbone
 from featsharp.builder import content_key, create_encoder, load_from_file
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.model import SharpEncoder
-from featsharp.names import is_function_name, parse_upsampler, split_label
+from featsharp.names import is_function_name, parse_upsampler, plain_value, split_label
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.tiling import window_starts
-from featsharp.settings import PlainTask, plain_value, setting
+from featsharp.settings import PlainTask, setting
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import check_factor, scale_length
 from featsharp.upsamplers.registration import default_options, read_trait

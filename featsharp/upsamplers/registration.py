@@ -5,9 +5,8 @@ from inspect import signature
 from typing import Any, Protocol
 
 from featsharp.errors import ConfigError, unknown_name
-from featsharp.names import parse_upsampler
+from featsharp.names import parse_upsampler, plain_value
 from featsharp.registry import Registry
-from featsharp.settings import plain_value
 from featsharp.upsamplers.base import Upsampler
 
 UPSAMPLERS: Registry[Upsampler] = Registry("upsampler")
