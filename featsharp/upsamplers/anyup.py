@@ -84,7 +84,7 @@ class AnyUp(ChunkedGuidedUpsampler):
     def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
         query, key = self.project(low_res, image, size)
         value = low_res.permute(0, 2, 3, 1)
-        return lambda box, tiles: attend_nearby(query, key, value, box).permute(0, 3, 1, 2)
+        return lambda box: attend_nearby(query, key, value, box).permute(0, 3, 1, 2)
 
     def project(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Compute queries [B, H, W, d] and keys [B, h, w, d]; group normalisation needs the whole image."""

@@ -1,6 +1,6 @@
 """Upsamplers that compute their map chunk by chunk, and the planning that keeps them within a given amount of memory.
 
-A method implements :meth:`ChunkedUpsampler.prepare_chunks`; without a limit the whole map is one chunk. With a limit,
+A method implements ``prepare_chunks`` of one of the two bases; without a limit the whole map is one chunk. With one,
 the low-resolution pass comes first, and its memory is that of a pass through the backbone. Then the tiles are encoded,
 as many at a time as fit, into the map that is to be returned, and the upsampler overwrites that map chunk by chunk with
 the result, in chunks as large as fit. The memory of a chunk is predicted from shapes alone (:mod:`featsharp.memory`).
@@ -8,7 +8,6 @@ the result, in chunks as large as fit. The memory of a chunk is predicted from s
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,8 +33,12 @@ UNCOUNTED_FRACTION, UNCOUNTED_BYTES = 0.1, 2**24
 # at their edges twice.
 CHUNK_SIDES = (128, 96, 64, 48, 32, 24, 16, 12, 8)
 
-# (cells of the result, tile map of these cells and the halo around them or None) -> [B, C, *box.size]
-ComputeChunk = Callable[[Box, Tensor | None], Tensor]
+# Cells of the result -> their features [B, C, *box.size].
+ComputeChunk = Callable[[Box], Tensor]
+# The same from the tile map of these cells and the halo around them; None for options that use no tiles.
+ComputeTiledChunk = Callable[[Box, Tensor | None], Tensor]
+# Cells of the result -> the tile map of these and the halo around them; None without tiles.
+ReadTiles = Callable[[Box], Tensor | None]
 # (low-resolution features [B, C, h, w], shape [B, C, H, W], dtype) -> tensor to write the high-resolution ones to
 Allocate = Callable[[Tensor, tuple[int, ...], torch.dtype], Tensor]
 
@@ -52,6 +55,14 @@ class ChunkedUpsampler(Upsampler):
     halo: int | None = 0
     uses_tiles: bool = False
 
+    def bind_tiles(self, low_res: Tensor, image: Tensor, size: tuple[int, int], read_tiles: ReadTiles) -> ComputeChunk:
+        """Prepare chunks of cells alone, whose tiles are read by ``read_tiles`` where the method uses them."""
+        raise NotImplementedError
+
+
+class ChunkedGuidedUpsampler(ChunkedUpsampler, GuidedUpsampler):
+    """A guided upsampler that works in chunks; subclasses implement ``prepare_chunks`` instead of ``upsample_to``."""
+
     def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
         """Compute all that chunks of a map share, and return the function that computes a chunk.
 
@@ -61,17 +72,15 @@ class ChunkedUpsampler(Upsampler):
             size: (H, W) of the whole map.
 
         Returns:
-            A function of a box of cells and of the tile map of this box and ``halo`` cells around it, as far as they
-            exist (None without tiles), that returns the features [B, C, *box.size].
+            A function of a box of cells that returns their features [B, C, *box.size].
         """
         raise NotImplementedError
 
-
-class ChunkedGuidedUpsampler(ChunkedUpsampler, GuidedUpsampler):
-    """A guided upsampler that works in chunks; subclasses implement ``prepare_chunks`` instead of ``upsample_to``."""
+    def bind_tiles(self, low_res: Tensor, image: Tensor, size: tuple[int, int], read_tiles: ReadTiles) -> ComputeChunk:
+        return self.prepare_chunks(low_res, image, size)
 
     def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.prepare_chunks(features, image, size)(whole(size), None)
+        return self.prepare_chunks(features, image, size)(whole(size))
 
 
 class TiledUpsampler(ChunkedUpsampler):
@@ -105,6 +114,24 @@ class TiledUpsampler(ChunkedUpsampler):
             (low_res, summary), tiles = encode(resize(image, low_res_size)), None
         size = self.high_res_grid(low_res, output_size)
         return UpsampleFeatures(low_res, self.fuse(low_res, image, tiles, size), summary)
+
+    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeTiledChunk:
+        """Compute all that chunks of a map share, and return the function that computes a chunk.
+
+        Args:
+            low_res: [B, C, h, w].
+            image: [B, 3, height, width], whitened, any size.
+            size: (H, W) of the whole map.
+
+        Returns:
+            A function of a box of cells and of the tile map of this box and ``halo`` cells around it, as far as they
+            exist (None for options that use no tiles), that returns the features [B, C, *box.size].
+        """
+        raise NotImplementedError
+
+    def bind_tiles(self, low_res: Tensor, image: Tensor, size: tuple[int, int], read_tiles: ReadTiles) -> ComputeChunk:
+        compute = self.prepare_chunks(low_res, image, size)
+        return lambda box: compute(box, read_tiles(box))
 
     def fuse(self, low_res: Tensor, image: Tensor, tiles: Tensor | None, size: tuple[int, int]) -> Tensor:
         """Compute the whole map from low-resolution features and the tile map.
@@ -232,10 +259,22 @@ def upsample_within(
         raise ConfigError("max_memory is for encoders in eval mode; call eval() first, or set max_memory to None")
     if not len(image):
         raise InputError("max_memory needs at least one image; got an empty batch")
-    make_plan = partial(_plan, upsampler, image, low_res_size, output_size, max_memory, finish)
     with return_freed_memory():
+        with PeakMeter() as meter:
+            first = encode(resize(image[:1], low_res_size))
+        plan = _make_plan(
+            upsampler, image, first[0], meter.peak, max_memory, low_res_size, output_size=output_size, finish=finish
+        )
         return upsample_in_chunks(
-            upsampler, image, encode, low_res_size, make_plan, output_size=output_size, finish=finish, allocate=allocate
+            upsampler,
+            image,
+            encode,
+            low_res_size,
+            first,
+            plan,
+            output_size=output_size,
+            finish=finish,
+            allocate=allocate,
         )
 
 
@@ -260,7 +299,8 @@ def upsample_in_chunks(
     image: Tensor,
     encode: Encode,
     low_res_size: tuple[int, int],
-    make_plan: Callable[[Tensor, int], Plan],
+    first: tuple[Tensor, Tensor | None],
+    plan: Plan,
     *,
     output_size: tuple[int, int] | None = None,
     finish: Callable[[Tensor], Tensor] = lambda features: features,
@@ -268,13 +308,10 @@ def upsample_in_chunks(
 ) -> UpsampleFeatures:
     """Compute a map by a plan; the other arguments are those of :func:`upsample_within`.
 
-    ``make_plan`` is called with the low-resolution features [1, C, h, w] of the first image, and the bytes that this
-    pass took.
+    ``first`` is what ``encode`` returned for the low-resolution pass of the first image.
     """
-    with PeakMeter() as meter:
-        features, summary = encode(resize(image[:1], low_res_size))
+    features, summary = first
     grid, size = size_of(features), upsampler.high_res_grid(features, output_size)
-    plan = make_plan(features, meter.peak)
     low_res, summaries = [features], [summary]
     for i in range(1, len(image)):
         features, summary = encode(resize(image[i : i + 1], low_res_size))
@@ -284,14 +321,13 @@ def upsample_in_chunks(
     out = allocate(finished, (*finished.shape[:2], *size), plan.dtype)
     for i, features in enumerate(low_res):
         one, target = image[i : i + 1], out[i : i + 1]
-        tile_map = None
+        read_tiles: ReadTiles = _read_no_tiles
         if isinstance(upsampler, TiledUpsampler) and upsampler.uses_tiles:
             upsampler.write_tiles(target, one, encode, low_res_size, grid, plan.tile_batch)
-            tile_map = _OverwrittenTiles(target, upsampler.halo or 0, features)
-        compute = upsampler.prepare_chunks(features, one, size)
+            read_tiles = _OverwrittenTiles(target, upsampler.halo or 0, features).read
+        compute = upsampler.bind_tiles(features, one, size, read_tiles)
         for box in _split(size, plan.chunk):
-            chunk = compute(box, None if tile_map is None else tile_map.read(box))
-            box.cut(target).copy_(finish(chunk))
+            box.cut(target).copy_(finish(compute(box)))
     some = [summary for summary in summaries if summary is not None]
     return UpsampleFeatures(finished, out, torch.cat(some) if some else None)
 
@@ -305,17 +341,25 @@ def _split(size: tuple[int, int], chunk: tuple[int, int]) -> list[Box]:
     ]
 
 
-def _plan(
+def _read_no_tiles(box: Box) -> None:
+    return None
+
+
+def _make_plan(
     upsampler: ChunkedUpsampler,
     images: Tensor,
-    low_res_size: tuple[int, int],
-    output_size: tuple[int, int] | None,
-    max_memory: int,
-    finish: Callable[[Tensor], Tensor],
     low_res: Tensor,
     pass_bytes: int,
+    max_memory: int,
+    low_res_size: tuple[int, int],
+    *,
+    output_size: tuple[int, int] | None,
+    finish: Callable[[Tensor], Tensor],
 ) -> Plan:
-    """Plan the largest chunks and tile batches that fit; see :func:`upsample_within` and :func:`upsample_in_chunks`."""
+    """Plan the largest chunks and tile batches that fit, for the arguments of :func:`upsample_within`.
+
+    ``low_res`` are the features [1, C, h, w] of the first image, ``pass_bytes`` what their pass took.
+    """
     grid, size = size_of(low_res), upsampler.high_res_grid(low_res, output_size)
     # Low-resolution features of all images, twice while they are concatenated.
     held = 2 * len(images) * low_res.nbytes
@@ -360,8 +404,9 @@ def _make_one_chunk(
     """Compute a chunk in the middle of the map, with all tensors that are alive at that time."""
     top, left = (size[0] - chunk[0]) // 2, (size[1] - chunk[1]) // 2
     box = Box(top, top + chunk[0], left, left + chunk[1])
-    compute = upsampler.prepare_chunks(low_res, image, size)
-    tiles = cached = None
+    tiles: Tensor | None = None
+    cached = None
+    compute = upsampler.bind_tiles(low_res, image, size, lambda box: tiles)
     if upsampler.uses_tiles:
         # _OverwrittenTiles caches two times the rows above, and the columns to the left.
         halo = upsampler.halo or 0
@@ -370,8 +415,8 @@ def _make_one_chunk(
         below = low_res.new_empty(1, upsampler.embed_dim, *seen)
         tiles = torch.cat([below])
         del below
-    result = finish(compute(box, tiles))
-    del tiles, cached
+    result = finish(compute(box))
+    del cached
     return result
 
 

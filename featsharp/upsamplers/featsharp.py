@@ -34,7 +34,7 @@ from featsharp.ops.boxes import Box, whole
 from featsharp.ops.resize import resize, size_of
 from featsharp.ops.windows import check_window
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler, check_tile_batch, level_factors
-from featsharp.upsamplers.chunked import ChunkedGuidedUpsampler, ComputeChunk, TiledUpsampler
+from featsharp.upsamplers.chunked import ChunkedGuidedUpsampler, ComputeChunk, ComputeTiledChunk, TiledUpsampler
 from featsharp.upsamplers.registration import build_upsampler, register_upsampler
 
 # Inputs that other upsamplers compute -> names of these upsamplers.
@@ -148,7 +148,7 @@ class FeatSharp(TiledUpsampler):
         self._reach = self.block.halo if isinstance(self.block, LocalBlock) else 0
         # The output tensor has room for one tile map.
         one_map = isinstance(self.block, nn.Linear) or len(self.tile_inputs) <= 1
-        self.halo = self._reach if one_map else None
+        self.halo = (self._reach if self.uses_tiles else 0) if one_map else None
 
     @property
     def variant(self) -> str:
@@ -197,12 +197,12 @@ class FeatSharp(TiledUpsampler):
         tiles = tiles.to(self.block.weight.dtype)
         return reduce(operator.add, [self._weigh(name, TILE_INPUTS[name](tiles)) for name in self.tile_inputs])
 
-    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
+    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeTiledChunk:
         branches = {name: branch.prepare_chunks(low_res, image, size) for name, branch in self._branches()}
 
         def compute(box: Box, tiles: Tensor | None) -> Tensor:
             seen = box.grow(self._reach, size)
-            maps = {name: compute_branch(seen, None) for name, compute_branch in branches.items()}
+            maps = {name: compute_branch(seen) for name, compute_branch in branches.items()}
             if isinstance(self.block, nn.Linear):
                 return self._weighted_sum(maps, tiles, box, size)
             x = self._stack(maps | self._tile_maps(tiles, seen, size))
@@ -372,7 +372,7 @@ class ColourMap(ChunkedGuidedUpsampler):
 
     def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
         guidance = resize(image, size)
-        return lambda box, tiles: self.proj(box.cut(guidance)).to(low_res.dtype)
+        return lambda box: self.proj(box.cut(guidance)).to(low_res.dtype)
 
 
 def _check_inputs(inputs: Sequence[str]) -> tuple[str, ...]:

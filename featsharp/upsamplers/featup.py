@@ -99,7 +99,7 @@ class FeatUp(ChunkedGuidedUpsampler):
         sizes = level_sizes(size_of(low_res), level_factors(self.factor), size)[: len(self.levels)]
         guidance = [level.pool(image, grid) for level, grid in zip(self._levels(), sizes, strict=True)]
 
-        def compute(box: Box, tiles: Tensor | None) -> Tensor:
+        def compute(box: Box) -> Tensor:
             out = self._compute(low_res, guidance, box, size)
             return out if self.final_fixup is None else self.final_fixup(out)
 

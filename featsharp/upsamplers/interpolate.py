@@ -18,7 +18,7 @@ class Identity(ChunkedGuidedUpsampler):
         super().__init__(embed_dim, factor)
 
     def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
-        return lambda box, tiles: low_res if box.covers(size) else box.cut(low_res)
+        return lambda box: low_res if box.covers(size) else box.cut(low_res)
 
 
 @register_upsampler("bilinear", "bilinear interpolation of the low-resolution features")
@@ -28,4 +28,4 @@ class Bilinear(ChunkedGuidedUpsampler):
     needs = "nothing"
 
     def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
-        return lambda box, tiles: enlarge(low_res, size, box)
+        return lambda box: enlarge(low_res, size, box)

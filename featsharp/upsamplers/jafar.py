@@ -79,7 +79,7 @@ class JAFAR(ChunkedGuidedUpsampler):
         query, key = self.project(low_res, image, size)
         value = low_res.flatten(2).transpose(1, 2)
 
-        def compute(box: Box, tiles: Tensor | None) -> Tensor:
+        def compute(box: Box) -> Tensor:
             out = attend_in_chunks(box.cut_channels_last(query).flatten(1, 2), key, value)
             return out.transpose(1, 2).unflatten(2, box.size)
 

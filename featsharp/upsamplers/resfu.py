@@ -30,7 +30,7 @@ from featsharp.errors import ConfigError
 from featsharp.layers.guidance import pool_guidance
 from featsharp.ops.boxes import Box, whole
 from featsharp.ops.resize import resize, size_of
-from featsharp.upsamplers.chunked import ChunkedGuidedUpsampler, ComputeChunk, TiledUpsampler
+from featsharp.upsamplers.chunked import ChunkedGuidedUpsampler, ComputeChunk, ComputeTiledChunk, TiledUpsampler
 from featsharp.upsamplers.registration import register_upsampler
 
 DIM = 32
@@ -84,7 +84,7 @@ class ReSFU(ChunkedGuidedUpsampler):
 
     def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
         weights = self.similarity(low_res, pool_guidance(image, size))
-        return lambda box, tiles: weighted_samples(low_res, weights, box)
+        return lambda box: weighted_samples(low_res, weights, box)
 
 
 @register_upsampler("resfu-tiled", "ReSFU, guided by the tile map beside the image")
@@ -116,7 +116,7 @@ class TiledReSFU(TiledUpsampler):
         super().__init__(embed_dim, factor, max_tile_batch=max_tile_batch)
         self.similarity = Similarity(embed_dim, guidance_channels=3 + embed_dim, start=start)
 
-    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
+    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeTiledChunk:
         colours = pool_guidance(image, size)
 
         def compute(box: Box, tiles: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ FeatSharp (arXiv 2502.16025) has it as an input and as a baseline. For how tiles
 from torch import Tensor
 
 from featsharp.ops.boxes import Box
-from featsharp.upsamplers.chunked import ComputeChunk, TiledUpsampler
+from featsharp.upsamplers.chunked import ComputeTiledChunk, TiledUpsampler
 from featsharp.upsamplers.registration import register_upsampler
 
 
@@ -27,7 +27,7 @@ class Tile(TiledUpsampler):
     needs = "image, tiles"
     keeps_space = "nearly"
 
-    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
+    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeTiledChunk:
         def compute(box: Box, tiles: Tensor | None) -> Tensor:
             assert tiles is not None
             return tiles

@@ -58,7 +58,7 @@ class Patient(ChunkedGuidedUpsampler):
     """As hungry, but chunk by chunk."""
 
     def prepare_chunks(self, low_res, image, size):
-        return lambda box, tiles: hungry_chunk(low_res, box, size)
+        return lambda box: hungry_chunk(low_res, box, size)
 
 
 PLANTED = {kind.__name__.lower(): kind for kind in (Sleeper, Learner, Hungry, Patient)}

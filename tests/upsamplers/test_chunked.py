@@ -54,12 +54,11 @@ def build(name, factor, options):
 
 def in_chunks(encoder, images, chunk, tile_batch):
     """Features made in chunks of a given size, whatever the memory."""
-
-    def make_plan(low_res, pass_bytes):
-        return Plan(tile_batch, chunk, torch.float32)
-
     size = encoder.low_res_size(images.shape[2:])
-    return upsample_in_chunks(encoder.upsampler, images, encoder.encode, size, make_plan)
+    with torch.no_grad():
+        first = encoder.encode(resize(images[:1], size))
+    plan = Plan(tile_batch, chunk, torch.float32)
+    return upsample_in_chunks(encoder.upsampler, images, encoder.encode, size, first, plan)
 
 
 @pytest.mark.parametrize(("name", "factor", "options"), CASES)

@@ -96,7 +96,7 @@ def test_any_size_is_made(factor, size):
     out = module.upsample(features, image, size)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
     box = Box(1, 3, 2, 5)
-    chunk = module.prepare_chunks(features, image, size)(box, None)
+    chunk = module.prepare_chunks(features, image, size)(box)
     torch.testing.assert_close(chunk, box.cut(out), atol=1e-5, rtol=1e-4)
 
 
