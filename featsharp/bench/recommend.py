@@ -220,7 +220,7 @@ def _fit(
         return {"peak_bytes": peak, "in_parts": False}
     taken = f"takes {format_memory(peak)} of {format_memory(limit)}"
     if not works_in_chunks(encoder.upsampler):
-        raise ConfigError(f"{taken} and cannot work in parts")
+        raise ConfigError(f"{taken} and cannot work in chunks")
     # An encoder's limit is for the memory beside the result.
     left = limit - _result_bytes(call())
     if left < 1:
@@ -229,7 +229,7 @@ def _fit(
     _run(call)
     peak = measure_memory(call, device)
     if peak > limit:
-        raise ConfigError(f"{taken}, in parts still {format_memory(peak)}")
+        raise ConfigError(f"{taken}, in chunks still {format_memory(peak)}")
     return {"peak_bytes": peak, "in_parts": True}
 
 
@@ -275,7 +275,7 @@ def _result_bytes(features: UpsampleFeatures) -> int:
 def _cells(row: dict[str, Any], scores: list[str]) -> tuple[str, ...]:
     """Format a row."""
     quality, time = row["quality"] or {}, row["time"]
-    remarks = [row["kind"]] * (row["kind"] != READY) + ["in parts"] * row["in_parts"]
+    remarks = [row["kind"]] * (row["kind"] != READY) + ["in chunks"] * row["in_parts"]
     return (
         row["name"],
         "-" if row["rank"] is None else str(row["rank"]),

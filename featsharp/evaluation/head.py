@@ -38,7 +38,7 @@ from featsharp.terminal import with_progress
 
 logger = logging.getLogger(__name__)
 
-Part = Literal["high_res", "low_res"]
+MapName = Literal["high_res", "low_res"]
 
 _WARM_UP = 0.02  # of the steps
 
@@ -127,7 +127,7 @@ class FeatureReader:
     low_res_size: tuple[int, int]
 
     @torch.no_grad()  # not inference mode: heads are trained on them
-    def read(self, image: Image, part: Part) -> Tensor:
+    def read(self, image: Image, map_name: MapName) -> Tensor:
         """Encode an RGB picture to features [1, C, h, w] float32 on the encoder's device, in the backbone's space.
 
         They are those that users get: without the positional pattern that a bias buffer learned, and in normalised
@@ -141,7 +141,7 @@ class FeatureReader:
             low_res_size=self.low_res_size,
             denormalize=self.encoder.normalizer.invertible,
         )
-        features: Tensor = getattr(maps, part).float()
+        features: Tensor = getattr(maps, map_name).float()
         check_finite(features)
         return features
 
@@ -161,14 +161,14 @@ class FeatureCache:
 
     Args:
         reader: Of the features.
-        part: The map to cache.
+        map_name: The map to cache.
         folder: Of the files; it may have those of other encoders.
         limit: Most bytes of all files of the folder.
     """
 
-    def __init__(self, reader: FeatureReader, part: Part, folder: Path, limit: int) -> None:
-        self.reader, self.part, self.folder, self.limit = reader, part, folder, limit
-        self.key = digest(encoder_key(reader.encoder), reader.image_size, reader.low_res_size, part)
+    def __init__(self, reader: FeatureReader, map_name: MapName, folder: Path, limit: int) -> None:
+        self.reader, self.map_name, self.folder, self.limit = reader, map_name, folder, limit
+        self.key = digest(encoder_key(reader.encoder), reader.image_size, reader.low_res_size, map_name)
         self._used = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         self._full = False
 
@@ -183,7 +183,7 @@ class FeatureCache:
         if cached is not None:
             return cached
         image = decode_image(pair.root / pair.image, name=pair.image, upright=False)
-        features = self.reader.read(image, self.part)[0].cpu()
+        features = self.reader.read(image, self.map_name)[0].cpu()
         half = features.half()
         computed = Features(half if half.isfinite().all() else features, (image.height, image.width))
         self._store(path, computed)
@@ -242,7 +242,7 @@ class Head:
 
 def train_head(
     reader: FeatureReader,
-    part: Part,
+    map_name: MapName,
     data: TrainingData,
     schedule: Schedule,
     *,
@@ -255,7 +255,7 @@ def train_head(
 
     Args:
         reader: Of the features.
-        part: The map to train on.
+        map_name: The map to train on.
         data: Training pictures and targets.
         schedule: Of the training.
         cache_dir: Folder for features and heads; None: ``scratch``.
@@ -268,7 +268,7 @@ def train_head(
     """
     with ExitStack() as stack:
         folder = cache_dir or scratch or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="featsharp-")))
-        cache = FeatureCache(reader, part, folder / "features", cache_limit)
+        cache = FeatureCache(reader, map_name, folder / "features", cache_limit)
         files = [[file_key(pair.root, pair.image), file_key(pair.root, pair.label)] for pair in data.pairs]
         name = digest(cache.key, files, *data.key, asdict(schedule))
         path = folder / "heads" / f"{name}.safetensors"

@@ -29,7 +29,7 @@ from featsharp.data.images import decode_image
 from featsharp.errors import ConfigError, DataError
 from featsharp.evaluation.estimates import bootstrap_sums
 from featsharp.evaluation.features import find_low_res_size, shown_size
-from featsharp.evaluation.head import FeatureReader, Head, Part, Schedule, TrainingData, train_head
+from featsharp.evaluation.head import FeatureReader, Head, MapName, Schedule, TrainingData, train_head
 from featsharp.evaluation.keys import file_key
 from featsharp.evaluation.layouts.labels import VOID, FolderOptions, LabelCode, LabelledImage, check_sizes
 from featsharp.evaluation.layouts.segmentation import LAYOUTS, SegmentationData, open_segmentation
@@ -113,7 +113,7 @@ class SegmentationTask(Task):
         low_res = find_low_res_size(encoder, self.low_res_size)
         return train_head(
             FeatureReader(encoder, shown_size(encoder, low_res), low_res),
-            self._part(encoder),
+            self._map_name(encoder),
             self.training_data(self._label_size(encoder, low_res)),
             Schedule(self.steps, self.batch, self.learning_rate, self.seed),
             cache_dir=self.cache_dir,
@@ -122,7 +122,7 @@ class SegmentationTask(Task):
             progress=run.progress,
         )
 
-    def _part(self, encoder: SharpEncoder) -> Part:
+    def _map_name(self, encoder: SharpEncoder) -> MapName:
         if self.head == "own":
             return "high_res"
         if self.head != "low-res":

@@ -162,17 +162,17 @@ def test_by_quality_where_it_is_known(planted):
     assert "tile: no quality: cannot be compared" in lines
 
 
-def test_a_limit_on_memory_is_kept_in_parts_or_not_at_all(planted):
+def test_a_limit_on_memory_is_kept_in_chunks_or_not_at_all(planted):
     task = RecommendTask("toy-vit", upsampler=["bilinear", "hungry", "patient"], memory="100MiB", repeat=2)
     result = task.run(CPU, None, progress=False)
     assert result["memory"] == 100 * MIB
-    assert "of 100MiB and cannot work in parts" in reason(result, "hungry")
+    assert "of 100MiB and cannot work in chunks" in reason(result, "hungry")
     patient = row_of(result, "patient")
     assert patient["in_parts"]
     assert patient["peak_bytes"] <= 100 * MIB
     assert not row_of(result, "bilinear")["in_parts"]
     assert all(row["peak_bytes"] <= 100 * MIB for row in result["ranked"])
-    assert any(line.startswith("patient") and line.endswith("in parts") for line in task.table(result))
+    assert any(line.startswith("patient") and line.endswith("in chunks") for line in task.table(result))
 
 
 def test_a_limit_that_parts_do_not_keep_either(planted):
