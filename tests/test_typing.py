@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # An unused `type: ignore` is an error of its own under --strict: the mistyped name below has to be noticed.
 SNIPPET = """
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -22,7 +22,7 @@ from featsharp import SharpEncoder, UpsampleFeatures, UpsampleLayer, load_from_f
 from featsharp.backbones import Backbone
 from featsharp.extraction import MappedFeatures
 from featsharp.training.loggers import VizWriter
-from featsharp.upsamplers import Encode, Upsampler
+from featsharp.upsamplers import Encode, StridedEncode, Upsampler
 
 encoder = load_from_file("vits14-focus/featsharp-2x", max_memory="2GiB")
 assert_type(encoder, SharpEncoder)
@@ -51,6 +51,14 @@ class Nearest(Upsampler):
     ) -> UpsampleFeatures:
         low_res, summary = encode(image)
         return UpsampleFeatures(low_res, low_res.repeat_interleave(2, -1).repeat_interleave(2, -2), summary)
+
+
+def call_with_custom_features(upsampler: Upsampler, encode: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> Tensor:
+    return upsampler.forward(images, encode, (64, 64)).high_res
+
+
+strided: StridedEncode = encoder.encode
+encode: Encode = strided
 
 
 class PrintWriter(VizWriter):

@@ -20,7 +20,7 @@ from featsharp.upsamplers import (  # noqa: F401  (registers them)
     stride,
     tile,
 )
-from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler
+from featsharp.upsamplers.base import Encode, GuidedUpsampler, StridedEncode, UpsampleFeatures, Upsampler
 from featsharp.upsamplers.custom import from_function
 from featsharp.upsamplers.registration import (
     UPSAMPLERS,
@@ -32,6 +32,7 @@ __all__ = [
     "UPSAMPLERS",
     "Encode",
     "GuidedUpsampler",
+    "StridedEncode",
     "UpsampleFeatures",
     "Upsampler",
     "create_upsampler",

@@ -30,14 +30,26 @@ class Encode(Protocol):
 
     Args:
         images: [N, 3, h*p, w*p], whitened, patches of p pixels.
-        patch_stride: Pixels from token to token; left out for the patch size. Only the upsampler "stride" gives it, so
-            a custom function for other upsamplers need not take it.
 
     Returns:
         Features [N, C, h, w] and the summary [N, C_s], or None where the backbone has none.
     """
 
-    def __call__(self, images: Tensor, /, *, patch_stride: int | None = None) -> tuple[Tensor, Tensor | None]: ...
+    def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor | None]: ...
+
+
+class StridedEncode(Protocol):
+    """An :class:`Encode` whose patches may overlap, as the upsampler "stride" needs it.
+
+    Args:
+        images: See :class:`Encode`.
+        patch_stride: Pixels from token to token; left out for the patch size.
+
+    Returns:
+        As :class:`Encode`, with ``1 + (H - p) // patch_stride`` tokens along an axis of H pixels.
+    """
+
+    def __call__(self, images: Tensor, /, *, patch_stride: int = ...) -> tuple[Tensor, Tensor | None]: ...
 
 
 class UpsampleFeatures(NamedTuple):

