@@ -178,7 +178,7 @@ def sibling_problems(package: Path) -> list[str]:
 
 
 def back_door_problems(package: Path) -> list[str]:
-    """Signatures that are inspected, methods that are replaced, functions kept to be swapped, silenced assignments."""
+    """Signatures that are inspected, methods replaced or kept, functions kept to be swapped, silenced assignments."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sources(package)}
     methods = method_names(trees.values())
     all_functions = set().union(*map(own_functions, trees.values()))
@@ -198,6 +198,8 @@ def back_door_problems(package: Path) -> list[str]:
             for target in assigned(node):
                 if target.attr in methods:
                     problems.append(f"{where}:{target.lineno}: replaces the method {ast.unparse(target)}")
+                elif (name := passed_method(node.value, methods)) is not None:
+                    problems.append(f"{where}:{target.lineno}: keeps the method {name} in {ast.unparse(target)}")
                 elif getattr(node.value, "id", None) in functions:
                     problems.append(
                         f"{where}:{target.lineno}: keeps a function in {ast.unparse(target)}, to be swapped"
@@ -255,6 +257,16 @@ def assigned(node: ast.AST) -> list[ast.Attribute]:
     else:
         targets = [node.target] if isinstance(node, ast.AnnAssign) and node.value is not None else []
     return [target for target in targets if isinstance(target, ast.Attribute)]
+
+
+def passed_method(value: ast.AST, methods: set[str]) -> str | None:
+    """The first method of another object that is an argument of a call, as in ``wrap(module.forward)``."""
+    for call in ast.walk(value):
+        for argument in [*call.args, *(k.value for k in call.keywords)] if isinstance(call, ast.Call) else ():
+            is_method = isinstance(argument, ast.Attribute) and argument.attr in methods
+            if is_method and ast.unparse(argument) != f"self.{argument.attr}":  # which may be called back
+                return ast.unparse(argument)
+    return None
 
 
 def comments(path: Path) -> list[tuple[int, str]]:
@@ -471,6 +483,14 @@ def test_bases_of_upsamplers_may_be_imported(tmp_path):
         (
             "from featsharp.ops import g\nclass A:\n    def f(self):\n        self._call = g\n",
             "keeps a function in self._call",
+        ),
+        (
+            "class A:\n    def f(self, obj, g):\n        self.x = g(obj.forward)\n",
+            "keeps the method obj.forward in self.x",
+        ),
+        (
+            "class A:\n    def f(self, obj, g):\n        self.x: B = g(1, h(k=self.y.f))\n",
+            "keeps the method self.y.f in self.x",
         ),
         ("x = 1  # type: ignore[method-assign]\n", "silences"),
     ],

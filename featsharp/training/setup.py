@@ -33,7 +33,6 @@ from featsharp.training.feature_cache import CachedBackbone
 from featsharp.training.least_squares import check_linear_fit, fit_linear
 from featsharp.training.loggers import NullWriter, VizWriter, get_visualizer
 from featsharp.training.objectives import Objective, create_objective
-from featsharp.training.wrapped import UncompiledBackbone
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +63,8 @@ def build(config: RunConfig, world: World) -> Parts:
     if config.feature_cache.samples:
         wrapped = CachedBackbone(wrapped, expand_path(config.feature_cache.folder))
     if config.compile_model:
+        from featsharp.training.uncompiled import UncompiledBackbone
+
         wrapped = UncompiledBackbone(wrapped)
     torch.manual_seed(config.seed)
     encoder = create_encoder(

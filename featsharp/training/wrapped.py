@@ -1,6 +1,5 @@
 """Wrappers of backbones that change only how features are computed."""
 
-import torch
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone, BackboneOutput
@@ -23,7 +22,7 @@ class WrappedBackbone(Backbone):
         self.backbone = backbone
         self.autocast_dtype = backbone.autocast_dtype
         self.embeds_patches = backbone.embeds_patches
-        self.feature_options = backbone.feature_options
+        self.feature_options = dict(backbone.feature_options)
         self.freeze()
 
     def extract(self, images: Tensor) -> BackboneOutput:
@@ -36,15 +35,3 @@ class WrappedBackbone(Backbone):
     def weights_hash(self) -> str:
         """Return the hash of the wrapped backbone."""
         return self.backbone.weights_hash()
-
-
-class UncompiledBackbone(WrappedBackbone):
-    """A backbone that ``torch.compile`` leaves out of its graphs, as compiling it takes minutes."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__(backbone)
-        self._run = torch.compiler.disable(backbone.forward)
-
-    def forward(self, images: Tensor) -> BackboneOutput:
-        """See :meth:`Backbone.forward`."""
-        return self._run(images)

@@ -1,5 +1,7 @@
 """Features are computed once per image, kept in half precision, and never taken for another's."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.training.feature_cache import CachedBackbone
-from featsharp.training.wrapped import UncompiledBackbone
+from featsharp.training.uncompiled import UncompiledBackbone
 
 
 class Counting(Backbone):
@@ -140,3 +142,12 @@ def test_a_wrapped_backbone_is_known_by_what_is_inside(tmp_path, wrap):
     torch.testing.assert_close(wrapped.with_patch_stride(4)(images).features, expected, rtol=1e-3, atol=1e-3)
     assert wrapped.fit_size(70, 90) == backbone.fit_size(70, 90)
     assert not wrapped.train().training
+
+
+def test_a_backbone_outside_the_graphs_can_be_copied_and_pickled():
+    wrapped = UncompiledBackbone(Counting(2.0))
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    expected = 2 * nn.functional.avg_pool2d(images, 8)
+    for copied in (copy.deepcopy(wrapped).double(), pickle.loads(pickle.dumps(wrapped)).double()):
+        torch.testing.assert_close(copied(images).features, expected)
+    assert wrapped.backbone.seen == 0

@@ -34,7 +34,7 @@ from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewO
 from featsharp.training.optim import OptimConfig
 from featsharp.training.signals import Terminated
 from featsharp.training.trainer import Trainer, Validation
-from featsharp.training.wrapped import UncompiledBackbone
+from featsharp.training.uncompiled import UncompiledBackbone
 
 ALONE = World(0, 1, torch.device("cpu"))
 VIEWS = ViewConfig(num_views=3, jitter_zoom=(0.9, 1.6), rotation=8.0, shift=0.15)
