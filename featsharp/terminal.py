@@ -1,11 +1,12 @@
 """Output of commands in a terminal: log messages, progress bars, tables."""
 
 import argparse
+import contextlib
 import logging
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -57,20 +58,39 @@ def set_up_terminal(verbosity: int = 0, *, usual: int = logging.WARNING) -> None
     logging.getLogger("featsharp").setLevel(level)
 
 
-def with_progress(items: Sequence[T], label: str, wanted: bool = True) -> Iterator[T]:
-    """Iterate over the items, with a progress bar on stderr where ``wanted``.
+@contextlib.contextmanager
+def progress_bar(
+    label: str, total: int | None, *, start: int = 0, unit: str = "it", wanted: bool = True
+) -> Iterator[Callable[[str], object]]:
+    """Show a progress bar on stderr where ``wanted``; yields the function that advances it, with a text beside it.
 
     There is none under ``-q``, where stderr is no terminal, and without tqdm (of the extra ``train``).
     """
-    if wanted and logging.getLogger("featsharp").isEnabledFor(logging.WARNING):
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            pass
-        else:
-            yield from tqdm(items, desc=label, file=sys.stderr, disable=None, leave=False)
-            return
-    yield from items
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        wanted = False
+    if not wanted or not logging.getLogger("featsharp").isEnabledFor(logging.WARNING):
+        yield lambda text: None
+        return
+    with tqdm(desc=label, total=total, initial=start, unit=unit, file=sys.stderr, disable=None, leave=False) as bar:
+
+        def advance(text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
+
+        yield advance
+
+
+def with_progress(
+    items: Iterable[T], label: str, wanted: bool = True, *, total: int | None = None, unit: str = "it"
+) -> Iterator[T]:
+    """Iterate over the items, ``total`` of them where they have no length, with a :func:`progress_bar`."""
+    total = len(items) if isinstance(items, Sized) else total
+    with progress_bar(label, total, unit=unit, wanted=wanted) as advance:
+        for item in items:
+            yield item
+            advance("")
 
 
 def align(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> list[str]:

@@ -1,10 +1,13 @@
 """Tables, wrapped text, levels of messages."""
 
+import contextlib
 import logging
+import os
+import termios
 
 import pytest
 
-from featsharp.terminal import align, parse_verbosity, set_up_terminal, with_progress, wrap
+from featsharp.terminal import align, parse_verbosity, progress_bar, set_up_terminal, with_progress, wrap
 
 ROWS = [("a", "1"), ("longer", "2.25")]
 
@@ -57,8 +60,26 @@ def test_levels(verbosity, level):
     assert logging.getLogger("featsharp").level == level
 
 
-def test_there_is_no_bar_under_q(capsys):
-    """Nor anywhere that is no terminal, but there tqdm itself keeps still."""
-    set_up_terminal(-1)
+@pytest.mark.parametrize(("verbosity", "wanted", "shown"), [(0, True, True), (-1, True, False), (0, False, False)])
+def test_a_bar_is_shown_on_a_terminal_but_not_under_q(verbosity, wanted, shown):
+    terminal, program = os.openpty()
+    termios.tcsetwinsize(program, (24, 80))
+    set_up_terminal(verbosity)
+    with open(program, "w") as stream, contextlib.redirect_stderr(stream):
+        assert list(with_progress(iter("ab"), "label", wanted, total=2)) == ["a", "b"]
+        with progress_bar("training", 7, start=3, wanted=wanted) as advance:
+            advance("loss=0.5")
+        stream.write("end")
+        stream.flush()
+        text = ""
+        while not text.endswith("end"):  # a terminal passes on in pieces
+            text += os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert ("label:" in text and "training:" in text) == shown
+    assert shown or text == "end"
+
+
+def test_there_is_no_bar_in_a_file(capsys):
+    set_up_terminal()
     assert list(with_progress([1, 2], "label")) == [1, 2]
     assert capsys.readouterr().err == ""

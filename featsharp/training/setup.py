@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +26,7 @@ from featsharp.files import remove_leftovers, write_file
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics, StatisticsKey, fit_with_cache
 from featsharp.normalizers.base import Normalizer
+from featsharp.terminal import with_progress
 from featsharp.training.config import RunConfig, public_form, to_yaml
 from featsharp.training.distributed import World, copy_from_main, merge_statistics
 from featsharp.training.feature_cache import CachedBackbone
@@ -97,11 +97,8 @@ def fit_before_training(parts: Parts, config: RunConfig, world: World) -> list[t
     fit_normalizer(encoder.normalizer, parts.backbone, encoder.input_conditioner, config, world)
     if not config.linear_fit.samples:
         return []
-    from tqdm import tqdm
-
     steps, batches = first_samples(parts.dataset, config.linear_fit.samples, config.batch_size, config, world)
-    disable = not (config.progress and world.is_main)
-    shown = tqdm(batches, total=steps, desc="linear fit", unit="batch", file=sys.stderr, disable=disable)
+    shown = with_progress(batches, "linear fit", config.progress and world.is_main, total=steps, unit="batch")
     return fit_linear(encoder, shown, config.linear_fit.ridge, encoder.backbone.input_size, world)
 
 

@@ -1,7 +1,6 @@
 """The training loop: step, log, validate, save, resume."""
 
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +19,7 @@ from featsharp.device import autocast_dtype
 from featsharp.errors import unknown_name
 from featsharp.layers.spectral import add_spectral, spectral_norms
 from featsharp.model import SharpEncoder
+from featsharp.terminal import progress_bar
 from featsharp.training.config import RunConfig, public_form
 from featsharp.training.distributed import (
     World,
@@ -131,8 +131,6 @@ class Trainer:
         Raises:
             Terminated: On SIGTERM, after the step was finished and saved, on every process.
         """
-        from tqdm import tqdm
-
         last_step, is_main = self.config.num_training_steps, self.world.is_main
         if is_main:
             count = sum(p.numel() for p in self.trained.parameters())
@@ -143,21 +141,15 @@ class Trainer:
                 self.save()  # a run that is killed in its first steps need not fit again
         if self._is_due(self.config.val_frequency) and self.validated != self.step < last_step:
             self._save_and_validate()  # the earlier run was killed after saving, before validating
-        bar = tqdm(
-            total=last_step,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            file=sys.stderr,
-            disable=not (self.config.progress and is_main),
-        )
+        wanted = self.config.progress and is_main
+        bar = progress_bar("training", last_step, start=self.step, unit="step", wanted=wanted)
         loaded = load_views(self.dataset, self._sampler(), self.config.num_workers, self.positions)
-        with closing(loaded), bar, self.term:
+        with closing(loaded), bar as advance, self.term:
             for batches in self._batches_of_steps(loaded):
                 losses = self.train_step(*batches)
-                bar.set_postfix(loss=f"{losses.reconstruction.item():.4f}", refresh=False)  # waits for the device
+                loss = losses.reconstruction.item()  # waits for the device
                 self.clock.step_done()
-                bar.update()
+                advance(f"loss={loss:.4f}")
                 self._report(losses)
                 if self.step < last_step and any_process(self.term.came, self.world):
                     self._save_and_stop()
