@@ -76,17 +76,18 @@ def train(config: "RunConfig") -> "Trainer":
     parts = build(config, world)
     validate = ValidationSamples(config.val_data_dir, config.viz.num_images) if world.is_main else None
     with contextlib.ExitStack() as stack:
+        skipped: list[tuple[str, str]] = []
         if earlier is None:
             writer = stack.enter_context(open_writer(config, folder, world))
             skipped = fit_before_training(parts, config, world)
-            trainer = Trainer(*parts[1:], config, folder, world, validate=validate, skipped=skipped)
-        else:
-            trainer = Trainer(*parts[1:], config, folder, world, validate=validate)
+        trainer = Trainer(
+            parts.encoder, parts.objective, parts.dataset, config, folder, world, validate=validate, skipped=skipped
+        )
+        if earlier is not None:
             trainer.restore(earlier, folder / LAST)
             writer = stack.enter_context(open_writer(config, folder, world, trainer.step))
         del earlier
-        trainer.writer = writer
-        trainer.run()
+        trainer.run(writer)
     return trainer
 
 

@@ -76,9 +76,6 @@ class Trainer:
         world: Rank of this process.
         validate: Called on rank 0 every ``val_frequency`` steps and at the end.
         skipped: Names of the images that the fits before a new run skipped, and reasons.
-
-    Attributes:
-        writer: Of scalars and pictures, on rank 0 alone; set it before :meth:`run`.
     """
 
     def __init__(
@@ -95,7 +92,7 @@ class Trainer:
     ) -> None:
         self.encoder, self.objective, self.dataset, self.config = encoder, objective, dataset, config
         self.folder, self.world, self.validate = folder, world, validate
-        self.writer: VizWriter = NullWriter()
+        self._writer: VizWriter = NullWriter()
         if config.spectral:
             for module in encoder.upsampler.spectral_modules():
                 add_spectral(module)
@@ -121,16 +118,20 @@ class Trainer:
         self.term = TermSignal()
         self.clock = StepClock()
 
-    def run(self) -> None:
+    def run(self, writer: VizWriter | None = None) -> None:
         """Train to the last step, then save and validate.
 
         Random numbers and samples of a step follow from its number, so checkpoints need neither, except for positions
         in streams (only decoding shows how many of their images are unusable). A resumed run therefore needs the same
         number of processes, and with streams of workers, as each reads a separate sequence.
 
+        Args:
+            writer: Of scalars and pictures, on rank 0 alone.
+
         Raises:
             Terminated: On SIGTERM, after the step was finished and saved, on every process.
         """
+        self._writer = writer or NullWriter()
         last_step, is_main = self.config.num_training_steps, self.world.is_main
         if is_main:
             count = sum(p.numel() for p in self.trained.parameters())
@@ -289,7 +290,7 @@ class Trainer:
         config, step = self.config, self.step
         if config.log_frequency and step % config.log_frequency == 0:
             for name, value in self._scalars(losses).items():
-                self.writer.scalar(name, value, step)
+                self._writer.scalar(name, value, step)
         if step == config.num_training_steps:
             return  # run() saves and validates at the end
         if self._is_due(config.val_frequency):
@@ -354,9 +355,9 @@ class Trainer:
         with torch.no_grad():
             result = self.validate(self.encoder, self.objective)
         for name, value in result.scalars.items():
-            self.writer.scalar(name, value, self.step)
+            self._writer.scalar(name, value, self.step)
         for name, image in result.images.items():
-            self.writer.image(name, image, self.step)
+            self._writer.image(name, image, self.step)
         self.validated = self.step
         if self.best_among not in (None, result.samples):
             logger.info("the validation samples are others than before: the best checkpoint is chosen anew")

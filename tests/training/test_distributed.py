@@ -113,8 +113,7 @@ def watch(world: World) -> None:
     config = RunConfig(num_training_steps=3, batch_size=2, num_workers=0, log_frequency=1, progress=False)
     writer = Notes()
     trainer = Trainer(encoder, objective, dataset, config, folder / "out", world)
-    trainer.writer = writer
-    trainer.run()
+    trainer.run(writer)
     shares = gather_objects(trainer.clock.wait_share, world)
     assert shares[0] < 0.3 < shares[1]
     if world.is_main:

@@ -52,8 +52,8 @@ def train_part(photos: Path, folder: Path, dtype: str, world: World) -> None:
     settings = {"objective": PLAIN, "batch_size": 1, "accumulation_steps": 2, "dtype": dtype, "world": world}
     gradients = gradients_of(trainer_of(photos, folder, **settings), world)
     writer = Recorder()
-    trainer = trainer_of(photos, folder, writer=writer, num_training_steps=3, **settings)
-    trainer.run()
+    trainer = trainer_of(photos, folder, num_training_steps=3, **settings)
+    trainer.run(writer)
     # Buffers too: the singular vectors of the spectral norms follow from the weights alone, nothing has to be sent.
     assert_same_everywhere(trainer.encoder.state_dict(), world)
     assert_same_everywhere(trainer.objective.state_dict(), world)
@@ -88,7 +88,7 @@ def test_two_processes_that_accumulate_equal_one_with_the_whole_batch(photos, pa
     half = gradients_of(trainer_of(photos, tmp_path, **{**settings, "batch_size": 2}), ALONE)
     assert (half - expected).abs().max() > 10 * error
     writer = Recorder()
-    trainer_of(photos, tmp_path / "one", writer=writer, num_training_steps=3, **settings).run()
+    trainer_of(photos, tmp_path / "one", num_training_steps=3, **settings).run(writer)
     assert found["losses"] == pytest.approx(writer.values["loss/total"], rel=max(1e-3, ROUNDING[dtype]))
 
 

@@ -82,7 +82,6 @@ def trainer_of(
     encoder: SharpEncoder | None = None,
     *,
     objective: MultiViewConfig = DROPOUT,
-    writer: Recorder | None = None,
     validate: object = None,
     world: World = ALONE,
     dtype: str = "float32",
@@ -107,7 +106,7 @@ def trainer_of(
         "progress": False,
         "upsampler": UpsamplerConfig(dtype=dtype),
     }
-    trainer = Trainer(
+    return Trainer(
         encoder,
         MultiViewObjective(encoder.embed_dim, encoder.factor, objective),
         ViewDataset(ImageMixture.from_data_dir(str(photos)), (128, 128), VIEWS, seed=0),
@@ -116,8 +115,6 @@ def trainer_of(
         world,
         validate=validate,  # type: ignore[arg-type]
     )
-    trainer.writer = writer or Recorder()
-    return trainer
 
 
 def assert_equal(found: object, expected: object) -> None:
@@ -145,7 +142,6 @@ def test_loss_falls_and_the_run_ends_at_the_last_step(photos, tmp_path):
         tmp_path,
         encoder,
         objective=settings,
-        writer=writer,
         num_training_steps=30,
         optim=OptimConfig(learning_rate=5e-3, jbu_learning_rate=5e-3),
     )
@@ -158,7 +154,7 @@ def test_loss_falls_and_the_run_ends_at_the_last_step(photos, tmp_path):
         return loss
 
     before = probe_loss()
-    trainer.run()
+    trainer.run(writer)
     assert probe_loss() < 0.95 * before
     assert trainer.step == 30
     assert list(writer.values["loss/total"]) == list(range(1, 31))
@@ -169,13 +165,13 @@ def test_loss_falls_and_the_run_ends_at_the_last_step(photos, tmp_path):
 
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(photos, tmp_path):
     whole = Recorder()
-    uninterrupted = trainer_of(photos, tmp_path / "whole", writer=whole)
-    uninterrupted.run()
-    first = trainer_of(photos, tmp_path / "parts", writer=Recorder(stop_at=5), checkpoint_frequency=3)
+    uninterrupted = trainer_of(photos, tmp_path / "whole")
+    uninterrupted.run(whole)
+    first = trainer_of(photos, tmp_path / "parts", checkpoint_frequency=3)
     with pytest.raises(KeyboardInterrupt):
-        first.run()
+        first.run(Recorder(stop_at=5))
     rest = Recorder()
-    second = trainer_of(photos, tmp_path / "parts", writer=rest)
+    second = trainer_of(photos, tmp_path / "parts")
     # What is not in the checkpoint must not matter: other weights, another fit, another random state.
     for parameter in second.parameters:
         parameter.data.normal_()
@@ -184,7 +180,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(photos, tmp_path):
             value.normal_()
     second.resume(tmp_path / "parts" / "last.pth")
     assert second.step == 3
-    second.run()
+    second.run(rest)
     assert_equal(second.state(), uninterrupted.state())
     assert_equal(second.encoder.state_dict(), uninterrupted.encoder.state_dict())
     for name, values in rest.values.items():
@@ -206,9 +202,9 @@ def test_accumulated_batches_equal_one_large_batch(photos, tmp_path):
     for name, sizes in (("large", (4, 1)), ("many", (2, 2)), ("small", (2, 1))):
         writer = Recorder()
         trainer = trainer_of(
-            *(photos, tmp_path / name), writer=writer, objective=PLAIN, batch_size=sizes[0], accumulation_steps=sizes[1]
+            *(photos, tmp_path / name), objective=PLAIN, batch_size=sizes[0], accumulation_steps=sizes[1]
         )
-        trainer.run()
+        trainer.run(writer)
         losses.append(list(writer.values["loss/total"].values()))
         # Of views in the middle of the data, for the same weights; the optimiser would magnify what rounding does.
         fresh = trainer_of(photos, tmp_path / "x", objective=PLAIN)
@@ -224,9 +220,9 @@ def test_accumulated_batches_equal_one_large_batch(photos, tmp_path):
 def test_accumulation_goes_on_at_its_place_in_the_data(photos, tmp_path):
     settings = {"objective": PLAIN, "num_training_steps": 4, "accumulation_steps": 2}
     whole = weights_after(trainer_of(photos, tmp_path / "whole", **settings))
-    stopped = trainer_of(photos, tmp_path / "parts", writer=Recorder(stop_at=3), checkpoint_frequency=2, **settings)
+    stopped = trainer_of(photos, tmp_path / "parts", checkpoint_frequency=2, **settings)
     with pytest.raises(KeyboardInterrupt):
-        stopped.run()
+        stopped.run(Recorder(stop_at=3))
     resumed = trainer_of(photos, tmp_path / "parts", **settings)
     resumed.resume(tmp_path / "parts" / "last.pth")
     assert_equal(weights_after(resumed), whole)
@@ -285,19 +281,19 @@ def test_what_was_killed_before_its_validation_is_validated_when_it_goes_on(phot
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     writer = Recorder()
-    trainer = trainer_of(photos, tmp_path, validate=look, writer=writer, **settings)
+    trainer = trainer_of(photos, tmp_path, validate=look, **settings)
     trainer.resume(tmp_path / "last.pth")
-    trainer.run()
+    trainer.run(writer)
     assert writer.values["val/score"] == scores
     assert read_checkpoint(tmp_path / "best.pth")["training"]["step"] == 2
 
 
 def test_sigterm_ends_the_run_after_its_step_and_saves(photos, tmp_path):
     writer = Recorder(act=lambda step: signal.raise_signal(signal.SIGTERM) if step == 3 else None)
-    trainer = trainer_of(photos, tmp_path, writer=writer)
+    trainer = trainer_of(photos, tmp_path)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Terminated, match="after step 3, which is saved"):
-        trainer.run()
+        trainer.run(writer)
     assert read_checkpoint(tmp_path / "last.pth")["training"]["step"] == 3
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -425,8 +421,8 @@ def test_best_and_last_checkpoint_load(photos, tmp_path):
         torch.rand(3)  # what validation draws must not change the run
         return Validation(scores[trainer.step], {"val/score": scores[trainer.step]}, {"val/x": torch.zeros(3, 2, 2)})
 
-    trainer = trainer_of(photos, tmp_path / "a", writer=writer, validate=look, val_frequency=2)
-    trainer.run()
+    trainer = trainer_of(photos, tmp_path / "a", validate=look, val_frequency=2)
+    trainer.run(writer)
     assert writer.values["val/score"] == scores
     assert writer.pictures == [("val/x", 2), ("val/x", 4), ("val/x", 6)]
     for name, step in (("best.pth", 4), ("last.pth", 6)):
@@ -459,9 +455,9 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(photos, t
         if step == 3:
             trainer.encoder.bias_buffer.buffer.data[:] = float("nan")  # type: ignore[union-attr]
 
-    trainer = trainer_of(photos, tmp_path, writer=Recorder(act=poison), checkpoint_frequency=2)
+    trainer = trainer_of(photos, tmp_path, checkpoint_frequency=2)
     with pytest.raises(InputError, match="training loss is nan"):
-        trainer.run()
+        trainer.run(Recorder(act=poison))
     content = read_checkpoint(tmp_path / "last.pth")
     assert content["training"]["step"] == 2
     assert all(value.isfinite().all() for value in content["model"].values() if value.is_floating_point())
@@ -502,7 +498,7 @@ def test_skipped_images_are_counted_and_logged_once(photos, tmp_path, caplog):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "broken.png").write_bytes(b"")
     writer = Recorder()
-    trainer_of(tmp_path, tmp_path / "out", writer=writer, num_training_steps=9).run()
+    trainer_of(tmp_path, tmp_path / "out", num_training_steps=9).run(writer)
     counted = writer.values["data/skipped"][9]
     assert counted >= 2  # met in each epoch
     lines = [message for message in caplog.messages if message.startswith("skipped ") and "broken.png" in message]
