@@ -106,7 +106,10 @@ class Trainer:
         self.scaler = build_scaler(world.device, self.autocast_dtype)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if config.compile_model:
-            compile_upsampler(encoder, config.compile_backend)
+            backends = torch.compiler.list_backends(exclude_tags=())
+            if config.compile_backend not in backends:
+                raise unknown_name("compile_backend", config.compile_backend, backends)
+            encoder.compile(backend=config.compile_backend, dynamic=None)  # the sizes of a run are few
         self.step = 0
         self.validated = -1  # the last step that was validated
         self.best_score = float("-inf")
@@ -377,15 +380,3 @@ def average_losses(losses: Losses, world: World) -> Losses:
     add_over_processes([values], world)
     total, reconstruction, *terms = (values / world.size).unbind()
     return Losses(total, reconstruction, dict(zip(losses.terms, terms, strict=True)))
-
-
-def compile_upsampler(encoder: SharpEncoder, backend: str) -> None:
-    """Compile the upsampler in place: names and tensors stay.
-
-    Raises:
-        ConfigError: For a backend that does not exist.
-    """
-    known = torch.compiler.list_backends(exclude_tags=())
-    if backend not in known:
-        raise unknown_name("compile_backend", backend, known)
-    encoder.upsampler.compile(backend=backend)
