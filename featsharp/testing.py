@@ -125,7 +125,7 @@ def _any_output_size(build: Build, device: str) -> None:
 @_check
 def _impossible_factors(build: Build, device: str) -> None:
     """Factors that no method has, and fractions where only whole ones work, are refused when building."""
-    for factor in (0, -2, 0.5, math.nan, math.inf, True, "2", None):
+    for factor in (0, -2, 0.5, math.nan, math.inf, True, "2"):
         _refuses(ConfigError, build, CHANNELS, factor)
     if _build(build, device).factors != "any":
         _refuses(ConfigError, build, CHANNELS, 1.5)

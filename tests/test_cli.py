@@ -210,12 +210,14 @@ def test_ls_prints_every_name_with_a_description(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[0] == "weights:"
 
 
+@pytest.mark.slow
 def test_the_table_in_the_documentation_is_the_one_of_the_command(capsys):
     assert run("ls", "upsamplers", "--markdown") == 0
     document = Path(__file__).resolve().parents[1] / "docs" / "upsamplers.md"
     assert capsys.readouterr().out in document.read_text()
 
 
+@pytest.mark.slow
 def test_a_function_of_the_users_is_benchmarked_and_evaluated_like_any_other(capsys, tmp_path):
     """P16."""
     names = ["--upsamplers", f"{__name__}:nearest", "bilinear", "--factors", "2", "--repeat", "2"]

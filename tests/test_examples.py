@@ -18,6 +18,7 @@ def decoder(monkeypatch):
     sys.modules.pop("train_decoder", None)
 
 
+@pytest.mark.slow
 def test_a_decoder_with_a_sharp_upsampler_beats_bilinear(decoder):
     """E26: trained end to end, by the labels alone."""
     bilinear, sharp = (decoder.train_decoder(name, steps=60) for name in ("bilinear", "resize-conv"))

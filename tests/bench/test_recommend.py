@@ -101,6 +101,7 @@ def quality(encoder):
     return {"zoom_cosine": 0.9 if isinstance(encoder.upsampler, Sleeper) else 0.5, "fidelity": 1.25}
 
 
+@pytest.mark.slow
 def test_by_time_where_no_quality_is_known(planted):
     task = RecommendTask("toy-vit", upsampler=COMPARED, repeat=3)
     result = task.run(CPU, None, progress=False)
@@ -162,6 +163,7 @@ def test_by_quality_where_it_is_known(planted):
     assert "tile: no quality: cannot be compared" in lines
 
 
+@pytest.mark.slow
 def test_a_limit_on_memory_is_kept_in_chunks_or_not_at_all(planted):
     task = RecommendTask("toy-vit", upsampler=["bilinear", "hungry", "patient"], memory="100MiB", repeat=2)
     result = task.run(CPU, None, progress=False)
@@ -274,6 +276,7 @@ def test_images_need_the_function_that_measures(photos):
     assert RecommendTask(limit=3).quality_images is None
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_ranked_the_first_reasons_are_given(planted):
     with pytest.raises(ConfigError, match=r"can be ranked: bilinear: takes .*; hungry: takes .*; and 4 more"):
         RecommendTask("toy-vit", upsampler=COMPARED, memory="1KiB").run(CPU, None, progress=False)

@@ -59,6 +59,7 @@ def test_what_cannot_be_is_listed_with_its_reason(found):
     assert any(line.startswith("not measured: sapa 1.5x: SAPA") for line in task.table(result))
 
 
+@pytest.mark.slow
 def test_a_backbone_of_one_size_has_no_larger_images_but_tiles():
     task = ThroughputTask("toy-vit-fixed", ("tile",), (2,), repeat=2)
     result = task.run(CPU, None, progress=False)
@@ -127,6 +128,7 @@ def test_the_table_says_what_the_figures_depend_on(found):
     assert result["attention"] == ["scaled_dot_product_flash_attention_for_cpu"]
 
 
+@pytest.mark.slow
 def test_every_case_runs_five_times():
     result = ThroughputTask("toy-vit", ("tile",), (2,), repeat=2).run(CPU, None, progress=False)
     assert {row["time"]["runs"] for row in result["rows"]} == {5}

@@ -187,6 +187,7 @@ def test_the_fusion_is_more_faithful_than_tiles_alone_and_jbu_alone(toys):
 # X7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["toy-vit", "planted"])
 @pytest.mark.parametrize("stage", ["start", "trained"])
 def test_semantics_are_kept(toys, planted, backbone, stage):
@@ -219,6 +220,7 @@ def test_the_cleaner_the_backbone_the_more_faithful_and_the_more_there_is_to_gai
 # E35
 
 
+@pytest.mark.slow
 def test_a_trained_upsampler_is_not_bilinear_and_has_sharper_boundaries(toys):
     """E35: F-measure of its edges against the known lines between regions, within three pixels."""
 

@@ -31,7 +31,7 @@ NEEDS = {
 
 def cases() -> list[Any]:
     return [
-        pytest.param(name, marks=[pytest.mark.slow] if case.slow or name.startswith("train/") else [])
+        pytest.param(name, marks=[pytest.mark.slow] if case.slow or name.startswith(("train/", "eval/")) else [])
         for name, case in CASES.items()
     ]
 

@@ -84,6 +84,7 @@ def test_an_error_of_the_data_passes_through():
         next(batches)
 
 
+@pytest.mark.slow
 def test_peak_of_resident_memory_grows_with_what_is_held():
     """In a process of its own: the tests before may have held far more, which must not count."""
     ballast = b"x" * 2**30
