@@ -88,6 +88,7 @@ def test_wheel_holds_nothing_else(wheel):
     assert not [name for name in wheel.namelist() if "test_" in Path(name).name or name.endswith((".pyc", ".pth"))]
 
 
+@pytest.mark.slow
 def test_wheel_works_where_it_is_unpacked_without_optional_packages(wheel, tmp_path):
     """D1: no compiler, no build step, nothing from the checkout: unpacked beside torch it runs, and sets nothing."""
     wheel.extractall(tmp_path / "site")

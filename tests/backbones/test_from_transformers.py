@@ -971,6 +971,7 @@ def test_other_models_of_the_library_are_found_out(tmp_path):
         torch.testing.assert_close(backbone(images).features, expected)
 
 
+@pytest.mark.slow
 def test_full_width_of_siglip2_so400m(tmp_path):
     """The published widths at one block: 1152 channels, 16 heads, 32x32 tokens."""
     vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "image_size": 512}
@@ -984,6 +985,7 @@ def test_full_width_of_siglip2_so400m(tmp_path):
         assert backbone(pictures(1, (512, 512))).features.shape == (1, 1152, 32, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "siglip"])
 def test_the_adapter_costs_next_to_nothing(tmp_path, name):
     """Paired medians on a model of some size; the bound leaves room for the noise of a shared machine."""

@@ -142,6 +142,7 @@ def test_upsamplers_to_be_trained_pay_for_their_normalizer(planted):
     assert set(normalizers) == {"phi-s"}
 
 
+@pytest.mark.slow
 def test_by_quality_where_it_is_known(planted):
     task = RecommendTask("toy-vit", upsampler=COMPARED, repeat=2)
     measured = []

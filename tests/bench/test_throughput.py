@@ -158,6 +158,7 @@ def test_a_noisy_machine_is_pointed_out(found):
     assert line.endswith(": direct 1x")
 
 
+@pytest.mark.slow
 def test_a_function_of_the_users_that_fails_is_skipped_with_its_reason():
     result = ThroughputTask("toy-vit", ("json:dumps",), (2,)).run(CPU, None, progress=False)
     (skipped,) = (entry for entry in result["skipped"] if entry["factor"] == 2)
@@ -198,6 +199,7 @@ class Cramped(ToyViT):
         return super().extract(images)
 
 
+@pytest.mark.slow
 def test_points_that_do_not_fit_in_memory_are_listed_and_without_a_base_there_is_no_curve():
     backbone = Cramped("cramped")
     task = ThroughputTask(backbone, (), (2, 4), repeat=2)

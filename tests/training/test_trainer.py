@@ -196,6 +196,7 @@ def weights_after(trainer: Trainer) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in trainer.trained.named_parameters()}
 
 
+@pytest.mark.slow
 def test_accumulated_batches_equal_one_large_batch(photos, tmp_path):
     """In samples, gradients and reported losses."""
     losses, gradients = [], []
