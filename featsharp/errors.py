@@ -41,10 +41,29 @@ class MissingDependencyError(FeatSharpError, ImportError):
     """An optional package or weight file is absent; the message gives the install command."""
 
 
-def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> ConfigError:
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, of the machine or of an accelerator."""
+    # PyTorch's error has a class for accelerators only.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    texts = ("can't allocate memory", "Storage size calculation overflowed", "numel: integer multiplication overflow")
+    return named or any(text in str(error) for text in texts)
+
+
+def explain(error: Exception) -> str | None:
+    """Format an error that the user can act on in one line: ours, memory, files; None for a defect."""
+    if isinstance(error, FeatSharpError):
+        return str(error)
+    if out_of_memory(error):
+        return "memory ran out; ask for fewer or smaller things at once (sizes, batches), or give --max-memory if there"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return None
+
+
+def unknown_name(kind: str, given: object, allowed: Iterable[str]) -> ConfigError:
     """Make the error for a name that does not exist, with the nearest matches and all allowed names."""
     allowed = sorted(allowed)
-    nearest = difflib.get_close_matches(given, allowed, n=3, cutoff=0.5)
+    nearest = difflib.get_close_matches(str(given), allowed, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(repr(name) for name in nearest)}?" if nearest else "."
     return ConfigError(f"unknown {kind} {given!r}{hint} Available: {', '.join(allowed) or 'none'}")
 

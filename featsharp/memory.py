@@ -5,12 +5,14 @@ The settings of the allocator need Linux with glibc and change nothing elsewhere
 
 import ctypes
 import logging
+import math
 import re
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,10 +42,10 @@ def parse_memory(amount: int | str) -> int:
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     if isinstance(amount, bool) or not match or (match[2] or "B").lower() not in units:
         raise ConfigError(f"cannot read {amount!r} as an amount of memory; write bytes or for example '2GiB', '800MB'")
-    size = int(float(match[1]) * units[(match[2] or "B").lower()])
-    if size < 1:
-        raise ConfigError(f"an amount of memory must be at least one byte; got {amount!r}")
-    return size
+    size = float(match[1]) * units[(match[2] or "B").lower()]
+    if not 1 <= size < math.inf:
+        raise ConfigError(f"an amount of memory must be at least one byte, and finite; got {str(amount)[:40]!r}")
+    return int(size)
 
 
 def format_memory(size: int) -> str:
@@ -193,6 +195,18 @@ def return_freed_memory() -> Iterator[bool]:
             elif _returning == 0:
                 # The values that the allocator's dynamic adjustment, which cannot be turned on again, converges to.
                 _set_allocator({_M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: 2**26})
+
+
+def process_bytes(field: str) -> int:
+    """Read an amount that Linux counts for this process, such as "VmHWM", the peak of its resident set, in bytes.
+
+    Raises:
+        OSError: On other systems.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
 
 
 def trim_memory() -> None:

@@ -2,7 +2,7 @@
 
 =========  ==============================  =============================================================
 backbone   ``MODEL?key=value&key=value``   ``dinov2-l``, ``timm:vit_base_patch16_224.dino?layer=-2``
-upsampler  ``NAME[-FACTORx]``              ``bilinear``, ``tile-1.5x``, ``my_module:my_function-2x``
+upsampler  ``NAME[-FACTORx][?key=value]``  ``tile-1.5x``, ``views-2x?passes=4``, ``my_module:my_function-2x``
 labelled   ``[LABEL=]NAME``                ``ours=runs/last.pth``
 =========  ==============================  =============================================================
 
@@ -10,14 +10,18 @@ In Python the parts are arguments: ``create_backbone("dinov2-l", layer=-2)``, ``
 Their options are stored beside the names as values of JSON: :func:`plain_value`.
 """
 
+import json
+import os
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from featsharp.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 _UPSAMPLER = re.compile(r"(?P<name>[\w.:-]*\w)-(?P<factor>-?\d+(\.\d+)?)x")
 # Characters of paths that have a meaning among the options of a backbone.
@@ -91,17 +95,39 @@ def parse_upsampler(text: str, known: Container[str] = ()) -> tuple[str, float |
     return (match["name"], float(match["factor"])) if match else (text, None)
 
 
+def split_options(text: str) -> tuple[str, dict[str, Any]]:
+    """Split the options, values of JSON or text, off the name of an upsampler.
+
+    Raises:
+        ConfigError: As :func:`parse_backbone`.
+
+    >>> split_options("views-2x?passes=4&views=hr-dv2")
+    ('views-2x', {'passes': 4, 'views': 'hr-dv2'})
+    """
+    parsed = parse_backbone(text)
+    return parsed.model, {key: _read_value(value) for key, value in parsed.options.items()}
+
+
 def is_function_name(name: str) -> bool:
     """Return whether a name is that of a function of the user, ``module:function``."""
     return ":" in name
 
 
 def split_label(text: str) -> tuple[str, str]:
-    """Split ``LABEL=NAME``; the label is "" without "=", or where that belongs to a path."""
+    """Split ``LABEL=NAME``; the label is "" without "=", or where that belongs to a path or an option."""
     label, separator, name = text.partition("=")
-    if not separator or "/" in label or Path(text).is_file():
+    if not separator or "?" in label or "/" in label or "\\" in label or os.path.isfile(text):
         return "", text
-    return label, name
+    return readable(label), name
+
+
+def readable(text: str) -> str:
+    r"""Escape the bytes of file names that are no text, for figures and files in UTF-8; other text is left alone.
+
+    >>> readable("caf\udce9 é")
+    'caf\\udce9 é'
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def plain_value(value: Any) -> Any:
@@ -115,9 +141,21 @@ def plain_value(value: Any) -> Any:
     return value
 
 
+def dtype_name(dtype: "torch.dtype") -> str:
+    """Name a type without its library: "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _read_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _option_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
-    return str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else str(value)
+    return dtype_name(value) if type(value).__name__ == "dtype" else str(value)

@@ -1,4 +1,4 @@
-"""Settings of tasks: dataclass fields that are also flags on the command line."""
+"""Settings of tasks and runs: dataclass fields that are also flags, or have a range."""
 
 import dataclasses
 from collections.abc import Callable
@@ -70,3 +70,27 @@ def settings_of(task: Any) -> dict[str, Any]:
     """Collect the settings of a task as JSON values, by name."""
     values = {field.name: getattr(task, field.name) for field in setting_fields(task)}
     return {name: str(value) if isinstance(value, Path) else plain_value(value) for name, value in values.items()}
+
+
+def key(
+    default: Any,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    least_low: float | None = None,
+    free: bool = False,
+) -> Any:
+    """Make a dataclass field of a training configuration.
+
+    Args:
+        default: Its value; lists are copied.
+        least: Smallest value of a number, which must be finite.
+        most: Largest value of a number.
+        least_low: Smallest low end of a [low, high] range of finite numbers.
+        free: Whether a resumed run may change it, as it has no effect on what a step computes.
+    """
+    limits = {"least": least, "most": most, "least_low": least_low}
+    metadata = {name: value for name, value in limits.items() if value is not None} | {"free": free}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)

@@ -3,16 +3,21 @@
 import argparse
 import contextlib
 import logging
+import os
+import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
 
 # Most characters of a line of wrapped text, and fewest of the text in it.
 LINE, LEAST_TEXT = 100, 30
+# Errors of stdout since the last flush_output.
+_lost: list[OSError] = []
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def add_verbosity(parser: argparse.ArgumentParser) -> None:
@@ -51,11 +56,40 @@ def set_up_terminal(verbosity: int = 0, *, usual: int = logging.WARNING) -> None
         usual: Level of :mod:`logging` without ``-v`` and ``-q``.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not where another program has replaced the stream
-            stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # not where another program has replaced or closed the stream
+            with contextlib.suppress(ValueError):
+                stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(levelname)s %(message)s")
     level = usual if verbosity == 0 else {-1: logging.ERROR, 1: logging.INFO}.get(max(verbosity, -1), logging.DEBUG)
     logging.getLogger("featsharp").setLevel(level)
+
+
+def say(*lines: str, error: bool = False) -> None:
+    """Print lines to stdout, or to stderr, during work that goes on whatever becomes of them.
+
+    A stream that is closed, full or missing, or whose reader has ended, and characters that it cannot take cost the
+    line alone. Control characters of names are escaped: a line stays one. :func:`flush_output` reports lost results.
+    """
+    text = "".join(_CONTROL.sub(lambda found: repr(found[0])[1:-1], line) + "\n" for line in lines)
+    lost = _write(sys.stderr if error else sys.stdout, text)
+    if lost is not None and not error:
+        _lost.append(lost)
+
+
+def flush_output() -> OSError | None:
+    """Write out stdout at the end of a command; returns the first error of output that was lost.
+
+    It is None where the reader has ended, as ``head`` does: it has what it wanted. Python would otherwise report an
+    error when it exits.
+    """
+    if (last := _write(sys.stdout, "")) is not None:
+        _lost.append(last)
+    if _lost:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # another program's stream
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    first = next((error for error in _lost if not isinstance(error, BrokenPipeError)), None)
+    _lost.clear()
+    return first
 
 
 @contextlib.contextmanager
@@ -70,10 +104,11 @@ def progress_bar(
         from tqdm import tqdm
     except ImportError:
         wanted = False
-    if not wanted or not logging.getLogger("featsharp").isEnabledFor(logging.WARNING):
+    if not wanted or sys.stderr is None or not logging.getLogger("featsharp").isEnabledFor(logging.WARNING):
         yield lambda text: None
         return
-    with tqdm(desc=label, total=total, initial=start, unit=unit, file=sys.stderr, disable=None, leave=False) as bar:
+    file = _Indestructible(sys.stderr)
+    with tqdm(desc=label, total=total, initial=start, unit=unit, file=file, disable=None, leave=False) as bar:
 
         def advance(text: str) -> None:
             bar.set_postfix_str(text, refresh=False)
@@ -129,3 +164,36 @@ def wrap(text: str, head: str = "", indent: int = 4) -> list[str]:
         subsequent_indent=" " * indent,
         break_on_hyphens=False,
     )
+
+
+class _Indestructible:
+    """A stream whose failures to write are ignored, as for a terminal that was closed meanwhile."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        _write(self._stream, text)
+
+    def flush(self) -> None:
+        _write(self._stream, "")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _write(stream: TextIO | None, text: str) -> OSError | None:
+    """Write and flush; returns the error of a stream that does not take it. One that is missing or closed is none."""
+    if stream is None:
+        return None
+    try:
+        try:
+            stream.write(text)
+        except UnicodeError:
+            stream.write(text.encode("ascii", "backslashreplace").decode())
+        stream.flush()
+    except ValueError:  # closed
+        pass
+    except OSError as error:
+        return error
+    return None

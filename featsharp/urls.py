@@ -1,4 +1,4 @@
-"""Redaction of URLs: passwords and tokens are not shown."""
+"""URLs: told from paths, and redacted, so that passwords and tokens are not shown."""
 
 import re
 
@@ -7,7 +7,7 @@ HIDDEN = "***"
 # Quotes and punctuation belong to the URL unless a blank or the like follows: hiding too much is better than too
 # little, but the rest of a message behind a URL has to stay.
 _URL = re.compile(
-    r"""(?P<scheme>[A-Za-z][\w+.-]*:/{1,2})"""
+    r"""(?P<scheme>[A-Za-z][\w+.-]+:/{1,2})"""  # a single letter is a drive
     r"""(?P<rest>(?:[^\s'":,;]|[:,;](?![:,;]*(?:\s|$))|['"](?![\s,;:|&)\]}]|$))+)"""
 )
 _WHOLE = re.compile(r"""(?P<scheme>['"]?[A-Za-z][\w+.-]+://)(?P<rest>.+)""", re.DOTALL)
@@ -15,6 +15,11 @@ _WHOLE = re.compile(r"""(?P<scheme>['"]?[A-Za-z][\w+.-]+://)(?P<rest>.+)""", re.
 # have any of / ? #.
 _USER = re.compile(r"^(?:[^/?#@]*:(?!\d+(?:[/?#]|$)).*@|[^/?#]*@)", re.DOTALL)
 _VALUE = re.compile(r"([^=&;]+=)[^&;]*|[^&;]+")
+
+
+def is_url(text: str) -> bool:
+    """Return whether text is a URL of fsspec: ``scheme://...`` or a chain such as ``zip://*.jpg::photos.zip``."""
+    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)", text))  # C:\ is a drive
 
 
 def redact_url(text: str) -> str:

@@ -65,7 +65,7 @@ def test_a_bar_is_shown_on_a_terminal_but_not_under_q(verbosity, wanted, shown):
     terminal, program = os.openpty()
     termios.tcsetwinsize(program, (24, 80))
     set_up_terminal(verbosity)
-    with open(program, "w") as stream, contextlib.redirect_stderr(stream):
+    with open(program, "w", encoding="utf-8") as stream, contextlib.redirect_stderr(stream):
         assert list(with_progress(iter("ab"), "label", wanted, total=2)) == ["a", "b"]
         with progress_bar("training", 7, start=3, wanted=wanted) as advance:
             advance("loss=0.5")

@@ -94,6 +94,8 @@ def _run(command: str, timeout: float) -> Iterator[IO[bytes]]:
 
 def _wait_for_output(output: IO[bytes], command: str, interval: float) -> None:
     """Wait for the first bytes or the end, without limit (a command may have to wait for a tape), and log that."""
+    if os.name == "nt":  # where only sockets can be waited for; reading waits, too
+        return
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)
         while not selector.select(interval):
@@ -110,7 +112,10 @@ def end_commands() -> None:
 def _end(process: subprocess.Popen[bytes]) -> None:
     # After the command has ended, its group is gone, or macOS does not permit signals to it.
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:  # Windows has no groups: child processes end when they find the pipe closed
+            process.kill()
     process.wait()
 
 

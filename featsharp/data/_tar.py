@@ -5,6 +5,7 @@ that lead out of the archive, and other kinds of files (labels, ``.pyd``, ``.pic
 (``cat a.tar b.tar``) are read to the end of the last one.
 """
 
+import contextlib
 import os
 import re
 import tarfile
@@ -64,18 +65,24 @@ class StreamMember(NamedTuple):
     reason: str = ""
 
 
-def index_tar(path: Path) -> TarIndex:
+def index_tar(path: Path | str, file: IO[bytes] | None = None) -> TarIndex:
     """Index the images of a tar file in stored order.
 
     A damaged or truncated file gives the members up to the damage and one entry with its position. Raises DataError for
     a compressed tar, which has no random access.
+
+    Args:
+        path: Of the file.
+        file: It, opened, where ``path`` is that of another file system.
     """
     members: list[TarMember] = []
     skipped: list[tuple[str, str]] = []
     others = 0
     try:
-        end = path.stat().st_size
-        with _Tar.open(path, "r:") as tar:
+        end = os.stat(path).st_size if file is None else file.seek(0, os.SEEK_END)
+        if file is not None:
+            file.seek(0)
+        with _Tar.open(path, "r:", fileobj=file) as tar:
             for info in tar.all_members():
                 # A negative size, of any kind of member, would send tarfile backwards for ever.
                 if info.size < 0 or (info.isreg() and info.size > end - info.offset_data):
@@ -92,8 +99,8 @@ def index_tar(path: Path) -> TarIndex:
                 skipped.append((str(path), tar.damage))
     # Damaged headers surface as any of these; tarfile wraps only some of them.
     except (*_DAMAGE, OSError) as error:
-        if _is_compressed(path):
-            raise refuse_compressed(path) from error
+        if _is_compressed(path, file):
+            raise refuse_compressed(Path(path)) from error
         skipped.append((str(path), _not_a_tar(error, len(members))))
     return TarIndex(members, skipped, others)
 
@@ -213,12 +220,12 @@ def _verdict(info: tarfile.TarInfo) -> str:
         return _OTHER
     if not info.isreg() or info.issparse():
         return "link or special file"
-    if _leads_outside(info.name):
+    if leads_outside(info.name):
         return "path that leads outside the tar"
     return "" if is_image_name(info.name) else _OTHER
 
 
-def _leads_outside(name: str) -> bool:
+def leads_outside(name: str) -> bool:
     """Return whether a path is absolute or climbs, also as Windows reads it."""
     return bool(re.match(r"[/\\]|[A-Za-z]:", name)) or ".." in re.split(r"[/\\]", name)
 
@@ -231,9 +238,10 @@ def _not_a_tar(error: BaseException, images: int) -> str:
     return f"not readable as a tar file ({error}; {images} images before that)"
 
 
-def _is_compressed(path: Path) -> bool:
+def _is_compressed(path: Path | str, file: IO[bytes] | None) -> bool:
     try:
-        with open(path, "rb") as file:
-            return file.read(8).startswith(_COMPRESSED_MAGIC)
+        with open(path, "rb") if file is None else contextlib.nullcontext(file) as opened:
+            opened.seek(0)
+            return opened.read(8).startswith(_COMPRESSED_MAGIC)
     except OSError:
         return False

@@ -1,5 +1,6 @@
 """Entries of the ``*_data_dir`` settings: paths, addresses and commands, with weights and ranges in braces."""
 
+import itertools
 import math
 import os
 import re
@@ -12,6 +13,7 @@ from featsharp.errors import ConfigError, MissingDependencyError
 from featsharp.urls import redact_setting
 
 PIPE = "pipe:"
+MAX_SHARDS = 1_000_000  # that braces may stand for
 
 
 class WeightedPath(NamedTuple):
@@ -64,11 +66,27 @@ def expand_braces(path: str) -> list[str]:
         from braceexpand import braceexpand
     except ImportError as error:
         raise MissingDependencyError('braces in shard names need: pip install "featsharp[train]"') from error
+    # The package would make all of a range first.
+    ends = [int(end[:20]) for end in re.findall(r"(?<=\.\.)\d+|\d+(?=\.\.)", path)]
     try:
-        return list(braceexpand(path))
+        # Making a million names one by one takes minutes where there are many braces.
+        groups = re.findall(r"\{([^{}]*)\}", path) if not re.search(r"\{[^{}]*\{", path) else []
+        few = max(ends, default=0) < 10 * MAX_SHARDS and math.prod(map(_count_texts, groups)) <= MAX_SHARDS
+        shards = list(itertools.islice(braceexpand(path), MAX_SHARDS + 1)) if few else []
     except ValueError as error:
         reason = str(error).partition(":")[0]  # the entry follows
         raise ConfigError(f"data entry {redact_setting(path)!r}: {reason}; write ranges as {{000..099}}") from None
+    if not 0 < len(shards) <= MAX_SHARDS:
+        raise ConfigError(f"data entry {redact_setting(path)[:100]!r} stands for more than {MAX_SHARDS:,} files")
+    return shards
+
+
+def _count_texts(inside: str) -> int:
+    """Count the texts that a pair of braces stands for, by what is between them."""
+    if found := re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", inside):
+        first, last, step = int(found[1]), int(found[2]), int(found[3] or 1)
+        return abs(last - first) // max(1, step) + 1
+    return inside.count(",") + 1
 
 
 def number_equal(names: Iterable[str]) -> list[str]:

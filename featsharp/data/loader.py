@@ -1,4 +1,4 @@
-"""Batches of training views, in an order that depends on the seed and the step only.
+"""Batches of training samples, in an order that depends on the seed and the step only.
 
 Sample n of a run is the same for any number of processes and workers: step s of a run with ``world`` ranks takes the
 samples ``(s * world + rank) * batch ...``, so a resumed run continues where it stopped and two processes together see
@@ -8,13 +8,13 @@ the samples of one with twice the batch. Only for *streams* the image of a sampl
 import functools
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -26,11 +26,30 @@ from featsharp.data.views import ViewConfig, Views, sample_views
 from featsharp.errors import ConfigError, FeatSharpError
 
 
-class ViewBatch(NamedTuple):
+class Samples(Protocol):
+    """A batch of what an objective learns from, such as :class:`Views`."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same samples on another device."""
+
+
+S = TypeVar("S", bound=Samples)
+
+
+class Batch(NamedTuple, Generic[S]):
     """Data of one step, and the images skipped for it."""
 
-    views: Views
+    samples: S
     skipped: list[tuple[str, str]]  # (name, reason)
+
+
+class SampleDataset(Protocol[S]):
+    """The samples of a run by number, from the images of a mixture; safe for worker processes."""
+
+    mixture: ImageMixture
+
+    def load(self, numbers: Sequence[int], division: Division) -> Batch[S]:
+        """Load the samples of a batch in a run with this division (which matters for streams only)."""
 
 
 # Position of each reader in each stream, which a resumed run needs to continue with the same images. torchdata's
@@ -54,8 +73,12 @@ class ViewDataset:
     def __getitem__(self, n: int) -> tuple[Views, list[tuple[str, str]]]:
         return self.sample(n)
 
+    def load(self, numbers: Sequence[int], division: Division) -> Batch[Views]:
+        """See :class:`SampleDataset`."""
+        return collate_views([self.sample(n, division) for n in numbers])
+
     def sample(self, n: int, division: Division = Division()) -> tuple[Views, list[tuple[str, str]]]:  # noqa: B008
-        """Load sample ``n`` of a run with this division of samples (which matters for streams only)."""
+        """Load sample ``n``; see :meth:`load`."""
         loaded = self.mixture.load(n, division)
         rng = np.random.default_rng((self.seed, n))
         return sample_views(loaded.image, self.size, self.config, rng), loaded.skipped
@@ -99,9 +122,9 @@ class StepSampler:
         return int(self._order[1][position])
 
 
-def load_views(
-    dataset: ViewDataset, sampler: StepSampler, num_workers: int, positions: Positions | None = None
-) -> Generator[ViewBatch]:
+def load_batches(
+    dataset: SampleDataset[S], sampler: StepSampler, num_workers: int, positions: Positions | None = None
+) -> Generator[Batch[S]]:
     """Load the batches of ``sampler``, decoded in ``num_workers`` processes (0: in this one).
 
     When the iterator ends, is closed or fails, workers, connections and commands end too.
@@ -123,7 +146,7 @@ def load_views(
     dataset.mixture.resume_from(positions)  # not from earlier reads, as this pass has other readers
     division = Division(sampler.batch_size, sampler.world, max(1, num_workers))
     lifeline = Pipe(duplex=False)
-    loader: DataLoader[_Loaded | FeatSharpError] = DataLoader(
+    loader: DataLoader[_Loaded[S] | FeatSharpError] = DataLoader(
         _Batches(dataset, division),
         batch_size=None,
         sampler=sampler,
@@ -157,27 +180,27 @@ def check_repeatable(mixture: ImageMixture) -> None:
         )
 
 
-def collate_views(samples: list[tuple[Views, list[tuple[str, str]]]]) -> ViewBatch:
+def collate_views(samples: list[tuple[Views, list[tuple[str, str]]]]) -> Batch[Views]:
     """Stack samples and concatenate their lists of skipped images."""
     views = Views(*(torch.stack(parts) for parts in zip(*(views for views, _ in samples), strict=True)))
-    return ViewBatch(views, [entry for _, skipped in samples for entry in skipped])
+    return Batch(views, [entry for _, skipped in samples for entry in skipped])
 
 
-class _Loaded(NamedTuple):
-    batch: ViewBatch
+class _Loaded(NamedTuple, Generic[S]):
+    batch: Batch[S]
     positions: Positions  # of the reader, after this batch
 
 
-class _Batches(Dataset[_Loaded | FeatSharpError]):
+class _Batches(Dataset[_Loaded[S] | FeatSharpError]):
     """Whole batches, or the error instead of one: the loader would turn an exception in a worker into text."""
 
-    def __init__(self, samples: ViewDataset, division: Division) -> None:
-        self.samples, self.division = samples, division
+    def __init__(self, dataset: SampleDataset[S], division: Division) -> None:
+        self.dataset, self.division = dataset, division
 
-    def __getitem__(self, numbers: list[int]) -> _Loaded | FeatSharpError:
+    def __getitem__(self, numbers: list[int]) -> _Loaded[S] | FeatSharpError:
         try:
-            batch = collate_views([self.samples.sample(n, self.division) for n in numbers])
-            return _Loaded(batch, self.samples.mixture.positions(numbers[-1], self.division))
+            batch = self.dataset.load(numbers, self.division)
+            return _Loaded(batch, self.dataset.mixture.positions(numbers[-1], self.division))
         except FeatSharpError as error:
             return error
 

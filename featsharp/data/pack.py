@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from featsharp.data.images import try_decode
 from featsharp.data.sources import ImageSource, open_source
 from featsharp.errors import ConfigError, DataError
-from featsharp.files import replacing
+from featsharp.files import check_writable, list_files, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def pack_images(
         raise ConfigError(f"images_per_shard is {images_per_shard}; at least 1 is needed")
     out = Path(out)
     old_shards = _check_out(Path(images), out, overwrite)
+    check_writable(out)  # before all images are decoded
     source = open_source(images, exclude=out)
     skipped: list[tuple[str, str]] = []
     members = _decodable(source, skipped)
@@ -82,11 +83,11 @@ def _check_out(images: Path, out: Path, overwrite: bool) -> list[Path]:
     """Check the output folder; return the shards in it that may be replaced."""
     if out.resolve() == images.resolve():
         raise DataError(f"{out}: the output folder is the image folder itself; name another one")
-    if not out.exists():
+    if not os.path.exists(out):
         return []
     if not out.is_dir():
         raise DataError(f"{out}: exists and is not a folder; name another output folder")
-    tars = sorted(path for path in out.iterdir() if path.suffix == ".tar")
+    tars = [out / name for name in list_files(out, deep=False) if name.lower().endswith(".tar")]
     if tars and not overwrite:
         raise DataError(f"{out}: already holds {len(tars)} tar files; name another folder or overwrite")
     if foreign := [path.name for path in tars if not _SHARD_NAME.fullmatch(path.name)]:

@@ -6,6 +6,7 @@ neither the number of ranks nor the number of workers. Shards by URL or from a c
 """
 
 import functools
+import json
 import logging
 import os
 from array import array
@@ -18,10 +19,12 @@ from featsharp.data.entries import expand_braces
 from featsharp.data.images import IMAGE_EXTENSIONS, EncodedImage, is_image_name
 from featsharp.data.skips import count_of_others, describe_kinds
 from featsharp.errors import DataError
+from featsharp.files import list_files
 
 logger = logging.getLogger(__name__)
 
 _PLAIN_FILE = -1  # in place of a shard number
+_NAME_CODE = ("utf-8", "surrogatepass")  # takes any name, whatever the system's encoding
 _EXPECTED = (
     f"expected image files ({' '.join(IMAGE_EXTENSIONS)}) or webdataset .tar shards of them, at any depth of a folder"
 )
@@ -51,6 +54,14 @@ class ImageSource:
         self._names = bytearray()
         self._name_ends = array("q")
 
+    @classmethod
+    def of_files(cls, folder: Path, names: Iterable[str]) -> "ImageSource":
+        """Make the source of these files of a folder, by relative names; they are not looked at."""
+        source = cls(folder)
+        for name in names:
+            source._append(name)
+        return source
+
     @property
     def num_shards(self) -> int:
         return len(self._shards)
@@ -67,7 +78,7 @@ class ImageSource:
         """Name of an image relative to ``path``: ``folder/x.jpg``, or ``folder/shard.tar/x.jpg`` inside a tar."""
         self._check(index)
         start = self._name_ends[index - 1] if index else 0
-        return os.fsdecode(bytes(self._names[start : self._name_ends[index]]))
+        return bytes(self._names[start : self._name_ends[index]]).decode(*_NAME_CODE)
 
     def read(self, index: int) -> bytes:
         """Encoded bytes of an image; raises DataError when the file cannot be read (any more)."""
@@ -106,7 +117,7 @@ class ImageSource:
             raise IndexError(f"image {index} of {len(self)}")
 
     def _append(self, name: str, shard: int = _PLAIN_FILE, offset: int = 0, size: int = 0) -> None:
-        self._names += os.fsencode(name)
+        self._names += name.encode(*_NAME_CODE)
         self._name_ends.append(len(self._names))
         self._shard_of.append(shard)
         self._offsets.append(offset)
@@ -127,8 +138,9 @@ def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str]
 
     Braces name several files: ``shard-{000..099}.tar``.
 
-    The order is that of the sorted relative paths, within a shard that of its members. Only names with an image
-    extension count; other members (``.json``, ``.cls``, ``.pyd``, ...) and hidden files are ignored and never decoded.
+    The order is that of the sorted relative paths, within a shard that of its members. Which files of a folder count
+    says :func:`featsharp.files.list_files`; only names with an image extension do, and other members (``.json``,
+    ``.cls``, ``.pyd``, ...) are never decoded.
     Damaged shards give the members before the damage and a line in ``problems``.
 
     Args:
@@ -140,9 +152,10 @@ def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str]
     """
     source = ImageSource(Path(path))
     if source.path.is_dir():
-        skip = Path(exclude).resolve() if exclude is not None else None
-        for name in sorted(walk_files(source.path, source.skipped, skip)):
-            if is_image_name(name):
+        names = list_files(source.path, source.skipped, exclude=exclude)
+        results = _find_results(source.path, names)
+        for name in names:
+            if is_image_name(name) and name not in results:
                 source._append(name)
             elif is_compressed_name(name):
                 raise refuse_compressed(source.path / name)
@@ -156,7 +169,7 @@ def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str]
         raise DataError(f"{source.path}: no such file or folder; {_EXPECTED}")
     elif is_compressed_name(source.path.name):
         raise refuse_compressed(source.path)
-    elif source.path.suffix.lower() == ".tar":
+    elif source.path.suffix.lower() == ".tar" and source.path.is_file():
         source._append_tar(source.path, "")
     else:
         raise DataError(f"{source.path}: neither a folder nor a .tar file; {_EXPECTED}")
@@ -170,6 +183,20 @@ def open_source(path: str | os.PathLike[str], *, exclude: str | os.PathLike[str]
     for problem in source.problems:
         _warn_once(problem)
     return source
+
+
+def list_images(folder: Path, problems: list[tuple[str, str]]) -> list[str]:
+    """List the image files in a folder as :func:`open_source` does, without what is in tars.
+
+    ``problems`` takes (path, reason) of folders that cannot be listed, and of pipes and devices named like images.
+    """
+    found: list[tuple[str, str]] = []
+    names = list_files(folder, found)
+    results = _find_results(folder, names)
+    problems += [
+        (path, reason) for path, reason in found if os.path.isdir(path) or is_image_name(os.path.basename(path))
+    ]
+    return [name for name in names if is_image_name(name) and name not in results]
 
 
 def _open_shards(pattern: Path) -> ImageSource:
@@ -195,30 +222,19 @@ def _warn_once(problem: str) -> None:
     logger.warning("%s", problem)
 
 
-def walk_files(root: Path, skipped: list[tuple[str, str]], exclude: Path | None = None) -> Iterator[str]:
-    """Iterate over all files below ``root`` that are not hidden, by relative paths; loops of links are followed once.
-
-    Problems are appended to ``skipped`` as (path, reason).
-    """
-    seen: set[str] = set()
-
-    def note(error: OSError) -> None:
-        skipped.append((str(error.filename), f"cannot be listed ({error.strerror})"))
-
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=note):
-        real = os.path.realpath(folder)
-        if real in seen or (exclude is not None and Path(real) == exclude):
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(_visible(folders))
-        for file in _visible(files):
-            path = Path(folder, file)
-            if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-                skipped.append((str(path), "link or special file"))
-                continue
-            yield path.relative_to(root).as_posix()
+def _find_results(folder: Path, names: list[str]) -> set[str]:
+    """Find the pictures that ``featsharp upsample`` wrote: those beside the file of their features."""
+    known = set(names)
+    twins = ((name, name.removesuffix(".png") + ".safetensors") for name in names if name.endswith(".png"))
+    return {name for name, features in twins if features in known and _holds_features(folder / features)}
 
 
-def _visible(names: Iterable[str]) -> list[str]:
-    return [name for name in names if not name.startswith(".")]
+def _holds_features(path: Path) -> bool:
+    """Return whether a safetensors file has the tensors that ``featsharp upsample`` writes, by its header."""
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, 1 << 16)))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(header, dict) and {"low_res", "high_res"} <= header.keys()

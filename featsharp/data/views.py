@@ -8,6 +8,7 @@ Convention:
     Homographies map view to base in normalised coordinates, -1 and 1 at the outer pixel edges (see ``ops.warp``).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,12 +21,13 @@ from featsharp.data.images import image_to_tensor
 from featsharp.ops.resize import resize
 from featsharp.ops.views import View
 from featsharp.ops.warp import grid_inside, sample
+from featsharp.settings import key
 
 # Margin of the canvas beyond each side of the base view, as a fraction of the view size.
 MARGIN = 0.125
 
 
-@dataclass(frozen=True)
+@dataclass
 class ViewConfig:
     """Ranges that views are drawn from.
 
@@ -39,13 +41,13 @@ class ViewConfig:
         flip: Probability that a jitter is mirrored left to right.
     """
 
-    num_views: int = 5
-    zoom: tuple[float, float] = (1.0, 2.0)
-    jitter_zoom: tuple[float, float] = (0.95, 2.0)
-    perspective: tuple[float, float] = (0.01, 0.05)
-    rotation: float = 5.0
-    shift: float = 0.08
-    flip: float = 0.0
+    num_views: int = key(5, least=1)
+    zoom: list[float] = key([1.0, 2.0], least_low=1.0)
+    jitter_zoom: list[float] = key([0.95, 2.0], least_low=0.1)
+    perspective: list[float] = key([0.01, 0.05], least_low=0.0)
+    rotation: float = key(5.0, least=0, most=180)
+    shift: float = key(0.08, least=0, most=1)
+    flip: float = key(0.0, least=0, most=1)
 
 
 class Views(NamedTuple):
@@ -54,6 +56,10 @@ class Views(NamedTuple):
     canvas: Tensor  # [B, 3, H + 2 my, W + 2 mx], pixels in [0, 1], black where there is no image
     mask: Tensor  # [B, 1, ...] as the canvas, 1 where there is image
     homographies: Tensor  # [B, n, 3, 3], view to base
+
+    def to(self, device: torch.device) -> "Views":
+        """The same views on another device."""
+        return Views(*(x.to(device) for x in self))
 
     @property
     def jitters(self) -> View:
@@ -73,7 +79,7 @@ def sample_views(image: Image.Image, size: tuple[int, int], config: ViewConfig, 
     Returns:
         Views without the batch axis: canvas [3, ...], mask [1, ...], homographies [n, 3, 3].
     """
-    base_zoom = rng.uniform(*config.zoom)
+    base_zoom = _uniform(rng, config.zoom)
     offset = rng.uniform(size=2)
     canvas, mask = cut_canvas(image, size, base_zoom, (float(offset[0]), float(offset[1])))
     homographies = np.stack([sample_homography(size, config, rng) for _ in range(config.num_views)])
@@ -106,8 +112,8 @@ def cut_canvas(
     box = (left - start * scale, top - up * scale, left + (width + end) * scale, top + (height + down) * scale)
     box = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], image.width), min(box[3], image.height))
     crop = image.resize((start + width + end, up + height + down), Image.Resampling.BICUBIC, box=box)
-    canvas = torch.zeros(3, height + 2 * margin[0], width + 2 * margin[1])
-    mask = torch.zeros(1, *canvas.shape[1:])
+    canvas = torch.zeros(3, height + 2 * margin[0], width + 2 * margin[1], dtype=torch.float32, device="cpu")
+    mask = torch.zeros_like(canvas[:1])
     rows = slice(margin[0] - up, margin[0] + height + down)
     cols = slice(margin[1] - start, margin[1] + width + end)
     canvas[:, rows, cols] = image_to_tensor(crop)
@@ -122,13 +128,13 @@ def canvas_margin(size: tuple[int, int]) -> tuple[int, int]:
 
 def sample_homography(size: tuple[int, int], config: ViewConfig, rng: np.random.Generator) -> np.ndarray:
     """Draw one jitter: [3, 3] float64, view to base."""
-    zoom = np.exp(rng.uniform(*np.log(config.jitter_zoom)))
+    zoom = np.exp(_uniform(rng, np.log(config.jitter_zoom)))
     angle = np.deg2rad(rng.uniform(-config.rotation, config.rotation))
     # A zoomed view may lie anywhere within the base view.
     room = config.shift + max(0.0, 1 - 1 / zoom)
     shift = rng.uniform(-room, room, size=2)
     flip = -1.0 if rng.uniform() < config.flip else 1.0
-    corners = np.clip(rng.uniform(*config.perspective) * rng.standard_normal((4, 2)), -0.45, 0.45)
+    corners = np.clip(_uniform(rng, config.perspective) * rng.standard_normal((4, 2)), -0.45, 0.45)
     return similarity(size, 1 / zoom, angle, shift) @ np.diag([flip, 1.0, 1.0]) @ corner_homography(2 * corners)
 
 
@@ -166,11 +172,8 @@ def render_views(views: Views, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     count = views.homographies.shape[1]
     my, mx = _margin_of(views.canvas)
     full = (views.canvas.shape[-2] - 2 * my, views.canvas.shape[-1] - 2 * mx)
-    to_canvas = torch.diag(
-        torch.tensor(
-            [full[1] / views.canvas.shape[-1], full[0] / views.canvas.shape[-2], 1.0], device=views.canvas.device
-        )
-    )
+    scale = [full[1] / views.canvas.shape[-1], full[0] / views.canvas.shape[-2], 1.0]
+    to_canvas = torch.diag(torch.tensor(scale, dtype=torch.float32, device=views.canvas.device))
     # At full size a view's grid costs more than its sampling: one grid for colours, mask and border.
     grid = View((to_canvas @ views.homographies).flatten(0, 1)).grid(full)
     content = torch.cat([views.canvas, views.mask], 1).repeat_interleave(count, 0)
@@ -189,3 +192,7 @@ def _margin_of(canvas: Tensor) -> tuple[int, int]:
             next((length - n) // 2 for n in range(inner - 2, inner + 3) if n + 2 * round(n * MARGIN) == length)
         )
     return margins[0], margins[1]
+
+
+def _uniform(rng: np.random.Generator, limits: Sequence[float] | np.ndarray) -> float:
+    return rng.uniform(limits[0], limits[1])

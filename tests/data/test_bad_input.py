@@ -339,9 +339,9 @@ def test_a_tar_that_ends_in_endless_zeros_is_read_no_further(tmp_path):
     with open(tmp_path / "bad.tar", "wb") as file:
         file.write(tar_of(("x.png", picture())))
         file.truncate(1 << 42)
-    begin = time.monotonic()
+    begin = time.process_time()
     source = open_source(tmp_path)
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
     assert (len(source), source.skipped) == (1, [])
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from featsharp.data.filters import ImageFilter
-from featsharp.data.loader import StepSampler, ViewDataset, load_views
+from featsharp.data.loader import StepSampler, ViewDataset, load_batches
 from featsharp.data.mixture import ImageMixture
 from featsharp.data.skips import SkipLog
 from featsharp.data.sources import open_source
@@ -106,7 +106,7 @@ def test_a_mistake_in_the_filter_is_no_property_of_the_images(
 ) -> None:
     mixture = ImageMixture([open_source(photos)], keep=ImageFilter(predicate=f"own_filters:{function}"))
     with pytest.raises(ConfigError, match=rf"data\.filter='own_filters:{function}' {said}"):
-        list(load_views(ViewDataset(mixture, (16, 16), ViewConfig(num_views=1), 0), StepSampler(0, 1, 2), workers))
+        list(load_batches(ViewDataset(mixture, (16, 16), ViewConfig(num_views=1), 0), StepSampler(0, 1, 2), workers))
 
 
 @pytest.mark.parametrize("name", ["own_filters:absent", "absent_module:keep", "own_filters", "own_filters:"])

@@ -1,4 +1,4 @@
-"""Every stored form of an image comes out as upright 8-bit RGB, and every damaged one as a DataError that names it."""
+"""Image files come out as upright 8-bit RGB, and damaged ones as a DataError that names them."""
 
 import io
 import struct
@@ -55,33 +55,6 @@ def test_common_formats(kind: str) -> None:
     assert np.abs(decoded(encode(Image.fromarray(pixels), kind)).astype(int) - pixels).max() <= tolerance
 
 
-def test_grey_and_one_bit() -> None:
-    grey = random_pixels(9, 14)
-    assert np.array_equal(decoded(encode(Image.fromarray(grey))), np.repeat(grey[..., None], 3, -1))
-    bits = grey > 100
-    assert np.array_equal(decoded(encode(Image.fromarray(bits))), np.repeat(bits[..., None], 3, -1) * np.uint8(255))
-
-
-def test_cmyk_jpeg_has_the_colours_of_its_rgb_original() -> None:
-    pixels = smooth()
-    cmyk = encode(Image.fromarray(pixels).convert("CMYK"), "JPEG", quality=95)
-    assert Image.open(io.BytesIO(cmyk)).mode == "CMYK"
-    assert np.abs(decoded(cmyk).astype(int) - pixels).mean() < 3
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_alpha_is_composited_over_mid_grey(mode: str) -> None:
-    pixels = random_pixels(7, 10, len(mode))
-    colour, alpha = pixels[..., :-1].astype(float), pixels[..., -1:] / 255
-    expected = np.broadcast_to(colour * alpha + GREY * (1 - alpha), (7, 10, 3))
-    assert (
-        np.abs(
-            decoded(encode(Image.fromarray(pixels, mode) if mode == "LA" else Image.fromarray(pixels))) - expected
-        ).max()
-        <= 1
-    )
-
-
 def test_palette_with_and_without_transparency() -> None:
     image = Image.new("P", (8, 6))
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
@@ -94,45 +67,7 @@ def test_palette_with_and_without_transparency() -> None:
     assert np.array_equal(decoded(encode(image, "GIF", transparency=1)), colours[indices])
 
 
-def test_colour_key_transparency_of_rgb_and_grey() -> None:
-    pixels = random_pixels(6, 8, 3)
-    pixels[2, 3] = (10, 20, 30)
-    expected = pixels.copy()
-    expected[2, 3] = GREY
-    assert np.array_equal(decoded(encode(Image.fromarray(pixels), transparency=(10, 20, 30))), expected)
-    grey = np.arange(48, dtype=np.uint8).reshape(6, 8)
-    keyed = np.repeat(np.where(grey == 17, GREY, grey)[..., None], 3, -1)
-    assert np.array_equal(decoded(encode(Image.fromarray(grey), transparency=17)), keyed)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bit_grey_is_scaled_not_clipped(kind: str) -> None:
-    values = random_pixels(11, 5, dtype=np.uint16)
-    values.flat[:4] = (0, 255, 40000, 65535)
-    expected = np.rint(values / 65535 * 255).astype(np.uint8)
-    assert np.array_equal(decoded(encode(Image.fromarray(values), kind)), np.repeat(expected[..., None], 3, -1))
-
-
-def test_16_bit_big_endian_pgm_and_mode_i() -> None:
-    values = random_pixels(4, 6, dtype=np.uint16)
-    expected = np.repeat(np.rint(values / 257).astype(np.uint8)[..., None], 3, -1)
-    assert np.array_equal(decoded(b"P5 6 4 65535\n" + values.astype(">u2").tobytes()), expected)
-    assert np.array_equal(decoded(Image.fromarray(values.astype(np.int32))), expected)
-    assert np.array_equal(decoded(Image.frombytes("I;16B", (6, 4), values.astype(">u2").tobytes())), expected)
-
-
-@pytest.mark.parametrize("values", [np.full((4, 4), 70000, np.int32), np.full((4, 4), -1, np.int32)])
-def test_32_bit_grey_beyond_16_bits_is_refused(values: np.ndarray) -> None:
-    with pytest.raises(DataError, match=r"scan: grey values .* outside 0\.\.65535"):
-        decode_image(Image.fromarray(values), name="scan")
-
-
-def test_float_pixels_are_refused() -> None:
-    with pytest.raises(DataError, match=r"depth\.tif: floating-point"):
-        decode_image(encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), name="depth.tif")
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     upright = smooth(32, 48)
@@ -149,12 +84,11 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    lossless = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
-    data = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **lossless)
+    exact = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}, "AVIF": {"quality": 100}}
+    data = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **exact.get(kind, {}))
     result = decode_image(data)
     assert np.abs(np.array(result).astype(int) - upright).max() <= 6
-    if kind != "TIFF":  # which Pillow itself turns
-        assert np.abs(np.array(decode_image(data, upright=False)).astype(int) - stored).max() <= 6
+    assert np.abs(np.array(decode_image(data, upright=False)).astype(int) - stored).max() <= 6
     assert np.array_equal(decoded(result), np.array(result)), "decoding the result again must not turn it again"
 
 
@@ -215,7 +149,7 @@ def test_files_that_are_no_image(tmp_path: Path) -> None:
         decode_image(str(text))
     with pytest.raises(DataError, match=r"absent\.jpg: no such file"):
         decode_image(tmp_path / "absent.jpg")
-    with pytest.raises(DataError, match="cannot be decoded"):
+    with pytest.raises(DataError, match="a folder; give a file"):
         decode_image(tmp_path)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featsharp.data.loader import StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.loader import Batch, StepSampler, ViewDataset, load_batches
 from featsharp.data.mixture import ImageMixture
 from featsharp.data.skips import MAX_EXAMPLES, SkipLog
 from featsharp.data.sources import open_source
@@ -30,10 +30,10 @@ def dataset_of(folder: Path, seed: int = 0) -> ViewDataset:
     return ViewDataset(ImageMixture([open_source(folder)], seed=seed), SIZE, ViewConfig(num_views=2), seed)
 
 
-def assert_same(batches: list[ViewBatch], others: list[ViewBatch]) -> None:
+def assert_same(batches: list[Batch], others: list[Batch]) -> None:
     assert len(batches) == len(others)
     for batch, other in zip(batches, others, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(batch.views, other.views, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(batch.samples, other.samples, strict=True))
         assert batch.skipped == other.skipped
 
 
@@ -53,25 +53,25 @@ def test_resumed_sampler_goes_on_where_it_stopped():
 
 
 def test_batches_have_the_shapes_of_the_views(photos):
-    (batch,) = load_views(dataset_of(photos), StepSampler(0, 1, 3), num_workers=0)
-    assert batch.views.canvas.shape == (3, 3, 20, 30)
-    assert batch.views.mask.shape == (3, 1, 20, 30)
-    assert batch.views.homographies.shape == (3, 2, 3, 3)
+    (batch,) = load_batches(dataset_of(photos), StepSampler(0, 1, 3), num_workers=0)
+    assert batch.samples.canvas.shape == (3, 3, 20, 30)
+    assert batch.samples.mask.shape == (3, 1, 20, 30)
+    assert batch.samples.homographies.shape == (3, 2, 3, 3)
     assert batch.skipped == []
 
 
 def test_workers_and_a_restart_change_nothing(photos):
     (photos / "3.png").write_bytes(b"")
-    whole = list(load_views(dataset_of(photos), StepSampler(0, 4, 3), num_workers=0))
-    assert_same(list(load_views(dataset_of(photos), StepSampler(0, 4, 3), num_workers=1)), whole)
-    assert_same(list(load_views(dataset_of(photos), StepSampler(2, 4, 3), num_workers=0)), whole[2:])
-    other = next(load_views(dataset_of(photos, seed=1), StepSampler(0, 1, 3), num_workers=0))
-    assert not torch.equal(other.views.homographies, whole[0].views.homographies)
+    whole = list(load_batches(dataset_of(photos), StepSampler(0, 4, 3), num_workers=0))
+    assert_same(list(load_batches(dataset_of(photos), StepSampler(0, 4, 3), num_workers=1)), whole)
+    assert_same(list(load_batches(dataset_of(photos), StepSampler(2, 4, 3), num_workers=0)), whole[2:])
+    other = next(load_batches(dataset_of(photos, seed=1), StepSampler(0, 1, 3), num_workers=0))
+    assert not torch.equal(other.samples.homographies, whole[0].samples.homographies)
 
 
 def test_loading_leaves_the_global_random_state_alone(photos):
     before = torch.get_rng_state()
-    list(load_views(dataset_of(photos), StepSampler(0, 2, 2), num_workers=0))
+    list(load_batches(dataset_of(photos), StepSampler(0, 2, 2), num_workers=0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -79,7 +79,7 @@ def test_unusable_images_are_named_with_their_reason(photos):
     (photos / "2.png").write_bytes(b"")
     Image.new("RGB", (40, 40), (7, 7, 7)).save(photos / "4.png")
     log = SkipLog()
-    met = [entry for batch in load_views(dataset_of(photos), StepSampler(0, 6, 4), 0) for entry in batch.skipped]
+    met = [entry for batch in load_batches(dataset_of(photos), StepSampler(0, 6, 4), 0) for entry in batch.skipped]
     told = log.add(met)
     reasons = {Path(name).name: reason for name, reason in met}
     assert reasons.keys() == {"2.png", "4.png"}
@@ -124,7 +124,7 @@ def test_data_without_a_usable_image_is_one_clear_error(tmp_path, num_workers):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="in a row cannot be used") as caught:
-        list(load_views(dataset_of(tmp_path), StepSampler(0, 1, 1), num_workers))
+        list(load_batches(dataset_of(tmp_path), StepSampler(0, 1, 1), num_workers))
     assert len(str(caught.value).splitlines()) == 1
 
 

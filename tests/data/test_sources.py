@@ -373,10 +373,10 @@ def test_epochs_are_shuffled_afresh_and_evenly(sources: list[ImageSource]) -> No
 
 def test_random_access_is_cheap_at_any_number(sources: list[ImageSource]) -> None:
     mixture = ImageMixture(sources, [2, 1, 3])
-    start = time.perf_counter()
+    start = time.process_time()
     for step in range(500):
         mixture.locate(10**12 + step)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_mixture_arguments(sources: list[ImageSource]) -> None:

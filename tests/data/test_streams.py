@@ -28,7 +28,7 @@ from featsharp.data._fetch import FetchConfig
 from featsharp.data._order import hash_bits
 from featsharp.data.filters import ImageFilter, Predicate
 from featsharp.data.images import EncodedImage
-from featsharp.data.loader import Positions, StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.loader import Batch, Positions, StepSampler, ViewDataset, load_batches
 from featsharp.data.mixture import Division, ImageMixture
 from featsharp.data.skips import SkipLog
 from featsharp.data.sources import open_source
@@ -397,15 +397,16 @@ def test_a_stalled_command_ends_with_all_that_it_started_even_where_sigterm_is_i
     write_tar(tmp_path / "0.tar", range(3))
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        stream = ShardStream(f"pipe:(sleep 2; touch {tmp_path}/survived) & cat {tmp_path}/0.tar; wait", buffer=1)
+        child = f"sh -c 'echo $$ > {tmp_path}/started; exec sleep 1000'"
+        stream = ShardStream(f"pipe:{child} & cat {tmp_path}/0.tar; wait", buffer=1)
         next(stream.images(0))
-        start = time.monotonic()
+        started = tmp_path / "started"
+        while not (started.exists() and started.read_text(encoding="utf-8")):
+            time.sleep(0.01)
         stream.close()
-        assert time.monotonic() - start < 1.5
     finally:
         signal.signal(signal.SIGTERM, before)
-    time.sleep(2.5)
-    assert not (tmp_path / "survived").exists()
+    wait_for_the_end_of(tmp_path / "started")
 
 
 def test_an_address_that_is_none_is_one_clear_error() -> None:
@@ -420,6 +421,15 @@ def test_shards_that_are_all_dead_are_one_clear_error(path: str) -> None:
         ImageMixture.from_data_dir(path, fetch=once)
     with pytest.raises(DataError, match="20 shards in a row gave no image; the last, "):
         ImageMixture([ShardStream(path, fetch=once)]).load(0)
+
+
+@pytest.mark.parametrize(
+    "braces", ["{0..999999999}", "{a,b}" * 40, "{0..999}{0..999}{0..99}", "{" + "9" * 5000 + "..1}"]
+)
+def test_braces_that_stand_for_too_many_files(braces: str) -> None:
+    """They would be made one by one until memory ends."""
+    with pytest.raises(ConfigError, match=r"more than 1,000,000 files"):
+        ShardStream(f"pipe:cat {braces}.tar")
 
 
 def test_braces_that_do_not_pair() -> None:
@@ -467,13 +477,13 @@ def test_a_mixture_counts_the_places_of_a_stream_by_reader(server: str, tmp_path
 
 def batches(
     data: object, sampler: StepSampler, workers: int, positions: Positions | None = None, keep: Predicate | None = None
-) -> Generator[ViewBatch]:
+) -> Generator[Batch]:
     mixture = ImageMixture.from_data_dir(data, keep=ImageFilter(predicate=keep), shuffle_buffer=6, fetch=IMPATIENT)
-    return load_views(ViewDataset(mixture, (16, 24), ViewConfig(num_views=1), seed=0), sampler, workers, positions)
+    return load_batches(ViewDataset(mixture, (16, 24), ViewConfig(num_views=1), seed=0), sampler, workers, positions)
 
 
-def same(batch: ViewBatch, other: ViewBatch) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(batch.views, other.views, strict=True))
+def same(batch: Batch, other: Batch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(batch.samples, other.samples, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -578,7 +588,7 @@ def test_commands_end_with_the_iteration(tmp_path: Path, workers: int, end: str)
     command = f"pipe:echo $$ >> {tmp_path}/started; cat {tmp_path}/0.tar; head -c 100000 /dev/zero; exec sleep 1000"
     mixture = ImageMixture([ShardStream(command, buffer=1)], keep=ImageFilter(predicate=fails_late))
     dataset = ViewDataset(mixture, (16, 24), ViewConfig(num_views=1), seed=0)
-    loaded = load_views(dataset, StepSampler(0, 9, 1), workers)
+    loaded = load_batches(dataset, StepSampler(0, 9, 1), workers)
     next(loaded)
     if end == "closed":
         loaded.close()
@@ -591,7 +601,7 @@ def test_commands_end_with_the_iteration(tmp_path: Path, workers: int, end: str)
 def wait_for_the_end_of(started: Path) -> None:
     """Of the processes whose numbers a file has."""
     begin = time.monotonic()
-    while any(alive(int(line)) for line in started.read_text().split()):
+    while any(alive(int(line)) for line in started.read_text(encoding="utf-8").split()):
         assert time.monotonic() - begin < 60  # they would sleep for 1000 seconds; a loaded machine takes its time
         time.sleep(0.05)
 
@@ -599,20 +609,20 @@ def wait_for_the_end_of(started: Path) -> None:
 def alive(process: int) -> bool:
     """Not so are those that ended and that nobody asks for."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
 KILLED = """
 import os, signal, sys
-from featsharp.data.loader import StepSampler, ViewDataset, load_views
+from featsharp.data.loader import StepSampler, ViewDataset, load_batches
 from featsharp.data.mixture import ImageMixture
 from featsharp.data.streams import ShardStream
 from featsharp.data.views import ViewConfig
 
 mixture = ImageMixture([ShardStream(sys.argv[1], buffer=1)])
-batches = load_views(ViewDataset(mixture, (16, 24), ViewConfig(num_views=1), seed=0), StepSampler(0, 9, 1), 1)
+batches = load_batches(ViewDataset(mixture, (16, 24), ViewConfig(num_views=1), seed=0), StepSampler(0, 9, 1), 1)
 next(batches)
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -23,10 +23,10 @@ from featsharp.ops.resize import resize
 from featsharp.ops.warp import inside, warp
 
 STILL = ViewConfig(
-    num_views=2, zoom=(1.0, 1.0), jitter_zoom=(1.0, 1.0), perspective=(0.0, 0.0), rotation=0.0, shift=0.0, flip=0.0
+    num_views=2, zoom=[1.0, 1.0], jitter_zoom=[1.0, 1.0], perspective=[0.0, 0.0], rotation=0.0, shift=0.0, flip=0.0
 )
 WILD = ViewConfig(
-    num_views=4, zoom=(1.0, 2.0), jitter_zoom=(0.9, 2.0), perspective=(0.02, 0.1), rotation=20.0, shift=0.2, flip=0.5
+    num_views=4, zoom=[1.0, 2.0], jitter_zoom=[0.9, 2.0], perspective=[0.02, 0.1], rotation=20.0, shift=0.2, flip=0.5
 )
 
 
@@ -131,7 +131,7 @@ def test_corner_homography_moves_the_corners():
 
 @pytest.mark.parametrize("size", [(48, 96), (64, 64)])
 def test_homography_is_the_composition_of_its_parts(size):
-    config = ViewConfig(jitter_zoom=(1.25, 1.25), perspective=(0.0, 0.0), rotation=0.0, shift=0.0, flip=0.0)
+    config = ViewConfig(jitter_zoom=[1.25, 1.25], perspective=[0.0, 0.0], rotation=0.0, shift=0.0, flip=0.0)
     rng = np.random.default_rng(1)
     matrices = np.stack([sample_homography(size, config, rng) for _ in range(200)])
     np.testing.assert_allclose(matrices[:, 0, 0], 0.8)
@@ -225,7 +225,7 @@ def test_shift_into_the_margin_shows_real_pixels():
 
 
 def test_flipped_view_is_mirrored():
-    config = ViewConfig(num_views=1, jitter_zoom=(1.0, 1.0), perspective=(0.0, 0.0), rotation=0.0, shift=0.0, flip=1.0)
+    config = ViewConfig(num_views=1, jitter_zoom=[1.0, 1.0], perspective=[0.0, 0.0], rotation=0.0, shift=0.0, flip=1.0)
     views = Views(*(x[None] for x in sample_views(noise_picture(90, 90), (48, 40), config, np.random.default_rng(0))))
     images, masks = render_views(views, (48, 40))
     assert masks.min() == 1
@@ -235,7 +235,7 @@ def test_flipped_view_is_mirrored():
 def test_inverse_homography_brings_the_base_view_back():
     size = (64, 96)
     rng = np.random.default_rng(5)
-    config = ViewConfig(jitter_zoom=(0.95, 1.0), rotation=5.0, shift=0.05)
+    config = ViewConfig(jitter_zoom=[0.95, 1.0], rotation=5.0, shift=0.05)
     for _ in range(4):
         homography = sample_homography(size, config, rng)
         inverse = np.linalg.inv(homography)
