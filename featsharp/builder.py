@@ -12,19 +12,21 @@ import torch
 from featsharp.backbones import create_backbone, runs_code
 from featsharp.backbones.base import Backbone
 from featsharp.checkpoint import ENCODER_FILE, WEIGHTS_SUFFIX, read_checkpoint, restoring, write_checkpoint
-from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError
+from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, unknown_name
 from featsharp.files import write_file
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.spectral import folded_state
 from featsharp.model import SharpEncoder
-from featsharp.names import is_function_name, parse_upsampler, plain_value
+from featsharp.names import is_function_name, parse_upsampler, plain_value, split_options
 from featsharp.normalizers import NORMALIZERS
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import Upsampler
 from featsharp.upsamplers.registration import create_upsampler, default_factor, read_trait, resolve_upsampler
-from featsharp.weights import find_weights, list_weights
+from featsharp.weights import HOME as WEIGHTS
+from featsharp.weights import list_weights
 
 
+@torch.inference_mode(False)  # tensors made in inference mode could never be trained
 def create_encoder(
     backbone: str | Backbone,
     upsampler: str | Upsampler,
@@ -95,10 +97,11 @@ def load_from_file(
     """Load a sharp encoder from a checkpoint, or build a training-free one from a pseudo-path.
 
     Args:
-        path: A checkpoint file, or an upsampler that needs no training with its factor: ``"tile-2x"``,
-            ``"bilinear-1.5x"`` (``"bilinear"`` is 2x), or your function ``"package.module:function-2x"`` (see
-            :func:`featsharp.upsamplers.from_function`), which is imported. Weights that come with the package have
-            names such as ``"vits14-focus/featsharp-2x"``; ``featsharp.weights.list_weights()`` has them all.
+        path: A checkpoint file, or an upsampler that needs no training with its factor and options: ``"tile-2x"``,
+            ``"bilinear-1.5x"`` (``"bilinear"`` is 2x), ``"views-2x?passes=4"``, or your function
+            ``"package.module:function-2x"`` (see :func:`featsharp.upsamplers.from_function`), which is imported.
+            Weights that come with the package have names such as ``"vits14-focus/featsharp-2x"``;
+            ``featsharp.weights.list_weights()`` has them all.
         featurizer: The backbone. Needed for pseudo-paths and for checkpoints of a backbone that cannot be built by
             name; otherwise the checkpoint's backbone is built. One that the checkpoint was not trained for is refused.
         max_memory: Limit of the memory that encoding takes, in bytes or as "2GiB"; see ``SharpEncoder.max_memory``.
@@ -113,14 +116,20 @@ def load_from_file(
         CheckpointError: When the file is missing, damaged or unsafe, or its tensors do not fit.
         BackboneMismatchError: When ``featurizer`` is not the backbone that the checkpoint was trained for.
     """
-    name, factor = parse_upsampler(str(path), UPSAMPLERS)
+    text, options = split_options(str(path)) if not Path(path).exists() else (str(path), {})
+    name, factor = parse_upsampler(text, UPSAMPLERS)
     if (name in UPSAMPLERS or (is_function_name(name) and factor is not None)) and not Path(path).exists():
         if featurizer is None:
             raise ConfigError(
                 f"{path} is no file but an untrained upsampler; give it a backbone: featurizer='vits14-focus' "
                 "(--backbone on the command line)"
             )
-        return _untrained_encoder(featurizer, name, factor, max_memory)
+        return _untrained_encoder(featurizer, name, factor, options, max_memory)
+    if torch.get_default_device().type == "meta":
+        raise ConfigError(
+            f"{path} cannot be loaded under torch's default device meta, which holds no values; load it outside, or "
+            "build with create_encoder there and load its state_dict after to_empty()"
+        )
     path = _find_file(path)
     content = read_checkpoint(path)
     with restoring(path):
@@ -151,22 +160,25 @@ def _find_file(path: str | PathLike[str]) -> str | PathLike[str]:
     """Return the path itself, or that of shipped weights of this name."""
     if Path(path).is_file():
         return path
-    shipped = find_weights(str(path))
-    if shipped is None and Path(path).suffix not in (".pth", WEIGHTS_SUFFIX):
-        known = ", ".join(list_weights()) or "none"
-        raise CheckpointError(
-            f"checkpoint {path} does not exist, and no shipped weights are called so (there are: {known})"
-        )
-    return shipped or path
+    shipped = WEIGHTS / f"{path}{WEIGHTS_SUFFIX}"
+    if shipped.is_file():
+        return shipped
+    if Path(path).suffix not in (".pth", WEIGHTS_SUFFIX):
+        unknown = unknown_name("upsampler", parse_upsampler(str(path))[0], [*UPSAMPLERS, *list_weights()])
+        raise CheckpointError(f"checkpoint {path} does not exist; {unknown}")
+    return path
 
 
 def _untrained_encoder(
-    featurizer: str | Backbone, name: str, factor: float | None, max_memory: int | str | None
+    featurizer: str | Backbone,
+    name: str,
+    factor: float | None,
+    options: dict[str, Any],
+    max_memory: int | str | None,
 ) -> SharpEncoder:
     """Build the encoder of a pseudo-path."""
-    options = {}
     if is_function_name(name):
-        name, options = "custom", {"function": name}
+        name, options = "custom", {**options, "function": name}
     factor = default_factor(name) if factor is None else factor
     if read_trait(name, "trainable"):
         raise ConfigError(
@@ -202,6 +214,7 @@ def save_checkpoint(
         config: The configuration it was trained with, plain values.
         training: Optimiser and other states for a resumed run.
     """
+    encoder = _unwrapped(encoder)
     content = {
         "encoder": _describe(encoder),
         "model": model_state(encoder),
@@ -229,6 +242,7 @@ def save_weights(encoder: SharpEncoder, path: str | PathLike[str]) -> None:
     path = Path(path)
     if path.suffix != WEIGHTS_SUFFIX:
         raise CheckpointError(f"weights go to a file that ends in {WEIGHTS_SUFFIX}; got {path.name}")
+    encoder = _unwrapped(encoder)
     header = {"format": ENCODER_FILE.format, "version": str(ENCODER_FILE.version)}
     header["encoder"] = json.dumps(_describe(encoder))
     state = model_state(encoder)
@@ -238,6 +252,15 @@ def save_weights(encoder: SharpEncoder, path: str | PathLike[str]) -> None:
             if not state[name].isfinite().all():
                 raise CheckpointError(f"{name} has values that half precision cannot hold; keep the checkpoint")
     write_file(path, save(state, header))
+
+
+def _unwrapped(encoder: Any) -> SharpEncoder:
+    """Return the encoder in a DataParallel, DistributedDataParallel or compiled module, or itself."""
+    for wrapper in ("module", "_orig_mod"):
+        encoder = getattr(encoder, wrapper, encoder)
+    if not isinstance(encoder, SharpEncoder):
+        raise CheckpointError(f"checkpoints hold sharp encoders, from create_encoder; got {type(encoder).__name__}")
+    return encoder
 
 
 def _describe(encoder: SharpEncoder) -> dict[str, Any]:
@@ -266,12 +289,15 @@ def _is_plain(value: object) -> bool:
 
 
 def model_state(encoder: SharpEncoder) -> dict[str, torch.Tensor]:
-    """Collect the tensors of an encoder but its backbone's, on the CPU, with spectral factors folded into weights."""
+    """Collect the tensors of an encoder but its backbone's, on the CPU, with spectral factors folded into weights.
+
+    The names are those of parts that are not compiled.
+    """
     state = {f"upsampler.{key}": value for key, value in folded_state(encoder.upsampler).items()}
     state |= {f"normalizer.{key}": value for key, value in encoder.normalizer.state_dict().items()}
     if encoder.bias_buffer is not None:
         state |= {f"bias_buffer.{key}": value for key, value in encoder.bias_buffer.state_dict().items()}
-    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    return {key.replace("_orig_mod.", ""): value.detach().cpu().contiguous() for key, value in state.items()}
 
 
 def content_key(encoder: SharpEncoder) -> str:

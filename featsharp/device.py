@@ -1,8 +1,14 @@
-"""Devices and autocast types by name."""
+"""Devices and autocast types by name, torch's defaults for both, and threads after a fork."""
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
-from featsharp.errors import ConfigError
+from featsharp.errors import ConfigError, InputError
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
@@ -28,6 +34,69 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+@contextmanager
+def usual_defaults() -> Iterator[torch.device]:
+    """Make what this context creates float32 and on the CPU, whatever default type and device of torch are set.
+
+    Models are built in it, so that the same name gives the same numbers; also a decorator. Types are a setting of the
+    process, so threads that rely on another default type should not run beside it.
+
+    Yields:
+        The default device that was set, to which what was built can be moved.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    with ExitStack() as stack:
+        if device.type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if dtype != torch.float32:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        yield device
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """Make a context in which a caller's autocast does not apply, on the device of a tensor."""
+    # torch has none for tensors without values.
+    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
+
+
+def check_weights(dtype: torch.dtype, name: str) -> None:
+    """Raise InputError for weights of a type that torch can store but not compute with, such as float8_e4m3fn.
+
+    Args:
+        dtype: Of the weights.
+        name: Of the part with them, for the message.
+    """
+    if dtype.itemsize < 2:
+        raise InputError(
+            f"{name} has weights of {str(dtype).removeprefix('torch.')}, which torch stores but has no convolutions "
+            "for; cast it with .to(torch.bfloat16), or float16, float32, float64"
+        )
+
+
+def check_autocast(weights: torch.dtype, like: Tensor, name: str) -> None:
+    """Raise InputError for weights that cannot be computed with, as such or under the caller's autocast.
+
+    That is one to a half type where they have the other, which torch cannot mix, see also :func:`check_weights`.
+
+    Args:
+        weights: Their type.
+        like: A tensor on the device where is computed.
+        name: Of the part with the weights, for the message.
+    """
+    check_weights(weights, name)
+    kind = like.device.type
+    if weights not in (torch.float16, torch.bfloat16) or like.is_meta or not torch.is_autocast_enabled(kind):
+        return
+    wish = torch.get_autocast_dtype(kind)
+    if wish != weights:
+        has, got = (str(dtype).removeprefix("torch.") for dtype in (weights, wish))
+        raise InputError(
+            f"{name} has {has} weights, which an autocast to {got} cannot take; use an autocast to {has}, none, or "
+            "float32 weights"
+        )
+
+
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """Return the autocast type of matrix products; "auto" is bfloat16 where the hardware multiplies it natively."""
     names = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +107,17 @@ def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
     fast = (
         torch.cuda.is_bf16_supported(including_emulation=False)
         if device.type == "cuda"
-        else torch.cpu._is_avx512_bf16_supported()
+        else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # unknown to torch 2.4: False
     )
     return torch.bfloat16 if fast else None
+
+
+@functools.cache
+def use_one_thread_after_forks() -> None:
+    """Let processes that are forked from this one compute with one thread, as those of a ``DataLoader`` do.
+
+    OpenMP's threads do not survive a fork: a child of a process that has computed with several would wait for them for
+    ever. Spawned processes are not concerned, and ``torch.set_num_threads`` in the child changes the number.
+    """
+    if hasattr(os, "register_at_fork"):  # there are no forks on Windows
+        os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))

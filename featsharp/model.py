@@ -7,28 +7,38 @@ Convention:
     whole image whatever its size: nothing is cropped or padded, each axis is scaled on its own.
 """
 
-from os import PathLike
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
 
 from featsharp.backbones.base import Backbone, BackboneOutput
+from featsharp.device import check_autocast
 from featsharp.errors import ConfigError, InputError
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.input_conditioner import InputConditioner
 from featsharp.memory import parse_memory
 from featsharp.normalizers import Normalizer
-from featsharp.ops.resize import resize, size_of
-from featsharp.upsamplers.base import UpsampleFeatures, Upsampler, scale_length, weight_dtype
+from featsharp.ops.recording import is_tracing
+from featsharp.ops.resize import check_size, resize, size_of
+from featsharp.upsamplers.base import UpsampleFeatures, Upsampler, differentiable, scale_length, weight_dtype
 from featsharp.upsamplers.chunked import Allocate, allocate_beside, upsample_within
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    Picture = str | PathLike[str] | Image
+    from featsharp.data.images import Picture
 
 __all__ = ["InputConditioner", "SharpEncoder", "UpsampleFeatures"]
+
+# (H, W) in cells, or a cell for each pixel of the picture that was given.
+OutputSize: TypeAlias = tuple[int, int] | Literal["pixels"]
+
+
+class PreparedImage(NamedTuple):
+    """A picture that was read and scaled: pixels [1, 3, H, W] in [0, 1] on the CPU, not whitened yet."""
+
+    pixels: Tensor
+    low_res_size: tuple[int, int] | None  # (h, w) in pixels of the low-resolution pass; None: as of the pixels
+    image_size: tuple[int, int]  # (h, w) in pixels before it was scaled
 
 
 class SharpEncoder(nn.Module):
@@ -66,7 +76,9 @@ class SharpEncoder(nn.Module):
                 f"the upsampler is for {upsampler.embed_dim} channels, but backbone {backbone.name!r} has "
                 f"{backbone.embed_dim}; build it for this backbone"
             )
-        grid = upsampler.high_res_grid(torch.empty(1, 1, *backbone.grid_size(backbone.input_size), device="meta"))
+        grid = upsampler.high_res_grid(
+            torch.empty(1, 1, *backbone.grid_size(backbone.input_size), dtype=torch.float32, device="meta")
+        )
         if upsampler.window is not None and upsampler.window > 2 * max(grid) - 1:
             raise ConfigError(
                 f"a window of {upsampler.window} is larger than the map: at the native size of backbone "
@@ -77,8 +89,8 @@ class SharpEncoder(nn.Module):
         self.bias_buffer = bias_buffer
         self.upsampler = upsampler
         self.input_conditioner = InputConditioner(backbone.mean, backbone.std)
-        # Has the device of the module even where nothing has parameters.
-        self.register_buffer("_anchor", torch.empty(0), persistent=False)
+        # Has the type that the encoder was cast to even where nothing has parameters; normalizers stay float32.
+        self.register_buffer("_anchor", torch.empty(0, dtype=torch.float32), persistent=False)
         # Arguments by which a checkpoint rebuilds this encoder; builder.create_encoder fills them in.
         self.recipe: dict[str, Any] = {}
 
@@ -99,7 +111,7 @@ class SharpEncoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the encoder."""
-        return self._anchor.device
+        return self.normalizer.alpha.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,11 +167,10 @@ class SharpEncoder(nn.Module):
     def forward(
         self,
         images: Tensor,
-        *,
         denormalize: bool = False,
         return_summary: bool = False,
         low_res_size: tuple[int, int] | None = None,
-        output_size: tuple[int, int] | None = None,
+        output_size: OutputSize | None = None,
         allocate: Allocate | None = None,
     ) -> UpsampleFeatures:
         """Compute sharp features of whitened images.
@@ -174,13 +185,15 @@ class SharpEncoder(nn.Module):
                 unchanged: upsampling does not improve it).
             low_res_size: (h, w) in pixels of the low-resolution pass. Default: the image size divided by
                 ``upsampler.input_upsample_factor``, rounded to whole patches, or the size of a fixed-size backbone.
-            output_size: (H, W) of ``high_res`` in cells, where the upsampler takes any size; None: by the factor.
+            output_size: (H, W) of ``high_res`` in cells, where the upsampler takes any size; "pixels" for that of the
+                images; None: by the factor.
             allocate: Called with ``low_res`` and the shape and dtype of ``high_res``, returns the tensor for the
                 latter: see ``featsharp.extraction.MappedFeatures`` for one in a file. Only with :attr:`max_memory`.
 
         Returns:
             ``low_res`` [B, C, h, w], ``high_res`` [B, C, factor * h, factor * w] or of ``output_size`` (S2 has several
-            maps of C channels on top of each other), ``summary`` [B, C_s] or None, all of type :attr:`dtype`.
+            maps of C channels on top of each other), ``summary`` [B, C_s] or None, all of type :attr:`dtype`. The maps
+            are contiguous and share no memory.
 
         Raises:
             InputError: For images that are no [B, 3, H, W] batch or too small, a summary that the backbone lacks, an
@@ -188,8 +201,12 @@ class SharpEncoder(nn.Module):
                 message gives the least that works).
         """
         self._check(images, return_summary)
-        images = images.to(self.dtype)
-        size = low_res_size or self.low_res_size(size_of(images))
+        if output_size == "pixels":
+            output_size = size_of(images)
+        images = differentiable(images.to(self.dtype))
+        if low_res_size is None:
+            low_res_size = self.low_res_size(size_of(images))
+        size = check_size("low_res_size", low_res_size, "pixels")
         if self.max_memory is not None:
             low_res, high_res, summary = upsample_within(
                 self.upsampler,
@@ -205,28 +222,42 @@ class SharpEncoder(nn.Module):
             raise ConfigError("allocate= needs a limit on memory; set max_memory, for example to '2GiB'")
         else:
             low_res, high_res, summary = self.upsampler(images, self.encode, size, output_size)
+            if high_res is low_res:  # of factor 1; what changes one in place must not change the other
+                high_res = low_res.clone()
             low_res, high_res = self._finish(low_res, denormalize), self._finish(high_res, denormalize)
+        low_res, high_res = low_res.contiguous(), high_res.contiguous()  # safetensors takes no others
+        if is_tracing() and not return_summary:
+            return (low_res, high_res)  # type: ignore[return-value]  # a traced program cannot say None
         return UpsampleFeatures(low_res, high_res, summary if return_summary else None)
 
     def _check(self, images: Tensor, return_summary: bool) -> None:
+        if not isinstance(images, Tensor):
+            raise InputError(
+                f"a sharp encoder takes whitened images, a tensor [B, 3, H, W]; got {type(images).__name__}. "
+                "encode_image takes pictures"
+            )
+        weight = next(self.parameters(), None)
+        if weight is not None and weight.device.type != images.device.type:
+            raise InputError(f"the images are on {images.device}, this encoder on {weight.device}; move one with .to()")
         if images.ndim != 4 or images.shape[1] != 3:
             raise InputError(f"a sharp encoder takes whitened images [B, 3, H, W]; got {tuple(images.shape)}")
-        if not len(images):
+        if images.shape[0] == 0:
             raise InputError("a sharp encoder needs at least one image; got an empty batch")
         if not images.is_floating_point():
             raise InputError(
                 f"whitened images are floating point; got {images.dtype}. Use input_conditioner(pixels / 255) first"
             )
+        check_autocast(self.dtype, images, "this encoder")
         if return_summary and self.backbone.summary_dim is None:
             raise InputError(f"backbone {self.backbone.name!r} has no summary; call without return_summary")
 
     def _finish(self, features: Tensor, denormalize: bool) -> Tensor:
         """Cast maps of the upsampler [B, n C, H, W] to :attr:`dtype`, and denormalise them where requested."""
         features = features.to(self.dtype)
-        if not denormalize:
-            return features
-        maps = features.unflatten(1, (-1, self.embed_dim)).flatten(0, 1)  # S2 has several on top of each other
-        return self.normalizer.denormalize(maps).unflatten(0, (len(features), -1)).flatten(1, 2)
+        if denormalize:
+            maps = features.unflatten(1, (-1, self.embed_dim)).flatten(0, 1)  # S2 has several on top of each other
+            features = self.normalizer.denormalize(maps).unflatten(0, (features.shape[0], -1)).flatten(1, 2)
+        return features
 
     def compile(self, **options: Any) -> None:
         """Compile backbone, normalizer and upsampler in place with ``torch.compile``, for images of any size.
@@ -258,7 +289,7 @@ class SharpEncoder(nn.Module):
         image: "Picture",
         *,
         size: tuple[int, int] | None = None,
-        output_size: tuple[int, int] | None = None,
+        output_size: OutputSize | None = None,
         denormalize: bool | None = None,
         return_summary: bool = False,
         allocate: Allocate | None = None,
@@ -270,7 +301,7 @@ class SharpEncoder(nn.Module):
         image: list[Any] | tuple[Any, ...],
         *,
         size: tuple[int, int] | None = None,
-        output_size: tuple[int, int] | None = None,
+        output_size: OutputSize | None = None,
         denormalize: bool | None = None,
         return_summary: bool = False,
     ) -> list[UpsampleFeatures]: ...
@@ -281,7 +312,7 @@ class SharpEncoder(nn.Module):
         image: "Picture | list[Any] | tuple[Any, ...]",
         *,
         size: tuple[int, int] | None = None,
-        output_size: tuple[int, int] | None = None,
+        output_size: OutputSize | None = None,
         denormalize: bool | None = None,
         return_summary: bool = False,
         allocate: Allocate | None = None,
@@ -295,11 +326,14 @@ class SharpEncoder(nn.Module):
         H x W picture.
 
         Args:
-            image: A file, or a PIL image; or a list of these, of any sizes: those that are scaled to one size are one
-                batch for the backbone, so give as many at once as memory holds.
+            image: The path or content of an image file, an open file, a PIL image, or an array or tensor of pixels that
+                are not whitened (``featsharp.data.decode_image`` has the shapes and types); or a list of these, of any
+                sizes: those that are scaled to one size are one batch for the backbone, so give as many at once as
+                memory holds.
             size: (h, w) in pixels to scale the picture to instead, at least one patch per side; the size of the
                 picture keeps every detail.
-            output_size: As for :meth:`forward`.
+            output_size: As for :meth:`forward`; "pixels" for the size of the picture before it is scaled: C numbers for
+                each pixel, which with :attr:`max_memory` and ``allocate`` go to a file.
             denormalize: As for :meth:`forward`; None: True wherever the normalizer has an inverse.
             return_summary: As for :meth:`forward`.
             allocate: As for :meth:`forward`; only for one picture.
@@ -307,50 +341,62 @@ class SharpEncoder(nn.Module):
         Returns:
             As :meth:`forward`, with B = 1, on the device of the encoder (``high_res`` where ``allocate`` puts it); a
             list in the order given for a list.
+
+        Raises:
+            DataError: For a file that is missing, damaged or of pixels that are not read.
+            InputError: For an object that is no picture, and as :meth:`forward`.
         """
         denormalize = self.normalizer.invertible if denormalize is None else denormalize
         if isinstance(image, list | tuple):
             if allocate is not None:
                 raise ConfigError("allocate= makes room for one picture; call encode_image for each of the list")
-            prepared = [self._prepare_picture(one, size) for one in image]
+            prepared = [self.prepare_image(one, size) for one in image]
             results: dict[int, UpsampleFeatures] = {}
             groups: dict[Any, list[int]] = {}
-            for index, (pixels, low_res_size) in enumerate(prepared):
-                groups.setdefault((pixels.shape, low_res_size), []).append(index)
-            for (_, low_res_size), group in groups.items():
-                batch = torch.cat([prepared[index][0] for index in group])
+            for index, (pixels, low_res_size, image_size) in enumerate(prepared):
+                cells = image_size if output_size == "pixels" else output_size
+                groups.setdefault((pixels.shape, low_res_size, cells), []).append(index)
+            for (_, low_res_size, cells), group in groups.items():
+                batch = self._whiten(torch.cat([prepared[index].pixels for index in group]))
                 out = self(
                     batch,
                     denormalize=denormalize,
                     return_summary=return_summary,
                     low_res_size=low_res_size,
-                    output_size=output_size,
+                    output_size=cells,
                 )
                 for row, index in enumerate(group):
                     # Views would keep the memory of the whole batch.
                     one = (None if x is None else x[row : row + 1].clone() for x in out)
                     results[index] = UpsampleFeatures(*one)  # type: ignore[arg-type]
             return [results[index] for index in range(len(prepared))]
-        pixels, low_res_size = self._prepare_picture(image, size)
+        pixels, low_res_size, image_size = self.prepare_image(image, size)
         return self(
-            pixels,
+            self._whiten(pixels),
             denormalize=denormalize,
             return_summary=return_summary,
             low_res_size=low_res_size,
-            output_size=output_size,
+            output_size=image_size if output_size == "pixels" else output_size,
             allocate=allocate,
         )
 
-    def _prepare_picture(self, image: "Picture", size: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int] | None]:
-        """Whitened pixels [1, 3, H, W] on the encoder's device, and the size of their low-resolution pass."""
-        from featsharp.data.images import decode_image, image_to_tensor
+    def prepare_image(self, image: "Picture", size: tuple[int, int] | None = None) -> PreparedImage:
+        """Read and scale a picture as :meth:`encode_image` does; safe in threads beside the encoder's work."""
+        from featsharp.data.images import picture_to_tensor
 
-        pixels = image_to_tensor(decode_image(image))[None]
-        low_res_size = None
+        if size is not None:
+            size = check_size("size", size, "pixels")
+            self.backbone.fit_size(*size)  # refuses one smaller than a patch before a picture is scaled to it
+        pixels = picture_to_tensor(image)[None]
+        image_size, low_res_size = size_of(pixels), None
         if size is None:
-            low_res_size = self.native_low_res_size(size_of(pixels))
+            low_res_size = self.native_low_res_size(image_size)
             size = self._image_size(low_res_size)
-        return self.input_conditioner(resize(pixels, size)).to(self._anchor), low_res_size
+        return PreparedImage(resize(pixels, size), low_res_size, image_size)
+
+    def _whiten(self, pixels: Tensor) -> Tensor:
+        """Whiten pixels [B, 3, H, W] in [0, 1], on the encoder's device, in its type."""
+        return self.input_conditioner(pixels).to(self.device, self._anchor.dtype)
 
     def _image_size(self, low_res_size: tuple[int, int]) -> tuple[int, int]:
         """Compute the (h, w) of the image in pixels from which the upsampler needs no more detail."""

@@ -13,6 +13,7 @@ from featsharp.backbones.from_callable import from_callable
 from featsharp.backbones.loading import set_native_size
 from featsharp.backbones.models import FAMILIES, MODELS, Family, Model
 from featsharp.backbones.options import COMMON, FEATURES, OPTIONS, Options, parse_options
+from featsharp.device import usual_defaults
 from featsharp.errors import ConfigError, unknown_name
 from featsharp.names import BackboneName, parse_backbone
 
@@ -52,7 +53,7 @@ def create_backbone(name: str | Backbone, *, autocast_dtype: torch.dtype | None 
             ``create_backbone("dinov2-s", layer=9, facet="key")``.
 
     Returns:
-        The backbone, on the CPU if it was built here.
+        The backbone; one that was built here is float32 and on torch's default device, which is the CPU unless set.
 
     Raises:
         ConfigError: For an unknown name or option, or an ``autocast_dtype`` that is none of the three.
@@ -69,7 +70,10 @@ def create_backbone(name: str | Backbone, *, autocast_dtype: torch.dtype | None 
             raise ConfigError(f"a Backbone brings its own options; leave out {', '.join(options)}")
         backbone = name
     elif isinstance(name, str):
-        backbone = _build(parse_backbone(name).with_options(**options))
+        with usual_defaults() as device:
+            backbone = _build(parse_backbone(name).with_options(**options))
+        if device.type != "cpu":
+            backbone.to(device)
     else:
         raise ConfigError(
             f"a backbone is a name or a Backbone; got {type(name).__name__}; wrap a module of your own with "

@@ -283,11 +283,13 @@ def captured(modules: Sequence[nn.Module], *, inputs: bool = False, then_stop: b
             if then_stop and here is not None and len(kept) == len(modules):
                 raise _Stop
 
-    if inputs:
-        hooks = [module.register_forward_pre_hook(lambda module, given: keep(given[0])) for module in modules]
-    else:
-        hooks = [module.register_forward_hook(lambda module, given, output: keep(output)) for module in modules]
+    hooks = []
     try:
+        for module in modules:
+            if inputs:
+                hooks.append(module.register_forward_pre_hook(lambda module, given: keep(given[0])))
+            else:
+                hooks.append(module.register_forward_hook(lambda module, given, output: keep(output)))
         yield kept
     except _Stop:
         pass

@@ -7,6 +7,7 @@ Convention:
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from featsharp.device import check_autocast, check_weights, use_one_thread_after_forks
 from featsharp.errors import ConfigError, InputError
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from featsharp.layers.input_conditioner import IMAGENET_MEAN as IMAGENET_MEAN
+from featsharp.layers.input_conditioner import IMAGENET_STD as IMAGENET_STD
+from featsharp.ops.resize import size_of
 
 
 class BackboneOutput(NamedTuple):
@@ -63,11 +66,12 @@ class Backbone(nn.Module):
         flexible: bool = True,
     ) -> None:
         super().__init__()
+        use_one_thread_after_forks()
         self.name = name
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.input_size = input_size
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean, self.std = check_whitening(name, mean, std)
         self.summary_dim = summary_dim
         self.flexible = flexible
         self._hash: tuple[object, str] | None = None
@@ -87,12 +91,22 @@ class Backbone(nn.Module):
             (that of the images for a function without weights), under autocast too.
 
         Raises:
-            InputError: For another shape or type, or a size that this backbone does not take.
+            InputError: For another shape or type, a size that this backbone does not take, weights of a type that only
+                stores (float8), or an autocast of the caller to another half type than that of the weights.
         """
         self.check_size(images)
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), images.dtype)
-        wish = self.autocast_dtype
-        with torch.autocast(images.device.type, wish) if wish is not None else contextlib.nullcontext():
+        wish = None if images.is_meta else self.autocast_dtype
+        check_weights(dtype, f"backbone {self.name!r}")
+        if wish is None:
+            check_autocast(dtype, images, f"backbone {self.name!r}")
+        with contextlib.ExitStack() as contexts:
+            if wish is not None:
+                contexts.enter_context(torch.autocast(images.device.type, wish))
+            # Models of libraries create tensors where torch does by default.
+            usual = ("cpu", images.device.type)
+            if not torch.compiler.is_compiling() and torch.get_default_device().type not in usual:
+                contexts.enter_context(images.device)
             features, summary = self.extract(images.to(dtype))
         return BackboneOutput(features.to(dtype), None if summary is None else summary.to(dtype))
 
@@ -102,7 +116,7 @@ class Backbone(nn.Module):
         Raises:
             InputError: When a side is smaller than one patch.
         """
-        if min(height, width) < self.patch_size:
+        if height < self.patch_size or width < self.patch_size:
             raise InputError(
                 f"{height:g}x{width:g} pixels are smaller than one {self.patch_size}-pixel patch of backbone "
                 f"{self.name!r}; enlarge the image first"
@@ -156,7 +170,7 @@ class Backbone(nn.Module):
             )
         if images.ndim != 4 or images.shape[1] != 3:
             raise InputError(f"backbone {self.name!r} takes images [B, 3, H, W]; got {tuple(images.shape)}")
-        height, width = images.shape[-2:]
+        height, width = size_of(images)
         allowed = self.fit_size(height, width)
         if (height, width) != allowed:
             why = f"multiples of {self.patch_size}" if self.flexible else "a fixed size"
@@ -178,7 +192,14 @@ class Backbone(nn.Module):
         """Compute SHA-256 over names, shapes and float32 bytes of all weights, by which checkpoints know a backbone.
 
         A cast of the whole backbone to half precision keeps the hash of the weights that were cast.
+
+        Raises:
+            ConfigError: Without weights, on the device meta.
         """
+        if any(value.is_meta for value in self.state_dict().values()):
+            raise ConfigError(
+                f"backbone {self.name!r} has no weights (device meta), so no file can know it by them; load them first"
+            )
         # Hashing copies all weights, and every checkpoint asks.
         version = self._weights_version()
         if self._hash is None or self._hash[0] != version:
@@ -198,8 +219,9 @@ class Backbone(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
         """Move or cast, as ``to()`` and its kin do."""
-        casts = fn(torch.empty(0)).dtype != torch.float32
-        known = self.weights_hash() if casts or self._hash is not None else None
+        casts = fn(torch.empty(0, dtype=torch.float32, device="cpu")).dtype != torch.float32
+        wanted = (casts or self._hash is not None) and not any(p.is_meta for p in self.parameters())
+        known = self.weights_hash() if wanted else None
         super()._apply(fn, recurse)
         if known is not None:
             self._hash = (self._weights_version(), known)
@@ -220,6 +242,30 @@ class Backbone(nn.Module):
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, patch_size={self.patch_size}, embed_dim={self.embed_dim}, flexible={self.flexible}"
+
+
+def check_whitening(name: str, mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and deviation of pixels in [0, 1] as tuples; ConfigError for what cannot be those."""
+    try:
+        means, deviations = ([float(value) for value in values] for values in (mean, std))
+    except (TypeError, ValueError):
+        means = deviations = []
+    if (
+        len(means) != 3
+        or len(deviations) != 3
+        or not all(map(math.isfinite, means + deviations))
+        or min(deviations) <= 0
+    ):
+        raise ConfigError(
+            f"mean and std of backbone {name!r} are three numbers each, those of std above 0; got mean={mean!r}, "
+            f"std={std!r}"
+        )
+    if max(map(abs, means)) > 1:
+        raise ConfigError(
+            f"mean and std of backbone {name!r} are those of pixels in [0, 1]; got mean={mean!r}, std={std!r}. Divide "
+            "both by 255 where they are for 0..255"
+        )
+    return tuple(means), tuple(deviations)
 
 
 def embeds_patches(layer: object, patch_size: int) -> bool:

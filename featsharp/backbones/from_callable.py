@@ -15,9 +15,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneOutput, embeds_patches
+from featsharp.backbones.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Backbone,
+    BackboneOutput,
+    check_whitening,
+    embeds_patches,
+)
 from featsharp.backbones.options import Options
 from featsharp.errors import ConfigError
+from featsharp.ops.resize import check_size
 
 Layout = Literal["BCHW", "BNC"]
 
@@ -123,8 +131,8 @@ def from_callable(
         num_prefix_tokens: Tokens before the patches (class token, registers) of a BNC output.
         layout: "BCHW" or "BNC".
         input_size: Native (h, w) in pixels, whole patches.
-        mean: Of the whitening that the module expects, three values.
-        std: Its standard deviation.
+        mean: Of the whitening that the module expects, three values, for pixels in [0, 1].
+        std: Its standard deviation, above 0.
         summary: Takes what the module returns, gives [B, C_s]. None: ``x_norm_clstoken``, ``pooler_output`` or
             ``summary`` if the output has one, the [B, C_s] part of a pair, else no summary.
         flexible: False when only ``input_size`` works; other sizes are then not tried. A module that fails the trial at
@@ -136,6 +144,7 @@ def from_callable(
     Raises:
         ConfigError: When the module cannot be run or understood, when a given fact is wrong, or when its grid runs in
             another order; the message says which argument to pass.
+        InputError: For an ``input_size`` that is not two whole numbers.
 
     >>> trunk = nn.Conv2d(3, 12, kernel_size=16, stride=16)
     >>> from_callable(trunk, name="mine").patch_size
@@ -145,6 +154,8 @@ def from_callable(
         raise ConfigError(f"layout is 'BCHW', 'BNC' or None; got {layout!r}")
     if not callable(module):
         raise ConfigError(f"from_callable takes a module or function of images; got {type(module).__name__}")
+    input_size = check_size("input_size", input_size, "pixels")
+    mean, std = check_whitening(name, mean, std)
     probe = Probe(module, name, input_size, output)
     raw = probe.run(input_size)
     native = probe.shape_of(raw)
@@ -223,12 +234,14 @@ class Probe:
         if owner is not None:
             owner.eval()
         floating = [p for p in owner.parameters() if p.is_floating_point()] if owner is not None else []
-        self.like = floating[0] if floating else torch.empty(0)
+        self.like = floating[0] if floating else torch.empty(0, dtype=torch.float32, device="cpu")
 
     def images(self, size: tuple[int, int]) -> Tensor:
         """[1, 3, h, w] of noise on blocks of 4 pixels: random, yet with colours that survive pooling."""
         generator = torch.Generator().manual_seed(0)
-        coarse = torch.randn(1, 3, -(-size[0] // 4), -(-size[1] // 4), generator=generator)
+        coarse = torch.randn(
+            1, 3, -(-size[0] // 4), -(-size[1] // 4), generator=generator, dtype=torch.float32, device="cpu"
+        )
         blocks = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)[..., : size[0], : size[1]]
         return blocks.to(self.like.device, self.like.dtype)
 

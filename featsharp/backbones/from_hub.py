@@ -18,7 +18,7 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -58,6 +58,8 @@ def build(name: str, spec: str, options: Options) -> Backbone:
         CheckpointError: For weights that do not fill the module exactly.
         MissingDependencyError: When the code, a package that it needs, or the weights cannot be had.
     """
+    if PureWindowsPath(spec).drive:
+        spec = PureWindowsPath(spec).as_posix()
     repository, slash, entry = spec.rpartition("/")
     if not (slash and entry):
         raise ConfigError(f"write hub:OWNER/REPO[:REF]/ENTRY or hub:DIR/ENTRY; got 'hub:{spec}'")

@@ -148,7 +148,7 @@ class TransformerTower(TokenBackbone):
     def run(self, images: Tensor) -> tuple[Tensor, Any]:
         visual, grid = self.visual, self.grid_size(size_of(images))
         patches = visual.conv1(images).flatten(2).transpose(1, 2)
-        first = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+        first = visual.class_embedding.to(patches.dtype).expand(images.shape[0], 1, -1)
         positions = resample_positions(visual.positional_embedding, visual.grid_size, grid)
         x = visual.ln_pre(torch.cat([first, patches], 1) + positions.to(patches.dtype))
         for block in visual.transformer.resblocks:
@@ -341,7 +341,7 @@ class MapTower(StageBackbone):
     def project(self, features: Tensor) -> Tensor:
         alone = features.flatten(2).transpose(1, 2).flatten(0, 1)  # the head for each place as if it were the only one
         alone = alone[:, None, None] if self.channels_last else alone[:, :, None, None]
-        return to_map(_embed(self.visual, alone).unflatten(0, (len(features), -1)), size_of(features))
+        return to_map(_embed(self.visual, alone).unflatten(0, (features.shape[0], -1)), size_of(features))
 
     def summarise(self, kind: str, end: Any, output: Any) -> Tensor:
         return self.visual.trunk.forward_head(end, pre_logits=True) if kind == "pool" else _embed(self.visual, end)

@@ -9,8 +9,8 @@ Convention:
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from featsharp.backbones.from_callable import wrap_unknown
 from featsharp.backbones.loading import (
     call_leaving_out,
     cannot_fetch,
+    check_version,
     first_line,
     import_optional,
     pair,
@@ -32,7 +33,7 @@ from featsharp.backbones.loading import (
     whole_patches,
 )
 from featsharp.backbones.options import Options
-from featsharp.backbones.preprocessing import read_image_processor
+from featsharp.backbones.preprocessing import quiet, read_image_processor
 from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError
 from featsharp.ops.resize import size_of
 
@@ -42,6 +43,14 @@ TOWER_KEYS = {r"^(model\.)?vision_tower\.(vision_model\.)?": ""}
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
 # The linear layers of an attention, by the names that transformers gives them.
 PROJECTIONS = {"query": ("q_proj", "query"), "key": ("k_proj", "key"), "value": ("v_proj", "value")}
+# Arguments that some models and versions do not take; without them transformers 4 builds float32 as well.
+LATER_ARGUMENTS = ("add_pooling_layer", "dtype", "key_mapping")
+# Kinds that came with a later transformers than the oldest allowed, or whose vision tower could not be read alone.
+SINCE = {
+    **dict.fromkeys(("dinov3_convnext", "dinov3_vit"), (4, 56)),
+    **dict.fromkeys(("sam", "sam_vision_model"), (4, 51)),
+    **dict.fromkeys(("llava", "llava_next", "paligemma", "siglip2", "siglip2_vision_model"), (4, 50)),
+}
 # A side that the strides of all convolutional networks divide.
 PROBE_SIDE = 128
 # Models that resample their positions when they are asked to, beside those of FAMILIES.
@@ -66,7 +75,7 @@ def build(name: str, source: str, options: Options) -> Backbone:
     """
     transformers = import_optional("transformers", f"backbone {name!r}", INSTALL_HF)
     source = os.path.expanduser(source)
-    with _quiet(transformers):
+    with quiet(transformers):
         place, config = _read_config(transformers, name, source, options)
         whitening, size = read_image_processor(name, place, options)
         foreign = not type(config).__module__.startswith("transformers.")  # its code came with the weights
@@ -155,6 +164,9 @@ class TransformersViT(TokenBackbone):
     def norm(self, tokens: Tensor) -> Tensor:
         return tokens if self.final_norm is None else getattr(self.trunk, self.final_norm)(tokens)
 
+    def take(self, block: Any, tensor: Any, grid: tuple[int, int]) -> Tensor:
+        return tensor[0] if isinstance(tensor, tuple) else tensor  # blocks of transformers 4 return tuples
+
     def project(self, tokens: Tensor) -> Tensor:
         return self.model.visual_projection(tokens)
 
@@ -196,7 +208,7 @@ class MaskedAutoencoderViT(TransformersViT):
     def run(self, images: Tensor, **more: Any) -> tuple[Tensor, Any]:
         rows, columns = self.grid_size(size_of(images))
         # The encoder keeps, and sorts by, the smallest noise.
-        order = torch.arange(rows * columns, device=images.device).expand(len(images), -1)
+        order = torch.arange(rows * columns, device=images.device).expand(images.shape[0], -1)
         return super().run(images, noise=order)
 
 
@@ -228,7 +240,7 @@ class SiglipViT(TransformersViT):
 
     def summaries(self, config: Any, projected: int | None) -> dict[str, int | None]:
         width = config.hidden_size
-        return {**({"pool": width} if config.vision_use_head else {}), "none": None, "mean": width}
+        return {**({"pool": width} if getattr(config, "vision_use_head", True) else {}), "none": None, "mean": width}
 
 
 class NaFlexViT(SiglipViT):
@@ -247,9 +259,9 @@ class NaFlexViT(SiglipViT):
     def run(self, images: Tensor, **more: Any) -> tuple[Tensor, Any]:
         rows, columns = self.grid_size(size_of(images))
         p = self.patch_size
-        cells = images.reshape(len(images), 3, rows, p, columns, p)
-        patches = cells.permute(0, 2, 4, 3, 5, 1).reshape(len(images), rows * columns, 3 * p * p)
-        shapes = torch.tensor([[rows, columns]]).expand(len(images), 2)
+        cells = images.reshape(images.shape[0], 3, rows, p, columns, p)
+        patches = cells.permute(0, 2, 4, 3, 5, 1).reshape(images.shape[0], rows * columns, 3 * p * p)
+        shapes = torch.tensor([[rows, columns]]).expand(images.shape[0], 2)
         output = self.model(pixel_values=patches, pixel_attention_mask=None, spatial_shapes=shapes)
         return output.last_hidden_state, output
 
@@ -284,7 +296,7 @@ class SamViT(TransformersViT):
             if window > 0:  # the attention sees windows of a padded map
                 padded = (-(-grid[0] // window) * window, -(-grid[1] // window) * window)
                 tensor = block.window_unpartition(tensor, window, padded, grid)
-        return tensor.flatten(1, 2)
+        return super().take(block, tensor, grid).flatten(1, 2)
 
 
 class TransformersConvNet(StageBackbone):
@@ -384,7 +396,7 @@ def _read_config(transformers: Any, name: str, source: str, options: Options) ->
     reason: Exception = FileNotFoundError("it has no config.json")
     for place in places:
         try:
-            facts, _ = transformers.PreTrainedConfig.get_config_dict(place, local_files_only=complete)
+            facts, _ = transformers.PretrainedConfig.get_config_dict(place, local_files_only=complete)
         except (OSError, ValueError) as error:
             reason = error
         if facts:
@@ -393,6 +405,7 @@ def _read_config(transformers: Any, name: str, source: str, options: Options) ->
         raise ConfigError(f"{source!r} has no config.json that transformers can read; save_pretrained writes one")
     if not facts:
         raise _not_at_hand(name, source, reason) from reason
+    check_version(transformers, name, SINCE.get(str(facts.get("model_type"))))
     if "auto_map" in facts and not trust and facts.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ConfigError(
             f"backbone {name!r} brings model code of its own, which would run on this machine; read it, then allow it "
@@ -433,7 +446,7 @@ def _build_model(
             return _load(kind, name, options.weights or place, vision, arguments)
         create = kind.from_config if kind is transformers.AutoModel else kind._from_config
         try:
-            return call_leaving_out(create, ["add_pooling_layer"], config=vision, **arguments)
+            return call_leaving_out(create, LATER_ARGUMENTS, config=vision, **arguments)
         except Exception as error:  # whatever values that do not fit lead to
             raise ConfigError(
                 f"transformers cannot build {name!r} from its configuration at {place!r}: {first_line(error)}"
@@ -451,7 +464,7 @@ def _load(kind: Any, name: str, place: str, config: Any, arguments: dict[str, An
     try:
         model, report = call_leaving_out(
             kind.from_pretrained,
-            ["add_pooling_layer"],
+            LATER_ARGUMENTS,
             pretrained_model_name_or_path=None if file else place,
             config=config,
             output_loading_info=True,
@@ -482,18 +495,3 @@ def _not_at_hand(name: str, source: str, error: Exception) -> MissingDependencyE
             f"weights=FILE, or take random ones: pretrained=false"
         )
     return cannot_fetch(name, error, f"hf download {source} (or copy the files and name their place, hf:DIRECTORY)")
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the library's reports on what it loads, which list the language model that is left out on purpose."""
-    logging = transformers.utils.logging
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()

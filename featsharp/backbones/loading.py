@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.backbones.base import Backbone
+from featsharp.checkpoint import read_tensors
 from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError
+from featsharp.files import list_files
 
 Made = TypeVar("Made")
 
@@ -29,6 +31,15 @@ def import_optional(module: str, purpose: str, install: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependencyError(f"{purpose} needs {module} ({error}); run: {install}") from error
+
+
+def check_version(library: Any, name: str, since: tuple[int, int] | None) -> None:
+    """Raise MissingDependencyError for a backbone that came with a later version of its library, ``since``."""
+    if since and tuple(int(part) for part in library.__version__.split(".")[:2]) < since:
+        raise MissingDependencyError(
+            f"backbone {name!r} needs {library.__name__} {'.'.join(map(str, since))} or newer; this is "
+            f"{library.__version__}; run: pip install --upgrade {library.__name__}"
+        )
 
 
 @contextmanager
@@ -62,7 +73,7 @@ def find_weights(place: str, names: Sequence[str]) -> Path:
     for name in names:
         if (path / name).is_file():
             return path / name
-    others = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    others = [path / file for file in list_files(path, deep=False) if file.endswith(WEIGHT_SUFFIXES)]
     if len(others) != 1:
         present = ", ".join(file.name for file in others) or "none"
         raise ConfigError(f"{path} needs one file of weights, such as {names[0]}; it has {present}; name the file")
@@ -77,9 +88,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     try:
         if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
+            state: Any = read_tensors(path)[0]
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever reading a foreign file raises, the message has to name it

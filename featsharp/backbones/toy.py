@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featsharp.backbones.base import Backbone, BackboneOutput
+from featsharp.ops.recording import is_open
+from featsharp.ops.resize import resample, size_of
 
 PATCH_SIZE, INPUT_SIZE, EMBED_DIM = 8, (64, 64), 32
 
@@ -49,12 +51,12 @@ class ToyViT(Backbone):
 
     def extract(self, images: Tensor) -> BackboneOutput:
         patches = self.patch_embed(images)  # [B, C, h, w]
-        grid = patches.shape[-2:]
+        grid = size_of(patches)
         positions: Tensor = self.pos_embed
-        if grid != positions.shape[-2:]:
-            positions = F.interpolate(positions.float(), grid, mode="bicubic", antialias=True).to(positions.dtype)
+        if is_open(*grid) or grid != size_of(positions):
+            positions = resample(positions, grid, "bicubic")
         patches = (patches + positions).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
         tokens = self.norm(tokens)

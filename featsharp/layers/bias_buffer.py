@@ -19,7 +19,7 @@ class BiasBuffer(nn.Module):
 
     def __init__(self, embed_dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.buffer = nn.Parameter(torch.zeros(1, embed_dim, *grid))
+        self.buffer = nn.Parameter(torch.zeros(1, embed_dim, *grid, dtype=torch.float32))
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, C, h, w] to the same shape and dtype."""

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from featsharp.errors import ConfigError
+from featsharp.ops.padding import pad_border
+from featsharp.ops.recording import is_tracing, split_length
 from featsharp.ops.resize import size_of
 
 DIM = 128
@@ -43,12 +45,23 @@ class AxialRope(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        rows = torch.linspace(0, 1, height, device=x.device)[:, None, None] * self.frequencies[0].float()
-        cols = torch.linspace(0, 1, width, device=x.device)[None, :, None] * self.frequencies[1].float()
-        angle = (rows + cols).permute(2, 0, 1)
-        first, second = x.chunk(2, 1)
-        rotated = torch.cat([-second, first], 1)
-        return (x * angle.cos() + rotated * angle.sin()).to(x.dtype)
+        rows = _unit_steps(height, x.device)[:, None, None] * self.frequencies[0].float()
+        cols = _unit_steps(width, x.device)[None, :, None] * self.frequencies[1].float()
+        return rotate_halves(x, (rows + cols).permute(2, 0, 1)).to(x.dtype)
+
+
+def rotate_halves(x: Tensor, angle: Tensor) -> Tensor:
+    """Rotate channel i of [..., d, H, W] with channel i + d / 2 by an ``angle`` [d, H, W], in the wider type."""
+    first, second = x.chunk(2, -3)
+    rotated = torch.cat([-second, first], -3)
+    return x * angle.cos() + rotated * angle.sin()
+
+
+def _unit_steps(count: int, device: torch.device) -> Tensor:
+    """So many steps from 0 to 1."""
+    if torch.compiler.is_compiling():  # linspace would fix their number in a graph; it rounds in another way
+        return torch.arange(count, dtype=torch.float32, device=device) / max(count - 1, 1)
+    return torch.linspace(0, 1, count, dtype=torch.float32, device=device)
 
 
 def build_encoder(channels: int, *, kernel_size: int = 1) -> nn.Sequential:
@@ -57,20 +70,38 @@ def build_encoder(channels: int, *, kernel_size: int = 1) -> nn.Sequential:
 
 
 class PaddedConv2d(nn.Conv2d):
-    """A convolution without bias that keeps the size; beyond the border the map is mirrored, or zeros."""
+    """A convolution that keeps the size; beyond the border the map is mirrored, or zeros."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: Padding = "reflect") -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        padding: Padding = "reflect",
+        *,
+        bias: bool = False,
+    ) -> None:
         if padding not in ("reflect", "zeros"):
             raise ConfigError(f"unknown query_padding {padding!r}; use 'reflect' or 'zeros'")
         super().__init__(
-            in_channels, out_channels, kernel_size, padding=kernel_size // 2, padding_mode=padding, bias=False
+            in_channels, out_channels, kernel_size, padding=kernel_size // 2, padding_mode=padding, bias=bias
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        side = self.kernel_size[0] // 2
         # A map that is too small to be mirrored gets zeros.
-        if min(size_of(x)) > self.kernel_size[0] // 2:
-            return super().forward(x)
-        return F.conv2d(x, self.weight, padding=self.kernel_size[0] // 2)
+        if self.padding_mode == "reflect" and 0 < side < min(size_of(x)):
+            return F.conv2d(pad_border(x, (side,) * 4, "reflect"), self.weight, self.bias)
+        return F.conv2d(x, self.weight, self.bias, padding=side)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Division by the root mean square over the last axis, with a weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_tracing():  # ONNX has no operator for it
+            return x * (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt() * self.weight
+        return super().forward(x)
 
 
 class _ResidualBlock(nn.Module):
@@ -79,15 +110,15 @@ class _ResidualBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            _GroupNorm(GROUPS, DIM), nn.SiLU(), nn.Conv2d(DIM, DIM, 1, bias=False),
-            _GroupNorm(GROUPS, DIM), nn.SiLU(), nn.Conv2d(DIM, DIM, 1, bias=False),
+            GroupNorm(GROUPS, DIM), nn.SiLU(), nn.Conv2d(DIM, DIM, 1, bias=False),
+            GroupNorm(GROUPS, DIM), nn.SiLU(), nn.Conv2d(DIM, DIM, 1, bias=False),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
 
 
-class _GroupNorm(nn.GroupNorm):
+class GroupNorm(nn.GroupNorm):
     """A group norm that takes maps more precise than its weights; the result has the type of the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,11 +149,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = N
 
 def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, *, max_scores: int = MAX_SCORES) -> Tensor:
     """:func:`attend` of all queries to all keys, with at most ``max_scores`` scores (or one query's) held at once."""
-    rows = max(1, max_scores // (query.shape[0] * NUM_HEADS * key.shape[1]))
-    chunks = query.split(rows, 1)
-    if len(chunks) == 1:
+    pieces = split_length(query.shape[1], query.shape[0], NUM_HEADS * key.shape[1], max_scores)
+    if len(pieces) == 1:
         return attend(query, key, value)
-    return torch.cat([recompute(attend, chunk, key, value) for chunk in chunks], 1)
+    return torch.cat([recompute(attend, query[:, piece], key, value) for piece in pieces], 1)
 
 
 def recompute(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:

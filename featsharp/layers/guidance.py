@@ -2,17 +2,16 @@
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from featsharp.errors import ConfigError
-from featsharp.ops.resize import resize
+from featsharp.ops.resize import average, resize
 
 
 def pool_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Average an image [B, 3, height, width] over the cells of a grid (h, w), or enlarge it: [B, 3, h, w]."""
     if image.shape[-2] >= size[0] and image.shape[-1] >= size[1]:
-        return F.adaptive_avg_pool2d(image, size)
+        return average(image, size)
     return resize(image, size)
 
 

@@ -1,11 +1,24 @@
 """Whitening of pixels, the first step of every encoder."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from featsharp.errors import InputError
+from featsharp.errors import ConfigError, InputError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Of the three colours.
+Whitening = tuple[float, ...]
+
+
+def check_whitening(mean: Sequence[float], std: Sequence[float]) -> tuple[Whitening, Whitening]:
+    """Return mean and deviation as tuples; raise ConfigError unless they are three numbers each, std above 0."""
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ConfigError(f"mean and std are three numbers each, std above 0; got mean={mean}, std={std}")
+    return tuple(mean), tuple(std)
 
 
 class InputConditioner(nn.Module):
@@ -22,8 +35,9 @@ class InputConditioner(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[..., 3, H, W] in [0, 1], floating point, to the same shape and dtype."""
-        if not images.is_floating_point():
-            raise InputError(f"input_conditioner takes pixels in [0, 1]; got {images.dtype}, divide by 255 first")
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            given = getattr(images, "dtype", type(images).__name__)
+            raise InputError(f"input_conditioner takes a tensor of pixels in [0, 1]; got {given}, divide by 255 first")
         # On a GPU this check would make the host wait.
         if (
             not self._warned

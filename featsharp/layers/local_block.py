@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from featsharp.errors import ConfigError
 from featsharp.ops.boxes import Box, whole
 from featsharp.ops.local_attention import local_attention
+from featsharp.ops.recording import is_recording
 from featsharp.ops.windows import check_window
 
 NUM_HEADS = 16
@@ -83,10 +84,11 @@ class LocalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, D] to [B, H, W, C]; without gradients, large maps are processed in chunks of rows."""
         batch, height, width, _ = x.shape
-        rows = max(MIN_CHUNK_ROWS, CHUNK_CELLS // (batch * width))
-        if height <= rows or torch.compiler.is_compiling() or self._needs_grad(x):
-            return self.compute_chunk(x, whole((height, width)))
-        return self.compute_rows(x, rows)
+        if not (torch.compiler.is_compiling() or is_recording() or self._needs_grad(x)):
+            rows = max(MIN_CHUNK_ROWS, CHUNK_CELLS // (batch * width))
+            if height > rows:
+                return self.compute_rows(x, rows)
+        return self.compute_chunk(x, whole((height, width)))
 
     def compute_rows(self, x: Tensor, rows: int) -> Tensor:
         """As :meth:`forward`, ``rows`` rows of the result at a time."""
@@ -128,8 +130,6 @@ class LocalSelfAttention(nn.Module):
     dim, so part of the value rows is unused, as in the published weights.
     """
 
-    bias: Tensor
-
     def __init__(
         self,
         dim: int,
@@ -153,8 +153,6 @@ class LocalSelfAttention(nn.Module):
         self.qkv = StackedLinear(dim, NUM_HEADS * self.padded_dim, 3, bias=False)
         self.proj = nn.Linear(dim, out_dim or dim)
         self.position = position
-        bias = distance_bias(window) if position == "alibi" else torch.zeros(NUM_HEADS, window, window)
-        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor, box: Box | None = None) -> Tensor:
         """[B, H, W, D] to [B, H, W, out_dim], or to the cells ``box`` of it."""
@@ -168,7 +166,7 @@ class LocalSelfAttention(nn.Module):
             key,
             value[..., : self.head_dim],
             window=self.window,
-            bias=self.bias,
+            bias=distance_bias(self.window, x.device) if self.position == "alibi" else None,
             scale=self.head_dim**-0.5,
             border="clip",
         )
@@ -206,12 +204,11 @@ def swiglu_width(hidden_dim: int) -> int:
     return 8 * -(-int(hidden_dim * 2 / 3) // 8)
 
 
-def distance_bias(window: int) -> Tensor:
-    """[16, K, K]: minus slope times row distance (even heads) or column distance (odd heads)."""
-    offset = (torch.arange(window) - window // 2).abs().float()
-    slopes = 2.0 ** -(torch.arange(NUM_HEADS) // 2 + 1).float()
-    by_row, by_col = offset[:, None].expand(window, window), offset[None].expand(window, window)
-    return torch.stack([-slope * (by_col if head % 2 else by_row) for head, slope in enumerate(slopes)])
+def distance_bias(window: int, device: torch.device | None = None) -> Tensor:
+    """[16, K, K] float32: minus slope times row distance (even heads) or column distance (odd heads)."""
+    distance = (torch.arange(window, device=device) - window // 2).abs().float().expand(window, window)
+    slopes = 2.0 ** -(torch.arange(NUM_HEADS, device=device) // 2 + 1).float()
+    return -slopes[:, None, None] * torch.stack([distance.T, distance]).repeat(NUM_HEADS // 2, 1, 1)
 
 
 def rotate(x: Tensor, decay: int = 0) -> Tensor:
@@ -234,8 +231,8 @@ def rotate(x: Tensor, decay: int = 0) -> Tensor:
 def _rotate_along(x: Tensor, decay: int) -> Tensor:
     """Rotate [..., L, E], E even, by the position along L, counted from the middle, where xPos is neutral."""
     length, channels = x.shape[-2:]
-    position = torch.arange(length, device=x.device) - length // 2
-    channel = torch.arange(0, channels, 2, device=x.device) / channels
+    position = torch.arange(length, dtype=torch.float32, device=x.device) - length // 2
+    channel = torch.arange(0, channels, 2, dtype=torch.float32, device=x.device) / channels
     angle = position[:, None] * ROPE_BASE**-channel
     fade = ((channel + 0.4) / 1.4) ** (decay * position[:, None] / XPOS_BASE)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from featsharp.device import without_autocast
+
 FLOOR = 0.05
 EPS = 1e-6
 
@@ -38,7 +40,7 @@ class SpectralScale(nn.Module):
 
     def norms(self, weight: Tensor) -> Tensor:
         """Estimate the largest singular value of each block: [parts]."""
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight):
             return torch.einsum("pr,prc,pc->p", self.u, weight.unflatten(0, (self.parts, -1)), self.v)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class SpectralScale(nn.Module):
     @torch.no_grad()
     def _power_iteration(self, blocks: Tensor) -> None:
         # New tensors, not in place: autograd may hold the old ones from an earlier forward of the same step.
-        with torch.autocast(blocks.device.type, enabled=False):
+        with without_autocast(blocks):
             self.u = F.normalize(torch.einsum("prc,pc->pr", blocks, self.v), dim=-1)
             self.v = F.normalize(torch.einsum("prc,pr->pc", blocks, self.u), dim=-1)
 

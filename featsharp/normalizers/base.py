@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featsharp.device import without_autocast
 from featsharp.errors import ConfigError, InputError
 from featsharp.normalizers.statistics import FeatureStatistics
 from featsharp.registry import Entry, Registry
@@ -46,7 +47,7 @@ class Normalizer(nn.Module):
         if embed_dim < 1:
             raise ConfigError(f"a normalizer needs at least one channel; got embed_dim={embed_dim}")
         self.embed_dim = embed_dim
-        self.register_buffer("alpha", torch.ones(()))
+        self.register_buffer("alpha", torch.ones((), dtype=torch.float32))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
         self._seen_fitted = False
 
@@ -93,6 +94,7 @@ class Normalizer(nn.Module):
         self.alpha.copy_(1 / phi)
         self._fit(mean, covariance)
         self.fitted.fill_(True)
+        self._seen_fitted = True
 
     @property
     def variance_scale(self) -> float:
@@ -120,13 +122,14 @@ class Normalizer(nn.Module):
                 f"normalizer {self.name!r} takes floating features [B, {self.embed_dim}, H, W]; got "
                 f"{tuple(features.shape)} {features.dtype}"
             )
-        # Read the buffer until it is set and then never again: each read makes the host wait for the accelerator.
-        if self.needs_fit and not self._seen_fitted:
+        # Read the buffer until it is set and then never again: each read makes the host wait for the accelerator, and a
+        # graph that is recorded cannot depend on it.
+        if self.needs_fit and not self._seen_fitted and not features.is_meta:
             self._seen_fitted = bool(self.fitted)
             if not self._seen_fitted:
                 raise self._unfitted()
         dtype = torch.promote_types(features.dtype, torch.float32)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             return transform(features.to(dtype)).to(features.dtype)
 
     def _unfitted(self) -> ConfigError:
@@ -144,9 +147,13 @@ class Normalizer(nn.Module):
                 self._buffers[key] = value.to(after.device)
         return self
 
+    def __dir__(self) -> list[str]:
+        """All names but of what cannot be asked for yet: torch.jit.trace asks for every one."""
+        return [name for name in super().__dir__() if name != "variance_scale" or self._seen_fitted]
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._seen_fitted = False
+        self._seen_fitted = not self.fitted.is_meta and bool(self.fitted)
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, embed_dim={self.embed_dim}"

@@ -10,7 +10,6 @@ The cache only saves time: a file that cannot be read or written is logged and o
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from featsharp.checkpoint import read_tensors
 from featsharp.errors import InputError
-from featsharp.files import replacing
+from featsharp.files import cache_folder, replacing
 from featsharp.normalizers.base import Normalizer
 from featsharp.normalizers.statistics import FeatureStatistics
 
@@ -92,16 +92,14 @@ def fit_with_cache(
 
 def load_statistics(key: StatisticsKey, cache_dir: str | Path | None = None) -> CachedStatistics | None:
     """Load the entry of ``key``; None when it is absent, or, with a warning, unusable."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     path = cache_path(key, cache_dir)
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            saved_key = (file.metadata() or {}).get("key")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if saved_key != key.to_json():
+        tensors, texts = read_tensors(path)
+        if texts.get("key") != key.to_json():
             raise InputError("it belongs to another key")
         return _unpack(tensors)
     except (OSError, ValueError, SafetensorError) as error:
@@ -130,10 +128,8 @@ def save_statistics(key: StatisticsKey, cached: CachedStatistics, cache_dir: str
 
 def cache_path(key: StatisticsKey, cache_dir: str | Path | None = None) -> Path:
     """Path of ``key`` in ``cache_dir``, by default $FEATSHARP_CACHE, else featsharp in the user's cache folder."""
-    if cache_dir is None:
-        user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        cache_dir = os.environ.get("FEATSHARP_CACHE") or user_cache / "featsharp"
-    return Path(cache_dir).expanduser() / "statistics" / f"{key.digest()}.safetensors"
+    folder = cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
+    return folder / "statistics" / f"{key.digest()}.safetensors"
 
 
 def _restore(normalizer: Normalizer, buffers: dict[str, Tensor] | None) -> bool:

