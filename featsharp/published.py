@@ -1,7 +1,8 @@
-"""Weights that the authors of FeatUp, LiFT, JAFAR and AnyUp have published, as sharp encoders of this package.
+"""Weights that the authors of upsamplers have published, as sharp encoders of this package.
 
-Nothing is downloaded: get the file from the authors, under their licence. Its tensors are renamed and have to fit
-exactly; those that only training used, and projections that never reach the output, are known by name and left out.
+Get the file from the authors, under their licence, or name one of ``featsharp.weights.published``, which is fetched.
+Its tensors are renamed and have to fit exactly; those that only training used, and projections that never reach the
+output, are known by name and left out.
 """
 
 import contextlib
@@ -16,19 +17,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
 from featsharp.builder import create_encoder, load_model_state, model_state
+from featsharp.checkpoint import read_tensors
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, unknown_name
 from featsharp.model import SharpEncoder
+from featsharp.weights.published import PUBLISHED, fetch_published
 
 # Keys under which a file may have its tensors, if not at the top.
 CONTAINERS = ("state_dict", "jafar")
 FEATUP_LEVELS = 4
 ATTENTION = "cross_decode.cross_attn."
+LOFTUP_LAYERS = 2
+# Levels of the encoder, and channels that the decoder gets of it beside the features.
+UPLIFT_LEVELS, UPLIFT_GUIDE = 5, 128
+# Upsamplers that can reproduce peculiarities of the published code, which their defaults do not have.
+PEERS = ("naf", "loftup", "uplift")
 
 
 def load_published(
@@ -38,6 +45,7 @@ def load_published(
     *,
     factor: float | None = None,
     final_fixup: bool | None = None,
+    published: bool = False,
     max_memory: int | str | None = None,
 ) -> SharpEncoder:
     """Load an upsampler that its authors have published.
@@ -49,26 +57,34 @@ def load_published(
     "lift"    for one backbone                                   2 (default); 4, 8, ...: applied again
     "jafar"   for one backbone                                   any; default: the patch size, a feature per pixel
     "anyup"   for any backbone                                   any; default: the patch size, a feature per pixel
+    "naf"     for any backbone                                   any; default: the patch size, a feature per pixel
+    "loftup"  for one backbone                                   any; default: the patch size, a feature per pixel
+    "uplift"  for one backbone                                   any; default: the patch size, a feature per pixel
     ========= ================================================== =================================================
 
     A file with norm ("featup") has a LayerNorm: the features of the encoder are then normalised and cannot be
     denormalised. A file does not identify its backbone beyond the number of channels: give the same model, facet and
-    whitening as its authors did. The guidance image is whitened as for the backbone.
+    whitening as its authors did. The guidance image is whitened as for the backbone ("naf": as for ImageNet, always).
 
     Args:
-        kind: "featup", "lift", "jafar" or "anyup".
-        path: A PyTorch file (a state dict, or a Lightning checkpoint) or a .safetensors file.
+        kind: See the table.
+        path: A PyTorch file (a state dict, or a Lightning checkpoint) or a .safetensors file; or "naf_release",
+            "loftup-dinov2s" or another name of ``featsharp.weights.published.PUBLISHED``: that file is fetched once,
+            and its address, licence and hash are logged.
         backbone: A name of ``list_backbones()`` or a backbone.
         factor: In each direction; see the table.
         final_fixup: Only for "featup": whether the convolution after the last level is used. It was trained after the
             fourth level, so the default is True at factor 16 only.
+        published: Only for "naf", "loftup" and "uplift": whether results are those of the published code where that is
+            peculiar; see the option of these upsamplers. "uplift" has the default factor 16 then.
         max_memory: Limit of the memory that encoding takes; see ``SharpEncoder.max_memory``.
 
     Returns:
         The encoder in eval mode, on the CPU, without gradients; ``save_checkpoint`` converts it to a checkpoint.
 
     Raises:
-        CheckpointError: When the file cannot be read safely, or a tensor is missing, unknown or of another shape.
+        CheckpointError: When the file cannot be fetched or read safely, or a tensor is missing, unknown or of another
+            shape.
         BackboneMismatchError: When the weights are for another number of channels.
         ConfigError: For an unknown kind, or a factor that the method does not have.
 
@@ -79,11 +95,17 @@ def load_published(
         raise unknown_name("kind of published weights", kind, _READERS)
     if final_fixup is not None and kind != "featup":
         raise ConfigError(f"final_fixup= is for 'featup' only; leave it out for {kind!r}")
+    if published and kind not in PEERS:
+        raise ConfigError(f"published= is for {', '.join(map(repr, PEERS))} only; leave it out for {kind!r}")
     backbone = create_backbone(backbone)
+    path = _find_file(kind, path)
     tensors = {key.removeprefix("module."): value for key, value in _read_tensors(path).items()}
     if factor is None:
         factor = {"featup": 2**FEATUP_LEVELS, "lift": 2}.get(kind, backbone.patch_size)
+        factor = 16 if published and kind == "uplift" else factor
     weights = _READERS[kind](tensors, factor, backbone, final_fixup)
+    if published:
+        weights.options["published"] = True
     if weights.channels not in (None, backbone.embed_dim):
         raise BackboneMismatchError(
             f"{path} is for features of {weights.channels} channels, but backbone {backbone.name!r} has "
@@ -192,11 +214,70 @@ def _anyup(tensors: dict[str, Tensor], factor: float, backbone: Backbone, _: boo
     return _Weights(_with_our_layout(tensors), names, factor, None, unused=_dead_projections())
 
 
+def _naf(tensors: dict[str, Tensor], factor: float, backbone: Backbone, _: bool | None) -> _Weights:
+    names = {
+        "upsampler.pixel_encoder": "image_encoder.encoder",
+        "upsampler.context_encoder": "image_encoder.sem_encoder",
+        "upsampler.periods": "image_encoder.rope.periods",
+    }
+    return _Weights(tensors, names, factor, None)
+
+
+def _loftup(tensors: dict[str, Tensor], factor: float, backbone: Backbone, _: bool | None) -> _Weights:
+    if not any(key.startswith("upsampler.") for key in tensors):  # the inner module alone
+        tensors = {f"upsampler.{key}": value for key, value in tensors.items()}
+    names = {
+        "upsampler.feature_norm": "channelnorm.norm",
+        "upsampler.token_phases": "upsampler.lr_pe",
+        "upsampler.image_phases": "upsampler.fourier_feat.1",
+        "upsampler.image_norm": "upsampler.first_conv.0.norm",
+        **{f"upsampler.image_convs.{n}": f"upsampler.first_conv.{n + 1}" for n in (0, 1, 3, 4)},
+        "upsampler.query_norm": "upsampler.ca_transformer.norm",
+        "upsampler.project": "upsampler.final_conv.0",
+        "upsampler.output_norm": "upsampler.final_conv.1",
+    }
+    for n in range(LOFTUP_LAYERS):
+        ours, theirs = f"upsampler.layers.{n}", f"upsampler.ca_transformer.layers.{n}"
+        names |= {
+            f"{ours}.query_norm": f"{theirs}.0.norm_q",
+            f"{ours}.token_norm": f"{theirs}.0.norm_kv",
+            f"{ours}.in_proj.weight": f"{theirs}.0.attention.in_proj_weight",
+            f"{ours}.in_proj.bias": f"{theirs}.0.attention.in_proj_bias",
+            f"{ours}.out_proj": f"{theirs}.0.attention.out_proj",
+            **{f"{ours}.mlp.{place}": f"{theirs}.1.net.{there}" for place, there in ((0, 0), (1, 1), (3, 4))},
+        }
+    unused = r"$^"
+    if "model.1.norm.weight" in tensors:  # of the authors' training, with the backbone and what computes losses
+        names["upsampler.feature_norm"] = "model.1.norm"
+        unused = r"(?!upsampler\.|model\.1\.norm\.)"
+    weight = "upsampler.final_conv.0.weight"
+    if weight in tensors and tensors[weight].shape[2:] == (1, 1):  # a convolution, here a linear layer
+        tensors = tensors | {weight: tensors[weight].flatten(1)}
+    return _Weights(tensors, names, factor, _length(tensors, "upsampler.final_conv.0.bias", 0), unused=unused)
+
+
+def _uplift(tensors: dict[str, Tensor], factor: float, backbone: Backbone, _: bool | None) -> _Weights:
+    names = {
+        **{f"upsampler.encoder.{n}.layers": f"encoder.block_{n}.blocks.0.conv" for n in range(UPLIFT_LEVELS)},
+        "upsampler.coarse.layers": "decoder.block_0.blocks.0.conv",
+        "upsampler.fine.layers": "decoder.block_1.blocks.0.conv",
+        "upsampler.expand": "decoder.up_1.up",
+        "upsampler.attend": "attender.conv1",
+    }
+    # The published constructor casts counters of batches with all other buffers.
+    tensors = {key: x.long() if key.endswith("num_batches_tracked") else x for key, x in tensors.items()}
+    inputs = _length(tensors, "decoder.block_0.blocks.0.conv.0.weight", 1)
+    return _Weights(tensors, names, factor, None if inputs is None else inputs - UPLIFT_GUIDE)
+
+
 _READERS: dict[str, Callable[[dict[str, Tensor], float, Backbone, bool | None], _Weights]] = {
     "featup": _featup,
     "lift": _lift,
     "jafar": _jafar,
     "anyup": _anyup,
+    "naf": _naf,
+    "loftup": _loftup,
+    "uplift": _uplift,
 }
 
 
@@ -287,6 +368,16 @@ def _length(tensors: Mapping[str, Tensor], key: str, dim: int) -> int | None:
     return tensors[key].shape[dim] if key in tensors and tensors[key].ndim else None
 
 
+def _find_file(kind: str, path: str | PathLike[str]) -> str | PathLike[str]:
+    """Fetch a file that is named instead of given; a file of that name comes first."""
+    known = PUBLISHED.get(str(path))
+    if known is None or Path(path).exists():
+        return path
+    if known.kind != kind:
+        raise ConfigError(f"{path} has weights of kind {known.kind!r}; got {kind!r}, use {known.kind!r}")
+    return fetch_published(str(path), known)
+
+
 def _read_tensors(path: str | PathLike[str]) -> dict[str, Tensor]:
     """Read the named tensors of a file to the CPU, without running code."""
     path = Path(path)
@@ -309,7 +400,7 @@ def _read_tensors(path: str | PathLike[str]) -> dict[str, Tensor]:
 def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return read_tensors(path)[0]
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(

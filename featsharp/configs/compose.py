@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -42,7 +43,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
         raise MissingDependencyError('training needs: pip install "featsharp[train]"') from error
 
     _store_names()
-    overrides = _expand_groups(overrides)
+    overrides = _quote_texts(_expand_groups(overrides))
     _check_overrides(overrides)
     try:
         GlobalHydra.instance().clear()
@@ -58,6 +59,8 @@ def compose(overrides: Sequence[str]) -> RunConfig:
         config = OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"configuration: {_one_line(error)}") from error
+    except RecursionError as error:
+        raise ConfigError("configuration: a value is nested too deeply") from error
     assert isinstance(config, RunConfig)
     check_values(config)
     return config
@@ -73,9 +76,39 @@ def options_of(group: str) -> dict[str, str]:
     folder = files("featsharp.configs").joinpath(group)
     for file in folder.iterdir() if folder.is_dir() else ():
         if file.name.endswith(".yaml"):
-            comments = [line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")]
+            comments = [
+                line[1:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")
+            ]
             entries[file.name.removesuffix(".yaml")] = " ".join(c for c in comments if not c.startswith("@"))
     return dict(sorted(entries.items()))
+
+
+def _quote_texts(overrides: Sequence[str]) -> list[str]:
+    r"""Quote what is given for a text where Hydra's grammar would read another value, such as a number, or none.
+
+    A folder ``2024_01`` is no 202401, and paths may have accents, spaces around, "=", "~", "#" or brackets. What is
+    written in Hydra's own notation stays: quotes, lists, null, ``a,b``, ``a\=b``, and interpolations.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    texts = {*DATA_KEYS, *(name for name, kind in _key_types().items() if kind in (str, str | None))}
+    quoted = []
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if separator and key.lstrip("+") in texts and value.strip() and value[0] not in "'\"[{":
+            try:
+                parsed = parser.parse_override(override)
+                wrong = not parsed.is_sweep_override() and isinstance(parsed.value(), int | float)
+            except HydraException:
+                wrong = True
+            if wrong:
+                # Backslashes count only before a quote.
+                escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), value)
+                override = f"{key}='{escaped}'"
+        quoted.append(override)
+    return quoted
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -84,12 +117,12 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
+    except (HydraException, RecursionError) as error:
         raise ConfigError(
             f"cannot read the overrides: {str(error).splitlines()[0]}; write key=value, and values that have any of "
             "= { } , in quotes of their own: \"key='value'\""
         ) from error
-    keys = _valid_keys()
+    keys = _key_types()
     given = Counter(override.key_or_group for override in parsed)
     for override in parsed:
         key = override.key_or_group
@@ -144,6 +177,8 @@ def _expand_groups(overrides: Sequence[str]) -> list[str]:
 
 def _objective_type(settings: Mapping[str, Any]) -> type[ObjectiveConfig]:
     """Return the settings class of the chosen objective; keys of another one are an error."""
+    if not isinstance(settings["name"], str):
+        raise unknown_name("objective", settings["name"], OBJECTIVES)
     chosen = config_type(settings["name"])
     valid = [field.name for field in dataclasses.fields(chosen)]
     for key in settings:
@@ -164,15 +199,17 @@ def _appendable(override: str) -> str:
     return f"++{override}" if override.startswith(("upsampler.options.", "objective.")) else override
 
 
-def _valid_keys(schema: Any = RunConfig, prefix: str = "") -> set[str]:
-    keys: set[str] = set()
+def _key_types(schema: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """List every key with its type, groups included."""
+    types: dict[str, Any] = {}
     for field in dataclasses.fields(schema):
-        keys.add(prefix + field.name)
+        types[prefix + field.name] = field.type
         if dataclasses.is_dataclass(field.type):
-            keys |= _valid_keys(field.type, f"{prefix}{field.name}.")
+            types |= _key_types(field.type, f"{prefix}{field.name}.")
     if schema is RunConfig:
-        keys |= {key for name in OBJECTIVES.names() for key in _valid_keys(config_type(name), "objective.")}
-    return keys
+        for name in OBJECTIVES.names():
+            types |= _key_types(config_type(name), "objective.")
+    return types
 
 
 def _one_line(error: Exception) -> str:

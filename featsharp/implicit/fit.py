@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone
 from featsharp.builder import check_backbone, create_encoder
 from featsharp.checkpoint import read_checkpoint, restoring, write_checkpoint
-from featsharp.data.images import decode_image, image_to_tensor
+from featsharp.data.images import Picture, decode_image, image_to_tensor
+from featsharp.device import usual_defaults
 from featsharp.errors import CheckpointError, ConfigError, InputError, unknown_name
 from featsharp.implicit.crops import Canvas, CropConfig, sample_crops
 from featsharp.implicit.fitted import FIT_FILE, ImplicitFeatures, build_fitted
@@ -102,7 +102,7 @@ class Fitter:
 
     Args:
         backbone: On the device to fit on.
-        picture: RGB, of any size.
+        picture: Of any size, in any form that ``decode_image`` takes.
         config: See :class:`FitConfig`.
         size: (h, w) in pixels to fit the picture at, rounded to a size of the backbone; None: about as many tokens as
             at the backbone's native size, with the picture's aspect ratio.
@@ -113,10 +113,11 @@ class Fitter:
         CheckpointError: When ``resume`` is of another picture, backbone or configuration, with the differences.
     """
 
+    @usual_defaults()
     def __init__(
         self,
         backbone: Backbone,
-        picture: Image.Image,
+        picture: Picture,
         config: FitConfig | None = None,
         *,
         size: tuple[int, int] | None = None,
@@ -131,14 +132,14 @@ class Fitter:
                 f"render={config.render} cells per token are more than pixels; backbone {backbone.name!r} has patches "
                 f"of {backbone.patch_size} pixels, give at most that"
             )
-        picture = decode_image(picture)
-        shape = (picture.height, picture.width)
+        rgb = decode_image(picture)
+        shape = (rgb.height, rgb.width)
         self.size = backbone.fit_size(*size) if size else self.encoder.native_low_res_size(shape)
         self.device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
-        self.canvas = Canvas(picture, config.crops.pad)
+        self.canvas = Canvas(rgb, config.crops.pad)
         self._identity: dict[str, Any] = {
             "backbone": backbone.describe(),
-            "picture": hashlib.sha256(np.asarray(picture).tobytes() + repr(shape).encode()).hexdigest(),
+            "picture": hashlib.sha256(np.asarray(rgb).tobytes() + repr(shape).encode()).hexdigest(),
             "settings": {**dataclasses.asdict(config), "size": list(self.size)},
         }
         content = None if resume is None else self._read(resume)
@@ -146,7 +147,7 @@ class Fitter:
 
         self.views = sample_crops(config.views, config.crops, np.random.default_rng((config.seed, VIEW_STREAM)))
         self.targets, projection = self._encode_targets(None if saved is None else saved.projection)
-        pixels = resize(image_to_tensor(picture)[None], self.size)[0]
+        pixels = resize(image_to_tensor(rgb)[None], self.size)[0]
         image = (pixels * 255).round().to(torch.uint8)
         with seeded(self.device, config.seed, START_STREAM):
             network = ImplicitNetwork(
@@ -196,6 +197,7 @@ class Fitter:
             if path is not None and (self.step == steps or self.step % save_every == 0):
                 self.save(path)
 
+    @usual_defaults()
     def train_step(self) -> FitLosses:
         """Make one optimiser step."""
         config = self.config
@@ -230,7 +232,7 @@ class Fitter:
     @torch.no_grad()
     def low_res(self) -> Tensor:
         """Encode the image: [1, C, h, w] float32."""
-        return self._encode(self.fitted.image[None] / 255)
+        return self._encode(self.fitted.image[None].float() / 255)
 
     @torch.no_grad()
     def held_out_views(self, count: int) -> tuple[Tensor, View]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.checkpoint import FileKind, read_checkpoint, restoring
+from featsharp.device import usual_defaults
 from featsharp.errors import CheckpointError, InputError
 from featsharp.implicit.network import ImplicitNetwork
 from featsharp.implicit.projection import Projection
@@ -132,6 +133,7 @@ def load_fit(path: str | PathLike[str]) -> ImplicitFeatures:
         return build_fitted(read_checkpoint(path, FIT_FILE), path).eval()
 
 
+@usual_defaults()
 def build_fitted(content: Mapping[str, Any], path: object) -> ImplicitFeatures:
     """Build the fit from the content of a file."""
     try:

@@ -44,7 +44,7 @@ class ImplicitNetwork(nn.Module):
         super().__init__()
         self.register_buffer("frequencies", frequencies.clone())
         self.register_buffer("colour_range", colour_range.clone())
-        self.phases = nn.Parameter(torch.randn(2, *frequencies.shape))  # of sine and cosine
+        self.phases = nn.Parameter(torch.randn(2, *frequencies.shape, dtype=torch.float32))  # of sine and cosine
         inputs = 2 * frequencies.numel() + (3 if self.sees_colour else 0)
         self.norm_in = nn.LayerNorm(inputs)
         self.layer_in = nn.Linear(inputs, HIDDEN_DIM)

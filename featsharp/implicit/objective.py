@@ -78,7 +78,7 @@ def squared_variation(x: Tensor) -> Tensor:
 
 def blur(x: Tensor) -> Tensor:
     """Blur with a 5 x 5 Gaussian of sigma 1 over [B, C, H, W], borders repeated."""
-    taps = torch.exp(-(torch.arange(-2.0, 3.0, device=x.device) ** 2) / 2).to(x.dtype)
+    taps = torch.exp(-(torch.arange(-2.0, 3.0, dtype=torch.float32, device=x.device) ** 2) / 2).to(x.dtype)
     taps = (taps / taps.sum()).expand(x.shape[1], 1, 5)
     padded = F.pad(x, (2, 2, 2, 2), mode="replicate")
     rows = F.conv2d(padded, taps[..., None], groups=x.shape[1])

@@ -79,6 +79,14 @@ class Axis:
             seen = [i for i in outside if i + start < length + halo]
             source, _ = border_cells(torch.tensor(seen, dtype=torch.long) + start, length, border)
             self.mirrored = list(zip(seen, (source - start).tolist(), strict=True))
+        # Under "shift", where anything is beyond the border: of every cell of the slab the cell of the map that it
+        # stands for, and the cells of the slab that stand for none.
+        self.shifted: list[int] = []
+        self.absent: list[int] = []
+        if border == "shift" and self.inner != slice(0, self.length):
+            cells_of, real = border_cells(torch.arange(self.length) + start, length, border, window)
+            self.shifted = cells_of.tolist()
+            self.absent = [i for i, counts in enumerate(real.tolist()) if not counts]
         # Blocks with cells beyond the border in their windows: (block, cells before the map, cells after it).
         self.edges = []
         for block in range(count):
@@ -149,14 +157,14 @@ class BlockGrid:
         size = (self.blocks[0] * self.side, self.blocks[1] * self.side)
         if x.shape[1:3] == size:
             return x
-        padded = x.new_zeros(len(x), *size, *x.shape[3:])
+        padded = x.new_zeros(x.shape[0], *size, *x.shape[3:])
         padded[:, : x.shape[1], : x.shape[2]] = x
         return padded
 
     def padding(self, x: Tensor) -> int:
         """Count the padded queries that :meth:`pad_queries` makes of ``x``; 0 where it makes no copy."""
         size = (self.blocks[0] * self.side, self.blocks[1] * self.side)
-        return 0 if x.shape[1:3] == size else len(x) * size[0] * size[1]
+        return 0 if x.shape[1:3] == size else x.shape[0] * size[0] * size[1]
 
     def queries(self, x: Tensor, chunk: Chunk, head: int) -> Tensor:
         """A view of padded queries of one head: [B, Y, X, Q, Q, C]."""
@@ -172,6 +180,12 @@ class BlockGrid:
     def cut_slab(self, x: Tensor, chunk: Chunk, slab: Tensor) -> Tensor:
         """Fill ``slab`` [B, cells, cells, N, C] with all that the windows of the chunk cover."""
         rows, cols = chunk.rows, chunk.cols
+        if rows.shifted or cols.shifted:
+            columns = cols.shifted or range(cols.on_map.start, cols.on_map.stop)
+            index = torch.tensor(list(columns), device=x.device)
+            for cell, row in enumerate(rows.shifted or range(rows.on_map.start, rows.on_map.stop)):
+                slab[:, cell] = x[chunk.images, row].index_select(1, index)
+            return _zero_absent(slab, chunk)
         if rows.edges or cols.edges:
             slab.zero_()
         slab[:, rows.inner, cols.inner] = x[chunk.images, rows.on_map, cols.on_map]
@@ -184,6 +198,13 @@ class BlockGrid:
     def add_slab(self, x: Tensor, chunk: Chunk, slab: Tensor) -> None:
         """The adjoint of :meth:`cut_slab`: add ``slab`` to the map ``x``; overwrites cells of ``slab``."""
         rows, cols = chunk.rows, chunk.cols
+        if rows.shifted or cols.shifted:
+            _zero_absent(slab, chunk)
+            columns = cols.shifted or range(cols.on_map.start, cols.on_map.stop)
+            index = torch.tensor(list(columns), device=x.device)
+            for cell, row in enumerate(rows.shifted or range(rows.on_map.start, rows.on_map.stop)):
+                x[chunk.images, row].index_add_(1, index, slab[:, cell])
+            return
         for cell, source in rows.mirrored:
             slab[:, source].add_(slab[:, cell])
         for cell, source in cols.mirrored:
@@ -208,7 +229,7 @@ class BlockGrid:
         q, p, f, s, k = self.side, self.span, self.factor, self.cells, self.window
         keys = p * p
         stride = (q * q * keys, f * q * keys + p, q * keys, f * keys + 1, keys, p, 1)
-        return x.as_strided((len(x), s, f, s, f, k, k), stride, x.storage_offset())
+        return x.as_strided((x.shape[0], s, f, s, f, k, k), stride, x.storage_offset())
 
     def spread_bias(self, bias: Tensor) -> Tensor:
         """[N, K, K] to [N, Q Q, P P]: a query's bias of each key of its block's window, MASKED outside of its own."""
@@ -219,12 +240,32 @@ class BlockGrid:
     def mask_outside(self, scores: Tensor, chunk: Chunk) -> None:
         """Mask the keys beyond the border in ``scores`` [blocks, Q Q, P P]."""
         view = scores.view(-1, chunk.rows.count, chunk.cols.count, scores.shape[1], self.span, self.span)
+        if self.border == "shift":
+            for block, cell in self._absent(chunk.rows):
+                view[:, block, :, :, cell] = MASKED
+            for block, cell in self._absent(chunk.cols):
+                view[:, :, block, :, :, cell] = MASKED
+            return
         for block, before, after in chunk.rows.edges:
             view[:, block, :, :, :before] = MASKED
             view[:, block, :, :, self.span - after :] = MASKED
         for block, before, after in chunk.cols.edges:
             view[:, :, block, :, :, :before] = MASKED
             view[:, :, block, :, :, self.span - after :] = MASKED
+
+    def _absent(self, axis: Axis) -> list[tuple[int, int]]:
+        """Cells of windows that stand for none of the map: (block, cell of its window)."""
+        starts = [(block, block * self.cells) for block in range(axis.count)]
+        return [(b, cell - start) for b, start in starts for cell in axis.absent if 0 <= cell - start < self.span]
+
+
+def _zero_absent(slab: Tensor, chunk: Chunk) -> Tensor:
+    """Set the cells of a slab that stand for none of the map to zero, in place."""
+    for cell in chunk.rows.absent:
+        slab[:, cell] = 0
+    for cell in chunk.cols.absent:
+        slab[:, :, cell] = 0
+    return slab
 
 
 def block_grid(query: Tensor, key: Tensor, window: int, border: str) -> BlockGrid:
@@ -253,7 +294,7 @@ class BlockCall:
         self.compute = torch.promote_types(dtype, torch.float32)
         self.scratch = Scratch(query.new_empty(0, dtype=self.compute))
         self.num_queries, self.num_keys = grid.side**2, grid.span**2
-        self._size = (len(query), *(blocks * grid.side for blocks in grid.blocks))
+        self._size = (query.shape[0], *(blocks * grid.side for blocks in grid.blocks))
         self._max_blocks = max_blocks(block_numbers, query.device)
 
     def chunks(self) -> Iterator[Chunk]:

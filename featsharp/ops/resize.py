@@ -4,6 +4,12 @@ Convention:
     Pixel centres at half-integers (``align_corners=False``); an axis that shrinks is antialiased.
 """
 
+import math
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,11 +17,37 @@ from torch import Tensor
 from featsharp.errors import InputError
 from featsharp.memory import register_scratch
 from featsharp.ops.boxes import Box, whole
+from featsharp.ops.recording import is_open, is_tracing
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    FloatArray = npt.NDArray[np.float64]
+
+MAX_SIDE = 10**9  # of a size that is asked for; products of larger ones overflow
 
 
 def size_of(x: Tensor) -> tuple[int, int]:
     """(h, w) of an image or a map: its last two dimensions."""
+    if is_tracing():  # sizes are tensors then, of which most of what is computed from them cannot be
+        return int(x.shape[-2]), int(x.shape[-1])
     return x.shape[-2], x.shape[-1]
+
+
+def check_size(name: str, size: Any, unit: str) -> tuple[int, int]:
+    """Return the ``size`` (h, w) that a user gave as ``name`` in ints; InputError unless it is two whole numbers."""
+    try:
+        if any(side is True or side is False for side in size):
+            raise TypeError
+        # index() would fix a size that a graph leaves open.
+        sides: list[Any] = [x if isinstance(x, int | torch.SymInt) else operator.index(x) for x in size]
+        height, width = sides
+    except (TypeError, ValueError):
+        raise InputError(f"{name} is (height, width), two whole numbers of {unit}; got {size!r}") from None
+    if any(type(side) is int and side > MAX_SIDE for side in (height, width)):  # one left open gets no guard
+        raise InputError(f"{name} has sides of at most {MAX_SIDE} {unit}; got {height}x{width}")
+    return height, width
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -28,16 +60,62 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         [B, C, h, w] in the dtype of ``x``; ``x`` itself when the size is already right.
     """
-    if x.ndim != 4 or min(size) < 1:
+    if x.ndim != 4 or size[0] < 1 or size[1] < 1:
         raise InputError(f"resize takes a [B, C, H, W] tensor and a size of at least 1x1; got {tuple(x.shape)}, {size}")
-    if size_of(x) == tuple(size):
-        return x
-    shrinks = size[0] < x.shape[-2] or size[1] < x.shape[-1]
-    if not shrinks:
-        return F.interpolate(x, size, mode="bilinear", align_corners=False)
-    # The antialiased kernel has no half-precision CPU version.
-    full = x.float() if x.dtype.itemsize < 4 else x
-    return F.interpolate(full, size, mode="bilinear", align_corners=False, antialias=True).to(x.dtype)
+    if not is_open(*size, *size_of(x)):
+        if size_of(x) == tuple(size):
+            return x
+        shrinks = size[0] < x.shape[-2] or size[1] < x.shape[-1]
+        if not shrinks:
+            return F.interpolate(x, size, mode="bilinear", align_corners=False)
+    return resample(x, size, "bilinear")  # which fits open sizes too: it changes nothing where no axis shrinks
+
+
+def resample(x: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"]) -> Tensor:
+    """Resize [B, C, H, W] with antialias: [B, C, h, w] in the dtype of ``x``."""
+    full = x.float() if x.dtype.itemsize < 4 else x  # on a CPU there is no kernel for half types
+    if is_tracing():  # nor an operator of ONNX
+        return _weigh_axes(full, size, partial(_antialias_weights, mode=mode)).to(x.dtype)
+    return F.interpolate(full, size, mode=mode, align_corners=False, antialias=True).to(x.dtype)
+
+
+def average(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average [B, C, H, W] over the cells of a grid (h, w), as ``F.adaptive_avg_pool2d`` does: [B, C, h, w]."""
+    if is_tracing() and size_of(x) != tuple(size):  # ONNX has no operator for sides that do not divide
+        return _weigh_axes(x, size, _average_weights)
+    return F.adaptive_avg_pool2d(x, size)
+
+
+def _weigh_axes(x: Tensor, size: tuple[int, int], weights: Callable[[int, int], "FloatArray"]) -> Tensor:
+    """Multiply both axes of [B, C, H, W] by matrices, of ``weights(source, target)``: [B, C, *size]."""
+    rows, columns = (
+        torch.from_numpy(weights(*sides)).to(device=x.device, dtype=x.dtype)
+        for sides in zip(size_of(x), size, strict=True)
+    )
+    return rows @ x @ columns.T
+
+
+def _average_weights(source: int, target: int) -> "FloatArray":
+    """Matrix [target, source] of means over the cells of an axis, parts of which overlap where they do not divide."""
+    import numpy as np
+
+    cell, position = np.arange(target)[:, None], np.arange(source)
+    inside = (position >= cell * source // target) & (position < -(-(cell + 1) * source // target))
+    return inside / inside.sum(1, keepdims=True)
+
+
+def _antialias_weights(source: int, target: int, mode: str) -> "FloatArray":
+    """Matrix [target, source] of antialiased resizing along one axis."""
+    import numpy as np
+
+    step = source / target
+    centres = (np.arange(target)[:, None] + 0.5) * step
+    x = np.abs(np.arange(source) + 0.5 - centres) / max(step, 1)
+    if mode == "bilinear":
+        weights = np.clip(1 - x, 0, None)
+    else:  # Keys' cubic with a = -0.5
+        weights = np.where(x < 1, (1.5 * x - 2.5) * x**2 + 1, np.where(x < 2, ((2.5 - 0.5 * x) * x - 4) * x + 2, 0))
+    return weights / weights.sum(1, keepdims=True)
 
 
 def enlarge(x: Tensor, size: tuple[int, int], box: Box) -> Tensor:
@@ -81,9 +159,75 @@ def source_box(box: Box, source_size: tuple[int, int], size: tuple[int, int]) ->
     return inner.grow(1, source_size)
 
 
+def enlarge_aligned(x: Tensor, chunk: Box, source_size: tuple[int, int], size: tuple[int, int], box: Box) -> Tensor:
+    """Compute cells ``box`` of a bilinear enlargement with ``align_corners=True``; arguments as :func:`enlarge_chunk`.
+
+    Only where weights were trained with it: it moves cells against the features of the image.
+    """
+    if box.covers(size):
+        return F.interpolate(x, size, mode="bilinear", align_corners=True)
+    lines = ((2, box.top, box.bottom, chunk.top), (3, box.left, box.right, chunk.left))
+    for (dim, start, stop, first), source, target in zip(lines, source_size, size, strict=True):
+        step = (source - 1) / max(target - 1, 1)
+        position = torch.arange(start, stop, dtype=torch.float32, device=x.device) * step
+        before = position.long().clamp(max=source - 1)
+        after = (before + 1).clamp(max=source - 1)
+        weight = (position - before).to(x.dtype).unflatten(0, (-1, *(3 - dim) * [1]))
+        x = torch.lerp(x.index_select(dim, before - first), x.index_select(dim, after - first), weight)
+    return x
+
+
+def resample_chunk(x: Tensor, chunk: Box, source_size: tuple[int, int], size: tuple[int, int], box: Box) -> Tensor:
+    """Compute cells ``box`` of ``resize(whole map, size)``, shrinking or not, from a chunk of the map.
+
+    Args:
+        x: [B, C, *chunk.size].
+        chunk: Cells of the map that ``x`` holds, at least :func:`resample_box` of ``box``.
+        source_size: (h, w) of the whole map.
+        size: (H, W) of the whole result.
+        box: Cells of it.
+
+    Returns:
+        [B, C, *box.size], up to rounding.
+    """
+    if source_size == size:
+        return box.relative_to(chunk).cut(x)
+    if box.covers(size):
+        return resize(x, size)
+    lines = ((chunk.top, chunk.bottom, box.top, box.bottom), (chunk.left, chunk.right, box.left, box.right))
+    rows, cols = (
+        _bilinear_weights(source, target, *line).to(x)
+        for source, target, line in zip(source_size, size, lines, strict=True)
+    )
+    return rows @ x @ cols.T
+
+
+def resample_box(box: Box, source_size: tuple[int, int], size: tuple[int, int]) -> Box:
+    """Compute the cells of a map of ``source_size`` that the cells ``box`` of it, resized to ``size``, depend on."""
+    if source_size == size:
+        return box
+    if box.covers(size):
+        return whole(source_size)
+    spans: list[int] = []
+    for source, target, start, stop in zip(source_size, size, box[::2], box[1::2], strict=True):
+        reach = math.ceil(max(source / target, 1)) + 1
+        spans += [max(0, start * source // target - reach), min(source, stop * source // target + 1 + reach)]
+    return Box(*spans)
+
+
+def _bilinear_weights(source: int, target: int, first: int, last: int, start: int, stop: int) -> Tensor:
+    """Matrix [start..stop, first..last] of antialiased resizing of an axis of ``source`` cells to ``target``."""
+    step = source / target
+    centres = (torch.arange(start, stop, dtype=torch.float64, device="cpu")[:, None] + 0.5) * step
+    places = torch.arange(first, last, dtype=torch.float64, device="cpu") + 0.5
+    weights = (1 - (places - centres).abs() / max(step, 1)).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
 def find_neighbours(source: int, target: int, cells: range, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Locate some of ``target`` cells of an axis among ``source`` cells: those before and after, distance to before."""
-    position = ((torch.arange(cells.start, cells.stop, device=device) + 0.5) * (source / target) - 0.5).clamp(min=0)
+    centres = torch.arange(cells.start, cells.stop, dtype=torch.float32, device=device) + 0.5
+    position = (centres * (source / target) - 0.5).clamp(min=0)
     before = position.long().clamp(max=source - 1)
     return before, (before + 1).clamp(max=source - 1), position - before
 

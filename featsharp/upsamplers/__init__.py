@@ -13,12 +13,16 @@ from featsharp.upsamplers import (  # noqa: F401  (registers them)
     jafar,
     larger_input,
     lift,
+    loftup,
+    naf,
     resfu,
     resize_conv,
     s2,
     sapa,
     stride,
     tile,
+    uplift,
+    views,
 )
 from featsharp.upsamplers.base import Encode, GuidedUpsampler, StridedEncode, UpsampleFeatures, Upsampler
 from featsharp.upsamplers.custom import from_function

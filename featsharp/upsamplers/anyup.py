@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featsharp.device import without_autocast
 from featsharp.layers.cross_attention import (
     DIM,
     MAX_SCORES,
@@ -25,13 +26,15 @@ from featsharp.layers.cross_attention import (
     AxialRope,
     PaddedConv2d,
     Padding,
+    RMSNorm,
     attend,
     build_encoder,
     recompute,
 )
 from featsharp.layers.guidance import check_guidance_scale, shrink_guidance
 from featsharp.ops.boxes import Box
-from featsharp.ops.resize import size_of
+from featsharp.ops.recording import is_open, is_recording, split_length
+from featsharp.ops.resize import average, size_of
 from featsharp.upsamplers.chunked import ChunkedGuidedUpsampler, ComputeChunk
 from featsharp.upsamplers.registration import register_upsampler
 
@@ -78,7 +81,7 @@ class AnyUp(ChunkedGuidedUpsampler):
         self.key_encoder = build_encoder(DIM)
         self.feature_encoder = nn.Sequential(FeatureCode(), *build_encoder(DIM)[1:])
         self.aggregation = build_encoder(2 * DIM, kernel_size=3)
-        self.query_norm, self.key_norm = (nn.RMSNorm(DIM) for _ in range(2))
+        self.query_norm, self.key_norm = (RMSNorm(DIM) for _ in range(2))
         self.query_proj, self.key_proj = (nn.Linear(DIM, DIM) for _ in range(2))
 
     def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
@@ -89,8 +92,8 @@ class AnyUp(ChunkedGuidedUpsampler):
     def project(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Compute queries [B, H, W, d] and keys [B, h, w, d]; group normalisation needs the whole image."""
         encoded = self.rope(self.image_encoder(shrink_guidance(image, size, self.guidance_scale)))
-        query = self.query_conv(F.adaptive_avg_pool2d(self.query_encoder(encoded), size))
-        key = F.adaptive_avg_pool2d(self.key_encoder(encoded), size_of(low_res))
+        query = self.query_conv(average(self.query_encoder(encoded), size))
+        key = average(self.key_encoder(encoded), size_of(low_res))
         code = self.feature_encoder(F.normalize(low_res.float(), dim=1).to(low_res.dtype))
         key = self.aggregation(torch.cat([key, code.to(key.dtype)], 1))
         # Autocast leaves normalisation alone, which has no fused kernel for two dtypes.
@@ -112,8 +115,15 @@ def attend_nearby(query: Tensor, key: Tensor, value: Tensor, box: Box, *, max_sc
     Returns:
         [B, *box.size, C].
     """
+    # Its blocks and windows would make a graph for every size. As a decorator this would import the compiler, which
+    # takes seconds, at the start of every program.
+    attend = torch.compiler.disable(_attend_nearby) if torch.compiler.is_compiling() else _attend_nearby
+    return attend(query, key, value, box, max_scores)
+
+
+def _attend_nearby(query: Tensor, key: Tensor, value: Tensor, box: Box, max_scores: int) -> Tensor:
     rows, cols = Windows(query.shape[1], key.shape[1]), Windows(query.shape[2], key.shape[2])
-    side = _block_side(len(query), rows, cols, max_scores)
+    side = _block_side(query.shape[0], rows, cols, max_scores)
     lines = []
     for top, bottom in _steps(box.top, box.bottom, side):
         line = []
@@ -153,22 +163,23 @@ class FeatureCode(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Encode; the result is at least float32, as it hardly differs from 1 / 128."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             taps = F.conv2d(
                 x.new_ones(1, 1, *size_of(x), dtype=dtype),
                 x.new_ones(1, 1, FILTER_SIDE, FILTER_SIDE, dtype=dtype),
                 padding=FILTER_SIDE // 2,
             )
             # A few channels at a time: all of them would take a map of 128 C channels.
-            channels = max(1, self.max_numbers // (NUM_FILTERS * x[:, 0].numel()))
-            total = sum(recompute(self._code, chunk.to(dtype), taps) for chunk in x.split(channels, 1))
+            cells = x.shape[2] * x.shape[3]
+            pieces = split_length(x.shape[1], x.shape[0], NUM_FILTERS * cells, self.max_numbers)
+            total = sum(recompute(self._code, x[:, piece].to(dtype), taps) for piece in pieces)
         assert isinstance(total, Tensor)
         return total / x.shape[1]
 
     def _code(self, x: Tensor, taps: Tensor) -> Tensor:
         """Sum over channels instead of the mean."""
         responses = F.conv2d(x.flatten(0, 1)[:, None], self.basis.to(x.dtype), padding=FILTER_SIDE // 2) / taps
-        return responses.softmax(1).unflatten(0, x.shape[:2]).sum(1)
+        return responses.softmax(1).unflatten(0, (-1, x.shape[1])).sum(1)
 
 
 class Windows:
@@ -189,8 +200,10 @@ class Windows:
         """Mask of the cells ``seen`` that each query sees: bool [queries, cells]."""
         first, last = self.seen(start, stop)
         cell = torch.arange(first, last, device=device)
-        edges = torch.tensor([(self._first(query), self._last(query)) for query in range(start, stop)], device=device)
-        return (edges[:, :1] <= cell) & (cell < edges[:, 1:])
+        centre = (2 * torch.arange(start, stop, device=device)[:, None] + 1) * INVERSE_REACH
+        before = (centre - 2 * self.queries).clamp(min=0) * self.cells // self._unit
+        after = ((centre + 2 * self.queries).clamp(max=self._unit) * self.cells + self._unit - 1) // self._unit
+        return (before <= cell) & (cell < after)
 
     def _first(self, query: int) -> int:
         return max(0, (2 * query + 1) * INVERSE_REACH - 2 * self.queries) * self.cells // self._unit
@@ -205,8 +218,17 @@ class Windows:
 
 
 def _block_side(images: int, rows: Windows, cols: Windows, max_scores: int) -> int:
-    """Compute the side of the square blocks of queries that attend together, so that their scores fit."""
-    side = -(-max(rows.queries, cols.queries) // BLOCKS_PER_SIDE)
+    """Compute the side of the square blocks of queries that attend together, so that their scores fit.
+
+    A recorded graph, in which each block is recorded, has as few as fit for one image, one where it leaves sizes open.
+    """
+    side = max(rows.queries, cols.queries)
+    if is_open(rows.queries, cols.queries):
+        return side
+    if is_recording():
+        images = 1
+    else:
+        side = -(-side // BLOCKS_PER_SIDE)
     while side > 1 and images * NUM_HEADS * _pairs(side, rows) * _pairs(side, cols) > max_scores:
         side //= 2
     return side
@@ -220,4 +242,6 @@ def _pairs(side: int, windows: Windows) -> int:
 
 
 def _steps(start: int, stop: int, side: int) -> list[tuple[int, int]]:
+    if side >= stop - start:
+        return [(start, stop)]
     return [(first, min(stop, first + side)) for first in range(start, stop, side)]

@@ -11,15 +11,16 @@ Convention:
 
 import math
 import numbers
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data._utils.collate import default_collate_fn_map
 
+from featsharp.device import check_autocast
 from featsharp.errors import ConfigError, InputError
-from featsharp.ops.resize import resize, size_of
+from featsharp.ops.resize import check_size, resize, size_of
 
 # Factors that the mathematics of a method allows.
 Factors = Literal["any", "whole", "powers of two", "one"]
@@ -60,6 +61,28 @@ class UpsampleFeatures(NamedTuple):
     summary: Tensor | None = None  # [B, C_s]
 
 
+def join_features(batch: Sequence[UpsampleFeatures], **unused: object) -> UpsampleFeatures:
+    """Join features of one size to one batch, for the items of a ``DataLoader``, whose default does the same.
+
+    Raises:
+        InputError: For maps of several sizes.
+    """
+    sizes = {(*size_of(one.low_res), *size_of(one.high_res)) for one in batch}
+    if len(sizes) > 1:
+        maps = " and ".join(f"{h}x{w} tokens with {height}x{width} cells" for h, w, height, width in sorted(sizes)[:2])
+        raise InputError(
+            f"features of several sizes are no batch: {maps}; give encode_image one size=(height, width), or the "
+            "DataLoader batch_size=None or a collate_fn of yours"
+        )
+    low_res, high_res = (torch.cat([one[part] for one in batch]) for part in (0, 1))  # type: ignore[misc]
+    summaries = [one.summary for one in batch if one.summary is not None]
+    return UpsampleFeatures(low_res, high_res, torch.cat(summaries) if len(summaries) == len(batch) else None)
+
+
+# As torch documents it for types of one's own; theirs refuses a tuple with a None, a missing summary.
+default_collate_fn_map[UpsampleFeatures] = join_features
+
+
 class Upsampler(nn.Module):
     """Base of all upsamplers.
 
@@ -78,6 +101,7 @@ class Upsampler(nn.Module):
         paper: Source of the method.
         num_maps: Number of maps of C channels in the result, one after the other on the channel axis.
         function_options: Options that may name code to be imported, as "module:function".
+        presets: Options worth comparing, as names are written with them ("passes=4"), the defaults ("") among them.
         window: Side in cells of the largest window of the method; None without one.
     """
 
@@ -88,6 +112,7 @@ class Upsampler(nn.Module):
     paper: str = ""
     num_maps: int = 1
     function_options: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ("",)
     window: int | None = None
 
     def __init__(self, embed_dim: int, factor: float) -> None:
@@ -128,7 +153,7 @@ class Upsampler(nn.Module):
         natural = scale_length(grid[0], self.factor), scale_length(grid[1], self.factor)
         if output_size is None:
             return natural
-        height, width = _check_size(output_size)
+        height, width = check_size("output_size", output_size, "cells")
         name = type(self).__name__
         if self.factors != "any" and (height, width) != natural:
             raise InputError(
@@ -155,11 +180,7 @@ class Upsampler(nn.Module):
 
     @property
     def linear_weight(self) -> Tensor | None:
-        """Parameter [C, D] that mixes :meth:`linear_maps` linearly, for a fit in closed form; None without one.
-
-        Raises:
-            ConfigError: Where the method has one, but not with these options.
-        """
+        """Parameter [C, D] that mixes :meth:`linear_maps` linearly, for a fit in closed form; None without one."""
         return None
 
     def linear_maps(self, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> Tensor:
@@ -188,24 +209,31 @@ class GuidedUpsampler(Upsampler):
             output_size: (H, W); None: ``factor`` times the grid of the features.
 
         Returns:
-            [B, C, H, W] in the dtype of the features; computed in that of the weights, where there are any.
+            [B, C, H, W] in the dtype of the weights; of the features, where there are none.
 
         Raises:
-            InputError: When features and image do not fit together, or for a size that the method cannot make.
+            InputError: When features and image do not fit together or are integers, or for a size that the method
+                cannot make.
         """
+        for name, x in (("features", features), ("image", image)):
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                given = getattr(x, "dtype", type(x).__name__)
+                raise InputError(f"the {name} must be a floating-point tensor (images whitened); got {given}")
         if features.ndim != 4 or features.shape[1] != self.embed_dim or 0 in features.shape:
             raise InputError(
                 f"this {type(self).__name__} takes features [B, {self.embed_dim}, h, w], none of them 0; got "
                 f"{tuple(features.shape)}"
             )
-        if image.ndim != 4 or image.shape[1] != 3 or len(image) != len(features) or 0 in image.shape[2:]:
+        if image.ndim != 4 or image.shape[1] != 3 or image.shape[0] != features.shape[0] or 0 in image.shape[2:]:
             raise InputError(
-                f"the image must be [B, 3, height, width] with the batch of the features, {len(features)}; got "
+                f"the image must be [B, 3, height, width] with the batch of the features, {features.shape[0]}; got "
                 f"{tuple(image.shape)}"
             )
         dtype = weight_dtype(self) or features.dtype
+        check_autocast(dtype, image, f"this {type(self).__name__}")
         size = self.high_res_grid(features, output_size)
-        return self.upsample_to(features.to(dtype), image.to(dtype), size).to(features.dtype)
+        low_res, guide = (differentiable(x.to(dtype)) for x in (features, image))
+        return self.upsample_to(low_res, guide, size).to(dtype)
 
     def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Sharpen features [B, C, h, w] by an image [B, 3, height, width] of any size: [B, C, *size]."""
@@ -215,6 +243,13 @@ class GuidedUpsampler(Upsampler):
 def weight_dtype(module: nn.Module) -> torch.dtype | None:
     """Type of the first floating-point parameter of a module; None for a module without any."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def differentiable(x: Tensor) -> Tensor:
+    """Return ``x``, or a copy of a tensor made in inference mode, which could not be saved for a backward pass."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # torch.compile cannot ask a tensor for it
+        return x
+    return x.clone() if x.is_inference() else x
 
 
 def check_factor(factor: float, allowed: Factors, name: str) -> float:
@@ -260,15 +295,6 @@ def check_tile_batch(limit: int | None) -> int | None:
 def name_function(function: Callable[..., Any]) -> str:
     """Name a function for a message."""
     return getattr(function, "__qualname__", type(function).__name__)
-
-
-def _check_size(size: tuple[int, int]) -> tuple[int, int]:
-    try:
-        # index() would fix a size that a compiled graph leaves open.
-        height, width = (side if isinstance(side, int) else operator.index(side) for side in size)
-    except (TypeError, ValueError):
-        raise InputError(f"output_size is (height, width), two whole numbers of cells; got {size!r}") from None
-    return height, width
 
 
 def scale_length(length: int, factor: float) -> int:

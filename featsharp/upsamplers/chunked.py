@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from featsharp.errors import ConfigError, InputError
-from featsharp.layers.tiles import Process, encode_with_tiles, write_tile_map
+from featsharp.layers.tiles import Process, encode_with_tiles, shrinks, write_tile_map
 from featsharp.memory import PeakMeter, format_memory, predict, return_freed_memory
 from featsharp.ops.boxes import Box, whole
 from featsharp.ops.resize import resize, size_of
@@ -58,6 +58,31 @@ class ChunkedUpsampler(Upsampler):
     def bind_tiles(self, low_res: Tensor, image: Tensor, size: tuple[int, int], read_tiles: ReadTiles) -> ComputeChunk:
         """Prepare chunks of cells alone, whose tiles are read by ``read_tiles`` where the method uses them."""
         raise NotImplementedError
+
+    def encode_rest(
+        self,
+        low_res: Tensor,
+        image: Tensor,
+        encode: Encode,
+        low_res_size: tuple[int, int],
+        size: tuple[int, int],
+        batch: int,
+    ) -> Tensor:
+        """Encode what all chunks share beside the low-resolution pass; the result takes the place of ``low_res``.
+
+        Args:
+            low_res: [1, C, h, w].
+            image: [1, 3, height, width], any size.
+            encode: See :class:`Encode`.
+            low_res_size: (h, w) in pixels of the low-resolution pass.
+            size: (H, W) of the whole map.
+            batch: Most images of that size given to ``encode`` at once.
+        """
+        return low_res
+
+    def rest_bytes(self, low_res: Tensor) -> tuple[int, float]:
+        """Predict the bytes that :meth:`encode_rest` takes beside its passes, and its largest pass in small ones."""
+        return 0, 1
 
 
 class ChunkedGuidedUpsampler(ChunkedUpsampler, GuidedUpsampler):
@@ -257,7 +282,7 @@ def upsample_within(
         )
     if upsampler.training:
         raise ConfigError("max_memory is for encoders in eval mode; call eval() first, or set max_memory to None")
-    if not len(image):
+    if image.shape[0] == 0:
         raise InputError("max_memory needs at least one image; got an empty batch")
     with return_freed_memory():
         with PeakMeter() as meter:
@@ -313,7 +338,7 @@ def upsample_in_chunks(
     features, summary = first
     grid, size = size_of(features), upsampler.high_res_grid(features, output_size)
     low_res, summaries = [features], [summary]
-    for i in range(1, len(image)):
+    for i in range(1, image.shape[0]):
         features, summary = encode(resize(image[i : i + 1], low_res_size))
         low_res.append(features)
         summaries.append(summary)
@@ -325,6 +350,7 @@ def upsample_in_chunks(
         if isinstance(upsampler, TiledUpsampler) and upsampler.uses_tiles:
             upsampler.write_tiles(target, one, encode, low_res_size, grid, plan.tile_batch)
             read_tiles = _OverwrittenTiles(target, upsampler.halo or 0, features).read
+        features = upsampler.encode_rest(features, one, encode, low_res_size, size, plan.tile_batch)
         compute = upsampler.bind_tiles(features, one, size, read_tiles)
         for box in _split(size, plan.chunk):
             box.cut(target).copy_(finish(compute(box)))
@@ -362,21 +388,22 @@ def _make_plan(
     """
     grid, size = size_of(low_res), upsampler.high_res_grid(low_res, output_size)
     # Low-resolution features of all images, twice while they are concatenated.
-    held = 2 * len(images) * low_res.nbytes
-    large_bytes = 0  # the image that tiles are cut from, where it has to be resized
+    held = 2 * images.shape[0] * low_res.nbytes
+    large_bytes = 0  # the image that tiles are cut from, where it has to be made smaller
     large = size[0] * (low_res_size[0] // grid[0]), size[1] * (low_res_size[1] // grid[1])
-    if upsampler.uses_tiles and size_of(images) != large:
+    if upsampler.uses_tiles and shrinks(images, large):
         large_bytes = images.shape[1] * large[0] * large[1] * images.element_size()
-    held_for_passes = held + large_bytes
+    rest_bytes, largest_pass = upsampler.rest_bytes(low_res)
+    held_for_passes = held + large_bytes + rest_bytes
 
     available = int((1 - UNCOUNTED_FRACTION) * max_memory) - UNCOUNTED_BYTES
     for side in CHUNK_SIDES:
         chunk = _even_length(size[0], side), _even_length(size[1], side)
         chunk_bytes, result = predict(_make_one_chunk, upsampler, finish, low_res, images[:1], size, chunk)
-        chunk_bytes += held
+        chunk_bytes += held + rest_bytes
         if chunk_bytes <= available:
             break
-    pass_needs = held_for_passes + pass_bytes
+    pass_needs = held_for_passes + int(largest_pass * pass_bytes)
     if max(pass_needs, chunk_bytes) > available:
         least = int((max(pass_needs, chunk_bytes) + UNCOUNTED_BYTES) / (1 - UNCOUNTED_FRACTION)) + 1
         raise InputError(

@@ -5,10 +5,10 @@ Training, benches and evaluation treat them like the upsamplers of the package.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from featsharp.errors import InputError
+from featsharp.ops.recording import has_values
 from featsharp.registry import load_function
 from featsharp.upsamplers.base import GuidedUpsampler, name_function
 from featsharp.upsamplers.registration import HasEmbedDim, register_upsampler
@@ -62,7 +62,7 @@ class FromFunction(GuidedUpsampler):
         if result.device != features.device:
             raise InputError(f"{name} was given features on {features.device} and returned some on {result.device}")
         # A graph cannot look at values, and NaN in the features is not the fault of the function.
-        if not torch.compiler.is_compiling() and not result.isfinite().all() and features.isfinite().all():
+        if has_values(result) and not result.isfinite().all() and features.isfinite().all():
             raise InputError(f"{name} returned NaN or infinite values for finite features")
         return result.to(features.dtype)
 

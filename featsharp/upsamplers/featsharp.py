@@ -175,16 +175,12 @@ class FeatSharp(TiledUpsampler):
         return self._join(maps | self._tile_maps(tiles, whole(size), size))
 
     @property
-    def linear_weight(self) -> Tensor:
+    def linear_weight(self) -> Tensor | None:
         """Linear map [C, D] from all inputs to the result, or to the residual path where there is a block.
 
-        Raises:
-            ConfigError: For the published start, which has no such map beside its block.
+        None for the published start, which has no such map beside its block.
         """
-        weight = self.block.weight if isinstance(self.block, nn.Linear) else self.mix
-        if weight is None:
-            raise ConfigError("FeatSharp with start='published' has no linear mix of its inputs; use start='mix'")
-        return weight
+        return self.block.weight if isinstance(self.block, nn.Linear) else self.mix
 
     def process_tiles(self, tiles: Tensor) -> Tensor:
         """Compute the tile inputs from the features of tiles [N, C, h, w].

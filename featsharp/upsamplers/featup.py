@@ -30,7 +30,8 @@ from featsharp.layers.guidance import pool_guidance
 from featsharp.ops.boxes import Box, whole
 from featsharp.ops.local_attention import local_attention
 from featsharp.ops.local_filter import local_filter
-from featsharp.ops.resize import enlarge, enlarge_chunk, size_of, source_box
+from featsharp.ops.recording import split_length
+from featsharp.ops.resize import average, enlarge, enlarge_chunk, size_of, source_box
 from featsharp.ops.windows import border_cells
 from featsharp.upsamplers.base import level_factors, level_sizes
 from featsharp.upsamplers.chunked import ChunkedGuidedUpsampler, ComputeChunk
@@ -126,8 +127,6 @@ class FeatUp(ChunkedGuidedUpsampler):
 class JBULevel(nn.Module):
     """One joint bilateral filter after a bilinear enlargement by ``factor``; 1186 parameters."""
 
-    offsets: Tensor
-
     def __init__(self, factor: int, *, start: Start = "bilinear") -> None:
         super().__init__()
         if start not in START_SIGMA:
@@ -136,8 +135,6 @@ class JBULevel(nn.Module):
         self.keys = nn.Sequential(nn.Conv2d(3, KEY_DIM, 1), nn.GELU(), nn.Conv2d(KEY_DIM, KEY_DIM, 1))
         self.log_temperature = nn.Parameter(torch.zeros(()))
         self.sigma = nn.Parameter(torch.tensor(START_SIGMA[start]))
-        axis = torch.linspace(-1, 1, WINDOW)
-        self.register_buffer("offsets", axis[:, None] ** 2 + axis**2, persistent=False)
 
     def forward(self, source: Tensor, image: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """[B, C, h, w] and an image [B, 3, H, W] of any size to [B, C, *size]; None: ``factor`` times (h, w)."""
@@ -176,8 +173,10 @@ class JBULevel(nn.Module):
 
     def spatial_bias(self) -> Tensor:
         """-|t|^2 / (2 sigma^2), [7, 7]."""
+        axis = torch.linspace(-1, 1, WINDOW, dtype=torch.float32, device=self.sigma.device)
+        offsets = (axis[:, None] ** 2 + axis**2).to(self.sigma.dtype)
         # The small number avoids 0 / 0 at the centre when sigma is 0.
-        return -self.offsets / (2 * self.sigma**2 + 1e-12)
+        return -offsets / (2 * self.sigma**2 + 1e-12)
 
 
 class FixedUpLevel(JBULevel):
@@ -197,7 +196,7 @@ class FixedUpLevel(JBULevel):
         self.fixup = nn.Sequential(nn.Conv2d(taps + 3, taps, 1), nn.GELU(), nn.Dropout2d(0.1), nn.Conv2d(taps, taps, 1))
 
     def pool(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        return F.adaptive_avg_pool2d(image, size)
+        return average(image, size)
 
     def enlarge(
         self, source: Tensor, chunk: Box, source_size: tuple[int, int], size: tuple[int, int], box: Box
@@ -211,13 +210,13 @@ class FixedUpLevel(JBULevel):
         In training dropout of the fix-up is drawn for every chunk.
         """
         key, size = self.keys(guidance), size_of(x)
-        rows = max(1, self.max_weights // (len(x) * WINDOW**2 * size[1]))
+        pieces = split_length(size[0], x.shape[0], WINDOW**2 * size[1], self.max_weights)
         chunks = []
-        for top in range(0, size[0], rows):
-            box = Box(top, min(size[0], top + rows), 0, size[1])
+        for piece in pieces:
+            box = Box(piece.start, piece.stop, 0, size[1])
             seen = box.grow(WINDOW // 2, size)
             inputs = seen.cut(x), seen.cut(key), seen.cut(guidance)
-            if rows < size[0] and torch.is_grad_enabled():
+            if len(pieces) > 1 and torch.is_grad_enabled():
                 out = checkpoint(self._filter_all, *inputs, use_reentrant=False)
             else:
                 out = self._filter_all(*inputs)

@@ -21,12 +21,13 @@ from featsharp.layers.cross_attention import (
     AxialRope,
     PaddedConv2d,
     Padding,
+    RMSNorm,
     attend_in_chunks,
     build_encoder,
 )
 from featsharp.layers.guidance import check_guidance_scale, shrink_guidance
 from featsharp.ops.boxes import Box
-from featsharp.ops.resize import size_of
+from featsharp.ops.resize import average, size_of
 from featsharp.upsamplers.base import check_whole
 from featsharp.upsamplers.chunked import ChunkedGuidedUpsampler, ComputeChunk
 from featsharp.upsamplers.registration import register_upsampler
@@ -72,7 +73,7 @@ class JAFAR(ChunkedGuidedUpsampler):
         self.key_encoder = build_encoder(DIM)
         self.feature_encoder = build_encoder(embed_dim)
         self.gamma, self.beta = (nn.Conv2d(DIM, DIM, 1, bias=False) for _ in range(2))
-        self.query_norm, self.key_norm = (nn.RMSNorm(DIM) for _ in range(2))
+        self.query_norm, self.key_norm = (RMSNorm(DIM) for _ in range(2))
         self.query_proj, self.key_proj = (nn.Linear(DIM, DIM) for _ in range(2))
 
     def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
@@ -88,9 +89,9 @@ class JAFAR(ChunkedGuidedUpsampler):
     def project(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Compute queries [B, H, W, d] and keys [B, h w, d]; group normalisation needs the whole image."""
         encoded = self.rope(self.image_encoder(shrink_guidance(image, size, self.guidance_scale)))
-        query = F.group_norm(F.adaptive_avg_pool2d(self.query_encoder(encoded), size), GROUPS)
+        query = F.group_norm(average(self.query_encoder(encoded), size), GROUPS)
         query = self.query_conv(query)
-        key = F.group_norm(F.adaptive_avg_pool2d(self.key_encoder(encoded), size_of(low_res)), GROUPS)
+        key = F.group_norm(average(self.key_encoder(encoded), size_of(low_res)), GROUPS)
         # In float32: the epsilon of normalize is zero in float16.
         modulation = self.feature_encoder(F.normalize(low_res.float(), dim=1).to(low_res.dtype))
         key = self.gamma(modulation) * key + self.beta(modulation)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.errors import ConfigError, InputError
+from featsharp.layers.input_conditioner import IMAGENET_MEAN, IMAGENET_STD, check_whitening
+from featsharp.ops.recording import has_values
 from featsharp.ops.resize import resize, size_of
 from featsharp.registry import load_function
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler, name_function
 from featsharp.upsamplers.registration import register_upsampler
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class _OnePass(Upsampler):
@@ -98,12 +98,10 @@ class SuperResolution(_OnePass):
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__(embed_dim, factor)
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ConfigError(f"mean and std are three numbers each, std above 0; got mean={mean}, std={std}")
         self.enlarge = load_function(enlarge, "enlarge")
         if isinstance(self.enlarge, nn.Module):
             self.enlarge.requires_grad_(False).eval()
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean, self.std = check_whitening(mean, std)
 
     def train(self, mode: bool = True) -> "SuperResolution":
         super().train(mode)
@@ -122,7 +120,7 @@ class SuperResolution(_OnePass):
 
     def _check(self, large: object, pixels: Tensor) -> None:
         name = name_function(self.enlarge)
-        wanted = f"images [{len(pixels)}, 3, >={pixels.shape[2]}, >={pixels.shape[3]}]"
+        wanted = f"images [{pixels.shape[0]}, 3, >={pixels.shape[2]}, >={pixels.shape[3]}]"
         if not isinstance(large, Tensor):
             raise InputError(f"{name} has to return {wanted}; got a {type(large).__name__}")
         enough = large.ndim == 4 and large.shape[2] >= pixels.shape[2] and large.shape[3] >= pixels.shape[3]
@@ -130,5 +128,5 @@ class SuperResolution(_OnePass):
             raise InputError(f"{name} has to return floating point {wanted}; got {large.dtype} {tuple(large.shape)}")
         if large.device != pixels.device:
             raise InputError(f"{name} was given images on {pixels.device} and returned some on {large.device}")
-        if not torch.compiler.is_compiling() and not large.isfinite().all() and pixels.isfinite().all():
+        if has_values(large) and not large.isfinite().all() and pixels.isfinite().all():
             raise InputError(f"{name} returned NaN or infinite pixels")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from featsharp.errors import ConfigError
 from featsharp.ops.resize import resize, size_of
-from featsharp.upsamplers.base import GuidedUpsampler
+from featsharp.upsamplers.base import GuidedUpsampler, level_factors
 from featsharp.upsamplers.registration import register_upsampler
 
 IMAGE_DIM = 32
@@ -68,9 +68,9 @@ class LiFT(GuidedUpsampler):
 
     def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         out, guide = features, None
-        while size_of(out) != size:
+        for _ in level_factors(self.factor):
             guide = self._guide(image, guide, size_of(out))
-            out = self.doubling(out, guide)
+            out = self.doubling(out, guide, self.image_scale)
         return out.to(features.dtype)
 
     def _guide(self, image: Tensor, previous: Tensor | None, grid: tuple[int, int]) -> Tensor:
@@ -115,9 +115,14 @@ class Doubling(nn.Module):
         )  # fmt: skip
         self.project = nn.Conv2d(hidden, embed_dim, 1)
 
-    def forward(self, features: Tensor, image: Tensor) -> Tensor:
-        """[B, C, h, w] and an image [B, 3, s h, s w] with s of at least 8 to [B, C, 2 h, 2 w]."""
+    def forward(self, features: Tensor, image: Tensor, image_scale: int) -> Tensor:
+        """[B, C, h, w] and an image [B, 3, s h, s w] of ``image_scale`` s, at least 8, to [B, C, 2 h, 2 w]."""
         height, width = size_of(features)
-        fine = F.adaptive_max_pool2d(self.image_fine(image), (2 * height, 2 * width))
+        fine = self.image_fine(image)
+        # Of whole steps it is the same pooling, and a compiled graph serves all sizes.
+        if image_scale % 8:
+            fine = F.adaptive_max_pool2d(fine, (2 * height, 2 * width))
+        else:
+            fine = F.max_pool2d(fine, image_scale // 8)
         doubled = self.expand(torch.cat([features, self.image_coarse(fine)], 1))
         return self.project(self.fuse(torch.cat([doubled, fine], 1)))

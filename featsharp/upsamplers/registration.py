@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any, Protocol
 
+import torch
+
+from featsharp.device import usual_defaults
 from featsharp.errors import ConfigError, unknown_name
 from featsharp.names import parse_upsampler, plain_value
 from featsharp.registry import Registry
@@ -36,8 +39,8 @@ def create_upsampler(
             one that differs from the name's.
     """
     name, factor = resolve_upsampler(name, factor)
-    # Upsamplers that undo the whitening need the backbone's.
-    wanted = {"mean", "std"}.intersection(default_options(name))
+    # Upsamplers that undo the whitening need the backbone's; those that encode other pictures, which ones it takes.
+    wanted = {"mean", "std", "flexible", "patch_size"}.intersection(default_options(name))
     known = {key: getattr(backbone, key) for key in wanted if hasattr(backbone, key)}
     return build_upsampler(name, backbone.embed_dim, factor, known | dict(options or {}))
 
@@ -60,6 +63,7 @@ def default_factor(name: str) -> int:
     return 1 if read_trait(name, "factors") == "one" else 2
 
 
+@torch.inference_mode(False)  # tensors made in inference mode could never be trained
 def build_upsampler(name: str, embed_dim: int, factor: float, options: Mapping[str, Any]) -> Upsampler:
     """Build an upsampler by name; raises ConfigError for a name or an option that does not exist."""
     allowed = default_options(name)
@@ -67,7 +71,9 @@ def build_upsampler(name: str, embed_dim: int, factor: float, options: Mapping[s
         if option not in allowed:
             raise unknown_name(f"option of upsampler {name!r}:", option, allowed)
     try:
-        return UPSAMPLERS[name].factory(embed_dim, factor, **plain_value(options))
+        with usual_defaults() as device:
+            upsampler = UPSAMPLERS[name].factory(embed_dim, factor, **plain_value(options))
+        return upsampler.to(device)
     except TypeError as error:  # an option of another type than it should be
         raise ConfigError(f"upsampler {name!r} cannot be built with {dict(options)}: {error}") from error
 

@@ -26,9 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from featsharp.device import without_autocast
 from featsharp.errors import ConfigError
 from featsharp.layers.guidance import pool_guidance
 from featsharp.ops.boxes import Box, whole
+from featsharp.ops.padding import pad_border
 from featsharp.ops.resize import resize, size_of
 from featsharp.upsamplers.chunked import ChunkedGuidedUpsampler, ComputeChunk, ComputeTiledChunk, TiledUpsampler
 from featsharp.upsamplers.registration import register_upsampler
@@ -173,7 +175,7 @@ class PairedContrast(nn.Module):
         """Compute scores [B, 9, H, W] of maps [B, d, H, W]; the dilation (y, x) is in their cells."""
         first, second = (F.group_norm(x, NORM_GROUPS, self.norm_weight.to(x.dtype)) for x in (surroundings, centre))
         conv, (y, x) = self.contrast, dilation
-        padded = F.pad(first, (x, x, y, y), mode="replicate")
+        padded = pad_border(first, (x, x, y, y), "replicate")
         around = F.conv2d(padded, conv.weight, conv.bias, dilation=dilation, groups=CONV_GROUPS)
         at_centre = F.conv2d(second, conv.weight.sum((2, 3), keepdim=True), groups=CONV_GROUPS)
         hidden = self.mix((around - at_centre).relu()).relu()
@@ -194,16 +196,20 @@ def weighted_samples(x: Tensor, weights: Tensor, box: Box | None = None) -> Tens
     """
     size = size_of(weights)
     box = box or whole(size)
-    with torch.autocast(x.device.type, enabled=False):  # sums are float32, as those of autocast's own softmax
+    with without_autocast(x):  # sums are float32, as those of autocast's own softmax
         full = x.to(torch.promote_types(x.dtype, torch.float32))
         rows = {dy: _sampler(x.shape[2], size[0], dy, full)[box.top : box.bottom] @ full for dy in (-1, 0, 1)}
         columns = {dx: _sampler(x.shape[3], size[1], dx, full)[box.left : box.right].T for dx in (-1, 0, 1)}
-        out = full.new_zeros(*x.shape[:2], *box.size)
+        out: Tensor | None = None
         for (dy, dx), weight in zip(OFFSETS, box.cut(weights).to(full.dtype).split(1, 1), strict=True):
             if torch.is_grad_enabled():
-                out = out + checkpoint(_weighted_sample, rows[dy], columns[dx], weight, use_reentrant=False)
+                term = checkpoint(_weighted_sample, rows[dy], columns[dx], weight, use_reentrant=False)
+                out = term if out is None else out + term
             else:
-                out += _weighted_sample(rows[dy], columns[dx], weight)
+                term = _weighted_sample(rows[dy], columns[dx], weight)
+                out = term if out is None else out.add_(term)
+            del term  # before the next one is made
+    assert out is not None
     return out.to(x.dtype)
 
 
@@ -237,7 +243,7 @@ def _box_mean(x: Tensor) -> Tensor:
 def blur(x: Tensor) -> Tensor:
     """Blur [B, d, H, W] by a 3x3 Gaussian of sigma 1, borders replicated."""
     for padding, dim in (((0, 0, 1, 1), 2), ((1, 1, 0, 0), 3)):
-        padded, length = F.pad(x, padding, mode="replicate"), x.shape[dim]
+        padded, length = pad_border(x, padding, "replicate"), x.shape[dim]
         sides = padded.narrow(dim, 0, length) + padded.narrow(dim, 2, length)
         x = BLUR_SIDE * sides + (1 - 2 * BLUR_SIDE) * x
     return x

@@ -17,12 +17,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from featsharp.errors import ConfigError
 from featsharp.layers.tiles import encode_tile_map
-from featsharp.ops.resize import resize, size_of
+from featsharp.ops.resize import average, resize, size_of
 from featsharp.upsamplers.base import (
     Encode,
     UpsampleFeatures,
@@ -125,7 +124,7 @@ class S2Pooled(S2):
 
     def fit(self, features: Tensor, size: tuple[int, int]) -> Tensor:
         full = features.float() if features.dtype.itemsize < 4 else features  # means in half precision are inexact
-        return F.adaptive_avg_pool2d(full, size).to(features.dtype)
+        return average(full, size).to(features.dtype)
 
 
 def _check_scales(scales: Sequence[float]) -> tuple[float, ...]:

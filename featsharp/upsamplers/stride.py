@@ -65,7 +65,7 @@ class Stride(Upsampler):
         if size == grid:
             return UpsampleFeatures(low_res, low_res, summary)
         factor = self.factor if output_size is None else max(size[0] / grid[0], size[1] / grid[1])
-        patch = low_res_size[0] // grid[0]
+        patch = int(low_res_size[0] // grid[0])  # a number, also where a recorded graph leaves sizes open
         stride = compute_stride(patch, factor)
         tokens, _ = encode(small, patch_stride=stride)
         return UpsampleFeatures(low_res, read_tokens(tokens, patch, stride, low_res_size, size), summary)

@@ -26,6 +26,7 @@ Values = dict[str, Tensor | float | str]
 
 MAPS = 1e-4  # of the largest absolute value of the recorded sample
 TRAINED = 1e-3  # the same, after a few steps of Adam, which turns rounding of tiny gradients into steps
+FITTED = 1e-2  # the same, after a fit from a random start; processors with AVX2 and AVX512 differ by .005
 HEADS = 2e-2  # scores of heads that are trained for the measurement
 COUNTS = 1e-2  # operations: what counts as one is a convention of the counter
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from golden_base import (
     COUNTS,
+    FITTED,
     HEADS,
     TRAINED,
     Values,
@@ -103,7 +104,8 @@ RUNS = {
     "anyup": ("anyup-2x", ("objective=jafar",)),
 }
 for _label, (_name, _overrides) in RUNS.items():
-    add(f"train/{_label}", train, _name, _overrides, tolerance=TRAINED)
+    # AnyUp's gradients differ by 1.3e-3 between two processors at one commit, 7da81e2.
+    add(f"train/{_label}", train, _name, _overrides, tolerance=3 * TRAINED if _label == "anyup" else TRAINED)
 
 
 # Evaluation
@@ -310,6 +312,7 @@ def upsample(folder: Path) -> Values:
     """Features of a picture by the command, with the weights that come with the package."""
     picture(0, (150, 210)).save(folder / "photo.png")
     command = ["upsample", str(folder / "photo.png"), "-o", str(folder / "out"), "--size", "112x168", "--device", "cpu"]
+    command += ["--checkpoint", "vits14-focus/featsharp-2x@1"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         featsharp_command(command)
     (file,) = (folder / "out").rglob("*.safetensors")
@@ -334,7 +337,7 @@ def exported(folder: Path) -> Values:
         return {"high_res": load_from_file(folder / "small.safetensors")(smooth_images(112, 80)).high_res}
 
 
-add("implicit/resolved", implicit, (), tolerance=TRAINED)
+add("implicit/resolved", implicit, (), tolerance=FITTED)
 add(
     "implicit/published",
     implicit,

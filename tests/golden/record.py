@@ -65,7 +65,7 @@ def _version(library: str) -> str | None:
 def _processor() -> str:
     """Name and generation: some virtual machines have the same name for several."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}

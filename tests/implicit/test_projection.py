@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.decomposition import PCA
 
 from featsharp.errors import InputError
 from featsharp.implicit.projection import Projection
@@ -16,6 +15,8 @@ def correlated(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dim", [1, 4, 10])
 def test_it_keeps_what_a_pca_keeps(dim):
+    from sklearn.decomposition import PCA
+
     features = correlated(3, 10, 5, 7)
     projection = Projection.fit(features, dim)
     rows = features.movedim(1, -1).reshape(-1, 10).double().numpy()

@@ -13,7 +13,7 @@ from featsharp.ops.blocks import limit_chunks
 from featsharp.ops.local_attention import blocked, local_attention, reference
 
 BACKENDS = ["blocked", "reference"]
-BORDERS = ["clip", "reflect", "replicate", "zeros"]
+BORDERS = ["clip", "reflect", "replicate", "zeros", "shift"]
 # (height, width): smaller than the window, one pixel, one row, one column, a block and a bit, several blocks.
 SIZES = [(2, 3), (1, 1), (1, 9), (11, 1), (9, 8), (5, 19)]
 
@@ -21,33 +21,44 @@ SIZES = [(2, 3), (1, 1), (1, 9), (11, 1), (9, 8), (5, 19)]
 def loops(query, key, value, window, bias=None, scale=1.0, border="clip"):
     """The definition, one output at a time, in Python floats."""
     batch, height, width, heads, _ = query.shape
-    factor = height // key.shape[1]
-    out = torch.zeros(batch, height, width, *value.shape[3:], dtype=torch.float64)
-    radius = window // 2
+    rows, cols, value_heads, channels = value.shape[1:]
+    factor, radius = height // rows, window // 2
+    queries, keys, values, biases = (None if t is None else t.tolist() for t in (query, key, value, bias))
+    out = torch.zeros(batch, height, width, value_heads, channels, dtype=torch.float64)
     for b, i, j, n in itertools.product(range(batch), range(height), range(width), range(heads)):
-        scores, values = [], []
+        scores, gathered = [], []
         for dy, dx in itertools.product(range(-radius, radius + 1), repeat=2):
             y, x = i // factor + dy, j // factor + dx
-            inside = 0 <= y < key.shape[1] and 0 <= x < key.shape[2]
+            inside = 0 <= y < rows and 0 <= x < cols
             if border == "reflect":
-                y, x = bounce(y, key.shape[1]), bounce(x, key.shape[2])
+                y, x = bounce(y, rows), bounce(x, cols)
             elif border == "replicate":
-                y, x = min(max(y, 0), key.shape[1] - 1), min(max(x, 0), key.shape[2] - 1)
-            elif border == "clip" and not inside:
+                y, x = min(max(y, 0), rows - 1), min(max(x, 0), cols - 1)
+            elif border == "shift":
+                y, x = moved_in(y, rows, window), moved_in(x, cols, window)
+                inside = y is not None and x is not None
+            if border in ("clip", "shift") and not inside:
                 continue
-            offset = 0.0 if bias is None else float(bias[n, dy + radius, dx + radius])
+            offset = 0.0 if biases is None else biases[n][dy + radius][dx + radius]
             if border == "zeros" and not inside:
                 scores.append(offset)
-                values.append(torch.zeros(value.shape[4], dtype=torch.float64))
+                gathered.append([0.0] * channels)
                 continue
-            dot = sum(p * q for p, q in zip(query[b, i, j, n].tolist(), key[b, y, x, n].tolist(), strict=True))
+            dot = sum(p * q for p, q in zip(queries[b][i][j][n], keys[b][y][x][n], strict=True))
             scores.append(float(scale) * dot + offset)
-            values.append(value[b, y, x, min(n, value.shape[3] - 1)].double())
+            gathered.append(values[b][y][x][min(n, value_heads - 1)])
         top = max(scores)
         weights = [math.exp(score - top) for score in scores]
-        mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
-        out[b, i, j, min(n, value.shape[3] - 1)] += mean / (heads if value.shape[3] < heads else 1)
+        sums = [sum(w * v for w, v in zip(weights, channel, strict=True)) for channel in zip(*gathered, strict=True)]
+        mean = torch.tensor(sums, dtype=torch.float64) / sum(weights)
+        out[b, i, j, min(n, value_heads - 1)] += mean / (heads if value_heads < heads else 1)
     return out
+
+
+def moved_in(position, length, window):
+    """The cell a window further in; None where the map ends before."""
+    position += window * ((position < 0) - (position >= length))
+    return position if 0 <= position < length else None
 
 
 def bounce(position, length):
@@ -90,6 +101,21 @@ def test_queries_may_be_finer_than_keys(attend, factor, border):
     bias = torch.randn(2, 3, 3, dtype=torch.float64)
     out = attend(query, key, value, window=3, bias=bias, border=border)
     torch.testing.assert_close(out, loops(query, key, value, 3, bias, border=border), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(9, 12), (5, 7), (3, 6), (1, 2)])
+def test_shifted_windows_are_those_of_neighbourhood_attention(attend, size):
+    """A window of 5 x 5 moved back onto the map, with all cells of an axis that has fewer."""
+    query, key, value = inputs(1, *size, heads=1, key_dim=3, value_dim=2, factor=2)
+    out = attend(query, key, value, window=5, border="shift")
+    for i, j in itertools.product(range(2 * size[0]), range(2 * size[1])):
+        rows, cols = (
+            slice(start, start + 5)
+            for start in (max(0, min(at // 2 - 2, n - 5)) for at, n in zip((i, j), size, strict=True))
+        )
+        keys, values = (x[0, rows, cols, 0].flatten(0, 1) for x in (key, value))
+        expected = (keys @ query[0, i, j, 0]).softmax(0) @ values
+        torch.testing.assert_close(out[0, i, j, 0], expected, atol=1e-12, rtol=1e-12)
 
 
 def test_heads_of_a_single_value_are_averaged(attend):
@@ -260,7 +286,7 @@ def test_non_contiguous_inputs(attend):
     torch.testing.assert_close(attend(*views, window=5), attend(query, key, value, window=5))
 
 
-@pytest.mark.parametrize("border", ["clip", "reflect", "replicate"])
+@pytest.mark.parametrize("border", ["clip", "reflect", "replicate", "shift"])
 @pytest.mark.parametrize("size", [(1, 2), (6, 9)])
 def test_constant_values_stay_constant(attend, size, border):
     query, key, _ = inputs(1, *size, heads=2, key_dim=3, value_dim=1)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from featsharp.backbones import from_callable
 from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError, InputError
+from featsharp.extraction.mapped import MappedFeatures
 from featsharp.memory import PeakMeter, parse_memory
 from featsharp.ops.resize import resize
 from featsharp.upsamplers import GuidedUpsampler
@@ -36,10 +37,17 @@ CASES = [
     ("anyup", 2, {}),
     ("resfu", 2, {}),
     ("featsharp", 2, {"inputs": ("resfu", "tiles")}),
+    ("views", 2, {}),
+    ("views", 4, {"passes": 8}),
     ("bilinear", 2.5, {}),
     ("tile", 1.5, {}),
     ("featup", 3.5, {}),
     ("featsharp", 1.5, {}),
+    ("naf", 2, {}),
+    ("naf", 2.5, {}),
+    ("loftup", 2, {}),
+    ("uplift", 2, {}),
+    ("uplift", 3, {}),
 ]
 GENEROUS = 2**30
 
@@ -57,15 +65,23 @@ def in_chunks(encoder, images, chunk, tile_batch):
     size = encoder.low_res_size(images.shape[2:])
     with torch.no_grad():
         first = encoder.encode(resize(images[:1], size))
-    plan = Plan(tile_batch, chunk, torch.float32)
+    plan = Plan(tile_batch, chunk, images.dtype)
     return upsample_in_chunks(encoder.upsampler, images, encoder.encode, size, first, plan)
 
 
-@pytest.mark.parametrize(("name", "factor", "options"), CASES)
+LONG = [("featup", 6), ("featsharp", 4), ("anyup", 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "options"),
+    [pytest.param(*case, marks=pytest.mark.slow if case[:2] in LONG else []) for case in CASES],
+)
 def test_small_chunks_make_the_same_features(name, factor, options):
     encoder = build(name, factor, options)
     k = encoder.upsampler.input_upsample_factor
     images = torch.randn(2, 3, int(40 * k) + 3, int(56 * k))
+    if name == "uplift":  # the softmax of its long chain of convolutions shows float32's rounding: up to 1.2e-4
+        encoder, images = encoder.double(), images.double()
     with torch.no_grad():
         expected = encoder(images, return_summary=True)
     out = in_chunks(encoder, images, (5, 5), 2)
@@ -96,8 +112,9 @@ QUICK = [("tile", 3, {}), ("featup", 2, {})]
 def test_memory_stays_below_the_limit_and_the_least_that_works_works(name, factor, options):
     encoder = build(name, factor, options)
     k = encoder.upsampler.input_upsample_factor
-    images = torch.randn(2, 3, int(88 * k), int(120 * k))
-    size = encoder.low_res_size((88 * k, 120 * k))
+    height, width = (48, 64) if (name, factor) in LONG else (88, 120)
+    images = torch.randn(2, 3, int(height * k), int(width * k))
+    size = encoder.low_res_size((height * k, width * k))
 
     def peak(limit):
         with torch.no_grad(), PeakMeter() as meter:
@@ -110,6 +127,24 @@ def test_memory_stays_below_the_limit_and_the_least_that_works_works(name, facto
     least = parse_memory(re.search(r"least that works for this image is (\w+)", str(error.value))[1])
     for limit in (least, 2 * least, 8 * least):
         assert peak(limit) <= limit
+
+
+@pytest.mark.parametrize("name", ["bilinear", "tile", "featup", "views"])
+def test_a_cell_per_pixel(name, tmp_path):
+    """The map goes to a file, that of views and of bilinear interpolation larger than the limit.
+
+    The image of which tiles would be cut has 64 times the pixels.
+    """
+    encoder = build(name, 2, {})
+    pixels = torch.rand(3, 600, 800) if name in ("bilinear", "views") else torch.rand(3, 240, 160)
+    encoder.max_memory, chosen = "24MiB" if name == "tile" else "32MiB", {"output_size": "pixels"}
+    with MappedFeatures(tmp_path / "map.npy") as file, PeakMeter() as meter:
+        out = encoder.encode_image(pixels, allocate=file.allocate, **chosen)
+    assert meter.peak < encoder.max_memory + 3 * 4 * pixels.numel() + out.low_res.nbytes  # the picture, three times
+    assert np.load(tmp_path / "map.npy", mmap_mode="r").shape == (32, *pixels.shape[1:])
+    encoder.max_memory = None
+    chosen = {"output_size": pixels.shape[1:]}
+    torch.testing.assert_close(out.high_res, encoder.encode_image(pixels, **chosen).high_res, atol=3e-5, rtol=1e-4)
 
 
 @pytest.mark.slow

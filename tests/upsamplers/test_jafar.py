@@ -21,9 +21,9 @@ def looped_attention(query, key, value):
             weights = torch.zeros(key.shape[1], dtype=value.dtype)
             for head in range(NUM_HEADS):
                 part = slice(head * head_dim, (head + 1) * head_dim)
-                scores = torch.stack([query[b, i, part] @ k[part] for k in key[b]]) / math.sqrt(head_dim)
+                scores = key[b, :, part] @ query[b, i, part] / math.sqrt(head_dim)
                 weights += scores.softmax(0) / NUM_HEADS
-            out[b, i] = sum(w * v for w, v in zip(weights, value[b], strict=True))
+            out[b, i] = weights @ value[b]
     return out
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from featsharp import UpsampleLayer, load_from_file
 from featsharp.builder import create_encoder, save_checkpoint
-from featsharp.errors import ConfigError
+from featsharp.errors import ConfigError, InputError
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import GuidedUpsampler
 
@@ -82,3 +82,14 @@ def test_a_trained_upsampler_becomes_a_layer(tmp_path):
 def test_what_cannot_be_a_layer(arguments, said):
     with pytest.raises(ConfigError, match=said):
         UpsampleLayer(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_results_have_the_type_of_the_weights_and_integers_are_refused(dtype):
+    features, image = torch.randn(1, 8, 4, 6), torch.rand(1, 3, 32, 48)
+    layer = UpsampleLayer("resize-conv", 8, 2).to(dtype)
+    assert layer(features, image).dtype == dtype
+    assert UpsampleLayer("bilinear", 8, 2)(features.to(dtype), image).dtype == dtype
+    for wrong in ((features.long(), image), (features, (255 * image).to(torch.uint8)), (features, image.numpy())):
+        with pytest.raises(InputError, match="must be a floating-point tensor"):
+            layer(*wrong)

@@ -12,7 +12,7 @@ Shapes: B batch, H x W keys, f queries per key cell and axis, N heads, D and E c
 
 import importlib.util
 import os
-from typing import Any
+from typing import Any, List  # noqa: UP035 (the schema of an operator in torch 2.4 knows no list[bool])
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from featsharp.errors import InputError
 from featsharp.memory import register_scratch
 from featsharp.ops.backends import Backend, Problem, choose_backend, register_backends, wanted_backend
 from featsharp.ops.local_attention import reference
+from featsharp.ops.recording import is_recording
 from featsharp.ops.windows import Border, check_window
 
 OP = "local_attention"
@@ -66,7 +67,7 @@ def local_attention(
     if bias is None:
         bias = torch.zeros(query.shape[3], window, window, dtype=torch.float32, device=query.device)
     backend = wanted_backend(backend)
-    if backend == "reference":  # differentiable as it is
+    if backend == "reference" or (backend is None and is_recording()):  # differentiable as it is, and known elsewhere
         return reference.forward(query * scale, key, value, bias, window, border)
     return torch.ops.featsharp.local_attention(query * scale, key, value, bias, window, border, backend)
 
@@ -127,7 +128,7 @@ def _backward(
     out: Tensor,
     window: int,
     border: str,
-    needed: list[bool],
+    needed: List[bool],  # noqa: UP006
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     module = choose_backend(OP, _problem(query, key, value), backend).load()

@@ -89,7 +89,7 @@ def scratch_bytes(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, windo
     """Bytes that :func:`forward` takes for itself beside its result."""
     grid = block_grid(query, key, window, border)
     block_numbers = _block_numbers(grid, query.shape[4] + value.shape[4])
-    cells, blocks = grid.largest_chunk(len(query), max_blocks(block_numbers, query.device))
+    cells, blocks = grid.largest_chunk(query.shape[0], max_blocks(block_numbers, query.device))
     numbers = cells * (key[0, 0, 0].numel() + value[0, 0, 0].numel()) + blocks * block_numbers
     if value.shape[3] < query.shape[3]:
         numbers += blocks * grid.side**2 * grid.span**2
@@ -122,6 +122,6 @@ class _Call(BlockCall):
     def weigh(self, q: Tensor, k: Tensor, chunk: Chunk, head: int) -> Tensor:
         """Softmax weights [blocks, Q Q, P P], zero outside of the windows."""
         scores = self.product(q, k.transpose(1, 2), "scores").add_(self.bias[head])
-        if self.grid.border == "clip":
+        if self.grid.border in ("clip", "shift"):
             self.grid.mask_outside(scores, chunk)
         return torch.softmax(scores, -1, out=scores)

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from featsharp.device import without_autocast
 from featsharp.ops.blocks import chunk_numbers
+from featsharp.ops.recording import split_length
 from featsharp.ops.windows import border_cells
 
 # Numbers that one chunk of query rows may gather: 64 MiB in float32.
@@ -14,7 +16,7 @@ CHUNK_NUMBERS = 2**24
 def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, border: str) -> Tensor:
     """[B, fH, fW, N or 1, E], chunk by chunk; where a gradient is needed, chunks are recomputed instead of kept."""
     chunks = []
-    with torch.autocast(value.device.type, enabled=False):  # sums are float32 whatever is around
+    with without_autocast(value):  # sums are float32 whatever is around
         for rows in _chunks(query, value, window):
             arguments = (query[:, rows], key, value, bias, window, border, rows.start)
             chunks.append(
@@ -31,8 +33,8 @@ def attend(
     offset = torch.arange(window, device=query.device) - window // 2
     rows = (first_row + torch.arange(query.shape[1], device=query.device)) // factor
     cols = torch.arange(query.shape[2], device=query.device) // factor
-    rows, row_counts = border_cells(rows[:, None] + offset, key.shape[1], border)
-    cols, col_counts = border_cells(cols[:, None] + offset, key.shape[2], border)
+    rows, row_counts = border_cells(rows[:, None] + offset, key.shape[1], border, window)
+    cols, col_counts = border_cells(cols[:, None] + offset, key.shape[2], border, window)
     counts = row_counts[:, None, :, None] & col_counts[None, :, None, :]  # [R, fW, K, K]
 
     compute = torch.promote_types(value.dtype, torch.float32)
@@ -42,7 +44,7 @@ def attend(
     if border == "zeros":
         keys, values = keys * counts[..., None, None], values * counts[..., None, None]
     scores = torch.einsum("brcnd,brcijnd->brcnij", query.to(compute), keys) + bias.to(compute)
-    if border == "clip":
+    if border in ("clip", "shift"):
         scores = scores.masked_fill(~counts[:, :, None], -torch.inf)
     weights = scores.flatten(-2).softmax(-1).unflatten(-1, (window, window))
     if value.shape[3] == 1:
@@ -53,6 +55,5 @@ def attend(
 def _chunks(query: Tensor, value: Tensor, window: int) -> list[slice]:
     """Slices of query rows that gather at most CHUNK_NUMBERS each, or one row."""
     batch, rows, cols, heads, dim = query.shape
-    per_row = batch * cols * window**2 * (heads * (dim + 2) + value.shape[3] * value.shape[4])
-    step = max(1, chunk_numbers(CHUNK_NUMBERS) // per_row)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    per_row = cols * window**2 * (heads * (dim + 2) + value.shape[3] * value.shape[4])
+    return split_length(rows, batch, per_row, chunk_numbers(CHUNK_NUMBERS))

@@ -16,11 +16,11 @@ from featsharp.ops.windows import border_cells
 
 SIDE = 8  # queries or keys along a side of a tile
 STEP = 64  # cells of the surroundings at a time
-BORDERS = {"clip": 0, "reflect": 1, "replicate": 2, "zeros": 3}
+BORDERS = {"clip": 0, "reflect": 1, "replicate": 2, "zeros": 3, "shift": 4}
 
 
 @triton.jit
-def _cell(position, length, BORDER: tl.constexpr):
+def _cell(position, length, BORDER: tl.constexpr, K: tl.constexpr):
     """The cell to read for a position along an axis, and whether that is a real one; as ``border_cells``."""
     inside = (position >= 0) & (position < length)
     cell = position
@@ -31,6 +31,9 @@ def _cell(position, length, BORDER: tl.constexpr):
         cell = tl.minimum(cell, period - cell)
     if BORDER == 1 or BORDER == 2:
         inside = position == position
+    if BORDER == 4:
+        cell = tl.where(inside, position, tl.where(position < 0, position + K, position - K))
+        inside = (cell >= 0) & (cell < length)
     return tl.minimum(tl.maximum(cell, 0), length - 1), inside
 
 
@@ -57,7 +60,7 @@ def _scores(q, k, bias_pointer, qy, qx, ky, kx, real, F: tl.constexpr, K: tl.con
     i = ky[None] - qy[:, None] // F + K // 2
     j = kx[None] - qx[:, None] // F + K // 2
     within = (i >= 0) & (i < K) & (j >= 0) & (j < K)
-    if BORDER == 0:
+    if BORDER == 0 or BORDER == 4:
         within = within & real[None]
     entry = tl.where(within, i * K + j, 0)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") + tl.load(bias_pointer + entry)
@@ -95,8 +98,8 @@ def _forward_kernel(
         for start in range(0, SPAN * SPAN, STEP):
             cell = start + tl.arange(0, STEP)
             ky, kx = top // F - K // 2 + cell // SPAN, left // F - K // 2 + cell % SPAN
-            y, real_y = _cell(ky, H, BORDER)
-            x, real_x = _cell(kx, W, BORDER)
+            y, real_y = _cell(ky, H, BORDER, K)
+            x, real_x = _cell(kx, W, BORDER, K)
             real = real_y & real_x
             k = _rows(k_ptr + image * kb + head * kn, _offset(y, x, kr, kc), real, D, BD, 0, DOT)
             v = _rows(
@@ -154,8 +157,8 @@ def _statistics_kernel(
     for start in range(0, SPAN * SPAN, STEP):
         cell = start + tl.arange(0, STEP)
         ky, kx = top // F - K // 2 + cell // SPAN, left // F - K // 2 + cell % SPAN
-        y, real_y = _cell(ky, H, BORDER)
-        x, real_x = _cell(kx, W, BORDER)
+        y, real_y = _cell(ky, H, BORDER, K)
+        x, real_x = _cell(kx, W, BORDER, K)
         real = real_y & real_x
         k = _rows(k_ptr + image * kb + head * kn, _offset(y, x, kr, kc), real, D, BD, 0, DOT)
         ky = tl.where(cell >= SPAN * SPAN, -(2**30), ky)
@@ -202,8 +205,8 @@ def _query_kernel(
     for start in range(0, SPAN * SPAN, STEP):
         cell = start + tl.arange(0, STEP)
         ky, kx = top // F - K // 2 + cell // SPAN, left // F - K // 2 + cell % SPAN
-        y, real_y = _cell(ky, H, BORDER)
-        x, real_x = _cell(kx, W, BORDER)
+        y, real_y = _cell(ky, H, BORDER, K)
+        x, real_x = _cell(kx, W, BORDER, K)
         real = real_y & real_x
         k = _rows(k_ptr + image * kb + head * kn, _offset(y, x, kr, kc), real, D, BD, 0, DOT)
         ky = tl.where(cell >= SPAN * SPAN, -(2**30), ky)
@@ -237,8 +240,8 @@ def _key_kernel(
     place = tl.arange(0, SIDE * SIDE)
     ky, kx = top + place // SIDE, left + place % SIDE
     wanted = (ky < H + halo) & (kx < W + halo)
-    y, real_y = _cell(ky, H, BORDER)
-    x, real_x = _cell(kx, W, BORDER)
+    y, real_y = _cell(ky, H, BORDER, K)
+    x, real_x = _cell(kx, W, BORDER, K)
     real = real_y & real_x & wanted
     k = _rows(k_ptr + image * kb + head * kn, _offset(y, x, kr, kc), real, D, BD, 0, DOT)
     dk = tl.zeros([SIDE * SIDE, BD], tl.float32)
@@ -282,8 +285,8 @@ def _value_kernel(
     place = tl.arange(0, SIDE * SIDE)
     ky, kx = top + place // SIDE, left + place % SIDE
     wanted = (ky < H + halo) & (kx < W + halo)
-    y, real_y = _cell(ky, H, BORDER)
-    x, real_x = _cell(kx, W, BORDER)
+    y, real_y = _cell(ky, H, BORDER, K)
+    x, real_x = _cell(kx, W, BORDER, K)
     real = real_y & real_x & wanted
     dv = tl.zeros([SIDE * SIDE, BE], tl.float32)
     SEEN: tl.constexpr = (SIDE + K - 1) * F
@@ -354,7 +357,7 @@ def backward(
     d_bias = scores.sum((0, 2, 3)).view_as(bias).to(bias.dtype) if bias_too else torch.zeros_like(bias)
 
     # Keys beyond the border have separate gradients, which are then added to the cells that they mirror.
-    halo = window // 2 if border in ("reflect", "replicate") else 0
+    halo = window // 2 if border in ("reflect", "replicate", "shift") else 0
     padded = (images, key.shape[1] + 2 * halo, key.shape[2] + 2 * halo)
     tiles = triton.cdiv(padded[1], SIDE) * triton.cdiv(padded[2], SIDE)
     d_key = key.new_empty(*padded, *key.shape[3:], dtype=torch.float32)
@@ -366,7 +369,7 @@ def backward(
     _value_kernel[(tiles, images * value.shape[3], chunks)](
         *arguments, d_value, *d_value.stride(), *call.sizes, halo, **call.constants, BE=block
     )
-    d_key, d_value = (_fold(x, halo, border) for x in (d_key, d_value))
+    d_key, d_value = (_fold(x, halo, border, window) for x in (d_key, d_value))
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias
 
 
@@ -422,12 +425,12 @@ def _power(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _fold(x: Tensor, halo: int, border: str) -> Tensor:
+def _fold(x: Tensor, halo: int, border: str, window: int) -> Tensor:
     """Add the cells beyond the border of [B, H + 2 halo, W + 2 halo, N, C] to those that they repeat."""
     for axis in (1, 2):
         length = x.shape[axis] - 2 * halo
         if halo:
-            cells, _ = border_cells(torch.arange(-halo, length + halo, device=x.device), length, border)
+            cells, _ = border_cells(torch.arange(-halo, length + halo, device=x.device), length, border, window)
             shape = list(x.shape)
             shape[axis] = length
             x = x.new_zeros(shape).index_add_(axis, cells, x)

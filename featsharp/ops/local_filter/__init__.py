@@ -19,6 +19,7 @@ from featsharp.errors import InputError
 from featsharp.memory import register_scratch
 from featsharp.ops.backends import Backend, Problem, choose_backend, register_backends, wanted_backend
 from featsharp.ops.local_filter import reference
+from featsharp.ops.recording import is_recording
 from featsharp.ops.windows import Border, check_window
 
 OP = "local_filter"
@@ -32,7 +33,8 @@ def local_filter(weights: Tensor, value: Tensor, *, border: Border = "zeros", ba
             (i - K//2, j - K//2).
         value: [B, H, W, N, E].
         border: What stands beyond the edge of the map; see :data:`featsharp.ops.windows.Border`. "clip" and "zeros"
-            are the same here: weights of values that do not exist are lost, not redistributed.
+            are the same here: weights of values that do not exist are lost, not redistributed. Under "shift" an entry
+            beyond the edge is that of the value K cells further in.
         backend: Name of an implementation (``featsharp doctor`` lists them); None: the fastest that can run.
 
     Returns:
@@ -48,9 +50,9 @@ def local_filter(weights: Tensor, value: Tensor, *, border: Border = "zeros", ba
         torch.Size([1, 10, 14, 1, 8])
     """
     _check_shapes(weights, value)
-    check_window(weights.shape[-1], border)
+    check_window(int(weights.shape[-1]), border)
     backend = wanted_backend(backend)
-    if backend == "reference":  # differentiable as it is
+    if backend == "reference" or (backend is None and is_recording()):  # differentiable as it is, and known elsewhere
         return reference.forward(weights, value, border)
     return torch.ops.featsharp.local_filter(weights, value, border, backend)
 

@@ -66,7 +66,7 @@ def scratch_bytes(weights: Tensor, value: Tensor, border: str) -> int:
     """Bytes that :func:`forward` takes for itself beside its result."""
     grid = block_grid(weights, value, weights.shape[-1], border)
     numbers = _block_numbers(grid, value.shape[4])
-    cells, blocks = grid.largest_chunk(len(weights), max_blocks(numbers, value.device))
+    cells, blocks = grid.largest_chunk(weights.shape[0], max_blocks(numbers, value.device))
     total = cells * value[0, 0, 0].numel() + blocks * numbers
     per_query = weights[0, 0, 0].numel() * weights.itemsize + value[0, 0, 0].numel() * value.itemsize
     return total * torch.promote_types(value.dtype, torch.float32).itemsize + grid.padding(weights) * per_query
