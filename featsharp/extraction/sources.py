@@ -1,0 +1,351 @@
+"""Pictures to extract features of: files, folders, lists, patterns, tars, videos, URLs.
+
+All are a fixed list of keys in a fixed order, read by number, so that work can be divided and taken up again.
+"""
+
+import fnmatch
+import glob
+import os
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Lock
+from typing import IO, Any, Protocol
+
+from PIL import Image
+
+from featsharp.data._tar import index_tar, is_compressed_name, leads_outside, refuse_compressed
+from featsharp.data.images import decode_image, is_image_name
+from featsharp.data.sources import ImageSource, open_source
+from featsharp.errors import ConfigError, DataError, MissingDependencyError
+from featsharp.files import list_files, path_in_list, read_lines
+from featsharp.urls import is_url, redact_setting
+
+LIST_ENDINGS = (".txt", ".lst")
+VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
+_MAGIC = re.compile(r"[*?\[]")
+_EXPECTED = (
+    "a picture, a folder, a .tar, a list (.txt, one path a line), a pattern such as 'photos/**/*.jpg', a video "
+    f"({' '.join(VIDEO_ENDINGS)}), or a URL of fsspec such as s3://BUCKET/photos"
+)
+
+
+class Pictures(Protocol):
+    """Pictures with keys, read by number from any thread.
+
+    Attributes:
+        skipped: (name, reason) of what was damaged or refused while listing.
+    """
+
+    skipped: list[tuple[str, str]]
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str:
+        """Name of a picture: its path relative to the source."""
+
+    def picture(self, index: int) -> Image.Image:
+        """Read an RGB picture; raises DataError where that fails."""
+
+
+def open_pictures(source: str | os.PathLike[str], every: int = 1) -> Pictures:
+    """List the pictures of a source.
+
+    Args:
+        source: A picture; a folder, with tars in it, or a ``.tar``, also with braces (as for training); a list, one
+            path or URL a line, relative to the list; a pattern for :mod:`glob`; a video; or a URL that fsspec knows,
+            of a picture, folder, pattern, tar or video.
+        every: Takes every n-th picture only, of a video every n-th frame.
+
+    Raises:
+        DataError: For a source that is missing or holds no picture.
+        ConfigError: For a URL that fsspec cannot open.
+        MissingDependencyError: For a video without PyAV.
+    """
+    text = os.fspath(source)
+    pictures = _open_url(text) if is_url(text) else _open_path(Path(text))
+    return pictures if every == 1 else _EveryNth(pictures, every)
+
+
+class _Files:
+    """Pictures of an index of files."""
+
+    def __init__(self, files: "ImageSource | _RemoteFiles") -> None:
+        self.files = files
+        self.skipped = files.skipped
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def key(self, index: int) -> str:
+        return self.files.name(index)
+
+    def picture(self, index: int) -> Image.Image:
+        return decode_image(self.files.read(index), name=self.files.name(index))
+
+
+class _EveryNth:
+    def __init__(self, pictures: Pictures, n: int) -> None:
+        self.pictures, self.numbers = pictures, range(0, len(pictures), n)
+        self.skipped = pictures.skipped
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def key(self, index: int) -> str:
+        return self.pictures.key(self.numbers[index])
+
+    def picture(self, index: int) -> Image.Image:
+        return self.pictures.picture(self.numbers[index])
+
+
+# Local files
+
+
+def _open_path(path: Path) -> Pictures:
+    name = path.name.lower()
+    if path.is_dir() or name.endswith(".tar") or is_compressed_name(name) or ("{" in name and not path.exists()):
+        return _Files(open_source(path))
+    if not path.exists() and glob.has_magic(str(path)):
+        found = _find_pictures(path.as_posix())
+        if not found:
+            raise DataError(f"{path}: no picture has such a name; the source is {_EXPECTED}")
+        return _Files(_local_files(found))
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; the source is {_EXPECTED}")
+    if name.endswith(VIDEO_ENDINGS):
+        return _Video(path.name, path)
+    if name.endswith(LIST_ENDINGS):
+        return _open_list(path)
+    return _Files(_local_files([str(path)]))
+
+
+def _find_pictures(pattern: str) -> list[str]:
+    """List the pictures that a pattern names; below ``**``, which glob would follow through loops, as in a folder."""
+    if deep := re.fullmatch(r"((?:[^/]*/)*?)\*\*/(.+)", pattern + "/*" * pattern.endswith("**")):
+        before, parts = deep[1], ("**", *deep[2].split("/"))
+        folders = glob.glob(before) if before else [""]
+        found = [at + name for at in folders for name in list_files(at or ".") if _fits(tuple(name.split("/")), parts)]
+    else:
+        found = glob.glob(pattern)
+    fixed = os.path.dirname(pattern[: _MAGIC.search(pattern).start()])  # type: ignore[union-attr]
+    return sorted(name for name in found if is_image_name(os.path.relpath(name, fixed or ".")) and os.path.isfile(name))
+
+
+def _fits(name: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Match the parts of a path with those of a pattern, of which ``**`` is any number of folders."""
+    if not name or not pattern:
+        return not name and not pattern
+    if pattern[0] == "**":
+        return _fits(name, pattern[1:]) or _fits(name[1:], pattern)
+    return fnmatch.fnmatch(name[0], pattern[0]) and _fits(name[1:], pattern[1:])
+
+
+def _local_files(paths: Sequence[str]) -> ImageSource:
+    """Files as a source of the folder that they share; one that is named twice counts once."""
+    absolute = list(dict.fromkeys(os.path.abspath(path) for path in paths))
+    folder = Path(os.path.commonpath([os.path.dirname(path) for path in absolute]))
+    return ImageSource.of_files(folder, [Path(path).relative_to(folder).as_posix() for path in absolute])
+
+
+def _open_list(path: Path) -> Pictures:
+    entries = [line for line in read_lines(path) if line and not line.startswith("#")]
+    if not entries:
+        raise DataError(f"{path}: the list is empty; write one path of a picture a line")
+    if all(map(is_url, entries)):
+        return _Files(_RemoteFiles.of_urls(entries))
+    if mixed := [entry for entry in entries if is_url(entry)]:
+        raise DataError(f"{path}: paths and URLs in one list ({redact_setting(mixed[0])!r} is a URL); make two lists")
+    return _Files(_local_files([str(path.parent / path_in_list(entry)) for entry in entries]))
+
+
+# URLs
+
+
+class _RemoteFiles:
+    """Pictures in files and tars of an fsspec file system."""
+
+    def __init__(self, filesystem: Any, root: str) -> None:
+        self.filesystem, self.root = filesystem, root.rstrip("/")
+        self.skipped: list[tuple[str, str]] = []
+        self._names: list[str] = []
+        self._paths: list[str] = []
+        self._offsets, self._sizes = array("q"), array("q")
+
+    @classmethod
+    def of_urls(cls, urls: Sequence[str]) -> "_RemoteFiles":
+        opened = [_find_filesystem(url) for url in dict.fromkeys(urls)]
+        filesystem, paths = opened[0][0], [path for _, path in opened]
+        if any(other is not filesystem for other, _ in opened):
+            raise ConfigError("the URLs of a list are of several servers or protocols; make a list for each")
+        files = cls(filesystem, os.path.commonpath([os.path.dirname(path) for path in paths]))
+        for path in paths:
+            files.add(path)
+        return files
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+    def read(self, index: int) -> bytes:
+        start, size = self._offsets[index], self._sizes[index]
+        span = {} if start < 0 else {"start": start, "end": start + size}
+        try:
+            data: bytes = self.filesystem.cat_file(self._paths[index], **span)
+        except Exception as error:  # file systems raise what their servers say
+            raise DataError(f"{self._names[index]}: cannot be read ({type(error).__name__}: {error})") from error
+        return data
+
+    def add(self, path: str) -> None:
+        """Add a picture, or those of a tar."""
+        if is_compressed_name(path):
+            raise refuse_compressed(Path(path))
+        if not path.lower().endswith(".tar"):
+            self._append(path)
+            return
+        with self.filesystem.open(path, "rb") as file:
+            members, skipped, _ = index_tar(path, file)
+        self.skipped += skipped
+        for member in members:
+            self._append(path, member.name, member.offset, member.size)
+
+    def _append(self, path: str, member: str = "", offset: int = -1, size: int = 0) -> None:
+        name = path.removeprefix(self.root).lstrip("/") or os.path.basename(path)
+        if leads_outside(name):  # names in a zip may
+            self.skipped.append((name, "path that leads outside the source"))
+            return
+        self._names.append(f"{name}/{member}" if member else name)
+        self._paths.append(path)
+        self._offsets.append(offset)
+        self._sizes.append(size)
+
+
+def _open_url(url: str) -> Pictures:
+    filesystem, path = _find_filesystem(url)
+    shown = redact_setting(url)
+    try:
+        if path.lower().endswith(VIDEO_ENDINGS):
+            return _Video(os.path.basename(path), lambda: filesystem.open(path, "rb"))
+        if glob.has_magic(path):
+            found = filesystem.glob(path)
+            root = os.path.dirname(path[: _MAGIC.search(path).start()])  # type: ignore[union-attr]
+        elif filesystem.isdir(path):
+            found, root = filesystem.find(path), path
+        elif filesystem.exists(path):
+            found, root = [path], os.path.dirname(path)
+        else:
+            raise DataError(f"{shown}: not found; the source is {_EXPECTED}")
+        files = _RemoteFiles(filesystem, root)
+        for name in sorted(found):
+            inside = name.removeprefix(files.root).lstrip("/")
+            if is_image_name(inside) or inside.lower().endswith(".tar") or len(found) == 1:
+                files.add(name)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{shown}: cannot be listed ({type(error).__name__}: {error})") from error
+    if not len(files):
+        raise DataError(f"{shown}: no pictures found; the source is {_EXPECTED}")
+    return _Files(files)
+
+
+def _find_filesystem(url: str) -> tuple[Any, str]:
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise MissingDependencyError("URLs need: pip install fsspec") from error
+    try:
+        filesystem, path = url_to_fs(url)
+    except ImportError as error:
+        raise MissingDependencyError(f"{redact_setting(url)}: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"{redact_setting(url)}: fsspec cannot open it ({type(error).__name__}: {error})") from error
+    return filesystem, str(path)
+
+
+# Videos
+
+
+class _Video:
+    """Frames of a video, decoded one after the other: reading them in order costs one decoding each.
+
+    Keys are ``clip.mp4/000123``.
+    """
+
+    KEPT = 64  # frames that were passed on the way to a later one, for threads that come a little late
+
+    def __init__(self, name: str, source: "Path | Any") -> None:
+        self.name, self._source = name, source
+        self.skipped: list[tuple[str, str]] = []
+        self._lock = Lock()
+        self._frames: Iterator[Any] = iter(())
+        self._next = 0
+        self._passed: dict[int, Image.Image] = {}
+        self._block = ExitStack()
+        self._count = self._count_frames()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def key(self, index: int) -> str:
+        return f"{self.name}/{index:06d}"
+
+    def picture(self, index: int) -> Image.Image:
+        with self._lock:
+            if index in self._passed:
+                return self._passed.pop(index)
+            if index < self._next or not self._next:
+                self._open()
+            try:
+                while self._next < index:
+                    frame = next(self._frames)
+                    if index - self._next < self.KEPT:
+                        self._passed[self._next] = frame.to_image()
+                    self._next += 1
+                self._next += 1
+                image: Image.Image = next(self._frames).to_image()
+            except StopIteration:
+                raise DataError(f"{self.key(index)}: the video ends before it") from None
+            except Exception as error:
+                raise DataError(f"{self.key(index)}: cannot be decoded ({type(error).__name__}: {error})") from error
+            while len(self._passed) > self.KEPT:
+                del self._passed[min(self._passed)]
+            return image
+
+    def _container(self, block: ExitStack) -> Any:
+        try:
+            import av
+        except ImportError as error:
+            raise MissingDependencyError('videos need: pip install "featsharp[video]"') from error
+        file: str | IO[bytes] = (
+            str(self._source) if isinstance(self._source, Path) else block.enter_context(self._source())
+        )
+        try:
+            container = block.enter_context(av.open(file))
+        except Exception as error:
+            raise DataError(f"{self.name}: cannot be opened as a video ({type(error).__name__}: {error})") from error
+        if not container.streams.video:
+            raise DataError(f"{self.name}: has no pictures, only {len(container.streams)} other streams")
+        return container
+
+    def _count_frames(self) -> int:
+        with ExitStack() as block:
+            container = self._container(block)
+            try:
+                count = sum(packet.size > 0 for packet in container.demux(video=0))
+            except Exception as error:
+                raise DataError(f"{self.name}: cannot be read ({type(error).__name__}: {error})") from error
+        if not count:
+            raise DataError(f"{self.name}: a video without a frame")
+        return count
+
+    def _open(self) -> None:
+        self._block.close()
+        container = self._container(self._block)
+        container.streams.video[0].thread_type = "AUTO"
+        self._frames, self._next = container.decode(video=0), 0
+        self._passed.clear()
