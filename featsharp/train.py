@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from featsharp.errors import ConfigError, FeatSharpError
-from featsharp.terminal import parse_verbosity, set_up_terminal
+from featsharp.errors import ConfigError, explain
+from featsharp.files import check_writable
+from featsharp.terminal import parse_verbosity, say, set_up_terminal
 from featsharp.urls import redact_url
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbosity, arguments = parse_verbosity(sys.argv[1:] if arguments is None else arguments)
     set_up_terminal(verbosity, usual=logging.INFO)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
+        say(*(__doc__ or "").splitlines())
         return 0
     from featsharp.configs.compose import compose
     from featsharp.memory import keep_freed_memory
@@ -39,19 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = compose(arguments)
         if config.dry_run:
-            print(to_yaml(config), end="")
+            say(*to_yaml(config).splitlines())
             return 0
         train(config)
-    except FeatSharpError as error:
-        print(f"featsharp train: {name_process()}{redact_url(str(error))}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("featsharp train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        say("featsharp train: stopped; the same command goes on from the last checkpoint", error=True)
         return 130
     except Terminated as stop:
         stop_world()
-        print(f"featsharp train: {name_process()}{stop}; the same command goes on from there", file=sys.stderr)
+        say(f"featsharp train: {name_process()}{stop}; the same command goes on from there", error=True)
         return 128 + signal.SIGTERM
+    except Exception as error:
+        if (reason := explain(error)) is None:
+            raise
+        say(f"featsharp train: {name_process()}{redact_url(reason)}", error=True)
+        return 1
     stop_world()
     return 0
 
@@ -72,6 +75,7 @@ def train(config: "RunConfig") -> "Trainer":
         raise ConfigError("which images? Set train_data_dir=FOLDER (images or tars), or the variable FEATSHARP_DATA")
     folder = expand_path(config.output_root)
     world = start_world(config.device, config.distributed_timeout)
+    object_from_main(lambda: check_writable(folder), world)
     earlier = object_from_main(lambda: read_earlier(folder / LAST, config), world)
     parts = build(config, world)
     validate = ValidationSamples(config.val_data_dir, config.viz.num_images) if world.is_main else None

@@ -11,8 +11,10 @@ from typing import Any
 
 from featsharp.data.filters import MIN_SIZE
 from featsharp.data.streams import SHUFFLE_BUFFER
+from featsharp.data.views import ViewConfig
 from featsharp.errors import ConfigError
-from featsharp.training.keys import key
+from featsharp.names import readable
+from featsharp.settings import key
 from featsharp.training.least_squares import LinearFitConfig
 from featsharp.training.loggers import writer_names
 from featsharp.training.objectives import ObjectiveConfig
@@ -52,19 +54,6 @@ class NormalizerConfig:
     num_samples: int = key(512, least=1)
     batch_size: int = key(16, least=1)
     cache: bool = key(True, free=True)
-
-
-@dataclass
-class ViewsConfig:
-    """See ``featsharp.data.views.ViewConfig``."""
-
-    num_views: int = key(5, least=1)
-    zoom: list[float] = key([1.0, 2.0], least_low=1.0)
-    jitter_zoom: list[float] = key([0.95, 2.0], least_low=0.1)
-    perspective: list[float] = key([0.01, 0.05], least_low=0.0)
-    rotation: float = key(5.0, least=0, most=180)
-    shift: float = key(0.08, least=0, most=1)
-    flip: float = key(0.0, least=0, most=1)
 
 
 @dataclass
@@ -133,7 +122,7 @@ class RunConfig:
     upsampler: UpsamplerConfig = field(default_factory=UpsamplerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     normalizer: NormalizerConfig = field(default_factory=NormalizerConfig)
-    views: ViewsConfig = field(default_factory=ViewsConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
     objective: ObjectiveConfig = field(default_factory=MultiViewConfig)  # of the class that its name says
     optim: OptimConfig = field(default_factory=OptimConfig)
     linear_fit: LinearFitConfig = field(default_factory=LinearFitConfig)
@@ -198,7 +187,7 @@ def to_yaml(config: RunConfig) -> str:
 
 def _without_secrets(value: Any) -> Any:
     if isinstance(value, str):
-        return redact_setting(value)
+        return readable(redact_setting(value))
     if isinstance(value, Mapping):
         return {name: _without_secrets(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):

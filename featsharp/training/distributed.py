@@ -39,10 +39,19 @@ def start_world(device: str, timeout: float = 600) -> World:
     Args:
         device: "auto" (CUDA where there is one), or a torch device.
         timeout: Seconds after which a process that waits for another one gives up.
+
+    Raises:
+        DistributedError: For a part of torchrun's environment variables, or another process that does not come.
     """
     chosen = find_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         return World(0, 1, chosen)
+    lacking = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if lacking and not dist.is_initialized():
+        raise DistributedError(
+            f"{', '.join(lacking)} of the environment variables of a run of several processes are not set; start it "
+            "with torchrun, or alone after `unset RANK WORLD_SIZE`"
+        )
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # collectives of objects use the current device
     if not dist.is_initialized():

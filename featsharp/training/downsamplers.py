@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featsharp.device import usual_defaults
+from featsharp.ops.padding import pad_border
 from featsharp.registry import Registry
 
 
@@ -25,6 +27,7 @@ class Downsampler(nn.Module):
 DOWNSAMPLERS: Registry[Downsampler] = Registry("downsampler")
 
 
+@usual_defaults()
 def create_downsampler(name: str, embed_dim: int, factor: int, kernel_size: int = 9) -> Downsampler:
     """Build a downsampler by name ("attention", "simple" or "area").
 
@@ -87,8 +90,6 @@ class AttentionDownsampler(Downsampler):
         dropout: Probability that a tap is left out of the softmax; in training mode only.
     """
 
-    blur: Tensor
-
     def __init__(self, embed_dim: int, factor: int, kernel_size: int = 9, dropout: float = 0.2) -> None:
         super().__init__()
         self.factor = factor
@@ -100,9 +101,14 @@ class AttentionDownsampler(Downsampler):
         assert self.saliency.bias is not None
         nn.init.normal_(self.saliency.bias, std=0.01)
         self.logit_bias = nn.Parameter(0.1 * torch.randn(kernel_size**2, 1, 1))
-        taps = torch.exp(-(torch.arange(-2.0, 3.0) ** 2) / 0.5**0.5)
+
+    @property
+    def blur(self) -> Tensor:
+        """Blur of the map before the taps are read: a Gaussian on 5 x 5 cells with a sum of one."""
+        position = torch.arange(-2.0, 3.0, dtype=torch.float32, device=self.logit_bias.device)
+        taps = torch.exp(-(position**2) / 0.5**0.5)
         kernel = taps[:, None] * taps
-        self.register_buffer("blur", kernel / kernel.sum(), persistent=False)
+        return (kernel / kernel.sum()).to(self.logit_bias.dtype)
 
     def kernels(self, x: Tensor) -> Tensor:
         """See :meth:`Downsampler.kernels`; they are applied to the blurred map."""
@@ -112,7 +118,7 @@ class AttentionDownsampler(Downsampler):
     def forward(self, x: Tensor) -> Tensor:
         channels, k = x.shape[1], self.kernel_size
         weights = self._weights(x)
-        flat = F.pad(x.flatten(0, 1)[:, None], (2, 2, 2, 2), mode="replicate")
+        flat = pad_border(x.flatten(0, 1)[:, None], (2, 2, 2, 2), "replicate")
         blurred = F.conv2d(flat, self.blur[None, None].to(x.dtype)).reshape_as(x)
         blurred = pad_cells(blurred, k, self.factor)
         rows, cols = weights.shape[-2:]
@@ -142,4 +148,4 @@ def pad_cells(x: Tensor, kernel_size: int, factor: int) -> Tensor:
     total = max(kernel_size - factor, 0)
     before, after = total // 2, total - total // 2
     mode = "reflect" if max(before, after) < min(x.shape[-2:]) else "replicate"
-    return F.pad(x, (before, after, before, after), mode=mode)
+    return pad_border(x, (before, after, before, after), mode)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone, BackboneOutput
+from featsharp.backbones.wrapped import WrappedBackbone
 from featsharp.files import remove_leftovers, write_file
-from featsharp.training.wrapped import WrappedBackbone
 
 
 class CachedBackbone(WrappedBackbone):

@@ -11,23 +11,18 @@ a start that already works a few hundred photographs are enough.
 """
 
 import logging
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from featsharp.data.loader import ViewBatch
-from featsharp.data.views import Views, base_view
+from featsharp.data.loader import Batch, S
 from featsharp.errors import ConfigError, DataError
 from featsharp.model import SharpEncoder
-from featsharp.ops.resize import size_of
-from featsharp.ops.views import View
+from featsharp.settings import key
 from featsharp.training.distributed import World, add_over_processes
-from featsharp.training.keys import key
-from featsharp.training.objectives.multi_view import encode_views, tokens_to_compare
+from featsharp.training.objectives.base import Objective
 from featsharp.upsamplers.base import Upsampler
 
 logger = logging.getLogger(__name__)
@@ -56,8 +51,8 @@ def check_linear_fit(upsampler: Upsampler, ridge: float) -> Tensor:
     weight = upsampler.linear_weight
     if weight is None:
         raise ConfigError(
-            f"linear_fit is for FeatSharp, whose inputs are mixed linearly; {type(upsampler).__name__} has no such "
-            "weight, use linear_fit.samples=0"
+            f"linear_fit is for FeatSharp, whose inputs are mixed linearly; this {type(upsampler).__name__} has no "
+            "such weight; take FeatSharp and use start='mix', or linear_fit.samples=0"
         )
     if not ridge > 0:
         raise ConfigError(f"linear_fit.ridge must be above 0; got {ridge:g}")
@@ -80,21 +75,8 @@ class LinearFit:
         self.tokens = self.start.new_zeros(())
 
     @torch.no_grad()
-    def add(self, encoder: SharpEncoder, views: Views, low_res_size: tuple[int, int]) -> None:
-        """Add a batch of samples, on the encoder's device."""
-        base, base_mask = base_view(views)
-        targets, token_masks = encode_views(encoder, views, low_res_size)
-        maps = self.upsampler.linear_maps(encoder.input_conditioner(base), encoder.encode, low_res_size).float()
-        factor, small = math.ceil(self.upsampler.factor), size_of(targets)
-        large = factor * small[0], factor * small[1]  # whole cells under every token, also for fractional factors
-        valid = tokens_to_compare(base_mask, token_masks, views.jitters, large)
-        count = views.homographies.shape[1]
-        for n in range(count):  # one view at a time: all of them would hold n copies of the inputs
-            pooled = F.avg_pool2d(View(views.homographies[:, n]).warp(maps, large), factor)
-            self.add_tokens(pooled, targets[n::count], valid[n::count])
-
-    def add_tokens(self, inputs: Tensor, targets: Tensor, valid: Tensor) -> None:
-        """Add pooled inputs [B, D, h, w] and target features [B, C, h, w] where ``valid`` [B, 1, h, w] is 1."""
+    def add(self, inputs: Tensor, targets: Tensor, valid: Tensor) -> None:
+        """Add inputs [B, D, h, w] and target features [B, C, h, w] where ``valid`` [B, 1, h, w] is 1."""
         chosen = valid[:, 0] > 0
         x = inputs.permute(0, 2, 3, 1)[chosen]
         y = targets.permute(0, 2, 3, 1)[chosen].to(x.dtype)
@@ -119,12 +101,13 @@ class LinearFit:
 
 def fit_linear(
     encoder: SharpEncoder,
-    batches: Iterable[ViewBatch],
+    objective: Objective[S],
+    batches: Iterable[Batch[S]],
     ridge: float,
     low_res_size: tuple[int, int],
     world: World,
 ) -> list[tuple[str, str]]:
-    """Fit the linear weight of the encoder's FeatSharp to batches of views, over all processes.
+    """Fit the linear weight of the encoder's FeatSharp to the samples of an objective, over all processes.
 
     Returns:
         Names of skipped images, and reasons.
@@ -135,9 +118,11 @@ def fit_linear(
     fit = LinearFit(encoder.upsampler, ridge)
     encoder.eval()
     skipped = []
-    for views, problems in batches:
-        fit.add(encoder, Views(*(x.to(world.device) for x in views)), low_res_size)
-        skipped += problems
+    with torch.no_grad():
+        for samples, problems in batches:
+            for rows in objective.linear_samples(encoder, samples.to(world.device), low_res_size):
+                fit.add(*rows)
+            skipped += problems
     add_over_processes([fit.inputs, fit.targets, fit.tokens], world)
     with torch.no_grad():
         fit.weight.copy_(fit.solve())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from featsharp.errors import ConfigError, InputError
 from featsharp.layers.spectral import SpectralScale
 from featsharp.model import SharpEncoder
-from featsharp.training.keys import key
+from featsharp.settings import key
 from featsharp.training.objectives import Objective
 
 

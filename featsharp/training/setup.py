@@ -1,13 +1,12 @@
 """From a configuration to the objects of a run: encoder, objective, data, writer; and the fits before step 1."""
 
 import contextlib
-import dataclasses
 import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +15,11 @@ from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
 from featsharp.builder import create_encoder
 from featsharp.data.filters import ImageFilter
-from featsharp.data.loader import StepSampler, ViewBatch, ViewDataset, check_repeatable, load_views
+from featsharp.data.loader import Batch, S, SampleDataset, StepSampler, ViewDataset, check_repeatable, load_batches
 from featsharp.data.mixture import ImageMixture
 from featsharp.data.sources import ImageSource
 from featsharp.data.views import ViewConfig, base_view
-from featsharp.device import autocast_dtype
+from featsharp.device import autocast_dtype, usual_defaults
 from featsharp.errors import DataError
 from featsharp.files import remove_leftovers, write_file
 from featsharp.model import SharpEncoder
@@ -43,7 +42,7 @@ class Parts(NamedTuple):
     backbone: Backbone  # without the feature cache
     encoder: SharpEncoder  # on the device of the run
     objective: Objective
-    dataset: ViewDataset
+    dataset: SampleDataset[Any]
 
 
 def expand_path(path: str) -> Path:
@@ -81,12 +80,11 @@ def build(config: RunConfig, world: World) -> Parts:
     mixture = open_mixture(config.train_data_dir, config)
     if config.feature_cache.samples:
         check_repeatable(mixture)
-    views = dataclasses.asdict(config.views)
-    views = {key: tuple(value) if isinstance(value, list) else value for key, value in views.items()}
-    dataset = ViewDataset(mixture, objective.view_size(encoder), ViewConfig(**views), config.seed)
+    dataset = objective.open_dataset(encoder, mixture, config.views, config.seed)
     return Parts(backbone, encoder, objective, dataset)
 
 
+@usual_defaults()
 def fit_before_training(parts: Parts, config: RunConfig, world: World) -> list[tuple[str, str]]:
     """Fit the normalizer and, with ``linear_fit``, the upsampler's linear weight, each process on its share.
 
@@ -99,7 +97,7 @@ def fit_before_training(parts: Parts, config: RunConfig, world: World) -> list[t
         return []
     steps, batches = first_samples(parts.dataset, config.linear_fit.samples, config.batch_size, config, world)
     shown = with_progress(batches, "linear fit", config.progress and world.is_main, total=steps, unit="batch")
-    return fit_linear(encoder, shown, config.linear_fit.ridge, encoder.backbone.input_size, world)
+    return fit_linear(encoder, parts.objective, shown, config.linear_fit.ridge, encoder.backbone.input_size, world)
 
 
 @contextlib.contextmanager
@@ -128,12 +126,12 @@ def open_mixture(data_dir: object, config: RunConfig) -> ImageMixture:
 
 
 def first_samples(
-    dataset: ViewDataset, samples: int, batch_size: int, config: RunConfig, world: World
-) -> tuple[int, Iterator[ViewBatch]]:
+    dataset: SampleDataset[S], samples: int, batch_size: int, config: RunConfig, world: World
+) -> tuple[int, Iterator[Batch[S]]]:
     """Load this process's share of the first samples (or a few more): the number of batches, and the batches."""
     steps = -(-samples // (batch_size * world.size))
     sampler = StepSampler(0, steps, batch_size, world.rank, world.size)
-    return steps, load_views(dataset, sampler, config.num_workers)
+    return steps, load_batches(dataset, sampler, config.num_workers)
 
 
 def fit_normalizer(

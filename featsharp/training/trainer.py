@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from featsharp.builder import save_checkpoint
 from featsharp.checkpoint import read_checkpoint, restoring
-from featsharp.data.loader import Positions, StepSampler, ViewBatch, ViewDataset, load_views
+from featsharp.data.loader import Batch, Positions, S, SampleDataset, StepSampler, load_batches
 from featsharp.data.skips import SkipLog
-from featsharp.data.views import Views
-from featsharp.device import autocast_dtype
+from featsharp.device import autocast_dtype, usual_defaults
 from featsharp.errors import unknown_name
 from featsharp.layers.spectral import add_spectral, spectral_norms
 from featsharp.model import SharpEncoder
@@ -63,14 +62,14 @@ class Validation(NamedTuple):
 Validate = Callable[[SharpEncoder, Objective], Validation]
 
 
-class Trainer:
+class Trainer(Generic[S]):
     """Training of the upsampler and the bias buffer of an encoder.
 
     Args:
         encoder: On the device of ``world``, its normalizer fitted (or about to be loaded by :meth:`resume`). Views are
             rendered at the native size of its backbone.
         objective: On the same device.
-        dataset: Of training views.
+        dataset: Of what the objective learns from.
         config: Of the run; saved in the checkpoints.
         folder: Of ``last.pth`` and ``best.pth``.
         world: Rank of this process.
@@ -81,8 +80,8 @@ class Trainer:
     def __init__(
         self,
         encoder: SharpEncoder,
-        objective: Objective,
-        dataset: ViewDataset,
+        objective: Objective[S],
+        dataset: SampleDataset[S],
         config: RunConfig,
         folder: Path,
         world: World,
@@ -121,6 +120,7 @@ class Trainer:
         self.term = TermSignal()
         self.clock = StepClock()
 
+    @usual_defaults()
     def run(self, writer: VizWriter | None = None) -> None:
         """Train to the last step, then save and validate.
 
@@ -147,7 +147,7 @@ class Trainer:
             self._save_and_validate()  # the earlier run was killed after saving, before validating
         wanted = self.config.progress and is_main
         bar = progress_bar("training", last_step, start=self.step, unit="step", wanted=wanted)
-        loaded = load_views(self.dataset, self._sampler(), self.config.num_workers, self.positions)
+        loaded = load_batches(self.dataset, self._sampler(), self.config.num_workers, self.positions)
         with closing(loaded), bar as advance, self.term:
             for batches in self._batches_of_steps(loaded):
                 losses = self.train_step(*batches)
@@ -179,19 +179,19 @@ class Trainer:
             seed=config.seed,
         )
 
-    def _batches_of_steps(self, loaded: Iterator[ViewBatch]) -> Iterator[list[Views]]:
+    def _batches_of_steps(self, loaded: Iterator[Batch[S]]) -> Iterator[list[S]]:
         """Iterate over ``accumulation_steps`` batches at a time, on the device."""
-        batches: list[Views] = []
-        for views, skipped in self.clock.batches(loaded):
+        batches: list[S] = []
+        for samples, skipped in self.clock.batches(loaded):
             for name, reason in self.skipped.add(skipped):
                 logger.warning("skipped %s: %s", name, reason)
-            batches.append(Views(*(x.to(self.world.device) for x in views)))
+            batches.append(samples.to(self.world.device))
             if len(batches) == self.config.accumulation_steps:
                 yield batches
                 batches = []
 
-    def train_step(self, *batches: Views) -> Losses:
-        """Make an optimiser step on one or more batches of views; returns the mean losses over batches and processes.
+    def train_step(self, *batches: S) -> Losses:
+        """Make an optimiser step on one or more batches of samples; returns the mean losses over batches and processes.
 
         Raises:
             InputError: When the gradient is not finite. The weights are unchanged.
@@ -206,12 +206,12 @@ class Trainer:
         losses = [
             self.objective.backward(
                 self.encoder,
-                views,
+                samples,
                 self.encoder.backbone.input_size,
                 self.autocast_dtype,
                 self.scaler.get_scale() * weight,
             )
-            for views in batches
+            for samples in batches
         ]
         average_gradients(self.parameters, self.world)
         self.gradient_norm = optimizer_step(

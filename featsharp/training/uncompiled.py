@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from featsharp.backbones.base import BackboneOutput
-from featsharp.training.wrapped import WrappedBackbone
+from featsharp.backbones.wrapped import WrappedBackbone
 
 
 class UncompiledBackbone(WrappedBackbone):

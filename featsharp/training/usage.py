@@ -1,14 +1,16 @@
 """Cost of a run: time per step, the fraction of it spent waiting for data, and memory."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
 import torch
+
+from featsharp.memory import process_bytes
 
 T = TypeVar("T")
 
@@ -118,13 +120,10 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 
 def _peak_resident_bytes() -> int | None:
-    if sys.platform == "win32":
+    with contextlib.suppress(OSError):  # on Linux a process inherits the getrusage peak of its parent
+        return process_bytes("VmHWM")
+    try:
+        import resource
+    except ImportError:  # Windows and some notebooks
         return None
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux a process inherits the getrusage peak of its parent
-        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        if line is not None:
-            return 1024 * int(line.split()[1])
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -27,19 +27,23 @@ from featsharp.training.distributed import (
     merge_statistics,
     object_from_main,
     run_together,
+    start_world,
 )
 from featsharp.training.loggers import NullWriter
 from featsharp.training.objectives import Losses
 from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewObjective
 from featsharp.training.trainer import Trainer, average_losses
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ALONE = World(0, 1, torch.device("cpu"))
 
 
 def together(work: Callable[[World], None], processes: int = 2) -> list[int | None]:
     """Run ``work`` in several processes at once; returns their exit codes."""
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")  # a fork of a process with busy thread pools can hang
+        # A fork of a process with busy thread pools can hang; that of a server that has only imported cannot.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["featsharp.training.trainer", "torch.distributed"])
         started = [context.Process(target=_join, args=(work, n, processes, folder)) for n in range(processes)]
         for process in started:
             process.start()
@@ -145,6 +149,28 @@ def test_an_error_of_this_process_is_not_blamed_on_another():
     with pytest.raises(RuntimeError, match="must match the size") as caught:
         run_together(lambda: torch.ones(2) + torch.ones(3))
     assert not isinstance(caught.value, DistributedError)
+
+
+@pytest.mark.parametrize(
+    ("given", "lacking"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT"),
+    ],
+)
+def test_a_part_of_the_variables_of_torchrun_is_refused(given, lacking, monkeypatch):
+    """Two processes that each take themselves for the only one would write to the same folder."""
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    assert start_world("cpu") == ALONE
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert start_world("cpu") == ALONE
+    monkeypatch.delenv("WORLD_SIZE")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DistributedError, match=f"^{lacking} of the environment variables"):
+        start_world("cpu")
 
 
 def test_alone_nothing_changes():

@@ -6,18 +6,25 @@ import torch
 import torch.nn.functional as F
 
 from featsharp.builder import create_encoder
-from featsharp.data.loader import ViewBatch
+from featsharp.data.loader import Batch
 from featsharp.data.views import ViewConfig, Views, sample_views
 from featsharp.errors import ConfigError, DataError
 from featsharp.ops.warp import warp
 from featsharp.training.distributed import World
 from featsharp.training.least_squares import LinearFit, fit_linear
-from featsharp.training.objectives.multi_view import base_view, encode_views, tokens_to_compare
+from featsharp.training.objectives.multi_view import (
+    MultiViewConfig,
+    MultiViewObjective,
+    base_view,
+    encode_views,
+    tokens_to_compare,
+)
 from featsharp.upsamplers.featsharp import FeatSharp
 
+MULTI_VIEW = MultiViewObjective(32, 2, MultiViewConfig())
 ALONE = World(0, 1, torch.device("cpu"))
 SIZE = (64, 96)  # of the low-resolution pass
-VIEWS = ViewConfig(num_views=3, jitter_zoom=(0.9, 1.6), rotation=8.0, shift=0.15)
+VIEWS = ViewConfig(num_views=3, jitter_zoom=[0.9, 1.6], rotation=8.0, shift=0.15)
 LINEAR = {"inputs": ("bilinear", "details"), "attention": False, "ffn": False}
 
 
@@ -50,8 +57,8 @@ def test_the_weight_is_that_of_ridge_regression_around_the_start():
     x = torch.randn(2, 16, 5, 7, generator=generator)
     y = torch.randn(2, 8, 5, 7, generator=generator)
     valid = (torch.rand(2, 1, 5, 7, generator=generator) < 0.6).float()
-    fit.add_tokens(x, y, valid)
-    fit.add_tokens(2 * x[:1], y[1:], valid[1:])
+    fit.add(x, y, valid)
+    fit.add(2 * x[:1], y[1:], valid[1:])
     rows = torch.cat([x.permute(0, 2, 3, 1)[valid[:, 0] > 0], 2 * x[:1].permute(0, 2, 3, 1)[valid[1:, 0] > 0]]).double()
     aims = torch.cat([y.permute(0, 2, 3, 1)[valid[:, 0] > 0], y[1:].permute(0, 2, 3, 1)[valid[1:, 0] > 0]]).double()
     start = upsampler.block.weight.detach().double()
@@ -86,9 +93,10 @@ def test_no_gradient_is_left_at_the_solution(options):
 
     before = gradient()
     fit = LinearFit(upsampler, ridge=1e-3)
-    fit.add(encoder, views, SIZE)
+    for rows in MULTI_VIEW.linear_samples(encoder, views, SIZE):
+        fit.add(*rows)
     strength = 1e-3 * fit.inputs.diagonal().mean().float()
-    fit_linear(encoder, [ViewBatch(views, [])], 1e-3, SIZE, ALONE)
+    fit_linear(encoder, MULTI_VIEW, [Batch(views, [])], 1e-3, SIZE, ALONE)
     pull = 2 * strength * (upsampler.linear_weight.detach() - start)
     assert (gradient() + pull).norm() < 2e-3 * before.norm()
     assert (upsampler.linear_weight - start).norm() > 0.05 * start.norm()
@@ -97,7 +105,7 @@ def test_no_gradient_is_left_at_the_solution(options):
 def test_a_strong_ridge_keeps_the_start():
     encoder = encoder_with(**LINEAR)
     start = encoder.upsampler.linear_weight.detach().clone()
-    skipped = fit_linear(encoder, [ViewBatch(batch(1), [("a.jpg", "truncated")])], 1e9, SIZE, ALONE)
+    skipped = fit_linear(encoder, MULTI_VIEW, [Batch(batch(1), [("a.jpg", "truncated")])], 1e9, SIZE, ALONE)
     torch.testing.assert_close(encoder.upsampler.linear_weight.detach(), start, atol=1e-6, rtol=0)
     assert skipped == [("a.jpg", "truncated")]
 
@@ -110,4 +118,4 @@ def test_what_cannot_be_fitted_says_so():
     with pytest.raises(DataError, match=r"no view shows enough of its image"):
         LinearFit(FeatSharp(8, 2, **LINEAR), 0.1).solve()
     with pytest.raises(ConfigError, match=r"linear_fit is for FeatSharp.*FeatUp has no such weight"):
-        fit_linear(create_encoder("toy-vit", "featup", 2), [], 0.1, SIZE, ALONE)
+        fit_linear(create_encoder("toy-vit", "featup", 2), MULTI_VIEW, [], 0.1, SIZE, ALONE)

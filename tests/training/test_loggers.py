@@ -4,7 +4,6 @@ import io
 import json
 import os
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -279,9 +278,3 @@ def test_a_writer_that_cannot_be_closed_does_not_hide_the_error_of_the_run():
     with pytest.raises(ValueError, match="the run's own"), closing(writer):
         raise ValueError("the run's own")
     assert failing.calls == [("close",)]
-
-
-def test_importing_the_writers_imports_no_tracker():
-    code = "import sys, featsharp.training.loggers; print({'wandb', 'tensorboard', 'omegaconf'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

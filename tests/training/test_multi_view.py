@@ -35,7 +35,7 @@ def masks_of(batch: int, views: int, grid: tuple[int, int]) -> tuple[Tensor, Ten
 
 
 def jitters(batch: int, views: int, grid: tuple[int, int], **settings: object) -> Tensor:
-    config = ViewConfig(**{"jitter_zoom": (0.9, 1.5), **settings})  # type: ignore[arg-type]
+    config = ViewConfig(**{"jitter_zoom": [0.9, 1.5], **settings})  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     matrices = [sample_homography(grid, config, rng) for _ in range(batch * views)]
     return torch.from_numpy(np.stack(matrices)).float().unflatten(0, (batch, views))

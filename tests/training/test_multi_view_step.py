@@ -37,7 +37,7 @@ def some_views(batch: int = 2, count: int = 2) -> Views:
     canvas = torch.rand(batch, 3, 80, 120)
     mask = torch.ones(batch, 1, 80, 120)
     mask[0, :, :20, :30] = 0
-    matrices = [sample_homography((64, 96), ViewConfig(jitter_zoom=(0.9, 1.5)), rng) for _ in range(batch * count)]
+    matrices = [sample_homography((64, 96), ViewConfig(jitter_zoom=[0.9, 1.5]), rng) for _ in range(batch * count)]
     homographies = torch.from_numpy(np.stack(matrices)).float().unflatten(0, (batch, count))
     return Views(canvas * mask, mask, homographies)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featsharp.builder import create_encoder
 from featsharp.checkpoint import read_checkpoint
-from featsharp.data.loader import StepSampler, load_views
+from featsharp.data.loader import StepSampler, load_batches
 from featsharp.errors import CheckpointError, DistributedError
 from featsharp.training.distributed import World, gather_objects
 from featsharp.training.signals import Terminated
@@ -35,7 +35,7 @@ def gradients_of(trainer: Trainer, world: World, step: int = 3) -> Tensor:
     config = trainer.config
     micro = config.accumulation_steps
     sampler = StepSampler(step * micro, (step + 1) * micro, config.batch_size, world.rank, world.size)
-    trainer.train_step(*(batch.views for batch in load_views(trainer.dataset, sampler, 0)))
+    trainer.train_step(*(batch.samples for batch in load_batches(trainer.dataset, sampler, 0)))
     return torch.cat([parameter.grad.flatten() for parameter in trainer.parameters])
 
 

@@ -11,12 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from featsharp.builder import create_encoder
-from featsharp.data.loader import StepSampler, ViewDataset, load_views
+from featsharp.data.loader import StepSampler, ViewDataset, load_batches
 from featsharp.data.mixture import ImageMixture
 from featsharp.data.views import ViewConfig, Views
 from featsharp.errors import ConfigError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
+from featsharp.ops.resize import size_of
 from featsharp.training.config import RunConfig, UpsamplerConfig
 from featsharp.training.distributed import World
 from featsharp.training.objectives import create_objective
@@ -77,17 +78,21 @@ def naive_loss(encoder: SharpEncoder, views: Views, factor: int, settings: Recon
     terms = [term(full, smaller(full, factor))]
     if factor == 2:
         terms.append(term(smaller(full, 2), smaller(full, 4)))
+        if settings.terms == "all":
+            upsampled = encoder.upsampler.upsample(phi(smaller(full, 4)), smaller(full, 4), size_of(phi(full)))
+            terms.append(DISTANCES[settings.distance](upsampled, phi(full)))
     return terms
 
 
 @pytest.mark.parametrize(
-    ("upsampler", "factor", "distance", "subsample"),
-    [("lift", 2, "cosine", "antialias"), ("lift", 2, "mse", "slice"), ("featup", 3, "l1", "antialias"),
-     ("jafar", 2, "cosine", "slice")],
+    ("upsampler", "factor", "distance", "subsample", "terms"),
+    [("lift", 2, "cosine", "antialias", "next"), ("lift", 2, "mse", "slice", "next"),
+     ("featup", 3, "l1", "antialias", "next"), ("jafar", 2, "cosine", "slice", "next"),
+     ("naf", 2, "mse", "antialias", "next"), ("uplift", 2, "mse", "antialias", "all")],
 )  # fmt: skip
-def test_gradients_equal_those_of_the_formula(upsampler, factor, distance, subsample):
+def test_gradients_equal_those_of_the_formula(upsampler, factor, distance, subsample, terms):
     """The grid is 4 x 6, so that a second term exists for factor 2 and not for 3."""
-    settings = ReconstructionConfig(distance=distance, subsample=subsample)
+    settings = ReconstructionConfig(distance=distance, subsample=subsample, terms=terms)
     encoder = encoder_of(upsampler, factor)
     naive = copy.deepcopy(encoder)
     views = some_views(factor)
@@ -97,7 +102,7 @@ def test_gradients_equal_those_of_the_formula(upsampler, factor, distance, subsa
     torch.testing.assert_close(losses.total, sum(terms).detach())
     torch.testing.assert_close(losses.reconstruction, terms[0].detach())
     torch.testing.assert_close(list(losses.terms.values()), [term.detach() for term in terms[1:]])
-    assert list(losses.terms) == ["small"][: len(terms) - 1]
+    assert list(losses.terms) == ["small", "twice"][: len(terms) - 1]
     for (name, found), expected in zip(encoder.named_parameters(), naive.parameters(), strict=True):
         if name.startswith("backbone."):
             assert found.grad is None
@@ -123,6 +128,15 @@ def test_images_have_sizes_that_the_backbone_takes(factor, low_res, sizes):
     assert [image.shape[2:] for image in images] == sizes
     for image in images:
         encoder.backbone.check_size(image)
+
+
+def test_several_doublings_at_once_need_maps_of_any_size():
+    with pytest.raises(
+        ConfigError, match=r"terms=all needs .* any size; LiFT has one factor, use objective.terms=next"
+    ):
+        create_objective(encoder_of("lift"), ReconstructionConfig(terms="all")).check(encoder_of("lift"))
+    with pytest.raises(ConfigError, match="unknown terms 'every'"):
+        create_objective(encoder_of("lift"), ReconstructionConfig(terms="every"))
 
 
 def test_running_statistics_are_those_of_the_native_grid():
@@ -227,12 +241,12 @@ def test_lift_learns_to_beat_bilinear_in_its_own_loss(photos, tmp_path):
         tmp_path,
         World(0, 1, torch.device("cpu")),
     )
-    (probe,) = load_views(new, StepSampler(0, 1, 16), 0)
+    (probe,) = load_batches(new, StepSampler(0, 1, 16), 0)
 
     @torch.no_grad()
     def scores() -> tuple[float, float]:
         encoder.eval()
-        full, small = objective.pyramid(encoder, probe.views, (64, 64))[:2]
+        full, small = objective.pyramid(encoder, probe.samples, (64, 64))[:2]
         target, features = encoder.encode(full).features, encoder.encode(small).features
         bilinear = F.interpolate(features, target.shape[2:], mode="bilinear", align_corners=False)
         return cosine(encoder.upsampler.upsample(features, small), target).item(), cosine(bilinear, target).item()

@@ -20,7 +20,7 @@ from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint
 from featsharp.checkpoint import read_checkpoint, write_checkpoint
 from featsharp.data.images import image_to_tensor
-from featsharp.data.loader import StepSampler, ViewDataset, load_views
+from featsharp.data.loader import StepSampler, ViewDataset, load_batches
 from featsharp.data.mixture import ImageMixture
 from featsharp.data.views import ViewConfig
 from featsharp.errors import CheckpointError, ConfigError, InputError
@@ -37,7 +37,7 @@ from featsharp.training.trainer import Trainer, Validation
 from featsharp.training.uncompiled import UncompiledBackbone
 
 ALONE = World(0, 1, torch.device("cpu"))
-VIEWS = ViewConfig(num_views=3, jitter_zoom=(0.9, 1.6), rotation=8.0, shift=0.15)
+VIEWS = ViewConfig(num_views=3, jitter_zoom=[0.9, 1.6], rotation=8.0, shift=0.15)
 DROPOUT = MultiViewConfig(downsampler="attention", kernel_size=3, uncertainty=True)
 
 
@@ -146,10 +146,10 @@ def test_loss_falls_and_the_run_ends_at_the_last_step(photos, tmp_path):
         optim=OptimConfig(learning_rate=5e-3, jbu_learning_rate=5e-3),
     )
     # The loss of the same views before and after; from step to step it varies with the pictures.
-    (probe,) = load_views(trainer.dataset, StepSampler(99, 100, 8), 0)
+    (probe,) = load_batches(trainer.dataset, StepSampler(99, 100, 8), 0)
 
     def probe_loss() -> float:
-        loss = trainer.objective.backward(encoder, probe.views, (64, 64)).reconstruction.item()
+        loss = trainer.objective.backward(encoder, probe.samples, (64, 64)).reconstruction.item()
         encoder.zero_grad()
         return loss
 
@@ -209,8 +209,8 @@ def test_accumulated_batches_equal_one_large_batch(photos, tmp_path):
         losses.append(list(writer.values["loss/total"].values()))
         # Of views in the middle of the data, for the same weights; the optimiser would magnify what rounding does.
         fresh = trainer_of(photos, tmp_path / "x", objective=PLAIN)
-        batches = load_views(fresh.dataset, StepSampler(3 * sizes[1], 4 * sizes[1], sizes[0]), 0)
-        fresh.train_step(*(batch.views for batch in batches))
+        batches = load_batches(fresh.dataset, StepSampler(3 * sizes[1], 4 * sizes[1], sizes[0]), 0)
+        fresh.train_step(*(batch.samples for batch in batches))
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in fresh.parameters]))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5 * gradients[0].abs().max().item())
     assert not torch.allclose(gradients[2], gradients[0], rtol=0.1)
@@ -236,8 +236,8 @@ def test_float16_scales_its_loss_and_learns_what_float32_learns(photos, tmp_path
     start = {name: value.detach().clone() for name, value in trainer.trained.named_parameters()}
     trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
     trainer.step = 0
-    (batch,) = load_views(trainer.dataset, StepSampler(0, 1, 2), 0)
-    trainer.train_step(batch.views)
+    (batch,) = load_batches(trainer.dataset, StepSampler(0, 1, 2), 0)
+    trainer.train_step(batch.samples)
     assert trainer.scaler.get_scale() == 2.0**39
     assert_equal(dict(trainer.trained.named_parameters()), start)
 

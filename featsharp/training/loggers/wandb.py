@@ -106,4 +106,4 @@ def _run_id(file: Path) -> str:
     """Read the id in ``file``, which is created where there is none."""
     if not file.exists():
         write_file(file, secrets.token_hex(4).encode())
-    return file.read_text().strip()
+    return file.read_text(encoding="utf-8").strip()

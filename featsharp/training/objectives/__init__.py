@@ -6,8 +6,9 @@ Adding one is a module with a ``@register_objective`` class, a line of import he
 
 from typing import Any
 
+from featsharp.device import usual_defaults
 from featsharp.model import SharpEncoder
-from featsharp.training.objectives import jafar, multi_view, reconstruction  # noqa: F401  (registers them)
+from featsharp.training.objectives import jafar, multi_view, reconstruction, regression  # noqa: F401  (registers them)
 from featsharp.training.objectives.base import OBJECTIVES, Losses, Objective, ObjectiveConfig, register_objective
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 
+@usual_defaults()
 def create_objective(encoder: SharpEncoder, config: ObjectiveConfig) -> Objective:
     """Build the objective that ``config`` describes, on the encoder's device.
 

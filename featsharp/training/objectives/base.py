@@ -1,14 +1,17 @@
-"""The contract of objectives, which compute gradients from a batch of views."""
+"""The contract of objectives, which compute gradients from a batch of samples, mostly views."""
 
 import math
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from featsharp.data.views import Views
+from featsharp.data.loader import S, SampleDataset, ViewDataset
+from featsharp.data.mixture import ImageMixture
+from featsharp.data.views import ViewConfig
 from featsharp.errors import ConfigError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.registry import Registry
@@ -31,7 +34,15 @@ class ObjectiveConfig:
     name: str = field(default="???")
 
 
-class Objective(nn.Module):
+class LinearSamples(NamedTuple):
+    """Rows of a least-squares problem: what a linear weight is applied to, and what it should give."""
+
+    inputs: Tensor  # [B, D, h, w]
+    targets: Tensor  # [B, C, h, w]
+    valid: Tensor  # [B, 1, h, w], 1 where they are compared
+
+
+class Objective(nn.Module, Generic[S]):
     """Base of all objectives. Subclasses implement :meth:`backward`, and build from (embed_dim, factor, config).
 
     Attributes:
@@ -56,6 +67,12 @@ class Objective(nn.Module):
                 "be compared with the backbone's one; use it untrained"
             )
 
+    def open_dataset(
+        self, encoder: SharpEncoder, mixture: ImageMixture, views: ViewConfig, seed: int
+    ) -> SampleDataset[Any]:
+        """Open what the objective learns from: views of the images of ``mixture``, drawn by ``seed``."""
+        return ViewDataset(mixture, self.view_size(encoder), views, seed)
+
     def view_size(self, encoder: SharpEncoder) -> tuple[int, int]:
         """Compute (h, w) in pixels of the training views: whole patches, with enough detail for zooming and tiles."""
         times, patch = max(2, encoder.upsampler.input_upsample_factor), encoder.patch_size
@@ -65,7 +82,7 @@ class Objective(nn.Module):
     def backward(
         self,
         encoder: SharpEncoder,
-        views: Views,
+        samples: S,
         low_res_size: tuple[int, int],
         autocast_dtype: torch.dtype | None = None,
         loss_scale: float = 1.0,
@@ -74,7 +91,7 @@ class Objective(nn.Module):
 
         Args:
             encoder: In training mode; the backbone stays frozen.
-            views: Canvases with pixels in [0, 1], on the encoder's device.
+            samples: Of :meth:`dataset`, on the encoder's device.
             low_res_size: (h, w) in pixels of the backbone's native pass.
             autocast_dtype: Type of the upsampler's matrix products; None: that of its weights. Losses are computed in
                 float32 either way.
@@ -88,13 +105,21 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def linear_samples(
+        self, encoder: SharpEncoder, samples: S, low_res_size: tuple[int, int]
+    ) -> Iterator[LinearSamples]:
+        """Yield the rows that determine a linear weight in closed form; ConfigError where the objective has none."""
+        raise ConfigError(
+            f"{type(self).__name__} has no fit in closed form; use objective=multi-view, or linear_fit.samples=0"
+        )
+
     def scalars(self, losses: Losses) -> dict[str, float]:
         """Collect the scalars of a step, for the log."""
         named = {"total": losses.total, "reconstruction": losses.reconstruction, **losses.terms}
         return {f"loss/{name}": value.item() for name, value in named.items()}
 
 
-OBJECTIVES: Registry[Objective] = Registry("objective")
+OBJECTIVES: Registry[Objective[Any]] = Registry("objective")
 register_objective = OBJECTIVES.register
 
 
@@ -172,3 +197,11 @@ def weighted_sum(losses: list[Losses], weights: list[float]) -> Losses:
 def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
     """Average 1 - cosine of the channels over images and cells; a vector of zeros has cosine 0 to anything."""
     return 1 - nn.functional.cosine_similarity(prediction, target, dim=1).mean()
+
+
+# Mean distances of maps [B, C, h, w].
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": cosine_distance,
+    "l1": nn.functional.l1_loss,
+    "mse": nn.functional.mse_loss,
+}

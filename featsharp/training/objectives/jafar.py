@@ -22,7 +22,7 @@ from featsharp.data.views import Views, base_view
 from featsharp.errors import ConfigError
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
-from featsharp.training.keys import key
+from featsharp.settings import key
 from featsharp.training.objectives.base import (
     Losses,
     Objective,
@@ -55,7 +55,7 @@ class JAFARConfig(ObjectiveConfig):
 @register_objective(
     "jafar", "predict the features of an image from those of the image made smaller by any scale (JAFAR)"
 )
-class JAFARObjective(Objective):
+class JAFARObjective(Objective[Views]):
     """Prediction of features at the grid of a larger image. Trains guided upsamplers of any size; has no parameters.
 
     Args:
@@ -93,15 +93,15 @@ class JAFARObjective(Objective):
     def backward(
         self,
         encoder: SharpEncoder,
-        views: Views,
+        samples: Views,
         low_res_size: tuple[int, int],
         autocast_dtype: torch.dtype | None = None,
         loss_scale: float = 1.0,
     ) -> Losses:
         """See :meth:`Objective.backward`; ``reconstruction`` is 1 - cosine, "mse" the unweighted other distance."""
-        image = resize(encoder.input_conditioner(base_view(views)[0]), (2 * low_res_size[0], 2 * low_res_size[1]))
+        image = resize(encoder.input_conditioner(base_view(samples)[0]), (2 * low_res_size[0], 2 * low_res_size[1]))
         low, high = self.config.input_scale
-        scale = low + (high - low) * torch.rand(()).item()
+        scale = low + (high - low) * torch.rand((), dtype=torch.float32, device="cpu").item()
         with torch.no_grad():
             target = encoder.encode(image).features
             features = encoder.encode(resize(image, self.input_size(encoder, image, scale))).features

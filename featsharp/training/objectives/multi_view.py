@@ -8,6 +8,7 @@ upwards, of the grid on which maps are warped and pooled.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +20,10 @@ from featsharp.errors import unknown_name
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
 from featsharp.ops.views import View
+from featsharp.settings import key
 from featsharp.training.downsamplers import Downsampler, create_downsampler
-from featsharp.training.keys import key
 from featsharp.training.objectives.base import (
+    LinearSamples,
     Losses,
     Objective,
     ObjectiveConfig,
@@ -67,7 +69,7 @@ class MultiViewConfig(ObjectiveConfig):
 
 
 @register_objective("multi-view", "match the warped and pooled sharp map to the backbone's features of jittered views")
-class MultiViewObjective(Objective):
+class MultiViewObjective(Objective[Views]):
     """Comparison of a high-resolution map with the backbone's features of jittered views. Trains every upsampler."""
 
     config_type = MultiViewConfig
@@ -124,7 +126,7 @@ class MultiViewObjective(Objective):
     def backward(
         self,
         encoder: SharpEncoder,
-        views: Views,
+        samples: Views,
         low_res_size: tuple[int, int],
         autocast_dtype: torch.dtype | None = None,
         loss_scale: float = 1.0,
@@ -135,8 +137,8 @@ class MultiViewObjective(Objective):
         memory allows; the gradient is then propagated once through the upsampler. The result equals the gradient of
         all views at once.
         """
-        base, base_mask = base_view(views)
-        targets, token_masks = encode_views(encoder, views, low_res_size)
+        base, base_mask = base_view(samples)
+        targets, token_masks = encode_views(encoder, samples, low_res_size)
         encode = keep_autocast(encoder, base)
         with autocast(base, autocast_dtype):
             high_res = encoder.upsampler(encoder.input_conditioner(base), encode, low_res_size).high_res
@@ -144,15 +146,15 @@ class MultiViewObjective(Objective):
         leaf = high_res.detach().requires_grad_()
         target_leaf = targets.detach().requires_grad_(targets.requires_grad)
         losses, weights = [], []
-        batch, count = views.homographies.shape[:2]
-        for chosen in torch.arange(count).split(self.views_at_once(targets, count)):
+        batch, count = samples.homographies.shape[:2]
+        for chosen in torch.arange(count, device="cpu").split(self.views_at_once(targets, count)):
 
             def pick(x: Tensor, chosen: Tensor = chosen) -> Tensor:
                 return x.unflatten(0, (batch, count))[:, chosen].flatten(0, 1)
 
-            loss = self(leaf, base_mask, pick(target_leaf), pick(token_masks), views.homographies[:, chosen])
+            loss = self(leaf, base_mask, pick(target_leaf), pick(token_masks), samples.homographies[:, chosen])
             check_finite(loss.total)
-            weight = len(chosen) / count  # the losses are means over views
+            weight = len(chosen) / count  # the losses are means over samples
             (loss.total * weight * loss_scale).backward()
             losses.append(loss)
             weights.append(weight)
@@ -161,6 +163,22 @@ class MultiViewObjective(Objective):
         if targets.requires_grad:
             targets.backward(target_leaf.grad)
         return weighted_sum(losses, weights)
+
+    def linear_samples(
+        self, encoder: SharpEncoder, samples: Views, low_res_size: tuple[int, int]
+    ) -> Iterator[LinearSamples]:
+        """See :meth:`Objective.linear_samples`: area pooling and warping are linear, and the same for all channels."""
+        base, base_mask = base_view(samples)
+        targets, token_masks = encode_views(encoder, samples, low_res_size)
+        maps = encoder.upsampler.linear_maps(encoder.input_conditioner(base), encoder.encode, low_res_size).float()
+        small = size_of(targets)
+        # Whole cells under every token, also for fractional factors.
+        large = self.whole_factor * small[0], self.whole_factor * small[1]
+        valid = tokens_to_compare(base_mask, token_masks, samples.jitters, large)
+        count = samples.homographies.shape[1]
+        for n in range(count):  # one view at a time: all of them would hold n copies of the inputs
+            pooled = F.avg_pool2d(View(samples.homographies[:, n]).warp(maps, large), self.whole_factor)
+            yield LinearSamples(pooled, targets[n::count], valid[n::count])
 
     def scalars(self, losses: Losses) -> dict[str, float]:
         """See :meth:`Objective.scalars`; the training fidelity is the inverse of the reconstruction loss."""
@@ -218,7 +236,7 @@ class UncertaintyNet(nn.Module):
 
 def border_weights(size: tuple[int, int], factor: int, weight: float) -> Tensor:
     """Compute weights [1, 1, H, W]: ``weight`` in the two rows or columns at every tile border, scaled to mean 1."""
-    out = torch.ones(1, 1, *size)
+    out = torch.ones(1, 1, *size, dtype=torch.float32, device="cpu")
     for axis in (2, 3):
         cells = size[axis - 2] // factor
         for border in range(cells, size[axis - 2], cells):

@@ -8,6 +8,10 @@ with the encoder's features phi, images I, I_f and I_ff at f, 1 and 1 / f times 
 over tokens. Works for every guided upsampler with a whole factor f. The second term is left out where the grid of I_ff
 would not be whole, or a single token.
 
+UPLiFT (arXiv 2601.17950) compares several doublings at once, too (``terms=all``): + d( Up(I_ff, phi(I_ff)) at the grid
+of I, phi(I) ). Its third smaller scale, for some backbones, is not here. NAF (arXiv 2511.18452) has the first
+term alone. Both take the mean squared error of raw features (``normalizer=none``).
+
 Published LiFT has d = 1 - cosine, of raw features (``distance=cosine normalizer=none``). That leaves the length of the
 features open, and in centred space a wrong length becomes a wrong direction, so the default is the mean squared error.
 It shrinks by taking every f-th pixel, which aliases unlike photographs that are resized for inference
@@ -29,23 +33,21 @@ from featsharp.errors import ConfigError, unknown_name
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
 from featsharp.training.objectives.base import (
+    DISTANCES,
     Losses,
     Objective,
     ObjectiveConfig,
     autocast,
     check_finite,
     check_larger_images,
-    cosine_distance,
     guided_upsampler,
     register_objective,
 )
 
-DISTANCES = {
-    "cosine": cosine_distance,
-    "l1": lambda a, b: (a - b).abs().mean(),
-    "mse": lambda a, b: (a - b).square().mean(),
-}
 SUBSAMPLES = ("antialias", "slice")
+TERMS = ("next", "all")
+# Terms by the names of the losses, as (source, target) among I, I_f and I_ff; the first is the loss itself.
+PAIRS = {"reconstruction": (1, 0), "small": (2, 1), "twice": (2, 0)}
 
 
 @dataclass
@@ -55,15 +57,17 @@ class ReconstructionConfig(ObjectiveConfig):
     Attributes:
         distance: "mse", "l1" or "cosine" (1 - cosine), averaged over tokens and, except for the last, over channels.
         subsample: Method of shrinking images: "antialias", or "slice" for every f-th pixel.
+        terms: "next" compares with the next larger image, "all" with every larger one.
     """
 
     name: str = "reconstruction"
     distance: str = "mse"
     subsample: str = "antialias"
+    terms: str = "next"
 
 
 @register_objective("reconstruction", "predict the features of an image from those of the image made smaller (LiFT)")
-class ReconstructionObjective(Objective):
+class ReconstructionObjective(Objective[Views]):
     """Prediction of features from a smaller image's. Trains guided upsamplers of a whole factor; has no parameters."""
 
     config_type = ReconstructionConfig
@@ -74,6 +78,8 @@ class ReconstructionObjective(Objective):
             raise unknown_name("distance", config.distance, DISTANCES)
         if config.subsample not in SUBSAMPLES:
             raise unknown_name("subsample", config.subsample, SUBSAMPLES)
+        if config.terms not in TERMS:
+            raise unknown_name("terms", config.terms, TERMS)
         if factor != int(factor) or factor < 2:
             raise ConfigError(
                 f"objective 'reconstruction' compares with an image a whole number of times as large; got factor "
@@ -85,6 +91,12 @@ class ReconstructionObjective(Objective):
     def check(self, encoder: SharpEncoder) -> None:
         super().check(encoder)
         check_larger_images(encoder, "reconstruction")
+        upsampler = guided_upsampler(encoder)
+        if self.config.terms == "all" and upsampler.factors != "any":
+            raise ConfigError(
+                f"objective.terms=all needs an upsampler that makes maps of any size; {type(upsampler).__name__} has "
+                "one factor, use objective.terms=next"
+            )
 
     def view_size(self, encoder: SharpEncoder) -> tuple[int, int]:
         """Return f times the native size."""
@@ -94,26 +106,30 @@ class ReconstructionObjective(Objective):
     def backward(
         self,
         encoder: SharpEncoder,
-        views: Views,
+        samples: Views,
         low_res_size: tuple[int, int],
         autocast_dtype: torch.dtype | None = None,
         loss_scale: float = 1.0,
     ) -> Losses:
-        """See :meth:`Objective.backward`; ``reconstruction`` is the first term alone, the second is "small"."""
-        images = self.pyramid(encoder, views, low_res_size)
+        """See :meth:`Objective.backward`; ``reconstruction`` is the first term alone, others are in :data:`PAIRS`."""
+        images = self.pyramid(encoder, samples, low_res_size)
         with torch.no_grad():
             features = [encoder.encode(image).features for image in images]
-        losses = []
-        for level in range(1, len(images)):
-            frozen = _frozen_statistics(encoder.upsampler) if level > 1 else nullcontext()
-            with frozen, autocast(images[level], autocast_dtype):
-                prediction = guided_upsampler(encoder).upsample(features[level], images[level])
+        losses = {}
+        for name, (source, target) in PAIRS.items():
+            if source >= len(images) or (self.config.terms == "next" and source - target > 1):
+                continue
+            frozen = _frozen_statistics(encoder.upsampler) if source > 1 else nullcontext()
+            size = None if source - target == 1 else size_of(features[target])
+            with frozen, autocast(images[source], autocast_dtype):
+                prediction = guided_upsampler(encoder).upsample(features[source], images[source], size)
             # Term by term: only one graph is held.
-            loss = DISTANCES[self.config.distance](prediction.float(), features[level - 1].float())
+            loss = DISTANCES[self.config.distance](prediction.float(), features[target].float())
             check_finite(loss)
             (loss * loss_scale).backward()
-            losses.append(loss.detach())
-        return Losses(torch.stack(losses).sum(), losses[0], {"small": losses[1]} if len(losses) > 1 else {})
+            losses[name] = loss.detach()
+        total = torch.stack(list(losses.values())).sum()
+        return Losses(total, losses.pop("reconstruction"), losses)
 
     def pyramid(self, encoder: SharpEncoder, views: Views, low_res_size: tuple[int, int]) -> list[Tensor]:
         """Resize base images to f, 1 and, where its grid is whole and more than a token, 1 / f times the native size.
