@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 # The operators whose formulas are below.
-import featsharp.ops.local_attention
+import featsharp.ops.local_attention  # noqa: F401 (registers the operator)
 import featsharp.ops.local_filter  # noqa: F401
 from featsharp.backbones.base import Backbone
 from featsharp.bench.measure import find_failure, noise
@@ -59,7 +59,7 @@ def counting() -> Iterator[Counter]:
     # The fused operator of nn.MultiheadAttention hides its products.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with other, FlopCounterMode(display=False) as flops, torch.no_grad():
+        with other, FlopCounterMode(display=False, custom_mapping=FORMULAS) as flops, torch.no_grad():
             yield Counter(flops, other.names)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -169,12 +169,12 @@ class _OtherLibraries(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A higher-order operator, such as flex_attention, has no overloads.
-        if func.namespace not in KNOWN_LIBRARIES and getattr(func, "_overloadpacket", func) not in flop_registry:
+        packet = getattr(func, "_overloadpacket", func)
+        if func.namespace not in KNOWN_LIBRARIES and packet not in FORMULAS and packet not in flop_registry:
             self.names.add(f"{func.namespace}::{func.name().rpartition('::')[2].partition('.')[0]}")
         return func(*args, **(kwargs or {}))
 
 
-@register_flop_formula(torch.ops.featsharp.local_attention)
 def _local_attention(
     query: Sequence[int],
     key: Sequence[int],
@@ -188,7 +188,19 @@ def _local_attention(
     return 2 * math.prod(query[:4]) * window**2 * (query[4] + value[4])
 
 
-@register_flop_formula(torch.ops.featsharp.local_filter)
 def _local_filter(weights: Sequence[int], value: Sequence[int], *rest: object, **out: object) -> int:
     """Count products of every weight with all channels: weights [B, H, W, groups, k, k], value [..., C]."""
     return 2 * math.prod(weights) * value[4]
+
+
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: object, **out: object) -> int:
+    """Count the products of attention on the CPU, for which torch 2.4 has no formula."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+# Given to each counter: torch 2.4 does not find those that are registered.
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.featsharp.local_attention: _local_attention,
+    torch.ops.featsharp.local_filter: _local_filter,
+}

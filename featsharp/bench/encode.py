@@ -1,5 +1,6 @@
 """Time and memory of whole encoders beside those of their backbone passes alone."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.backbones import create_backbone
-from featsharp.backbones.base import Backbone
+from featsharp.backbones.base import Backbone, BackboneOutput
+from featsharp.bench.counting import counting
 from featsharp.bench.measure import Timing, find_failure, measure_memory, noise, time_interleaved
 from featsharp.bench.workloads import Workload, backbone_passes, is_foreign, list_workloads, skip
+from featsharp.model import SharpEncoder
+from featsharp.names import dtype_name
 from featsharp.terminal import with_progress
 
 
@@ -97,7 +101,7 @@ def bench_encode(
         {
             "upsampler": one.workload.curve,
             "factor": one.workload.factor,
-            "dtype": f"{one.workload.autocast} autocast".removeprefix("torch.") if one.workload.autocast else "float32",
+            "dtype": f"{dtype_name(one.workload.autocast)} autocast" if one.workload.autocast else "float32",
             "passes": one.passes,
             "encode": asdict(one.time),
             "backbone": asdict(one.backbone),
@@ -106,6 +110,36 @@ def bench_encode(
         for one in sorted(measurements, key=lambda one: one.workload.factor)
     ]
     return rows, [entry for entry in skipped if entry["curve"] != "identity"] + failed
+
+
+def measure_cost(encoder: SharpEncoder, *, repeat: int = 2) -> dict[str, float]:
+    """Measure what the features of one picture cost, the low-resolution pass at the backbone's native size.
+
+    Returns:
+        "passes", operations of the backbone in units of those of one low-resolution pass, and medians of interleaved
+        runs: "seconds" of the whole encoding, and "seconds_of_pass" of such a pass alone. On a CPU they are seconds of
+        all its cores, which do not depend on what else it does.
+    """
+    backbone, device = encoder.backbone, encoder.device
+    calls = {
+        "seconds": partial(_run, encoder, [noise((1, 3, *encoder.input_size), device)], None),
+        "seconds_of_pass": partial(_run, backbone, [noise((1, 3, *backbone.input_size), device)], None),
+    }
+    operations: list[int] = []
+
+    def encode(images: Tensor, **options: int) -> BackboneOutput:
+        with counting() as counter:  # of a real run: views compute their matrices from values
+            out = encoder.encode(images, **options)
+        operations.append(counter.flops.get_total_flops())
+        return out
+
+    with torch.no_grad():
+        encode(noise((1, 3, *backbone.input_size), device))
+        encoder.upsampler(noise((1, 3, *encoder.input_size), device), encode, backbone.input_size)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    timings = time_interleaved(calls, device, repeat=repeat, clock=clock)
+    passes = sum(operations[1:]) / operations[0]
+    return {"passes": passes, **{name: timing.median / 1000 for name, timing in timings.items()}}
 
 
 def _first_run(workload: Workload, call: Callable[[], object]) -> list[Tensor] | str:

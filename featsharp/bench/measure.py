@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from featsharp.errors import FeatSharpError
-from featsharp.memory import PeakMeter, return_freed_memory, trim_memory
+from featsharp.errors import FeatSharpError, out_of_memory
+from featsharp.memory import PeakMeter, process_bytes, return_freed_memory, trim_memory
 from featsharp.terminal import with_progress
 
 CASE_SECONDS = 6.0
@@ -43,6 +43,7 @@ def time_interleaved(
     seconds: float = CASE_SECONDS,
     progress: bool = False,
     wait: Callable[[torch.device], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time cases in turn, so that disturbances of the machine affect all of them.
 
@@ -54,14 +55,15 @@ def time_interleaved(
         seconds: Time that the runs of one case should not exceed.
         progress: Whether to show bars on stderr.
         wait: Called around every run to wait for the device; None: PyTorch's synchronisation.
+        clock: Returns seconds.
     """
 
     def milliseconds(function: Callable[[], object]) -> float:
         synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         function()
         synchronize(device)
-        return 1000 * (time.perf_counter() - start)
+        return 1000 * (clock() - start)
 
     synchronize = wait or _wait
     runs: dict[str, int] = {}
@@ -88,8 +90,7 @@ def find_failure(function: Callable[[], object], *, foreign: bool = False) -> st
     except FeatSharpError as error:
         return str(error)
     except Exception as error:
-        # On a CPU the error has no class.
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if out_of_memory(error):
             return "out of memory"
         if foreign:
             return f"{type(error).__name__}: {error}"
@@ -133,10 +134,10 @@ def measure_memory(function: Callable[[], object], device: torch.device) -> int:
         with return_freed_memory():
             function()  # compiles and loads
             trim_memory()
-            before = _status("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            before = process_bytes("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
             function()
-            return max(0, _status("VmHWM") - before)
+            return max(0, process_bytes("VmHWM") - before)
     except OSError:
         with PeakMeter() as meter:
             function()
@@ -160,14 +161,10 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def _wait(device: torch.device) -> None:
     """Wait until an accelerator is idle."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _status(field: str) -> int:
-    """Read a line of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+    if device.type == "mps":  # there is one, and its function takes none
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
 
 
 def device_name(device: torch.device) -> str:
@@ -179,7 +176,7 @@ def device_name(device: torch.device) -> str:
 def processor() -> str:
     """Return the model name of the CPU where the system has it; otherwise its architecture."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

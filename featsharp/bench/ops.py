@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from featsharp.layers.local_block import LocalBlock
 from featsharp.ops.backends import Problem, list_backends
 from featsharp.ops.local_attention import local_attention
 from featsharp.ops.local_filter import local_filter
+from featsharp.ops.windows import Border
 from featsharp.upsamplers.base import GuidedUpsampler
 from featsharp.upsamplers.featup import FeatUp, JBULevel
 from featsharp.upsamplers.interpolate import Bilinear
@@ -34,6 +36,35 @@ class Case:
     function: Callable[[], Tensor]
     inputs: tuple[Tensor, ...]
 
+    def forward(self) -> Tensor:
+        """Compute without gradients."""
+        with torch.no_grad():
+            return self.function()
+
+    def training_step(self) -> None:
+        """Run forward and backward pass."""
+        self._clear_gradients()
+        out = self.function()
+        out.backward(torch.ones_like(out))
+
+    def backward(self) -> Callable[[], None]:
+        """Make a function of the backward pass alone, whose graph is built at the first call."""
+        graph: list[tuple[Tensor, Tensor]] = []
+
+        def step() -> None:
+            if not graph:
+                out = self.function()
+                graph.append((out, torch.ones_like(out)))
+            out, cotangent = graph[0]
+            self._clear_gradients()
+            out.backward(cotangent, retain_graph=True)
+
+        return step
+
+    def _clear_gradients(self) -> None:
+        for x in self.inputs:
+            x.grad = None
+
 
 def bench_ops(
     factors: tuple[int, ...], device: torch.device, *, repeat: int, backbone: str | None = None
@@ -48,12 +79,12 @@ def bench_ops(
     """
     groups = []
     for factor in factors:
-        cases = {case.name: case for case in (*_upsampler_cases(factor, device), *_op_cases(factor, device))}
+        cases = {case.name: case for case in (*_upsampler_cases(factor, device), *op_cases(factor, device))}
         timed: dict[str, Callable[[], object]] = {}
         for name, case in cases.items():
-            timed[name] = _without_gradient(case)
+            timed[name] = case.forward
             if factor <= MAX_BACKWARD_FACTOR:
-                timed[f"{name}, backward"] = _backward(case)
+                timed[f"{name}, backward"] = case.backward()
         if backbone and factor <= MAX_BACKWARD_FACTOR:
             timed["backbone"] = _backbone_passes(backbone, 1 + factor**2, device)
         groups.append((factor, cases, time_interleaved(timed, device, repeat=repeat)))
@@ -67,12 +98,12 @@ def bench_ops(
                 "name": name,
                 "factor": factor,
                 "forward": asdict(timings[name]),
-                "output_bytes": _without_gradient(case)().nbytes,
-                "peak_bytes": measure_memory(_without_gradient(case), device),
+                "output_bytes": case.forward().nbytes,
+                "peak_bytes": measure_memory(case.forward, device),
             }
             if factor <= MAX_BACKWARD_FACTOR:
                 row["backward"] = asdict(timings[f"{name}, backward"])
-                row["training_peak_bytes"] = measure_memory(_training_step(case), device)
+                row["training_peak_bytes"] = measure_memory(case.training_step, device)
             yield row
 
 
@@ -85,10 +116,7 @@ def bench_scaling(device: torch.device, *, repeat: int, sides: tuple[int, ...] =
         image = torch.randn(1, 3, 14 * side // 2, 14 * side // 2, device=device)
         with torch.no_grad():
             timings = time_interleaved(
-                {
-                    "JBU level 2x": lambda source=source, image=image: level(source, image),  # type: ignore[misc]
-                    "FeatSharp block, lean": lambda x=x: block(x),  # type: ignore[misc]
-                },
+                {"JBU level 2x": partial(level, source, image), "FeatSharp block, lean": partial(block, x)},
                 device,
                 repeat=repeat,
             )
@@ -107,48 +135,56 @@ def _upsampler_cases(factor: int, device: torch.device) -> Iterator[Case]:
     for name, upsampler in guided:
         upsampler.to(device).eval()
         low_res = features.clone().requires_grad_()
-        yield Case(name, factor, lambda u=upsampler, x=low_res: u.upsample(x, image), (low_res,))  # type: ignore[misc]
+        yield Case(name, factor, partial(upsampler.upsample, low_res, image), (low_res,))
     stacked = torch.randn(1, factor * GRID, factor * GRID, 2 * CHANNELS, device=device)
     for widths in ("lean", "published"):
         block = LocalBlock(2 * CHANNELS, CHANNELS, published_widths=widths == "published").to(device).eval()
         x = stacked.clone().requires_grad_()
-        yield Case(f"FeatSharp block, {widths}", factor, lambda b=block, x=x: b(x), (x,))  # type: ignore[misc]
+        yield Case(f"FeatSharp block, {widths}", factor, partial(block, x), (x,))
 
 
-def _op_cases(factor: int, device: torch.device) -> Iterator[Case]:
-    """Make cases of every operation by every backend that can run."""
-    side = factor * GRID
-    for name, heads, dim, width, border in (
+def op_cases(
+    factor: int, device: torch.device, *, grid: int = GRID, dtype: torch.dtype = torch.float32
+) -> Iterator[Case]:
+    """Make cases of every operation by every backend that can run, called "OPERATION of MODEL: BACKEND".
+
+    Args:
+        factor: Whole.
+        device: Of the tensors.
+        grid: Side of the features at the low resolution.
+        dtype: Of the tensors.
+    """
+    side = factor * grid
+    shapes: list[tuple[str, int, int, int, Border]] = [
         ("JBU", 1, 32, CHANNELS, "reflect"),
         ("FeatSharp", 16, 48, 48, "clip"),
-    ):
-        for backend in _runnable("local_attention", device):
+    ]
+    for name, heads, dim, width, border in shapes:
+        for backend in _runnable("local_attention", device, dtype):
             query, value = (
-                torch.randn(1, side, side, heads, channels, device=device, requires_grad=True)
+                torch.randn(1, side, side, heads, channels, device=device, dtype=dtype, requires_grad=True)
                 for channels in (dim, width)
             )
             key = query.detach().clone().requires_grad_()
             yield Case(
                 f"local_attention of {name}: {backend}",
                 factor,
-                lambda q=query, k=key, v=value, border=border, backend=backend: local_attention(  # type: ignore[misc]
-                    q, k, v, window=7, border=border, backend=backend
-                ),
+                partial(local_attention, query, key, value, window=7, border=border, backend=backend),
                 (query, key, value),
             )
-    for backend in _runnable("local_filter", device):
-        weights = torch.rand(1, side, side, 1, 5, 5, device=device, requires_grad=True)
-        low_res = torch.randn(1, GRID, GRID, 1, CHANNELS, device=device, requires_grad=True)
+    for backend in _runnable("local_filter", device, dtype):
+        weights = torch.rand(1, side, side, 1, 5, 5, device=device, dtype=dtype, requires_grad=True)
+        low_res = torch.randn(1, grid, grid, 1, CHANNELS, device=device, dtype=dtype, requires_grad=True)
         yield Case(
             f"local_filter of CARAFE: {backend}",
             factor,
-            lambda w=weights, v=low_res, backend=backend: local_filter(w, v, backend=backend),  # type: ignore[misc]
+            partial(local_filter, weights, low_res, backend=backend),
             (weights, low_res),
         )
 
 
-def _runnable(op: str, device: torch.device) -> list[str]:
-    problem = Problem(device.type, (torch.float32,))
+def _runnable(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    problem = Problem(device.type, (dtype,))
     return [backend.name for backend in list_backends(op) if backend.can_run(problem) is None]
 
 
@@ -156,38 +192,3 @@ def _backbone_passes(name: str, passes: int, device: torch.device) -> Callable[[
     backbone = create_backbone(name).to(device)
     images = torch.randn(passes, 3, IMAGE, IMAGE, device=device)
     return torch.no_grad()(lambda: backbone(images))
-
-
-def _without_gradient(case: Case) -> Callable[[], Tensor]:
-    return torch.no_grad()(case.function)
-
-
-def _backward(case: Case) -> Callable[[], object]:
-    """Make a function of the backward pass alone, whose graph is built at the first call."""
-    graph: list[tuple[Tensor, Tensor]] = []
-
-    def step() -> None:
-        if not graph:
-            out = case.function()
-            graph.append((out, torch.ones_like(out)))
-        out, cotangent = graph[0]
-        _clear_gradients(case)
-        out.backward(cotangent, retain_graph=True)
-
-    return step
-
-
-def _training_step(case: Case) -> Callable[[], object]:
-    """Make a function of forward and backward pass."""
-
-    def step() -> None:
-        _clear_gradients(case)
-        out = case.function()
-        out.backward(torch.ones_like(out))
-
-    return step
-
-
-def _clear_gradients(case: Case) -> None:
-    for x in case.inputs:
-        x.grad = None

@@ -3,7 +3,8 @@
 Candidates are the registered upsamplers that have the factor, the weights that come with the package for this backbone
 and factor, and the user's checkpoints, but not upsamplers that need a function of the user.
 
-Quality is measured by the caller's function, on the user's images; without it the candidates are ranked by time.
+Quality is measured by the caller's function, on the user's images. Without it, that of ``featsharp eval pareto`` is
+taken for the backbones that it was run with; else the candidates are ranked by time.
 """
 
 import math
@@ -18,22 +19,25 @@ from torch import Tensor
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
+from featsharp.bench.choice import read_measured
 from featsharp.bench.measure import describe_noise, find_failure, measure_memory, noise, time_interleaved
-from featsharp.bench.workloads import build_encoder, label_files, needs_function, needs_training
+from featsharp.bench.workloads import build_encoder, label_files, needs_function, needs_training, shipped_weights
 from featsharp.builder import load_from_file
 from featsharp.data import open_source
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.memory import format_memory, parse_memory
 from featsharp.model import SharpEncoder
+from featsharp.names import dtype_name
 from featsharp.settings import PlainTask, Quality, setting
 from featsharp.terminal import align, with_progress
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import UpsampleFeatures, check_factor, scale_length
 from featsharp.upsamplers.chunked import works_in_chunks
 from featsharp.upsamplers.registration import default_factor, resolve_upsampler
-from featsharp.weights import list_weights
 
 READY, SHIPPED, CHECKPOINT, NEEDS_TRAINING = "ready", "shipped", "checkpoint", "needs training"
+# The score of what was measured before, see `read_measured`.
+GAIN = "gain over bilinear"
 # Most reasons in an error.
 SHOWN_REASONS = 3
 
@@ -118,8 +122,12 @@ class RecommendTask(PlainTask):
         if all(row["kind"] == NEEDS_TRAINING for row in rows.values()):
             raise ConfigError(f"no candidate that needs no training can be ranked: {_reasons(out, 'reason')}")
         timings = time_interleaved(calls, device, repeat=self.repeat, progress=progress)
+        known = read_measured(self.backbone, self.factor)
         for name in with_progress(list(rows), "quality", progress and quality is not None):
             rows[name] |= {"time": asdict(timings[name]), **_measure_quality(rows[name], encoders[name], quality)}
+            measured = known.get(name) or known.get(f"{name}-{self.factor:g}x")
+            if quality is None and measured and rows[name]["kind"] in (READY, SHIPPED):
+                rows[name]["quality"] = {GAIN: measured["gain"]}
         if quality is not None and not any(map(_is_scored, rows.values())):
             noted = [row for row in rows.values() if row["note"]]
             raise ConfigError(f"no candidate got a score on {self.data or 'the images'}: {_reasons(noted, 'note')}")
@@ -129,7 +137,7 @@ class RecommendTask(PlainTask):
             "size": list(size),
             "low_res_size": list(low_res_size),
             "memory": limit,
-            "autocast": None if dtype is None else str(dtype).removeprefix("torch."),
+            "autocast": dtype and dtype_name(dtype),
             "native_size": list(backbone.input_size),
             "images": None if self.data is None else self.data.name,
             "ranked": rank(list(rows.values())),
@@ -182,11 +190,6 @@ class RecommendTask(PlainTask):
                 raise ConfigError(f"two candidates are called {name!r}; name the checkpoint: LABEL={path}")
             candidates[name] = CHECKPOINT, partial(load_from_file, path, featurizer=backbone)
         return candidates
-
-
-def shipped_weights(backbone: str, factor: float) -> list[str]:
-    """List the names of the shipped weights for a backbone and a factor."""
-    return [name for name in list_weights() if name.startswith(f"{backbone}/") and name.endswith(f"-{factor:g}x")]
 
 
 def rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

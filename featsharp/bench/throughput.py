@@ -17,6 +17,7 @@ from featsharp.bench.measure import describe_noise, noise
 from featsharp.bench.workloads import DIRECT, CurvesTask, Workload, describe_skipped
 from featsharp.errors import ConfigError
 from featsharp.memory import format_memory
+from featsharp.names import dtype_name
 from featsharp.settings import Quality, setting
 from featsharp.terminal import align
 
@@ -79,7 +80,7 @@ class ThroughputTask(CurvesTask):
             "backbone": backbone.name,
             "native_size": list(backbone.input_size),
             "batch_size": self.batch_size,
-            "autocast": None if dtype is None else str(dtype).removeprefix("torch."),
+            "autocast": dtype and dtype_name(dtype),
             "attention": find_attention(workloads[0], device),
             "rows": rows,
             "skipped": skipped + failed,

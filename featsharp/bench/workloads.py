@@ -28,7 +28,7 @@ from featsharp.ops.tiling import window_starts
 from featsharp.settings import PlainTask, setting
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import check_factor, scale_length
-from featsharp.upsamplers.registration import default_options, read_trait
+from featsharp.upsamplers.registration import default_factor, default_options, read_trait
 from featsharp.weights import list_weights
 
 DIRECT, PASSES = "direct", "passes"
@@ -187,6 +187,22 @@ def needs_training(upsampler: str) -> bool:
 def needs_function(upsampler: str) -> bool:
     """Return whether an upsampler of this name needs a function of the user."""
     return bool(read_trait(upsampler, "function_options"))
+
+
+def list_ready(backbone: str, factor: float = 2) -> list[str]:
+    """List, as `load_from_file` takes them, all that makes one map of a backbone's space and needs no training.
+
+    Upsamplers with the options that they name as worth comparing, and the weights that ship for the backbone.
+    """
+    free = [name for name in UPSAMPLERS.names() if not needs_training(name) and not needs_function(name)]
+    free = [name for name in free if read_trait(name, "keeps_space") != "no" and default_factor(name) != 1]
+    named = [(f"{name}-{factor:g}x", preset) for name in free for preset in read_trait(name, "presets")]
+    return ["?".join(filter(None, parts)) for parts in named] + shipped_weights(backbone, factor)
+
+
+def shipped_weights(backbone: str, factor: float) -> list[str]:
+    """List the names of the shipped weights for a backbone and a factor."""
+    return [name for name in list_weights() if name.startswith(f"{backbone}/") and name.endswith(f"-{factor:g}x")]
 
 
 def is_foreign(module: Backbone | SharpEncoder) -> bool:

@@ -12,6 +12,8 @@ is the best F at one threshold for all pictures, OIS that with the best threshol
 one to one, which unlike a test of the distance alone does not reward thick or doubled edges, but greedily, the nearest
 first, where BSDS500 solves an assignment problem. Nor are edges thinned beyond non-maximum suppression: do not compare
 these numbers with published ones.
+
+The protocol "quick" is that of :mod:`featsharp.evaluation.ridges`.
 """
 
 import math
@@ -23,14 +25,17 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor
 
-from featsharp.data.images import decode_image
 from featsharp.errors import InputError
+from featsharp.evaluation import ridges
 from featsharp.evaluation.estimates import bootstrap
-from featsharp.evaluation.features import sharp_features
+from featsharp.evaluation.features import sharp_features, stretched_picture
 from featsharp.evaluation.keys import file_key
 from featsharp.evaluation.layouts.boundaries import Picture, find_pictures, read_boundaries
+from featsharp.evaluation.layouts.frames import decode_labelled
+from featsharp.evaluation.protocol import QUICK, check_protocol, protocol_setting
 from featsharp.evaluation.runner import Item, Row, Summary, Task
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
@@ -52,10 +57,14 @@ class BoundaryTask(Task):
     low_res_size: tuple[int, int] | None = setting(
         None, "size of the low-resolution pass; default: the backbone's native one", type="size", metavar="HxW"
     )
+    protocol: str = protocol_setting("ridges by rank, which count as right where a boundary is near")
     tolerance: float = setting(
         0.0075, "largest distance between matched pixels, as a share of the picture's diagonal", type=float, metavar="X"
     )
     thresholds: int = setting(60, "thresholds on the strength of edges", type="count", metavar="N")
+
+    def __post_init__(self) -> None:
+        check_protocol(self, "tolerance", "thresholds")
 
     def items(self) -> Iterator[Item]:
         for picture in find_pictures(self.data, self.split)[: self.limit]:
@@ -63,13 +72,26 @@ class BoundaryTask(Task):
 
     def measure(self, encoder: SharpEncoder, item: Item, head: Any) -> Row:
         picture: Picture = item.data
-        image = decode_image(picture.image, name=picture.image.name, upright=False)
+        humans, frame = read_boundaries(picture)
+        image = decode_labelled(picture.image, picture.image.name, frame)
         size = (image.height, image.width)
-        humans = read_boundaries(picture, size)
+        count = self._count_quick if self.protocol == QUICK else self._count_full
+        counts = count(encoder, image, size, humans)
+        return {"f": float(f_measure(best_row(counts))), "annotators": len(humans), "_counts": counts.tolist()}
+
+    def _count_full(
+        self, encoder: SharpEncoder, image: Image, size: tuple[int, int], humans: Sequence[np.ndarray]
+    ) -> np.ndarray:
         edges = thin_edges(sharp_features(encoder, image, self.low_res_size)[0], size)
         matcher = Matcher(size, self.tolerance * math.hypot(*size))
-        counts = matcher.count(edges.cpu().numpy(), self._thresholds(), humans)
-        return {"f": float(f_measure(best_row(counts))), "annotators": len(humans), "_counts": counts.tolist()}
+        return matcher.count(edges.cpu().numpy(), self._thresholds(), humans)
+
+    def _count_quick(
+        self, encoder: SharpEncoder, image: Image, size: tuple[int, int], humans: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        found = ridges.find_ridges(sharp_features(encoder, image, self.low_res_size, stretched_picture)[0], size)
+        tolerance = ridges.TOLERANCE * math.hypot(*size)
+        return ridges.count_near(found, ridges.agreed_boundaries(humans), self._thresholds(), tolerance)
 
     def item_key(self, item: Item) -> object:
         picture: Picture = item.data
@@ -93,7 +115,12 @@ class BoundaryTask(Task):
         }
 
     def _thresholds(self) -> list[float]:
-        """Thresholds for every picture and encoder, in equal factors, since strengths per cell differ between grids."""
+        """Thresholds for every picture and encoder.
+
+        Of the strength in equal factors, since strengths per cell differ between grids; of the rank in equal steps.
+        """
+        if self.protocol == QUICK:
+            return np.linspace(ridges.LOWEST, ridges.HIGHEST, ridges.THRESHOLDS).tolist()
         return np.geomspace(WEAKEST, STRONGEST, self.thresholds).tolist()
 
 
@@ -138,7 +165,7 @@ def _enlarge(values: Tensor, size: tuple[int, int], between: int) -> Tensor:
     axes = []
     for axis, (pixels, count) in enumerate(zip(size, values.shape, strict=True)):
         cells, first = (count - 1, 0.0) if axis == between else (count, 0.5)
-        position = (torch.arange(pixels, device=values.device) + 0.5) * (cells / pixels) - first
+        position = (torch.arange(pixels, dtype=torch.float32, device=values.device) + 0.5) * (cells / pixels) - first
         axes.append(position * (2 / max(count - 1, 1)) - 1)  # -1 and 1: the first and the last value
     y, x = torch.meshgrid(*axes, indexing="ij")
     grid = torch.stack([x, y], -1)[None]

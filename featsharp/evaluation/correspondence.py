@@ -13,13 +13,17 @@ There are three ways of pooling: ``pck@A`` over all keypoints, ``pck@A_pairs`` t
 ``pck@A_categories`` the mean over categories of the first (LiFT). Intervals resample pairs as if they were independent;
 pairs share images, so the true intervals are somewhat wider.
 
+The protocol "quick" stretches images instead and looks for the most similar of 64 x 64 cells (see
+:mod:`featsharp.evaluation.matching`). It takes the coordinates in the files for positions from the corner of an image,
+as much published code does, which is half a pixel off.
+
 Features are L2-normalised per cell, interpolated bilinearly to every pixel of the encoder's input image, and compared
 by cosine. Interpolation is linear, so the similarities of the cells are interpolated instead of the C channels, and
 divided by the length of the interpolated feature, of which there is one map per image: the same numbers.
 """
 
 import math
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,13 +36,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from featsharp.data.images import decode_image, image_to_tensor
+from featsharp.data.images import image_to_tensor
 from featsharp.errors import ConfigError, DataError
 from featsharp.evaluation.estimates import Estimate, bootstrap, estimate_mean, estimate_ratio
-from featsharp.evaluation.features import check_finite, find_low_res_size, predict_raw, shown_size
+from featsharp.evaluation.features import check_finite, find_low_res_size, predict_raw
 from featsharp.evaluation.keys import file_key
 from featsharp.evaluation.layouts.keypoints import SPLITS, Entry, Pair, PairOptions, check_points
 from featsharp.evaluation.layouts.pairs import LAYOUTS, find_layout, list_pairs
+from featsharp.evaluation.matching import CACHE_BYTES, NearestCell, PointMatcher, sample_points
+from featsharp.evaluation.protocol import QUICK, check_protocol, protocol_setting
 from featsharp.evaluation.runner import Item, Row, Run, Subject, Summary, Task
 from featsharp.model import SharpEncoder
 from featsharp.ops.boxes import Box
@@ -48,12 +54,13 @@ from featsharp.settings import setting
 # Size that alpha is a fraction of, by layout, for --normalize-by auto.
 CUSTOMARY = {"spair": "box", "pf-pascal": "image", "pf-willow": "keypoints"}
 
+# Pixels to add to points for the numbers in the files of a layout, which the quick protocol takes for positions.
+AS_STORED = {"spair": -0.5, "pf-pascal": 0.5, "pf-willow": 0.5}
+
 FITS = ("letterbox", "stretch")
 
 # Interpolated similarities that are held at a time.
 MAX_SIMILARITIES = 1 << 24
-# Bytes of features that are cached for other pairs with the same image.
-CACHE_BYTES = 1 << 30
 
 
 @dataclass
@@ -70,6 +77,7 @@ class CorrespondenceTask(Task):
     normalize_by: str = setting(
         "auto", "what alpha is a share of; auto: customary", choices=("auto", "box", "keypoints", "image")
     )
+    protocol: str = protocol_setting("nearest of 64 x 64 cells of the stretched picture")
     fit: str = setting("letterbox", "how images are brought to one size", choices=FITS)
     low_res_size: tuple[int, int] | None = setting(
         None, "size of the low-resolution pass; default: the backbone's native one", type="size", metavar="HxW"
@@ -88,6 +96,7 @@ class CorrespondenceTask(Task):
             raise ConfigError(f"alphas are positive shares such as 0.1; got {list(self.alphas)}")
         if len(set(self.alphas)) != len(self.alphas):
             raise ConfigError(f"one of the alphas {list(self.alphas)} is there twice")
+        check_protocol(self, "fit")
 
     # The data
 
@@ -99,25 +108,28 @@ class CorrespondenceTask(Task):
 
     # The rule
 
-    def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> "NearestPixel":
-        return NearestPixel(encoder, find_low_res_size(encoder, self.low_res_size), self.fit)
+    def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> PointMatcher[Any]:
+        low_res = find_low_res_size(encoder, self.low_res_size)
+        return NearestCell(encoder, low_res) if self.protocol == QUICK else NearestPixel(encoder, low_res, self.fit)
 
     # The score
 
-    def measure(self, encoder: SharpEncoder, item: Item, head: "NearestPixel") -> Row:
+    def measure(self, encoder: SharpEncoder, item: Item, head: PointMatcher[Any]) -> Row:
         pair: Pair = item.data.read()
         source, target = head.encode(pair.source), head.encode(pair.target)
-        check_points(pair.source_points, source.placement.image_size, pair.source)
-        check_points(pair.target_points, target.placement.image_size, pair.target)
-        size = target_size(pair, target.placement.image_size, self._share_of)
-        errors = np.linalg.norm(match(source, target, pair.source_points) - pair.target_points, axis=1)
+        check_points(pair.source_points, source.image_size, pair.source)
+        check_points(pair.target_points, target.image_size, pair.target)
+        size = target_size(pair, target.image_size, self._share_of)
+        shift = AS_STORED[self._layout] if self.protocol == QUICK else 0
+        matched = head.match(source, target, pair.source_points + shift)
+        errors = np.linalg.norm(matched - (pair.target_points + shift), axis=1)
         return {
             "category": pair.category,
             "keypoints": len(errors),
             "hits": [int((errors < alpha * size).sum()) for alpha in self.alphas],
         }
 
-    def score(self, rows: Sequence[Row], head: "NearestPixel") -> Summary:
+    def score(self, rows: Sequence[Row], head: PointMatcher[Any]) -> Summary:
         summary: Summary = {"pairs": len(rows), "keypoints": sum(row["keypoints"] for row in rows)}
         categories: dict[str, Any] = {}
         for name in sorted({row["category"] for row in rows}):
@@ -140,7 +152,11 @@ class CorrespondenceTask(Task):
 
     @cached_property
     def _share_of(self) -> str:
-        return CUSTOMARY[find_layout(self.data, self.layout)] if self.normalize_by == "auto" else self.normalize_by
+        return CUSTOMARY[self._layout] if self.normalize_by == "auto" else self.normalize_by
+
+    @cached_property
+    def _layout(self) -> str:
+        return find_layout(self.data, self.layout)
 
     # Cache keys
 
@@ -206,40 +222,31 @@ def _unique(entries: Sequence[Entry]) -> Iterator[Entry]:
         yield entry if times[entry.name] == 1 else entry._replace(name=f"{entry.name} ({times[entry.name]})")
 
 
-class NearestPixel:
-    """Matching of a keypoint to the pixel with the most similar feature, with a cache of encoded images.
-
-    The cache holds those used last, as an image occurs in many pairs.
+class NearestPixel(PointMatcher["Encoded"]):
+    """Matching of a keypoint to the pixel with the most similar feature.
 
     Args:
-        encoder: In eval mode.
-        low_res_size: (h, w) in pixels of its low-resolution pass.
+        encoder: As in :class:`PointMatcher`.
+        low_res_size: As in :class:`PointMatcher`.
         fit: One of :data:`FITS`.
-        cache_bytes: Most bytes of features in the cache.
+        cache_bytes: As in :class:`PointMatcher`.
     """
 
     def __init__(
         self, encoder: SharpEncoder, low_res_size: tuple[int, int], fit: str, cache_bytes: int = CACHE_BYTES
     ) -> None:
-        self.encoder, self.low_res_size, self.fit, self.cache_bytes = encoder, low_res_size, fit, cache_bytes
-        self.canvas_size = shown_size(encoder, low_res_size)
-        self._cache: OrderedDict[Path, Encoded] = OrderedDict()
-        self._bytes = 0
+        super().__init__(encoder, low_res_size, cache_bytes)
+        self.fit = fit
 
-    def encode(self, path: Path) -> "Encoded":
-        """Encode one image; raises DataError when it cannot be decoded, InputError for NaN."""
-        if path in self._cache:
-            self._cache.move_to_end(path)
-            return self._cache[path]
-        image = decode_image(path, name=str(path), upright=False)
+    def encode_image(self, image: Image.Image) -> "Encoded":
+        """Encode an RGB picture on its canvas; raises InputError for NaN."""
         placement = place((image.height, image.width), self.canvas_size, self.fit)
         canvas = draw(image, placement, self.encoder.input_conditioner).to(self.encoder.device)
-        features = predict_raw(self.encoder, canvas, self.low_res_size, positional=False)
-        encoded = self._cache[path] = prepare(features, placement)
-        self._bytes += encoded.bytes
-        while self._bytes > self.cache_bytes and len(self._cache) > 1:
-            self._bytes -= self._cache.popitem(last=False)[1].bytes
-        return encoded
+        return prepare(predict_raw(self.encoder, canvas, self.low_res_size, positional=False), placement)
+
+    def match(self, source: "Encoded", target: "Encoded", points: np.ndarray) -> np.ndarray:
+        """Match points by :func:`match`."""
+        return match(source, target, points)
 
 
 class Placement(NamedTuple):
@@ -270,6 +277,11 @@ class Encoded(NamedTuple):
     lengths: Tensor  # [*placement.box.size]: of the features interpolated to the pixels of the image
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """(h, w) of the image's file."""
+        return self.placement.image_size
+
+    @property
     def bytes(self) -> int:
         """Size in memory."""
         return sum(x.numel() * x.itemsize for x in (self.features, self.lengths))
@@ -290,7 +302,7 @@ def draw(image: Image.Image, placement: Placement, whiten: Callable[[Tensor], Te
     """Draw an RGB image on its canvas by Lanczos resampling, the mean colour elsewhere: [1, 3, H, W], whitened."""
     box = placement.box
     scaled = image.resize((box.size[1], box.size[0]), Image.Resampling.LANCZOS)
-    canvas = torch.zeros(1, 3, *placement.canvas_size)
+    canvas = torch.zeros(1, 3, *placement.canvas_size, dtype=torch.float32, device="cpu")
     box.cut(canvas).copy_(whiten(image_to_tensor(scaled)[None]))
     return canvas
 
@@ -332,9 +344,7 @@ def match(source: Encoded, target: Encoded, points: np.ndarray) -> np.ndarray:
 def sample(image: Encoded, points: np.ndarray) -> Tensor:
     """Sample the features [K, C] at points [K, 2] of the image's file; :func:`match` needs no unit length."""
     height, width = image.placement.canvas_size
-    positions = image.placement.to_canvas(points) / (width, height) * 2 - 1
-    grid = torch.as_tensor(positions, dtype=torch.float32, device=image.features.device)[None, None]
-    return F.grid_sample(image.features, grid, padding_mode="border", align_corners=False)[0, :, 0].T
+    return sample_points(image.features, image.placement.to_canvas(points) / (width, height))
 
 
 def _between(square: Tensor, step: Tensor, length: int) -> Tensor:

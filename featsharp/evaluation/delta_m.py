@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from featsharp.errors import ConfigError, DataError, unknown_name
+from featsharp.files import read_file
 from featsharp.settings import PlainTask, Quality, setting
 from featsharp.terminal import align
 
@@ -113,7 +114,7 @@ def read_scores(path: Path) -> Scores:
             higher nor lower, and a candidate or benchmark named twice.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_file(path).decode("utf-8-sig")
         content = json.loads(text) if path.suffix == ".json" else _parse_csv(text, path)
         rows = {str(name): dict(row) for name, row in content["scores"].items()}
         about = dict(content.get("benchmarks", {}))
@@ -124,7 +125,7 @@ def read_scores(path: Path) -> Scores:
         raise
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as text ({error})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path.name} is no table of scores ({type(error).__name__}: {error}); {LAYOUT}") from error
     if not benchmarks or not rows:
         raise DataError(f"{path.name} holds no scores; {LAYOUT}")

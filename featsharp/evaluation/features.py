@@ -1,16 +1,20 @@
 """Features that tasks compare: crops, sizes and feature spaces."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from featsharp.data.images import image_to_tensor
-from featsharp.data.views import canvas_margin, cut_canvas
 from featsharp.errors import ConfigError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
+
+# Scales a whole picture to a size, whitened: :func:`whitened_picture` or :func:`stretched_picture`.
+ScalePicture: TypeAlias = Callable[[SharpEncoder, Image, tuple[int, int]], Tensor]
 
 
 def find_low_res_size(encoder: SharpEncoder, wanted: tuple[int, int] | None) -> tuple[int, int]:
@@ -45,11 +49,36 @@ def whitened_picture(encoder: SharpEncoder, image: Image, size: tuple[int, int])
     return encoder.input_conditioner(resize(image_to_tensor(image)[None].to(encoder.device), size))
 
 
+def stretched_picture(encoder: SharpEncoder, image: Image, size: tuple[int, int]) -> Tensor:
+    """:func:`whitened_picture` by Pillow's bicubic filter, which rounds to 8 bits."""
+    return _whiten(encoder, image.resize((size[1], size[0]), Resampling.BICUBIC))
+
+
 def whitened_crop(encoder: SharpEncoder, image: Image, size: tuple[int, int]) -> Tensor:
-    """Crop the largest part of an RGB picture in the shape of ``size`` (h, w), scaled to it: [1, 3, h, w], whitened."""
-    (top, left), (canvas, _) = canvas_margin(size), cut_canvas(image, size)
-    view = canvas[None, :, top : top + size[0], left : left + size[1]].to(encoder.device)
-    return encoder.input_conditioner(view)
+    """:func:`centre_crop` of an RGB picture, whitened: [1, 3, h, w]."""
+    return _whiten(encoder, centre_crop(image, size))
+
+
+def centre_crop(image: Image, size: tuple[int, int]) -> Image:
+    """Cut the centre out of a picture scaled to just cover ``size`` (h, w)."""
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
+    return image.resize(covering, Resampling.BICUBIC).crop((left, top, left + width, top + height))
+
+
+class EncodedCrop(NamedTuple):
+    """The centre of a picture, and its sharp features."""
+
+    image: Tensor  # [1, 3, h, w], whitened
+    high_res: Tensor  # [1, C, H, W] float32, in the backbone's space
+
+
+def encode_crop(encoder: SharpEncoder, image: Image, size: tuple[int, int]) -> EncodedCrop:
+    """Encode the centre of an RGB picture, ``size`` (h, w); the low-resolution pass has the backbone's native size."""
+    whitened = whitened_crop(encoder, image, size)
+    return EncodedCrop(whitened, predict_raw(encoder, whitened, encoder.backbone.input_size))
 
 
 def encode_raw(encoder: SharpEncoder, images: Tensor) -> Tensor:
@@ -95,7 +124,12 @@ def predict_raw(
     return raw
 
 
-def sharp_features(encoder: SharpEncoder, image: Image, low_res_size: tuple[int, int] | None = None) -> Tensor:
+def sharp_features(
+    encoder: SharpEncoder,
+    image: Image,
+    low_res_size: tuple[int, int] | None = None,
+    scale: ScalePicture = whitened_picture,
+) -> Tensor:
     """Compute high-resolution features of a whole RGB picture as users get them, [1, C, H, W] float32.
 
     The picture is scaled to :func:`shown_size`.
@@ -104,15 +138,14 @@ def sharp_features(encoder: SharpEncoder, image: Image, low_res_size: tuple[int,
         encoder: In eval mode.
         image: Of mode RGB.
         low_res_size: (h, w) in pixels; None: the backbone's native size.
+        scale: Scales and whitens the picture.
 
     Raises:
         ConfigError: For a size that the backbone does not take, and an upsampler that returns several maps.
         InputError: For features that are NaN or infinite.
     """
     low_res = find_low_res_size(encoder, low_res_size)
-    return predict_raw(
-        encoder, whitened_picture(encoder, image, shown_size(encoder, low_res)), low_res, positional=False
-    )
+    return predict_raw(encoder, scale(encoder, image, shown_size(encoder, low_res)), low_res, positional=False)
 
 
 def check_finite(features: Tensor, origin: str = "the encoder") -> None:
@@ -123,3 +156,7 @@ def check_finite(features: Tensor, origin: str = "the encoder") -> None:
             f"{origin} returned NaN or infinite features for {len(features)} image(s); is the checkpoint damaged, "
             "or half precision too narrow for this backbone?"
         )
+
+
+def _whiten(encoder: SharpEncoder, image: Image) -> Tensor:
+    return encoder.input_conditioner(image_to_tensor(image)[None].to(encoder.device))

@@ -1,17 +1,19 @@
 """Multi-view fidelity: does the sharp map agree with the backbone's features of other views of the same scene?
 
-    fidelity = sum(mask * variance) / sum(mask * squared error)      (FeatSharp, arXiv 2502.16025; higher is better)
+    fidelity = sum(variance) / sum(squared error)      (FeatSharp, arXiv 2502.16025; higher is better)
 
-The protocol makes runs comparable: held-out images, views fixed by the image's number, masks eroded by one token,
-errors in the backbone's space without any learned bias, pooled over images as a ratio of sums, and two downsamplers:
-area pooling, which has no parameters, and the trained one of the run where there is one ("own"). The variance is that
-of the targets, so the best constant scores 1; PHI-S scales the whole space by one number, so the ratio is the same in
-PHI-S space.
+The protocol makes runs comparable: held-out images, of which the centre is cropped; views fixed by the image's number
+(zoom 1 to 1.6, rotation up to 8 degrees, inside the crop up to a rest that is mirrored); errors in the backbone's space
+without any learned bias, of all tokens of a view but the outermost; pooled over images as a ratio of sums; and two
+downsamplers: area pooling, which has no parameters, and the trained one of the run where there is one ("own"). For area
+pooling the map is read at 4 x 4 points of each token, or at as many as it has cells where those are more. The variance
+is that of the targets, so the best constant scores 1; PHI-S scales the whole space by one number, so the ratio is the
+same in PHI-S space.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -20,25 +22,51 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from featsharp.data.views import ViewConfig, Views, base_view, cut_canvas, render_views, sample_homography
+from featsharp.data.images import Picture, decode_image
+from featsharp.data.views import similarity
 from featsharp.errors import ConfigError
 from featsharp.evaluation.estimates import Estimate, bootstrap, estimate_ratio
-from featsharp.evaluation.features import encode_raw, predict_raw, shown_size
-from featsharp.evaluation.images import ImageTask
+from featsharp.evaluation.features import EncodedCrop, encode_crop, encode_raw, shown_size
+from featsharp.evaluation.images import ImageTask, NumberedDraws
 from featsharp.evaluation.runner import Row, Run, Subject, Summary
 from featsharp.model import SharpEncoder
-from featsharp.ops.resize import resize
+from featsharp.ops.resize import resize, size_of
+from featsharp.ops.views import View
+from featsharp.ops.warp import sample
 from featsharp.settings import setting
 
-# Views zoom in by up to 1.6 and rotate by up to 8 degrees.
-EVAL_VIEWS = ViewConfig(
-    num_views=8, zoom=(1.0, 1.0), jitter_zoom=(1.0, 1.6), perspective=(0.0, 0.0), rotation=8.0, shift=0.0
-)
+# Per image, and the seed of their random numbers. Methods that are made of views draw theirs from other seeds.
+VIEWS, SEED = 4, 77
+# Ranges of the views: of the zoom, whose inverse is 1 / (1 + 0.6 u), and of the rotation either way, in radians.
+MOST_ZOOM, MOST_ROTATION = 1.6, 0.14
+# Share of a view's side that its centre keeps free of the border of the crop, since rotated views are wider.
+CLEARANCE = 1.15
+# Points per token and axis at which a warped map is read for area pooling.
+POINTS = 4
 
 
 def default_eval_size(encoder: SharpEncoder) -> tuple[int, int]:
     """Return (h, w) of the evaluation images: the native size times the factor, rounded up, at least 2."""
     return shown_size(encoder, encoder.backbone.input_size)
+
+
+def draw_views(numbers: Tensor, size: tuple[int, int]) -> View:
+    """Make views from random numbers in [0, 1).
+
+    Args:
+        numbers: [n, 4]: zoom, rotation, and place of the centre along x and y.
+        size: (h, w) in pixels of the base image.
+
+    Returns:
+        n views, float32, on the CPU.
+    """
+    matrices = []
+    for zoom, turn, *place in numbers.tolist():
+        scale = 1 / (1 + (MOST_ZOOM - 1) * zoom)
+        room = max(1 - CLEARANCE * scale, 0)
+        shift = room * (2 * np.array(place) - 1)
+        matrices.append(similarity(size, scale, (2 * turn - 1) * MOST_ROTATION, shift))
+    return View(torch.from_numpy(np.stack(matrices)).float())
 
 
 class FidelityMeter:
@@ -48,7 +76,7 @@ class FidelityMeter:
         encoder: In eval mode.
         downsamplers: Named modules from [N, C, f*h, f*w] to [N, C, h, w] in *normalised* space, besides "area".
         size: (h, w) in pixels of the base image; the low-resolution pass has the backbone's native size.
-        views: Ranges of the views.
+        views: Per image.
         seed: Of the views; the same seed gives every encoder the same views.
     """
 
@@ -58,17 +86,19 @@ class FidelityMeter:
         *,
         downsamplers: Mapping[str, nn.Module] | None = None,
         size: tuple[int, int] | None = None,
-        views: ViewConfig = EVAL_VIEWS,
-        seed: int = 0,
+        views: int = VIEWS,
+        seed: int = SEED,
     ) -> None:
-        self.encoder, self.views, self.seed = encoder, views, seed
+        self.encoder = encoder
         self.size = size or default_eval_size(encoder)
         self.downsamplers = {"area": None, **(downsamplers or {})}
+        # A fifth number of each view is not used: the views stay those of the first measurements.
+        self._numbers = NumberedDraws(seed, lambda generator: torch.rand(5 * views, generator=generator, device="cpu"))
         self._rows: list[Row] = []
 
-    def add(self, image: Image) -> None:
-        """Measure one RGB picture."""
-        self._rows.append(self.measure(image, len(self._rows)))
+    def add(self, picture: Picture) -> None:
+        """Measure one picture, in any form that ``decode_image`` takes."""
+        self._rows.append(self.measure(decode_image(picture), len(self._rows)))
 
     def result(self) -> dict[str, Estimate]:
         """Pool over the images so far, see :func:`pool_fidelity`."""
@@ -76,34 +106,33 @@ class FidelityMeter:
 
     @torch.inference_mode()
     def measure(self, image: Image, number: int) -> Row:
-        """Compute the row of one RGB picture: its scores, and the sums for pooling; ``number`` seeds its views."""
-        encoder, device = self.encoder, self.encoder.device
-        rng = np.random.default_rng((self.seed, number))
-        canvas, mask = cut_canvas(image, self.size)
-        homographies = np.stack([sample_homography(self.size, self.views, rng) for _ in range(self.views.num_views)])
-        views = Views(canvas[None], mask[None], torch.from_numpy(homographies).float()[None])
-        views = Views(*(x.to(device) for x in views))
-        native = encoder.backbone.input_size
-        images, masks = render_views(views, native)
-        targets = encode_raw(encoder, encoder.input_conditioner(images))
-        grid = (targets.shape[-2], targets.shape[-1])
-        high_res = predict_raw(encoder, encoder.input_conditioner(base_view(views)[0]), native)
-        factor = math.ceil(encoder.factor)  # whole, so that cells can be pooled
-        large = (factor * grid[0], factor * grid[1])
-        warped = views.jitters.warp(high_res, large)
-        valid = _erode((resize(masks, grid) > 0.99).float() * views.jitters.inside(grid))
+        """Compute the row of one RGB picture: its scores, and the sums for pooling; ``number`` decides its views."""
+        return self.measure_crop(encode_crop(self.encoder, image, self.size), number)
+
+    @torch.inference_mode()
+    def measure_crop(self, crop: EncodedCrop, number: int) -> Row:
+        """:meth:`measure` a picture that is encoded already, at the size of this meter."""
+        encoder = self.encoder
+        numbers = self._numbers[number]
+        views = draw_views(numbers[: len(numbers) // 5 * 4].view(-1, 4), self.size).to(encoder.device)
+        shown = sample(crop.image.expand(len(views), -1, -1, -1), views.grid(self.size), mode="bicubic")
+        targets = encode_raw(encoder, resize(shown, encoder.backbone.input_size))
+        grid = size_of(targets)
+        inner = _without_border(targets)
         row: Row = {
-            "_count": valid.sum().item() * targets.shape[1],
-            "_square": (valid * targets.square()).sum().item(),
-            "_sum": (valid * targets).sum((0, 2, 3)).tolist(),
-            "_tokens": valid.sum().item(),
+            "_count": inner.numel(),
+            "_square": inner.square().sum().item(),
+            "_sum": inner.sum((0, 2, 3)).tolist(),
+            "_tokens": inner.numel() // inner.shape[1],
         }
+        factor = math.ceil(encoder.factor)  # whole, so that cells can be pooled
         for name, downsampler in self.downsamplers.items():
-            prediction = self._pool(warped, grid, downsampler)
-            row[f"_error_{name}"] = (valid * (prediction - targets).square()).sum().item()
+            points = max(POINTS, factor) if downsampler is None else factor
+            warped = views.warp(crop.high_res, (points * grid[0], points * grid[1]))
+            prediction = _without_border(self._pool(warped, grid, downsampler))
+            row[f"_error_{name}"] = (prediction - inner).square().sum().item()
             if name == "area":
-                cosine = F.cosine_similarity(prediction, targets, dim=1)[:, None]
-                row["_cosine"] = (valid * cosine).sum().item()
+                row["_cosine"] = F.cosine_similarity(prediction, inner, dim=1).sum().item()
         row.update({name: estimate.value for name, estimate in pool_fidelity([row], resamples=0).items()})
         return row
 
@@ -147,13 +176,13 @@ class FidelityTask(ImageTask):
 
     name: ClassVar[str] = "fidelity"
 
-    views: int = setting(EVAL_VIEWS.num_views, "views per image", type="count", metavar="N")
+    views: int = setting(VIEWS, "views per image", type="count", metavar="N")
+    seed: int = setting(SEED, "of the views", type=int, metavar="N")
 
     def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> FidelityMeter:
         trained = subject.load_downsampler(encoder)
         downsamplers = {} if trained is None else {"own": trained}
-        views = replace(EVAL_VIEWS, num_views=self.views)
-        return FidelityMeter(encoder, downsamplers=downsamplers, views=views, seed=self.seed)
+        return FidelityMeter(encoder, downsamplers=downsamplers, views=self.views, seed=self.seed)
 
     def measure_image(self, encoder: SharpEncoder, image: Image, number: int, head: FidelityMeter) -> Row:
         return head.measure(image, number)
@@ -163,8 +192,6 @@ class FidelityTask(ImageTask):
         return {name if name == "cosine" else f"fidelity_{name}": value for name, value in scores.items()}
 
 
-def _erode(mask: Tensor) -> Tensor:
-    """Drop the outermost ring of a [B, 1, h, w] mask, except where nothing would remain."""
-    if min(mask.shape[-2:]) <= 2:
-        return mask
-    return -F.max_pool2d(F.pad(-mask, (1, 1, 1, 1)), 3, stride=1)
+def _without_border(tokens: Tensor) -> Tensor:
+    """Drop the outermost ring of [B, C, h, w], except where nothing would remain."""
+    return tokens if min(size_of(tokens)) <= 2 else tokens[..., 1:-1, 1:-1]

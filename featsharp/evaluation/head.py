@@ -21,15 +21,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL.Image import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from featsharp.data.images import decode_image
+from featsharp.checkpoint import read_tensors
 from featsharp.errors import DataError, FeatSharpError, InputError
-from featsharp.evaluation.features import check_finite, whitened_picture
+from featsharp.evaluation.features import ScalePicture, check_finite, whitened_picture
 from featsharp.evaluation.keys import digest, encoder_key, file_key
-from featsharp.evaluation.layouts.labels import LabelledImage, check_sizes
+from featsharp.evaluation.layouts.frames import Frame, decode_labelled
+from featsharp.evaluation.layouts.labels import LabelledImage
 from featsharp.files import write_file
 from featsharp.memory import format_memory
 from featsharp.model import SharpEncoder
@@ -98,15 +99,15 @@ class TrainingData(NamedTuple):
 
     Attributes:
         pairs: Images with their label files.
-        read: Returns the target of a pair, [h', w'], the same size for all, and (h, w) of its label file; raises
-            DataError for a bad one.
+        read: Returns the target of a pair, [h', w'], the same size for all, and the pixels that its label file lies
+            on; raises DataError for a bad one.
         loss: Maps output [B, K, h', w'] and targets to a number.
         outputs: K.
         key: JSON values that change with the targets of the same files.
     """
 
     pairs: Sequence[LabelledImage]
-    read: Callable[[LabelledImage], tuple[Tensor, tuple[int, int]]]
+    read: Callable[[LabelledImage], tuple[Tensor, Frame]]
     loss: Callable[[Tensor, Tensor], Tensor]
     outputs: int
     key: Sequence[object]
@@ -120,11 +121,13 @@ class FeatureReader:
         encoder: In eval mode.
         image_size: (h, w) in pixels of the encoder's input.
         low_res_size: (h, w) in pixels of its low-resolution pass.
+        scale: Scales a picture to ``image_size``, whitened.
     """
 
     encoder: SharpEncoder
     image_size: tuple[int, int]
     low_res_size: tuple[int, int]
+    scale: ScalePicture = whitened_picture
 
     @torch.no_grad()  # not inference mode: heads are trained on them
     def read(self, image: Image, map_name: MapName) -> Tensor:
@@ -137,7 +140,7 @@ class FeatureReader:
             InputError: When they are NaN or infinite.
         """
         maps = self.encoder(
-            whitened_picture(self.encoder, image, self.image_size),
+            self.scale(self.encoder, image, self.image_size),
             low_res_size=self.low_res_size,
             denormalize=self.encoder.normalizer.invertible,
         )
@@ -146,18 +149,12 @@ class FeatureReader:
         return features
 
 
-class Features(NamedTuple):
-    """A map [C, h, w] on the CPU, in half precision where its range allows, and (h, w) of its picture."""
-
-    map: Tensor
-    picture_size: tuple[int, int]
-
-
 class FeatureCache:
     """Features of the pictures of a data set, computed once and then read from files.
 
-    A file's name is a digest of the content of the encoder, the sizes, and the name, length and time of the picture's
-    file. A damaged one is written again. Beyond the limit features are computed every time.
+    A file's name is a digest of the content of the encoder, the sizes, the pixels that labels lie on, and the name,
+    length and time of the picture's file. A damaged one is written again. Beyond the limit features are computed every
+    time.
 
     Args:
         reader: Of the features.
@@ -168,31 +165,35 @@ class FeatureCache:
 
     def __init__(self, reader: FeatureReader, map_name: MapName, folder: Path, limit: int) -> None:
         self.reader, self.map_name, self.folder, self.limit = reader, map_name, folder, limit
-        self.key = digest(encoder_key(reader.encoder), reader.image_size, reader.low_res_size, map_name)
+        sizes = reader.image_size, reader.low_res_size, reader.scale.__name__
+        self.key = digest(encoder_key(reader.encoder), *sizes, map_name)
         self._used = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         self._full = False
 
-    def get(self, pair: LabelledImage) -> Features:
-        """Read or compute the features of the image of a pair.
+    def get(self, pair: LabelledImage, frame: Frame) -> Tensor:
+        """Read or compute the features of the image of a pair whose labels lie on the pixels ``frame``.
+
+        Returns:
+            [C, h, w] on the CPU, in half precision where its range allows.
 
         Raises:
-            DataError, InputError: When that fails: see ``decode_image`` and :class:`FeatureReader`.
+            DataError, InputError: When that fails: see ``decode_labelled`` and :class:`FeatureReader`.
         """
-        path = self.folder / f"{digest(self.key, file_key(pair.root, pair.image))}.safetensors"
+        path = self.folder / f"{digest(self.key, file_key(pair.root, pair.image), frame)}.safetensors"
         cached = _load_features(path)
         if cached is not None:
             return cached
-        image = decode_image(pair.root / pair.image, name=pair.image, upright=False)
+        image = decode_labelled(pair.root / pair.image, pair.image, frame)
         features = self.reader.read(image, self.map_name)[0].cpu()
         half = features.half()
-        computed = Features(half if half.isfinite().all() else features, (image.height, image.width))
+        computed = half if half.isfinite().all() else features
         self._store(path, computed)
         return computed
 
-    def _store(self, path: Path, features: Features) -> None:
+    def _store(self, path: Path, features: Tensor) -> None:
         if self._full:
             return
-        content = save({"map": features.map.contiguous(), "picture_size": torch.tensor(features.picture_size)})
+        content = save({"map": features.contiguous()})
         replaced = path.stat().st_size if path.exists() else 0
         if self._used - replaced + len(content) > self.limit:
             self._stop(f"the limit of {format_memory(self.limit)} is reached")
@@ -240,62 +241,6 @@ class Head:
         return hashlib.sha256(self.probe.classify.weight.cpu().numpy().tobytes()).hexdigest()
 
 
-def train_head(
-    reader: FeatureReader,
-    map_name: MapName,
-    data: TrainingData,
-    schedule: Schedule,
-    *,
-    cache_dir: Path | None,
-    cache_limit: int,
-    scratch: Path | None = None,
-    progress: bool = False,
-) -> Head:
-    """Train a head on one of the maps of an encoder, or load the same from disk.
-
-    Args:
-        reader: Of the features.
-        map_name: The map to train on.
-        data: Training pictures and targets.
-        schedule: Of the training.
-        cache_dir: Folder for features and heads; None: ``scratch``.
-        cache_limit: Most bytes of features there.
-        scratch: Folder for the head, and for the features until it is trained; None: a temporary one.
-        progress: Whether to show bars on stderr.
-
-    Raises:
-        DataError: When no training image can be used.
-    """
-    with ExitStack() as stack:
-        folder = cache_dir or scratch or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="featsharp-")))
-        cache = FeatureCache(reader, map_name, folder / "features", cache_limit)
-        files = [[file_key(pair.root, pair.image), file_key(pair.root, pair.label)] for pair in data.pairs]
-        name = digest(cache.key, files, *data.key, asdict(schedule))
-        path = folder / "heads" / f"{name}.safetensors"
-        cached = load_probe(path, reader.encoder.device)
-        if cached is not None:
-            probe, (images, skipped) = cached
-            return Head(reader, probe, images, [(name, reason) for name, reason in skipped])
-        pairs, targets, skipped = _read_targets(cache, data, progress)
-        logger.info("training a head on %d images", len(pairs))
-        probe = fit_probe(
-            lambda number: cache.get(pairs[number]).map,
-            targets,
-            data.outputs,
-            data.loss,
-            schedule,
-            reader.encoder.device,
-            progress=progress,
-        )
-        try:
-            save_probe(probe, path, [len(pairs), skipped])
-        except FeatSharpError as error:
-            logger.warning("the head is not kept, a stopped evaluation will train it again: %s", error)
-        if cache_dir is None:
-            shutil.rmtree(cache.folder, ignore_errors=True)  # the limit is for each encoder
-    return Head(reader, probe, len(pairs), skipped)
-
-
 def fit_probe(
     features: Callable[[int], Tensor],
     targets: Tensor,
@@ -337,6 +282,64 @@ def fit_probe(
     return probe.eval().requires_grad_(False)
 
 
+def train_head(
+    reader: FeatureReader,
+    map_name: MapName,
+    data: TrainingData,
+    schedule: Any,
+    fit: Callable[..., LinearProbe] = fit_probe,
+    *,
+    cache_dir: Path | None,
+    cache_limit: int,
+    scratch: Path | None = None,
+    progress: bool = False,
+) -> Head:
+    """Train a head on one of the maps of an encoder, or load the same from disk.
+
+    Args:
+        reader: Of the features.
+        map_name: The map to train on.
+        data: Training pictures and targets.
+        schedule: Of the training, a dataclass.
+        fit: Trains a probe by it: :func:`fit_probe`, or another function of the same arguments.
+        cache_dir: Folder for features and heads; None: ``scratch``.
+        cache_limit: Most bytes of features there.
+        scratch: Folder for the head, and for the features until it is trained; None: a temporary one.
+        progress: Whether to show bars on stderr.
+
+    Raises:
+        DataError: When no training image can be used.
+    """
+    with ExitStack() as stack:
+        folder = cache_dir or scratch or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="featsharp-")))
+        cache = FeatureCache(reader, map_name, folder / "features", cache_limit)
+        files = [[file_key(pair.root, pair.image), file_key(pair.root, pair.label)] for pair in data.pairs]
+        name = digest(cache.key, files, *data.key, asdict(schedule))
+        path = folder / "heads" / f"{name}.safetensors"
+        cached = load_probe(path, reader.encoder.device)
+        if cached is not None:
+            probe, (images, skipped) = cached
+            return Head(reader, probe, images, [(name, reason) for name, reason in skipped])
+        pairs, frames, targets, skipped = _read_targets(cache, data, progress)
+        logger.info("training a head on %d images", len(pairs))
+        probe = fit(
+            lambda number: cache.get(pairs[number], frames[number]),
+            targets,
+            data.outputs,
+            data.loss,
+            schedule,
+            reader.encoder.device,
+            progress=progress,
+        )
+        try:
+            save_probe(probe, path, [len(pairs), skipped])
+        except FeatSharpError as error:
+            logger.warning("the head is not kept, a stopped evaluation will train it again: %s", error)
+        if cache_dir is None:
+            shutil.rmtree(cache.folder, ignore_errors=True)  # the limit is for each encoder
+    return Head(reader, probe, len(pairs), skipped)
+
+
 def save_probe(probe: LinearProbe, path: Path, about: object) -> None:
     """Write a probe with a JSON value."""
     state = {name: value.cpu().contiguous() for name, value in probe.state_dict().items()}
@@ -346,9 +349,8 @@ def save_probe(probe: LinearProbe, path: Path, about: object) -> None:
 def load_probe(path: Path, device: torch.device) -> tuple[LinearProbe, Any] | None:
     """Load a file of :func:`save_probe`, the probe as of :func:`fit_probe`; None without an intact file."""
     try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            about = json.loads(file.metadata()["about"])
+        state, texts = read_tensors(path)
+        about = json.loads(texts["about"])
         classes, channels = state["classify.weight"].shape[:2]
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
@@ -359,34 +361,34 @@ def load_probe(path: Path, device: torch.device) -> tuple[LinearProbe, Any] | No
 
 def _read_targets(
     cache: FeatureCache, data: TrainingData, progress: bool
-) -> tuple[list[LabelledImage], Tensor, list[tuple[str, str]]]:
-    """Read the usable training pairs, their targets [N, h, w], and (name, reason) of the others."""
+) -> tuple[list[LabelledImage], list[Frame], Tensor, list[tuple[str, str]]]:
+    """Read the usable training pairs, the pixels of their labels, their targets [N, h, w]; (name, reason) of others."""
     pairs: list[LabelledImage] = []
+    frames: list[Frame] = []
     targets: list[Tensor] = []
     skipped = []
     for pair in with_progress(data.pairs, "training features", progress):
         try:
-            target, label_size = data.read(pair)
-            check_sizes(pair, cache.get(pair).picture_size, label_size)
+            target, frame = data.read(pair)
+            cache.get(pair, frame)
         except (DataError, InputError) as error:
             reason = str(error).removeprefix(f"{pair.image}: ")
             logger.warning("training without %s: %s", pair.image, reason)
             skipped.append((pair.image, reason))
         else:
             pairs.append(pair)
+            frames.append(frame)
             targets.append(target)
     if not pairs:
         raise DataError(
             f"none of {len(skipped)} training images can be used; the first, {skipped[0][0]}: {skipped[0][1]}"
         )
-    return pairs, torch.stack(targets), skipped
+    return pairs, frames, torch.stack(targets), skipped
 
 
-def _load_features(path: Path) -> Features | None:
+def _load_features(path: Path) -> Tensor | None:
     """Load cached features; None where there is no file, or a damaged one."""
     try:
-        content = load(path.read_bytes())
-        height, width = content["picture_size"].tolist()
-        return Features(content["map"], (height, width))
+        return load(path.read_bytes())["map"]
     except (OSError, SafetensorError, KeyError):
         return None

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone
+from featsharp.device import usual_defaults
 from featsharp.errors import ConfigError, InputError
 
 
 @torch.inference_mode()
+@usual_defaults()
 def position_bias(
     backbone: Backbone, *, num_images: int = 16, size: tuple[int, int] | None = None, seed: int = 0
 ) -> float:
@@ -66,6 +68,7 @@ def explained_by_position(features: Tensor) -> float:
     return (explained / total).clamp(0, 1).item() if total > 0 else 0.0
 
 
+@usual_defaults()
 def random_images(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
     """Draw images [count, 3, h, w] in [0, 1] of noise with the spectrum of photographs, amplitude 1 / frequency.
 
@@ -76,7 +79,7 @@ def random_images(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
     height, width = size
     frequencies = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width))
     frequencies = frequencies.clamp(min=4 / min(size))
-    frequencies[0, 0] = torch.inf  # no constant
-    white = torch.fft.rfft2(torch.randn(count, 3, height, width, generator=generator))
-    noise = torch.fft.irfft2(white / frequencies, s=size)
+    spectrum = torch.fft.rfft2(torch.randn(count, 3, height, width, generator=generator)) / frequencies
+    spectrum[..., 0, 0] = 0  # no constant
+    noise = torch.fft.irfft2(spectrum, s=size)
     return (0.5 + 0.2 * noise / noise.std((2, 3), keepdim=True)).clamp(0, 1)

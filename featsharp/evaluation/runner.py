@@ -23,11 +23,13 @@ import torch
 from torch import nn
 
 from featsharp.builder import content_key
+from featsharp.device import usual_defaults
 from featsharp.errors import DataError, FeatSharpError, InputError
 from featsharp.evaluation.estimates import Estimate
 from featsharp.evaluation.keys import digest, encoder_key
-from featsharp.files import write_file
+from featsharp.files import fit_name, write_file
 from featsharp.model import SharpEncoder
+from featsharp.names import dtype_name
 from featsharp.settings import setting_fields, settings_of
 from featsharp.terminal import with_progress
 
@@ -55,12 +57,14 @@ class Subject:
         load: Builds it, in eval mode, on its device.
         tag: Distinguishes encoders that differ in code of the user only: a version of it, for example.
         load_downsampler: Loads the downsampler that a checkpoint was trained with; None where there is none.
+        measure_cost: Measures what a picture costs, numbers by name; none where it is not known.
     """
 
     label: str
     load: Callable[[], SharpEncoder]
     tag: str = ""
     load_downsampler: Callable[[SharpEncoder], nn.Module | None] = lambda encoder: None
+    measure_cost: Callable[[SharpEncoder], dict[str, float]] = lambda encoder: {}
 
 
 class Run(NamedTuple):
@@ -122,6 +126,10 @@ class Task:
         """Pool the rows of one encoder."""
         raise NotImplementedError
 
+    def table(self, encoders: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Format the results of all encoders, see :func:`evaluate`, side by side; no lines where there is no table."""
+        return []
+
     def item_key(self, item: Item) -> object:
         """Return JSON values that change with the content of an item, which is then measured again on resuming."""
         return ""
@@ -150,7 +158,7 @@ class Journal:
     @property
     def scratch(self) -> Path | None:
         """Folder for other files of a resumed evaluation."""
-        return None if self.path is None else self.path.with_name(f"{self.path.name}.work")
+        return None if self.path is None else self.path.with_name(fit_name(self.path.name, ".work"))
 
     def get(self, key: str, name: str) -> Row | None:
         """Return the row of an item, or None."""
@@ -185,6 +193,7 @@ class Journal:
         return True
 
 
+@usual_defaults()
 def evaluate(
     task: Task,
     subjects: Sequence[Subject],
@@ -245,7 +254,7 @@ def evaluate_to_file(
     Returns:
         The content of the file: ``about``, and what :func:`evaluate` returns under "encoders".
     """
-    journal = Journal(None if path is None else path.with_name(f"{path.name}.rows"))
+    journal = Journal(None if path is None else path.with_name(fit_name(path.name, ".rows")))
     content = {"task": task.name, **about, "encoders": evaluate(task, subjects, journal=journal, **options)}
     if path is not None:
         write_result(path, content)
@@ -280,7 +289,7 @@ def describe_encoder(encoder: SharpEncoder) -> dict[str, Any]:
         "upsampler": encoder.recipe.get("upsampler", type(encoder.upsampler).__name__),
         "factor": encoder.factor,
         "key": content_key(encoder),
-        "backbone_autocast": None if dtype is None else str(dtype).removeprefix("torch."),
+        "backbone_autocast": dtype and dtype_name(dtype),
     }
 
 

@@ -10,10 +10,14 @@ The protocol, the same for every encoder of a table (FeatSharp, arXiv 2502.16025
 - On the validation split logits are scaled to the size of each label file. Void pixels are ignored. mIoU is the mean
   over the classes that occur in the truth or the prediction, from the counts of all images together.
 
+The protocol "quick" trains three heads for 24 rounds each (see :mod:`featsharp.evaluation.quick_head`) on labels of
+90 x 120, and reports the mean of their scores. Pictures are scaled by Pillow's bicubic filter there.
+
 With ``head="low-res"`` the head is trained on the encoder's low-resolution map and applied to the sharp one, which
 shows whether an upsampler fits existing heads.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,14 +29,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featsharp.data.images import decode_image
 from featsharp.errors import ConfigError, DataError
 from featsharp.evaluation.estimates import bootstrap_sums
-from featsharp.evaluation.features import find_low_res_size, shown_size
-from featsharp.evaluation.head import FeatureReader, Head, MapName, Schedule, TrainingData, train_head
+from featsharp.evaluation.features import find_low_res_size, shown_size, stretched_picture, whitened_picture
+from featsharp.evaluation.head import FeatureReader, Head, MapName, Schedule, TrainingData, fit_probe, train_head
 from featsharp.evaluation.keys import file_key
-from featsharp.evaluation.layouts.labels import VOID, FolderOptions, LabelCode, LabelledImage, check_sizes
+from featsharp.evaluation.layouts.frames import Frame, decode_labelled
+from featsharp.evaluation.layouts.labels import VOID, FolderOptions, LabelCode, LabelledImage
 from featsharp.evaluation.layouts.segmentation import LAYOUTS, SegmentationData, open_segmentation
+from featsharp.evaluation.protocol import QUICK, check_protocol, protocol_setting
+from featsharp.evaluation.quick_head import LABEL_SIZE, QuickSchedule, fit_heads
 from featsharp.evaluation.runner import Item, Row, Run, Subject, Summary, Task
 from featsharp.memory import parse_memory
 from featsharp.model import SharpEncoder
@@ -55,6 +61,7 @@ class SegmentationTask(Task):
     low_res_size: tuple[int, int] | None = setting(
         None, "pixels of the low-resolution pass; default: the backbone's native size", type="size", metavar="HxW"
     )
+    protocol: str = protocol_setting("three heads of 24 rounds")
     head: str = setting(
         "own", "features that the head is trained on: the sharp ones, or the low-res ones", choices=("own", "low-res")
     )
@@ -62,7 +69,11 @@ class SegmentationTask(Task):
     batch: int = setting(Schedule.batch, "images per update", type="count", metavar="N")
     learning_rate: float = setting(Schedule.learning_rate, "peak of the head's learning rate", type=float, metavar="X")
     label_size: tuple[int, int] | None = setting(
-        None, "labels in training; default: four times the low-resolution grid", type="size", metavar="HxW"
+        None,
+        "labels in training; default: four times the low-resolution grid, of the quick protocol "
+        f"{LABEL_SIZE[0]}x{LABEL_SIZE[1]}",
+        type="size",
+        metavar="HxW",
     )
     train_limit: int | None = setting(
         None, "only N training images, spread evenly over their list", type="count", metavar="N"
@@ -78,11 +89,20 @@ class SegmentationTask(Task):
     cache_limit: str = setting("4GiB", "most room for features on disk; others are computed again", metavar="SIZE")
     classes: int | None = setting(
         None,
-        "classes of the layout folder without classes.txt; default: as many as its training labels show",
+        "classes of the layout folder without classes.txt, the void one included or not; default: as many as its "
+        "training labels show",
         type="count",
         metavar="N",
     )
-    ignore_index: int = setting(255, "label of void pixels in the layout folder", type=int, metavar="N")
+    ignore_index: int | None = setting(
+        None,
+        "number of void pixels in the layout folder, -1 for none; default: 255, unless labels are masks of 0 and 255",
+        type=int,
+        metavar="N",
+    )
+
+    def __post_init__(self) -> None:
+        check_protocol(self, "steps", "batch", "learning_rate")
 
     # The data
 
@@ -97,7 +117,9 @@ class SegmentationTask(Task):
     def training_data(self, label_size: tuple[int, int]) -> TrainingData:
         """Choose pictures to train the head on, at most as many as its steps take."""
         pairs, code = self.dataset.train, self.dataset.code
-        count = min(self.train_limit or len(pairs), len(pairs), self.steps * self.batch)
+        count = min(self.train_limit or len(pairs), len(pairs))
+        if self.protocol != QUICK:
+            count = min(count, self.steps * self.batch)
         chosen = [pairs[number * len(pairs) // count] for number in range(count)]
         return TrainingData(
             chosen,
@@ -111,11 +133,15 @@ class SegmentationTask(Task):
 
     def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> Head:
         low_res = find_low_res_size(encoder, self.low_res_size)
+        quick = self.protocol == QUICK
         return train_head(
-            FeatureReader(encoder, shown_size(encoder, low_res), low_res),
+            FeatureReader(
+                encoder, shown_size(encoder, low_res), low_res, stretched_picture if quick else whitened_picture
+            ),
             self._map_name(encoder),
             self.training_data(self._label_size(encoder, low_res)),
-            Schedule(self.steps, self.batch, self.learning_rate, self.seed),
+            QuickSchedule(self.seed) if quick else Schedule(self.steps, self.batch, self.learning_rate, self.seed),
+            fit_heads if quick else fit_probe,
             cache_dir=self.cache_dir,
             cache_limit=parse_memory(self.cache_limit),
             scratch=run.scratch,
@@ -136,23 +162,33 @@ class SegmentationTask(Task):
 
     def _label_size(self, encoder: SharpEncoder, low_res: tuple[int, int]) -> tuple[int, int]:
         height, width = encoder.backbone.grid_size(low_res)
-        return self.label_size or (4 * height, 4 * width)
+        return self.label_size or (LABEL_SIZE if self.protocol == QUICK else (4 * height, 4 * width))
 
     # The score
 
     def measure(self, encoder: SharpEncoder, item: Item, head: Head) -> Row:
         pair: LabelledImage = item.data
-        truth = self.dataset.code.read(pair.root / pair.label, pair.label)
-        image = decode_image(pair.root / pair.image, name=pair.image, upright=False)
-        check_sizes(pair, (image.height, image.width), truth.shape)
+        truth, frame = self.dataset.code.read(pair.root / pair.label, pair.label)
+        image = decode_labelled(pair.root / pair.image, pair.image, frame)
         if (truth == VOID).all():
             raise DataError(f"{pair.label}: all pixels are void")
-        return score_image(confusion(truth, predict(head(image), truth.shape), len(self.dataset.code.classes)))
+        classes = len(self.dataset.code.classes)
+        predictions = [predict(logits, truth.shape) for logits in head(image).split(classes, 1)]
+        return score_image(*(confusion(truth, prediction, classes) for prediction in predictions))
 
     def score(self, rows: Sequence[Row], head: Head) -> Summary:
         reader = head.reader
+        code = self.dataset.code
+        classes = code.classes
+        occurring = {classes[c % len(classes)] for row in rows for c, _, true, _ in row["_counts"] if true}
+        if len(occurring) < 2:
+            raise DataError(
+                f"the {len(rows)} labels that were measured show one class, {occurring.pop()!r}, which any prediction "
+                f"fits; numbers with a meaning are {code.allowed}. Measure more of them (--limit)"
+            )
         return {
-            **pool_rows(rows, self.dataset.code.classes),
+            **pool_rows(rows, classes, len(head.probe.classify.weight) // len(classes)),
+            "labels": code.allowed,
             "train_images": head.images,
             "train_skipped": [list(entry) for entry in head.skipped],
             "layout": self.dataset.layout,
@@ -195,50 +231,69 @@ def confusion(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.nda
 
 
 def iou(counts: np.ndarray) -> np.ndarray:
-    """Compute the intersection over union by class, [K]; NaN for a class that is neither in the truth nor predicted.
+    """Compute the intersection over union by class, [..., K]; NaN for one that is neither in the truth nor predicted.
 
-    ``counts`` [3, K] are the numbers of correctly predicted, true and predicted pixels of each class.
+    ``counts`` [3, ..., K] are the numbers of correctly predicted, true and predicted pixels of each class.
     """
     hit, true, predicted = counts
     union = true + predicted - hit
-    return np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+    return np.divide(hit, union, out=np.full(hit.shape, np.nan), where=union > 0)
 
 
-def score_image(matrix: np.ndarray) -> Row:
-    """Score an image by its :func:`confusion`; "_counts" are [class, hit, true, predicted] per class that occurs."""
-    counts = np.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)])
-    occurring = np.flatnonzero(counts.any(0))
+def score_image(*matrices: np.ndarray) -> Row:
+    """Score an image by the :func:`confusion` of each head: the means over heads.
+
+    "_counts" are [class, hit, true, predicted] per class that occurs; classes of K go on from K for the second head.
+    """
+    counts = np.stack([[matrix.diagonal(), matrix.sum(1), matrix.sum(0)] for matrix in matrices], 1)  # [3, heads, K]
+    flat = counts.reshape(3, -1)
     return {
-        "miou": float(np.nanmean(iou(counts))),
+        "miou": _mean_iou(counts),
         "pixel_accuracy": float(counts[0].sum() / counts[1].sum()),
-        "_counts": [[int(c), *map(int, counts[:, c])] for c in occurring],
+        "_counts": [[int(c), *map(int, flat[:, c])] for c in np.flatnonzero(flat.any(0))],
     }
 
 
-def pool_rows(rows: Sequence[Row], classes: Sequence[str]) -> Summary:
+def pool_rows(rows: Sequence[Row], classes: Sequence[str], heads: int = 1) -> Summary:
     """Score a split by the counts of all images together, with intervals over images.
+
+    Args:
+        rows: Of :func:`score_image`.
+        classes: Their names.
+        heads: Number of heads, of which the scores are means.
 
     Returns:
         "miou" and "pixel_accuracy" with intervals; "iou" by class name, None for a class that is neither in the truth
         nor predicted. Such classes are left out of the mean, and out of a resample's mean where it has none.
     """
-    counts = np.zeros((len(rows), 3, len(classes)))
+    flat = np.zeros((len(rows), 3, heads * len(classes)))
     for number, row in enumerate(rows):
         for c, *numbers in row["_counts"]:
-            counts[number, :, c] = numbers
-    by_class = iou(counts.sum(0))
+            flat[number, :, c] = numbers
+    counts = flat.reshape(len(rows), 3, heads, len(classes))
+    by_class = [_mean_of_known(of_heads) for of_heads in iou(counts.sum(0)).T]
     return {
-        "miou": bootstrap_sums(counts, lambda pooled: float(np.nanmean(iou(pooled)))),
+        "miou": bootstrap_sums(counts, _mean_iou),
         "pixel_accuracy": bootstrap_sums(counts, lambda pooled: float(pooled[0].sum() / pooled[1].sum())),
-        "iou": {name: None if np.isnan(value) else float(value) for name, value in zip(classes, by_class, strict=True)},
+        "iou": {name: None if np.isnan(value) else value for name, value in zip(classes, by_class, strict=True)},
     }
 
 
-def _sample_labels(pair: LabelledImage, code: LabelCode, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """Sample labels [h, w] int16 at the centres of the cells; also return the size of the file."""
-    labels = code.read(pair.root / pair.label, pair.label)
+def _mean_iou(counts: np.ndarray) -> float:
+    """Average over classes, then over heads, from counts [3, heads, K]."""
+    return float(np.nanmean(iou(counts), axis=-1).mean())
+
+
+def _mean_of_known(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _sample_labels(pair: LabelledImage, code: LabelCode, size: tuple[int, int]) -> tuple[Tensor, Frame]:
+    """Sample labels [h, w] int16 at the centres of the cells; also return the pixels that the file lies on."""
+    labels, frame = code.read(pair.root / pair.label, pair.label)
     rows, columns = (((np.arange(n) + 0.5) * (m / n)).astype(int) for n, m in zip(size, labels.shape, strict=True))
     sampled = torch.from_numpy(labels[rows[:, None], columns])
     if (sampled == VOID).all():
         raise DataError(f"{pair.label}: all pixels are void, or too few are not")
-    return sampled, (labels.shape[0], labels.shape[1])
+    return sampled, frame

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featsharp.data.images import decode_image
 from featsharp.data.sources import open_source
 from featsharp.errors import DataError
 from featsharp.evaluation.estimates import estimate_ratio
 from featsharp.evaluation.features import sharp_features
+from featsharp.evaluation.layouts.frames import decode_labelled
 from featsharp.evaluation.layouts.objects import open_labels
 from featsharp.evaluation.runner import Item, Row, Summary, Task
 from featsharp.model import SharpEncoder
@@ -63,7 +63,7 @@ class SmallObjectTask(Task):
 
     def measure(self, encoder: SharpEncoder, item: Item, head: Any) -> Row:
         source, index, labels = item.data
-        image = decode_image(source.read(index), name=item.name, upright=False)
+        image = decode_labelled(source.read(index), item.name, labels.frame(item.name))
         objects = labels.read(item.name, (image.height, image.width))
         if not objects:
             raise DataError(f"{item.name}: there is no object in it")

@@ -13,7 +13,7 @@ VIRIDIS = (
 
 def colour_map(values: Tensor, low: float, high: float) -> Tensor:
     """Map float [h, w] to RGB [3, h, w] in [0, 1]: dark blue at ``low`` and below, yellow at ``high`` and above."""
-    colours = torch.tensor(VIRIDIS, device=values.device) / 255
+    colours = torch.tensor(VIRIDIS, dtype=torch.float32, device=values.device) / 255
     position = ((values.float() - low) / max(high - low, 1e-12)).clamp(0, 1) * (len(VIRIDIS) - 1)
     below = position.long().clamp(max=len(VIRIDIS) - 2)
     return torch.lerp(colours[below], colours[below + 1], (position - below)[..., None]).permute(2, 0, 1)

@@ -33,7 +33,10 @@ def panel(pictures: Sequence[Tensor], size: tuple[int, int], captions: Sequence[
     height = _font_size(captions, size[1])
     columns: list[Tensor] = []
     for picture, text in zip(enlarged, captions, strict=True):
-        columns += [torch.cat([_line_of_text(text, size[1], height), picture], 1), torch.ones(3, 1, GAP)]
+        columns += [
+            torch.cat([_line_of_text(text, size[1], height), picture], 1),
+            torch.ones(3, 1, GAP, dtype=torch.float32, device="cpu"),
+        ]
     total = columns[0].shape[1]
     return torch.cat([column.expand(3, total, -1) for column in columns[:-1]], -1)
 

@@ -11,6 +11,7 @@ class FeaturePCA:
 
     The basis and the colour range are those of the map it is fitted on, so colours of other maps are comparable. The
     range spans the 1st to 99th percentile of each component; the sign makes each component's largest weight positive.
+    A component that varies by no more than rounding does, as on the map of a blank image, is drawn as 0.5.
     """
 
     def __init__(self, features: Tensor) -> None:
@@ -25,7 +26,10 @@ class FeaturePCA:
         strongest = components.gather(1, components.abs().argmax(1, keepdim=True))
         self.components = components * strongest.sign()
         projected = (rows - self.mean) @ self.components.T
-        self.low, self.high = torch.quantile(projected, torch.tensor([0.01, 0.99], device=rows.device), dim=0)
+        self.low, self.high = torch.quantile(projected, rows.new_tensor([0.01, 0.99]), dim=0)
+        # A component is a sum over channels, less the same sum over the mean.
+        rounding = torch.finfo(rows.dtype).eps * rows.shape[1] ** 0.5 * rows.norm(dim=1).max()
+        self.flat = self.high - self.low <= 8 * rounding
 
     def __call__(self, features: Tensor) -> Tensor:
         """Project [B, C, h, w] to RGB [B, 3, h, w] in [0, 1]."""
@@ -33,4 +37,6 @@ class FeaturePCA:
         projected = torch.einsum("bchw,kc->bkhw", features.detach().float(), self.components)
         projected -= (self.components @ self.mean)[:, None, None]
         spread = (self.high - self.low).clamp(min=1e-12)
-        return ((projected - self.low[:, None, None]) / spread[:, None, None]).clamp(0, 1)
+        colours = ((projected - self.low[:, None, None]) / spread[:, None, None]).clamp(0, 1)
+        colours[:, self.flat] = 0.5
+        return colours

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from featsharp.errors import ConfigError, DataError
+from featsharp.files import read_file
 
 # Numbers between 0 and 1 that are drawn in percent, by how their names begin and end.
 SHARES = ("miou", "pck@", "pixel_accuracy", "accuracy_")
@@ -53,10 +54,10 @@ def read_result(path: Path, *tasks: str) -> dict[str, Any]:
     make = " or ".join(f"featsharp eval {task} ... --json FILE" for task in tasks or ("TASK",))
     wanted = f"the result of {' or '.join(tasks)}" if tasks else "a result"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_file(path))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}; make it with: {make}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no JSON; this figure needs {wanted}, made with: {make}") from error
     task = content.get("task") if isinstance(content, dict) else None
     if not isinstance(task, str):

@@ -1,7 +1,10 @@
 """A backbone whose features are known for every picture, which several tests of evaluation share."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone, BackboneOutput
@@ -27,6 +30,15 @@ class PatchColour(Backbone):
     def extract(self, images: Tensor) -> BackboneOutput:
         self.seen.append(images)
         return BackboneOutput(F.conv2d(F.avg_pool2d(images, 8), self.mix) + self.offset, None)
+
+
+def lay_on_side(path: Path) -> None:
+    """Store a picture on its side, with the EXIF orientation that turns it upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(path) as image:
+        turned = image.transpose(Image.Transpose.ROTATE_90)
+    turned.save(path, exif=exif)
 
 
 class NotFinite(GuidedUpsampler):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from patch_colour import NotFinite, PatchColour
+from patch_colour import NotFinite, PatchColour, lay_on_side
 from PIL import Image
 from scipy.io import savemat
 from scipy.sparse import csr_matrix
@@ -29,6 +29,7 @@ from featsharp.evaluation.boundaries import (
     thin_edges,
 )
 from featsharp.evaluation.layouts.boundaries import find_pictures, read_boundaries
+from featsharp.evaluation.layouts.frames import decode_labelled
 from featsharp.evaluation.runner import Subject, evaluate
 from featsharp.upsamplers.base import GuidedUpsampler
 
@@ -343,7 +344,7 @@ def damage(folder: Path, kind: str) -> str:
         return r"0\.png: there is no file with its boundaries"
     if kind == "other size":
         save_truth(path, [outline[:-1]])
-        return r"0\.mat: boundaries of 191x288 pixels for a picture of 192x288"
+        return r"0\.mat: the labels are 191x288 pixels, the image 0\.png is 192x288"
     if kind == "empty":
         save_truth(path, [np.zeros(SIZE, dtype=bool)])
         return r"0\.mat: nobody drew a boundary"
@@ -357,11 +358,32 @@ def damage(folder: Path, kind: str) -> str:
 @pytest.mark.parametrize("kind", ["missing", "other size", "empty", "other content", "cut off"])
 def test_bad_truths_are_named_and_skipped(twin, kind):
     message = damage(twin / "groundTruth" / "test", kind)
+    picture = find_pictures(twin, "test")[0]
     with pytest.raises(DataError, match=message):
-        read_boundaries(find_pictures(twin, "test")[0], SIZE)
+        decode_labelled(picture.image, picture.image.name, read_boundaries(picture)[1])
     outcome = run(twin, "tile")
     assert [name for name, _ in outcome["skipped"]] == ["0.png"]
     assert list(outcome["items"]) == ["1.png", "2.png", "3.png"]
+
+
+def test_boundaries_of_a_picture_with_an_orientation_match(twin):
+    expected = run(twin, "tile")
+    for path in (twin / "images" / "test").iterdir():
+        lay_on_side(path)
+    assert run(twin, "tile")["items"] == expected["items"]
+
+
+def test_masks_that_are_inverted_or_of_another_size_are_named(twin, tmp_path):
+    entry = find_pictures(twin, "test")[0]
+    outline = picture(0)[1]
+    masks = []
+    for name, drawn in (("a", outline), ("b", ~outline), ("c", outline[:-1])):
+        masks.append(tmp_path / f"{name}.png")
+        Image.fromarray(drawn.astype(np.uint8) * 255).save(masks[-1])
+    with pytest.raises(DataError, match=r"b\.png: \d\d% of the pixels are not black.*white on black"):
+        read_boundaries(entry._replace(truths=(masks[1],)))
+    with pytest.raises(DataError, match=r"c\.png: boundaries of another size or EXIF orientation than in a\.png"):
+        read_boundaries(entry._replace(truths=(masks[0], masks[2])))
 
 
 def test_damaged_pictures_and_masks_are_named(twin, tmp_path):
@@ -370,7 +392,7 @@ def test_damaged_pictures_and_masks_are_named(twin, tmp_path):
     mask = tmp_path / "bad.png"
     mask.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"bad\.png: cannot be decoded as a mask"):
-        read_boundaries(find_pictures(twin, "test")[0]._replace(truths=(mask,)), SIZE)
+        read_boundaries(find_pictures(twin, "test")[0]._replace(truths=(mask,)))
 
 
 def test_features_that_are_not_finite_are_no_result(twin):
@@ -413,7 +435,7 @@ def test_greedy_pairs_on_photographs_are_close_to_the_optimum():
         size, pixels = image.size[::-1], np.array(image)
     features = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() - 128
     edges = thin_edges(F.adaptive_avg_pool2d(features, (64, 96))[0], size).numpy()
-    human = read_boundaries(entry, size)[0]
+    human = read_boundaries(entry)[0][0]
     tolerance = 0.0075 * math.hypot(*size)
     predicted = edges > np.quantile(edges[edges > 0], 0.8)
     best = largest_matching(predicted, human, tolerance)

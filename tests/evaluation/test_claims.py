@@ -33,7 +33,7 @@ from featsharp.training.objectives.multi_view import MultiViewConfig, MultiViewO
 from featsharp.training.optim import OptimConfig
 from featsharp.training.trainer import Trainer
 
-VIEWS = ViewConfig(num_views=2, jitter_zoom=(0.9, 1.6), rotation=8.0, shift=0.15)
+VIEWS = ViewConfig(num_views=2, jitter_zoom=[0.9, 1.6], rotation=8.0, shift=0.15)
 LOW_RES, SIZE = (64, 64), (128, 128)
 
 

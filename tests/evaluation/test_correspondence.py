@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from patch_colour import lay_on_side
 from PIL import Image
 from scipy.io import savemat
 from torch import Tensor
@@ -356,6 +357,16 @@ def test_a_bad_pair_is_skipped_and_named(tmp_path, changes, message):
     ((name, reason),) = outcome["skipped"]
     assert name == bad.stem
     assert re.search(message, reason)
+
+
+def test_keypoints_of_a_picture_with_an_orientation_are_named(tmp_path):
+    willow(tmp_path, "a(S)")
+    willow(tmp_path, "b(S)")
+    lay_on_side(tmp_path / "b(S)/2.png")
+    outcome = measure(tmp_path)
+    assert list(outcome["items"]) == ["1-2:a(S)", "2-1:a(S)"]
+    for _, reason in outcome["skipped"]:
+        assert re.search(r"b\(S\)/2\.png: its keypoints may be for the pixels as stored", reason)
 
 
 def test_a_pair_file_that_is_missing_or_damaged(tmp_path):

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from featsharp.backbones import from_callable
 from featsharp.builder import create_encoder
-from featsharp.data.views import ViewConfig
 from featsharp.errors import ConfigError
-from featsharp.evaluation.fidelity import EVAL_VIEWS, FidelityMeter, default_eval_size
+from featsharp.evaluation.fidelity import SEED, VIEWS, FidelityMeter, default_eval_size, draw_views
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
 from featsharp.training.downsamplers import create_downsampler
@@ -81,10 +80,10 @@ def test_views_depend_on_the_seed_and_not_on_the_encoder():
     def views_seen(upsampler: str, factor: int, seed: int) -> list[Tensor]:
         backbone = PatchColour(offset=3)
         encoder = create_encoder(backbone, upsampler, factor)
-        meter = FidelityMeter(encoder, size=(64, 96), seed=seed)
+        meter = FidelityMeter(encoder, size=(64, 96), seed=SEED + seed)
         for picture in smooth_pictures(2):
             meter.add(picture)
-        return [images for images in backbone.seen if len(images) == EVAL_VIEWS.num_views]
+        return [images for images in backbone.seen if len(images) == VIEWS]
 
     first, other, reseeded = views_seen("bilinear", 2, 0), views_seen("identity", 1, 0), views_seen("bilinear", 2, 1)
     assert len(first) == len(other) == 2
@@ -93,14 +92,67 @@ def test_views_depend_on_the_seed_and_not_on_the_encoder():
     assert not torch.equal(first[0], first[1])
 
 
-def test_masks_lose_one_ring_of_tokens():
-    still = ViewConfig(
-        num_views=1, zoom=(1, 1), jitter_zoom=(1, 1), perspective=(0, 0), rotation=0.0, shift=0.0, flip=0.0
+def test_the_outermost_tokens_are_left_out():
+    meter = measure(create_encoder(PatchColour(offset=3), "bilinear", 2), views=3)
+    # 4 x 6 tokens without the outermost ring: 2 x 4, of 4 channels and three views.
+    assert all(row["_count"] == 3 * 2 * 4 * 4 for row in meter._rows)
+    assert all(row["_tokens"] == 3 * 2 * 4 for row in meter._rows)
+
+
+def test_views_lie_inside_the_picture_up_to_a_rest_and_keep_right_angles():
+    size = (64, 96)
+    views = draw_views(torch.rand(500, 4, generator=torch.Generator().manual_seed(0)), size).to_base
+    pixels = torch.diag(torch.tensor([size[1], size[0], 1.0]))
+    linear = (pixels @ views @ torch.linalg.inv(pixels))[:, :2, :2]
+    zooms = 1 / torch.linalg.det(linear).sqrt()
+    assert zooms.min() >= 1
+    assert 1.58 < zooms.max() <= 1.6
+    torch.testing.assert_close(
+        linear @ linear.mT * zooms[:, None, None] ** 2, torch.eye(2).expand(500, 2, 2), atol=1e-5, rtol=0
     )
-    meter = measure(create_encoder(PatchColour(offset=3), "bilinear", 2), views=still)
-    # 4 x 6 tokens without the outermost ring: 2 x 4, of 4 channels.
-    assert all(row["_count"] == 2 * 4 * 4 for row in meter._rows)
-    assert all(row["_tokens"] == 2 * 4 for row in meter._rows)
+    turns = torch.atan2(linear[:, 1, 0], linear[:, 0, 0])
+    assert 0.138 < turns.abs().max() <= 0.14
+    corners = views @ torch.tensor([[-1.0, 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
+    assert corners[:, :2].abs().max() < 1.21
+
+
+@pytest.mark.parametrize(("upsampler", "factor"), [("identity", 1), ("bilinear", 2), ("tile", 2), ("bilinear", 4)])
+def test_fidelity_is_what_the_rule_says(upsampler, factor):
+    """Against the definition, with torch's own grids, a view at a time; square, as they know no other."""
+    backbone = PatchColour((40, 40), offset=3)
+    encoder = create_encoder(backbone, upsampler, factor)
+    side = 40 * max(2, factor)
+    pictures = smooth_pictures(3, (150, 200))
+    meter = FidelityMeter(encoder)
+    generator = torch.Generator().manual_seed(77)
+    errors, targets = [], []
+    with torch.inference_mode():
+        for picture in pictures:
+            meter.add(picture)
+            width = round(200 * side / 150)
+            left = (width - side) // 2
+            crop = picture.resize((width, side), Image.Resampling.BICUBIC).crop((left, 0, left + side, side))
+            x = encoder.input_conditioner(torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None].float() / 255)
+            sharp = encoder(x, low_res_size=(40, 40)).high_res
+            thetas = []
+            for _ in range(4):
+                u, turn, tx, ty = torch.rand(4, generator=generator).tolist()
+                scale, angle = 1 / (1 + 0.6 * u), 0.14 * (2 * turn - 1)
+                room = max(0, 1 - 1.15 * scale)
+                cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+                thetas.append([[cos, -sin, room * (2 * tx - 1)], [sin, cos, room * (2 * ty - 1)]])
+            torch.rand(4, generator=generator)
+            for theta in torch.tensor(thetas, dtype=torch.float32):
+                grid = F.affine_grid(theta[None], [1, 3, side, side], align_corners=False)
+                view = F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+                small = F.interpolate(view, (40, 40), mode="bilinear", antialias=True)
+                points = F.affine_grid(theta[None], [1, 3, 20, 20], align_corners=False)
+                read = F.grid_sample(sharp, points, padding_mode="reflection", align_corners=False)
+                target = backbone(small).features[0, :, 1:-1, 1:-1]
+                errors.append((F.avg_pool2d(read, 4)[0, :, 1:-1, 1:-1] - target).square().mean().item())
+                targets.append(target.flatten(1))
+    variance = torch.cat(targets, 1).var(1, correction=0).mean().item()
+    assert meter.result()["area"].value == pytest.approx(variance / np.mean(errors), rel=1e-3)
 
 
 def test_bias_is_taken_off_and_the_normalizer_does_not_matter():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from patch_colour import NotFinite, PatchColour
+from patch_colour import NotFinite, PatchColour, lay_on_side
 from PIL import Image
 from skimage.draw import polygon2mask
 from torch import Tensor
@@ -245,6 +245,25 @@ def test_data_sets_that_cannot_be_used(twin, tmp_path):
     assert [name for name, _ in run(twin)["skipped"]] == ["0.png", "1.png"]
     with pytest.raises(DataError, match=r"no class of .* is in more than one image"):
         run(twin, limit=3)  # one is left
+
+
+def test_objects_of_a_picture_with_an_orientation_match_or_are_named(twin):
+    expected = run(twin, "instances.json")
+    for path in (twin / "images").iterdir():
+        lay_on_side(path)
+    assert run(twin, "instances.json")["result"] == expected["result"]
+    with pytest.raises(DataError, match=r"0\.png: 0\.txt may be for the pixels as stored"):
+        run(twin, "outlines")
+
+
+def test_outlines_for_a_picture_of_another_size_are_named(twin):
+    path = twin / "images" / "2.png"
+    with Image.open(path) as image:
+        smaller = image.resize((160, 120))
+    smaller.save(path)
+    ((name, reason),) = run(twin, "instances.json")["skipped"]
+    assert name == "2.png"
+    assert "instances.json, image 2.png: the labels are 240x320 pixels, the image 2.png is 120x160" in reason
 
 
 def test_features_that_are_not_finite_are_no_result(twin):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from patch_colour import lay_on_side
 from PIL import Image
-from sklearn.metrics import accuracy_score, jaccard_score
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone, BackboneOutput
@@ -20,6 +20,7 @@ from featsharp.cli.main import main
 from featsharp.errors import ConfigError, DataError
 from featsharp.evaluation.head import FeatureCache, FeatureReader, Head, Schedule, fit_probe, load_probe, save_probe
 from featsharp.evaluation.keys import encoder_key
+from featsharp.evaluation.layouts.frames import Frame
 from featsharp.evaluation.layouts.labels import VOID, LabelledImage
 from featsharp.evaluation.runner import Item, Journal, Row, Subject, evaluate, evaluate_to_file
 from featsharp.evaluation.segmentation import SegmentationTask, confusion, pool_rows, predict, score_image
@@ -143,7 +144,8 @@ def test_a_head_of_the_low_res_map_saw_only_that(blocks, tmp_path):
         FeatureReader(subject("tile", 2).load(), (64, 96), (32, 48)), "low_res", tmp_path / "cache/features", 10**9
     )
     backbone = cache.reader.encoder.backbone
-    assert cache.get(LabelledImage(blocks, "images/train/0.png", "")).map.shape == (3, 4, 6)
+    frame = Frame("labels/train/0.png", (128, 192))
+    assert cache.get(LabelledImage(blocks, "images/train/0.png", ""), frame).shape == (3, 4, 6)
     assert backbone.images == 0
 
 
@@ -184,6 +186,8 @@ def test_a_gpu_gives_the_same_answer(blocks):
 
 
 def test_scores_are_those_of_scikit_learn():
+    from sklearn.metrics import accuracy_score, jaccard_score
+
     rng = np.random.default_rng(0)
     classes = ("a", "b", "c", "d", "never")
     pictures = [(rng.integers(-1, 4, (9, 7)), rng.integers(0, 4, (9, 7))) for _ in range(6)]
@@ -219,6 +223,34 @@ def test_prediction_in_chunks_is_that_of_the_whole(size):
     logits = torch.randn(1, 5, 8, 8)
     whole = F.interpolate(logits, size, mode="bilinear", antialias=size[0] < 8 or size[1] < 8).argmax(1)[0]
     assert np.array_equal(predict(logits, size, max_logits=5 * size[1] * 3), whole.numpy())
+
+
+def test_void_in_the_range_of_classes_is_no_class_of_head_and_mean(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        truth, split = quarters(rng), "train" if number < 5 else "val"
+        write(tmp_path / "plain", f"{number}", truth, split=split)
+        write(tmp_path / "first", f"{number}", truth + 1, split=split, picture=COLOURS[truth])
+        write(tmp_path / "mask", f"{number}", (truth > 0) * 255, split=split, picture=COLOURS[truth])
+        write(tmp_path / "binary", f"{number}", truth > 0, split=split, picture=COLOURS[truth])
+    first = measure(SegmentationTask(tmp_path / "first", ignore_index=0, **QUICK))["result"]
+    plain = measure(SegmentationTask(tmp_path / "plain", **QUICK))["result"]
+    assert first["miou"] == plain["miou"]
+    assert (list(first["iou"]), first["labels"]) == (["1", "2", "3"], "1..3, and 0 for void")
+    mask, binary = (measure(SegmentationTask(tmp_path / name, **QUICK))["result"] for name in ("mask", "binary"))
+    assert mask["miou"] == binary["miou"]
+    assert list(mask["iou"]) == ["0", "255"]
+
+
+def test_one_class_is_no_perfect_score(blocks):
+    for number in range(5, 8):
+        Image.fromarray(np.full((128, 192), 2, np.uint8)).save(blocks / f"labels/val/{number}.png")
+    (blocks / "classes.txt").write_text("red\ngreen\nblue\n")
+    with pytest.raises(DataError, match=r"1 class is left in validation labels.*2 \(in 3\)"):
+        measure(SegmentationTask(blocks, **QUICK))
+    Image.fromarray(quarters(np.random.default_rng(3)).astype(np.uint8)).save(blocks / "labels/val/7.png")
+    with pytest.raises(DataError, match=r"the 1 labels that were measured show one class, 'blue'.*--limit"):
+        measure(SegmentationTask(blocks, limit=1, **QUICK))
 
 
 # Training
@@ -380,13 +412,13 @@ def test_numbers_beyond_half_precision_are_kept_whole(blocks, tmp_path):
     reader = FeatureReader(create_encoder(Loud(), "bilinear", 2), (64, 96), (32, 48))
     cache = FeatureCache(reader, "high_res", tmp_path, 10**9)
     pair = LabelledImage(blocks, "images/train/0.png", "")
-    computed, loaded = cache.get(pair), cache.get(pair)
-    assert computed.map.dtype == torch.float32
-    assert torch.equal(computed.map, loaded.map)
-    assert loaded.map.isfinite().all()
-    assert loaded.picture_size == (128, 192)
+    frame = Frame("0", (128, 192))
+    computed, loaded = cache.get(pair, frame), cache.get(pair, frame)
+    assert computed.dtype == torch.float32
+    assert torch.equal(computed, loaded)
+    assert loaded.isfinite().all()
     quiet = FeatureCache(FeatureReader(subject().load(), (64, 96), (32, 48)), "high_res", tmp_path, 10**9)
-    assert quiet.get(pair).map.dtype == torch.float16
+    assert quiet.get(pair, frame).dtype == torch.float16
 
 
 def test_a_stopped_evaluation_goes_on(blocks, tmp_path):
@@ -424,7 +456,7 @@ def spoil_size(root: Path, split: str) -> None:
 
 
 def spoil_channels(root: Path, split: str) -> None:
-    Image.fromarray(np.zeros((128, 192, 3), np.uint8)).save(root / f"labels/{split}/bad.png")
+    Image.fromarray(np.full((128, 192, 3), (0, 1, 2), np.uint8)).save(root / f"labels/{split}/bad.png")
 
 
 def spoil_all_void(root: Path, split: str) -> None:
@@ -443,6 +475,34 @@ def cut_label(root: Path, split: str) -> None:
 def cut_image(root: Path, split: str) -> None:
     path = root / f"images/{split}/bad.png"
     path.write_bytes(path.read_bytes()[:60])
+
+
+def turn(root: Path, split: str, number: int, *, labels: bool) -> None:
+    """Lay a picture on its side, and the pixels of its labels where asked."""
+    lay_on_side(root / f"images/{split}/{number}.png")
+    if labels:
+        path = root / f"labels/{split}/{number}.png"
+        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(path)
+
+
+def test_pictures_with_an_orientation_match_their_labels(blocks):
+    for number in range(8):
+        turn(blocks, "train" if number < 5 else "val", number, labels=number % 2 == 0)
+    outcome = measure(SegmentationTask(blocks, **QUICK))
+    assert outcome["result"]["miou"]["value"] > 0.99
+    assert outcome["result"]["train_images"] == 5
+    assert outcome["skipped"] == []
+
+
+def test_a_square_picture_with_an_orientation_is_named(blocks):
+    for split in ("train", "val"):
+        write(blocks, "9", quarters(np.random.default_rng(1), (128, 128)), split=split)
+        turn(blocks, split, 9, labels=True)
+    outcome = measure(SegmentationTask(blocks, **QUICK))
+    for name, reason in (*outcome["result"]["train_skipped"], *outcome["skipped"]):
+        assert name.endswith("9.png")
+        assert "9.png may be for the pixels as stored" in reason
+    assert len(outcome["result"]["train_skipped"]) == len(outcome["skipped"]) == 1
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from featsharp.errors import ConfigError, DataError
-from featsharp.evaluation.layouts.labels import VOID, FolderOptions, LabelCode, ranges
+from featsharp.evaluation.layouts.label_files import ranges
+from featsharp.evaluation.layouts.labels import VOID, FolderOptions, LabelCode
 from featsharp.evaluation.layouts.segmentation import SegmentationData, open_segmentation
 
 CODE = LabelCode(("a", "b", "c"), {0: 0, 1: 1, 2: 2, 255: VOID})
@@ -81,7 +82,7 @@ def split_first(root: Path, values: list[int]) -> None:
 def read_val(data: SegmentationData) -> list[int]:
     pair = data.val[0]
     assert (pair.root / pair.image).is_file()
-    return data.code.read(pair.root / pair.label, pair.label)[0].tolist()
+    return data.code.read(pair.root / pair.label, pair.label).classes[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_a_folder_without_names_has_the_classes_that_training_shows(tmp_path):
     assert len(open_segmentation(tmp_path, options=FolderOptions(classes=9)).code.classes) == 9
     (tmp_path / "labels/train/x.png").unlink()
     (tmp_path / "labels/train/y.png").unlink()
-    with pytest.raises(DataError, match=r"labels/train/x\.png.*classes\.txt"):
+    with pytest.raises(DataError, match=r"labels/train/x\.png: no such label file.*names of their pictures"):
         open_segmentation(tmp_path)
 
 
@@ -228,7 +229,7 @@ def test_unknown_layout_and_folder(tmp_path):
 
 
 def test_an_image_without_a_label_is_listed(tmp_path):
-    folder(tmp_path, [0])
+    folder(tmp_path, [0, 1])
     (tmp_path / "labels/val/x.png").unlink()
     data = open_segmentation(tmp_path)
     with pytest.raises(DataError, match=r"labels/val/x\.png: no such label file"):
@@ -245,13 +246,13 @@ def test_labels_out_of_range_are_named(tmp_path):
 
 
 def test_label_files_that_are_none_are_named(tmp_path):
-    write(tmp_path / "rgb.png", np.zeros((2, 2, 3)))
+    write(tmp_path / "rgb.png", np.full((2, 2, 3), (0, 1, 2)))
     write(tmp_path / "lossy.jpg", np.zeros((2, 2)))
     write(tmp_path / "short.png", np.random.default_rng(0).integers(0, 3, (64, 64)))
     content = (tmp_path / "short.png").read_bytes()
     (tmp_path / "short.png").write_bytes(content[: len(content) // 2])
     for name, message in (
-        ("rgb.png", "one number per pixel.*RGB, with 3 channels"),
+        ("rgb.png", r"one number per pixel.*colours, such as \(0, 1, 2\)"),
         ("lossy.jpg", "lossless image such as png"),
         ("short.png", "cannot be read as labels"),
     ):
@@ -266,7 +267,7 @@ def test_labels_of_16_4_2_and_1_bits_keep_their_numbers(tmp_path):
     for bits, stored in expected.items():
         path = tmp_path / f"{bits}.png"
         path.write_bytes(grey_png(stored, bits))
-        assert code.read(path, path.name).tolist() == stored.tolist()
+        assert code.read(path, path.name).classes.tolist() == stored.tolist()
 
 
 def grey_png(values: np.ndarray, bits: int) -> bytes:

@@ -11,9 +11,10 @@ from featsharp.errors import ConfigError, DataError
 from featsharp.visualization.figures.cka import Matrix, draw_cka, read_cka
 from featsharp.visualization.figures.cost import draw_cost, read_cost
 from featsharp.visualization.figures.miou import draw_miou, read_miou
+from featsharp.visualization.figures.pareto import Point, draw_pareto, read_points
 from featsharp.visualization.figures.pr import draw_pr, read_pr
 from featsharp.visualization.figures.throughput import draw_throughput, read_throughput
-from featsharp.visualization.results import axis_name, entries, number, read_result
+from featsharp.visualization.results import Number, axis_name, entries, number, read_result
 from featsharp.visualization.style import (
     COLOURS,
     amount_axis,
@@ -317,6 +318,36 @@ def test_small_costs_are_in_millions(tmp_path):
     quality = read_result(result_file(tmp_path, "q.json", "zoom", encoders={"a": encoder("tile", 2, {"x": 0.5})}))
     trades, title = read_cost([content], [quality], "x")
     assert (trades[0].cost, title) == (36, "cost (MFLOP per image)")
+
+
+def test_the_front_of_each_measure_is_drawn(tmp_path):
+    def result(passes, zoom, pck):
+        numbers = {"zoom": zoom, "PCK@0.1": pck}
+        intervals = {name: {"value": x, "low": x - 0.1, "high": x + 0.2} for name, x in numbers.items() if x}
+        return {"passes": passes, "seconds": passes / 10, **intervals}
+
+    some = {"b": result(5.0, 0.6, 0.2), "a": result(1.0, 0.5, 0.4)}
+    more = {"c": result(8.0, 0.8, None)}
+    files = [
+        result_file(tmp_path, f"{number}.json", "pareto", encoders={k: encoder("x", 2, v) for k, v in one.items()})
+        for number, one in enumerate((some, more))
+    ]
+    contents = [read_result(file, "pareto") for file in files]
+    points = read_points(contents, "passes")
+    assert [(point.label, point.cost) for point in points] == [("a", 1.0), ("b", 5.0), ("c", 8.0)]
+    assert [point.cost for point in read_points(contents, "seconds")] == pytest.approx([0.1, 0.5, 0.8])
+    zoom, pck = draw_pareto(points, "passes").axes
+    assert zoom.get_title() == "zoom"
+    assert pck.get_title() == "PCK@0.1 (%)"
+    assert np.allclose(zoom.lines[0].get_xydata(), [(1, 0.5), (5, 0.6), (8, 0.8)])
+    assert np.allclose(pck.lines[0].get_xydata(), [(1, 40)])  # the other has cost more and is worse
+    assert [len(axes.containers) for axes in (zoom, pck)] == [3, 2]
+    five = Point("d", 1.0, dict.fromkeys(("fidelity", "zoom", "PCK@0.1", "room@10", "boundary F"), Number(1, 1, 1)))
+    assert sum(axes.axison for axes in draw_pareto([five], "passes").axes) == 5  # of eight panels
+    del some["a"]["passes"]
+    bare = result_file(tmp_path, "bare.json", "pareto", encoders={"a": encoder("x", 2, some["a"])})
+    with pytest.raises(DataError, match=r"bare\.json: 'a' has no passes"):
+        read_points([read_result(bare)], "passes")
 
 
 @pytest.mark.parametrize("place", ["result", "settings"])

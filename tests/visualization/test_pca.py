@@ -35,9 +35,16 @@ def test_fitting_twice_gives_the_same_colours():
     assert torch.equal(FeaturePCA(features)(features), FeaturePCA(features.clone())(features))
 
 
-def test_constant_maps_are_drawn_without_dividing_by_zero():
-    features = torch.ones(1, 4, 3, 3)
-    assert FeaturePCA(features)(features).isfinite().all()
+@pytest.mark.parametrize("channels", [8, 384, 1024])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("components", [0, 1, 2, 3])
+def test_rounding_is_not_drawn_as_colour(components, scale, channels):
+    features = scale * torch.randn(1, channels, 1, 1).repeat(1, 1, 12, 9)
+    for _ in range(components):
+        features += scale * torch.randn(1, channels, 1, 1) * torch.rand(1, 1, 12, 9)
+    drawn = FeaturePCA(features)(features)
+    assert (drawn.std((0, 2, 3)) > 0.1).tolist() == [number < components for number in range(3)]
+    assert (drawn[:, components:] == 0.5).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

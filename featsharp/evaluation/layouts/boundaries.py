@@ -6,6 +6,7 @@ ROOT/images/NAME.jpg            ROOT/groundTruth/NAME.mat             one split 
 ... the same with boundaries/NAME.png, NAME_1.png, ... for groundTruth: masks of lines, one per annotator
 """
 
+import io
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +16,17 @@ from PIL import Image
 
 from featsharp.data.images import is_image_name
 from featsharp.errors import DataError
+from featsharp.evaluation.layouts.frames import Frame, read_orientation
 from featsharp.evaluation.layouts.mat import read_mat
+from featsharp.files import is_hidden, list_files
 
 LAYOUT = (
     "expected images/SPLIT/*.jpg with groundTruth/SPLIT/*.mat (BSDS500), SPLIT/images with SPLIT/groundTruth, or "
     "images with groundTruth; or masks in boundaries/NAME*.png in place of groundTruth"
 )
 SEPARATORS = "_-."
+# Share of a mask that lines may cover: more is an inverted mask.
+_MOST_DRAWN = 0.5
 
 
 class Picture(NamedTuple):
@@ -38,7 +43,7 @@ def find_pictures(root: Path, split: str | None) -> list[Picture]:
         DataError: When the folder has none of the layouts, or the split is missing, empty or not the only one.
     """
     if split is None and not (root / "images").is_dir():
-        splits = sorted(path.parent.name for path in root.glob("*/images"))
+        splits = [name for name in _list_folders(root) if (root / name / "images").is_dir()]
         if len(splits) > 1:
             raise DataError(f"{root} has several splits; choose --split {' or '.join(splits)}")
         split = splits[0] if splits else None
@@ -47,39 +52,36 @@ def find_pictures(root: Path, split: str | None) -> list[Picture]:
             break
     else:
         raise DataError(f"{root} holds no boundaries of split {split!r}; {LAYOUT}, and --split for the data set's own")
-    paths = sorted(path for path in images.iterdir() if path.is_file() and is_image_name(path.name))
+    paths = [images / name for name in list_files(images, deep=False) if is_image_name(name)]
     if not paths:
-        inner = sorted(path.name for path in images.iterdir() if path.is_dir())
+        inner = _list_folders(images)
         hint = f"; choose --split {' or '.join(inner)}" if inner else ""
         raise DataError(f"{images} holds no image{hint}")
     files = _truths_by_stem(truths, {path.stem for path in paths})
     return [Picture(path, tuple(sorted(files[path.stem]))) for path in paths]
 
 
-def read_boundaries(picture: Picture, size: tuple[int, int]) -> list[np.ndarray]:
-    """Read the boundary map of each annotator, [H, W] bool.
-
-    Args:
-        picture: One of :func:`find_pictures`.
-        size: (H, W) of the picture.
+def read_boundaries(picture: Picture) -> tuple[list[np.ndarray], Frame]:
+    """Read the boundary map of each annotator, [H, W] bool, and the pixels of the picture that they lie on.
 
     Raises:
-        DataError: When there is none, a file cannot be read, a map has another size than the picture, or all are empty.
+        DataError: When there is none, a file cannot be read, maps differ in size, or all are empty.
     """
     if not picture.truths:
         raise DataError(f"{picture.image.name}: there is no file with its boundaries")
-    maps = []
+    maps: list[np.ndarray] = []
+    frames: list[Frame] = []
     for path in picture.truths:
-        for drawn in _read_mat(path) if path.suffix == ".mat" else [_read_mask(path)]:
-            if drawn.shape != size:
-                raise DataError(
-                    f"{path.name}: boundaries of {drawn.shape[0]}x{drawn.shape[1]} pixels for a picture of "
-                    f"{size[0]}x{size[1]}"
-                )
-            maps.append(drawn)
+        drawn, orientation = (_read_mat(path), 1) if path.suffix.lower() == ".mat" else _read_mask(path)
+        maps += drawn
+        frames += [Frame(path.name, (one.shape[0], one.shape[1]), orientation) for one in drawn]
+    first = frames[0]
+    for frame in frames:
+        if frame[1:] != first[1:]:
+            raise DataError(f"{frame.labels}: boundaries of another size or EXIF orientation than in {first.labels}")
     if not any(drawn.any() for drawn in maps):
-        raise DataError(f"{picture.truths[0].name}: nobody drew a boundary")
-    return maps
+        raise DataError(f"{first.labels}: nobody drew a boundary")
+    return maps, first
 
 
 def _folders(root: Path, split: str | None) -> list[tuple[Path, Path]]:
@@ -91,12 +93,17 @@ def _folders(root: Path, split: str | None) -> list[tuple[Path, Path]]:
     return published + [(root / split / "images", root / split / kind) for kind in kinds]
 
 
+def _list_folders(root: Path) -> list[str]:
+    """List the names of the folders in a folder that are not hidden."""
+    return sorted(path.name for path in root.glob("*") if path.is_dir() and not is_hidden(path.name))
+
+
 def _truths_by_stem(folder: Path, stems: set[str]) -> defaultdict[str, list[Path]]:
     files = defaultdict(list)
-    for path in folder.iterdir():
-        if path.suffix == ".mat" and path.stem in stems:
+    for path in (folder / name for name in list_files(folder, deep=False)):
+        if path.suffix.lower() == ".mat" and path.stem in stems:
             files[path.stem].append(path)
-        elif path.suffix == ".png":
+        elif path.suffix.lower() == ".png":
             files[_stem_of_mask(path.stem, stems)].append(path)
     return files
 
@@ -120,10 +127,17 @@ def _read_mat(path: Path) -> list[np.ndarray]:
     return [drawn != 0 for drawn in maps]
 
 
-def _read_mask(path: Path) -> np.ndarray:
-    """Read a mask, in which boundaries are not black."""
+def _read_mask(path: Path) -> tuple[list[np.ndarray], int]:
+    """Read a mask, in which boundaries are not black, and its EXIF orientation."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("L")) != 0
+        encoded = path.read_bytes()
+        with Image.open(io.BytesIO(encoded)) as image:
+            drawn = np.asarray(image.convert("L")) != 0
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path.name}: cannot be decoded as a mask ({error})") from error
+    if drawn.mean() > _MOST_DRAWN:
+        raise DataError(
+            f"{path.name}: {drawn.mean():.0%} of the pixels are not black, which is no mask of lines; draw boundaries "
+            "white on black"
+        )
+    return [drawn], read_orientation(encoded)

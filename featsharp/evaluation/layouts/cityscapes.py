@@ -12,13 +12,14 @@ from featsharp.evaluation.layouts.labels import (
     plain_code,
 )
 from featsharp.evaluation.layouts.layout import Layout, has_folders
+from featsharp.files import list_files
 
 # Ids in *_labelIds.png by class; the other ids up to 33 are void.
 _IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
 def _read_cityscapes(root: Path, options: FolderOptions) -> SegmentationContent:
-    if any((root / "gtFine").rglob("*_gtFine_labelIds.png")):
+    if any(name.endswith("_gtFine_labelIds.png") for name in list_files(root / "gtFine")):
         ending = "_gtFine_labelIds"
         codes = dict.fromkeys((*range(34), 255), VOID) | {number: c for c, number in enumerate(_IDS)}
         code = LabelCode(CITYSCAPES, codes)

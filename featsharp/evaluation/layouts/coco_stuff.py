@@ -12,6 +12,7 @@ from featsharp.evaluation.layouts.labels import (
     plain_code,
 )
 from featsharp.evaluation.layouts.layout import Layout, has_folders
+from featsharp.files import list_files
 
 # Numbers below 182 that COCO-Stuff left out: things that COCO has names for, but no annotations.
 _GAPS = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
@@ -23,7 +24,7 @@ _has_maps = has_folders("train2017", "val2017")
 
 def _read_coco_stuff(root: Path, options: FolderOptions) -> SegmentationContent:
     labels = next(name for name in _LABEL_FOLDERS if _has_maps(root / name))
-    if any((root / labels / "val2017").glob("*_labelTrainIds.png")):
+    if any(name.endswith("_labelTrainIds.png") for name in list_files(root / labels / "val2017")):
         code, ending = plain_code(COCO_STUFF, 255), "_labelTrainIds"
     else:
         numbers = [number for number in range(182) if number not in _GAPS]

@@ -1,18 +1,31 @@
 """Plain folders of images and labels, with the names of the classes in a file where there are names."""
 
-from collections.abc import Sequence
+import re
 from pathlib import Path
 
+import numpy as np
+
 from featsharp.errors import ConfigError, DataError
+from featsharp.evaluation.layouts.conventions import ClassTable, LabelSurvey, find_code
+from featsharp.evaluation.layouts.label_files import pack
 from featsharp.evaluation.layouts.labels import (
     FolderOptions,
+    LabelCode,
     LabelledImage,
     SegmentationContent,
     pair_by_stem,
-    plain_code,
-    read_values,
 )
 from featsharp.evaluation.layouts.layout import Layout, has_folders
+from featsharp.files import read_lines
+
+# Files with the names of classes: ours, and those of colour-coded data sets (CamVid, annotation programs).
+TABLES = ("classes.txt", "class_dict.csv", "label_colors.txt", "labelmap.txt")
+_COLOURED = re.compile(
+    r"(?:(?P<before>\S.*?)[\s,:]+)?(?P<red>\d{1,9})[\s,]+(?P<green>\d{1,9})[\s,]+(?P<blue>\d{1,9})"
+    r"(?:[\s,:]*|[\s,:]+(?P<after>[^\s,:].*))"
+)
+# Of a name and a colour: on long ones the expression would take long.
+_LONGEST_LINE = 300
 
 
 def is_folder(root: Path) -> bool:
@@ -31,47 +44,57 @@ def list_folder(root: Path) -> tuple[list[LabelledImage], list[LabelledImage]]:
 
 
 def read_class_names(root: Path) -> tuple[str, ...] | None:
-    """Read the lines of classes.txt; None without that file."""
-    path = root / "classes.txt"
-    if not path.is_file():
+    """Read the names of the classes of :func:`read_class_table`; None without such a file."""
+    table = read_class_table(root)
+    return None if table is None else table.names
+
+
+def read_class_table(root: Path) -> ClassTable | None:
+    """Read the first of :data:`TABLES` in a folder; None without one.
+
+    A line has the name of a class, or its name and its colour in either order, with spaces, tabs, commas or colons
+    between: ``road 128 64 128``, ``128 64 128<tab>Road``, ``road:128,64,128::``.
+    """
+    path = next((root / name for name in TABLES if (root / name).is_file()), None)
+    if path is None:
         return None
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    if not names or len(set(names)) < len(names):
+    lines = list(filter(None, read_lines(path)))
+    if lines[:1] == ["__ignore__"]:  # of labelme, which calls it class -1
+        lines = lines[1:]
+    if path.name != TABLES[0] and lines and not _match_colour(lines[0]):
+        lines = lines[1:]  # a heading
+    coloured = [match for line in lines if (match := _match_colour(line))]
+    names = tuple(match["after"] or match["before"] or "" for match in coloured) or tuple(lines)
+    if not all(names) or not names or len(set(names)) < len(names):
         raise DataError(f"{path}: expected one name per class and line, none of them twice")
-    return names
+    if not coloured:
+        return ClassTable(names)
+    colours = np.array([[int(number) for number in match.group("red", "green", "blue")] for match in coloured])
+    packed = tuple(pack(colours).tolist())
+    if len(coloured) < len(lines) or colours.max() > 255 or len(set(packed)) < len(packed):
+        raise DataError(f"{path}: expected for each class a line NAME R G B, with a colour of its own in 0..255")
+    return ClassTable(names, packed)
+
+
+def _match_colour(line: str) -> re.Match[str] | None:
+    return _COLOURED.fullmatch(line) if len(line) <= _LONGEST_LINE else None
 
 
 def _read_folder(root: Path, options: FolderOptions) -> SegmentationContent:
     train, val = list_folder(root)
-    listed = read_class_names(root)
-    if listed is not None and options.classes not in (None, len(listed)):
-        raise ConfigError(f"{root}/classes.txt has {len(listed)} classes, the setting {options.classes}; leave it out")
-    if listed is None:
-        listed = tuple(map(str, range(options.classes or _count_classes(train, options.ignore_index))))
-    return plain_code(listed, options.ignore_index), train, val
-
-
-def _count_classes(pairs: Sequence[LabelledImage], ignore_index: int) -> int:
-    """Compute the largest number in the labels, plus one; unreadable files are reported when they are needed."""
-    if not pairs:
-        return 0
-    largest = -1
-    for pair in pairs:
-        try:
-            values = read_values(pair.root / pair.label, pair.label)
-        except DataError:
-            continue
-        largest = max(largest, int(values[values != ignore_index].max(initial=-1)))
-    if largest < 0:
-        raise DataError(
-            f"no training label shows how many classes there are, the first is {pairs[0].label}; write their names "
-            "into classes.txt, one per line"
+    table = read_class_table(root)
+    if table is not None and options.classes not in (None, len(table.names)):
+        raise ConfigError(
+            f"{root}/classes.txt has {len(table.names)} classes, the setting {options.classes}; leave it out"
         )
-    return largest + 1
+    if not train or not val:  # which is reported for all layouts alike
+        return LabelCode((), {}), train, val
+    return find_code(LabelSurvey(root, train, val, table.colours if table else ()), table, options), train, val
 
 
 LAYOUT = Layout(
-    "images/{train,val} and labels/{train,val}, or {train,val}/{images,labels}, with classes.txt if you have names",
+    "images/{train,val} and labels/{train,val}, or {train,val}/{images,labels}, with classes.txt if you have names "
+    "(docs/usage.md: label maps)",
     is_folder,
     _read_folder,
 )

@@ -1,29 +1,31 @@
 """Images with label files: a class number per pixel, in a grey or palette image."""
 
-import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile
 
 from featsharp.data.images import is_image_name
 from featsharp.errors import DataError
+from featsharp.evaluation.layouts.frames import Frame
+from featsharp.evaluation.layouts.label_files import COLOUR, SUFFIXES, ranges, read_label_file, spell
+from featsharp.files import list_files
 
 # The class of pixels that are ignored in training and in scores.
 VOID = -1
-
-# Lossless formats: JPEG would mix the numbers of neighbouring classes.
-_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
-_FORMATS = ("PNG", "BMP", "GIF", "TIFF", "PPM")
-_INTEGER_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
-# Pillow spreads grey of 2 and 4 bits over 0..255.
-_SPREAD = {"L;2": 85, "L;4": 17}
-_LARGEST = 65535
 _UNKNOWN = -2
+# The largest class is int16.
+MAX_CLASSES = 2**15
+
+
+class LabelMap(NamedTuple):
+    """Classes of all pixels, [H, W] int16 with VOID, and the pixels of the picture that they lie on."""
+
+    classes: np.ndarray
+    frame: Frame
 
 
 class LabelledImage(NamedTuple):
@@ -36,46 +38,63 @@ class LabelledImage(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelCode:
-    """Meaning of the numbers in label files.
+    """Meaning of the values in label files.
 
     Attributes:
         classes: Names; class c is the c-th, from 0.
-        codes: Number in a file -> class, or VOID. Other numbers are errors.
+        codes: Number (or colour, see ``label_files``) in a file -> class, or VOID. Others are errors.
+        colours: See :func:`read_label_file`.
     """
 
     classes: tuple[str, ...]
     codes: Mapping[int, int]
+    colours: tuple[int, ...] = ()
 
-    def read(self, path: Path, name: str) -> np.ndarray:
-        """Read the classes of all pixels of a file, [H, W] int16 with VOID.
+    def read(self, path: Path, name: str) -> LabelMap:
+        """Read the classes of all pixels of a file.
 
         Args:
-            path: A lossless one-channel image.
+            path: A lossless image.
             name: Of the file in errors.
 
         Raises:
-            DataError: When it is missing or damaged, has several channels, or a number without a meaning.
+            DataError: When it cannot be read (:func:`read_label_file`), or has a value without a meaning.
         """
-        values = read_values(path, name)
-        classes = self._table[np.clip(values, 0, _LARGEST)]
-        unknown = (classes == _UNKNOWN) | (values < 0) | (values > _LARGEST)
-        if unknown.any():
-            raise DataError(f"{name}: label {values[unknown][0]} is out of range; allowed are {self.allowed}")
-        return classes
+        values, frame, _ = read_label_file(path, name, self.colours)
+        few = values.dtype == np.uint8
+        classes = self._classify(np.arange(256))[values] if few else self._classify(values)
+        if (classes == _UNKNOWN).any():
+            value = int(values[classes == _UNKNOWN][0])
+            if value >= COLOUR and not self.colours:
+                raise DataError(
+                    f"{name}: labels are one number per pixel in a grey or palette image; this one has colours, such "
+                    f"as {spell(value)}"
+                )
+            raise DataError(f"{name}: label {spell(value)} is out of range; allowed are {self.allowed}")
+        return LabelMap(classes, frame)
 
     @property
     def allowed(self) -> str:
-        """Numbers with a meaning, as text."""
-        void = ranges(number for number, meaning in self.codes.items() if meaning == VOID)
-        return ranges(number for number, meaning in self.codes.items() if meaning != VOID) + (
-            f", and {void} for void" if void else ""
+        """Numbers and colours with a meaning, as text."""
+        void, meant = (
+            [value for value, meaning in self.codes.items() if (meaning == VOID) == is_void]
+            for is_void in (True, False)
         )
+        return _list_values(meant) + (f", and {_list_values(void)} for void" if void else "")
+
+    def _classify(self, values: np.ndarray) -> np.ndarray:
+        """Map values to classes, VOID or _UNKNOWN, int16."""
+        places = np.searchsorted(self._values[:-1], values)
+        return np.where(self._values[places] == values, self._meanings[places], np.int16(_UNKNOWN))
 
     @cached_property
-    def _table(self) -> np.ndarray:
-        table = np.full(_LARGEST + 1, _UNKNOWN, np.int16)
-        table[list(self.codes)] = list(self.codes.values())
-        return table
+    def _values(self) -> np.ndarray:
+        """All values with a meaning, sorted; then an impossible one, for numbers beyond the last."""
+        return np.array([*sorted(self.codes), 2 * COLOUR], np.int64)
+
+    @cached_property
+    def _meanings(self) -> np.ndarray:
+        return np.array([self.codes[value] for value in sorted(self.codes)] + [VOID], np.int16)
 
 
 # Result of a layout's reader: the meaning of labels, training pairs, validation pairs.
@@ -86,32 +105,11 @@ class FolderOptions(NamedTuple):
     """Options of the layout "folder" alone.
 
     ``classes``: their number, where there is no classes.txt; None: as many as the training labels show.
-    ``ignore_index``: the label of void pixels.
+    ``ignore_index``: the number of void pixels; None: 255, where that leaves classes to tell apart.
     """
 
     classes: int | None = None
-    ignore_index: int = 255
-
-
-def read_values(path: Path, name: str) -> np.ndarray:
-    """Read the numbers in a label file, integers [H, W]; errors as of :meth:`LabelCode.read`."""
-    try:
-        with Image.open(io.BytesIO(path.read_bytes()), formats=_FORMATS) as image:
-            step = _SPREAD.get(_raw_mode(image), 1)
-            image.load()
-    except FileNotFoundError as error:
-        raise DataError(f"{name}: no such label file") from error
-    except Exception as error:  # decoders raise any kind of exception for damaged files
-        raise DataError(
-            f"{name}: cannot be read as labels, which are a lossless image such as png "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    if image.mode not in _INTEGER_MODES:
-        raise DataError(
-            f"{name}: labels are one number per pixel in a grey or palette image; this one is {image.mode}, with "
-            f"{len(image.getbands())} channels"
-        )
-    return np.asarray(image).astype(np.int32) // step
+    ignore_index: int | None = None
 
 
 def plain_code(classes: tuple[str, ...], void: int) -> LabelCode:
@@ -119,15 +117,10 @@ def plain_code(classes: tuple[str, ...], void: int) -> LabelCode:
     return LabelCode(classes, {number: number for number in range(len(classes))} | {void: VOID})
 
 
-def check_sizes(pair: LabelledImage, picture_size: tuple[int, int], label_size: tuple[int, int]) -> None:
-    """Raise DataError unless an image and its label file have as many pixels, sizes (h, w)."""
-    if picture_size != label_size:
-        (height, width), (h, w) = picture_size, label_size
-        raise DataError(f"{pair.label}: the labels are {h}x{w} pixels, the image {pair.image} is {height}x{width}")
-
-
 def pair_by_stem(root: Path, images: str, labels: str, endings: tuple[str, str] = ("", "")) -> list[LabelledImage]:
     """List all images of a folder at any depth, by name, each with the label file of the same name in another folder.
+
+    Both folders are listed by :func:`featsharp.files.list_files`.
 
     Args:
         root: Of the data set.
@@ -141,44 +134,29 @@ def pair_by_stem(root: Path, images: str, labels: str, endings: tuple[str, str] 
     Raises:
         DataError: When two files are labels of one image.
     """
-    image_folder, label_folder = root / images, root / labels
-    of_stem: dict[str, Path] = {}
-    for path in sorted(label_folder.rglob("*.*")):
-        stem = _stem(path.relative_to(label_folder), endings[1])
-        if stem is None or path.suffix.lower() not in _SUFFIXES:
+    of_stem: dict[str, str] = {}
+    for name in list_files(root / labels):
+        stem = _stem(name, endings[1])
+        if stem is None or PurePosixPath(name).suffix.lower() not in SUFFIXES:
             continue
         if stem in of_stem:
-            raise DataError(f"{label_folder}: {of_stem[stem].name} and {path.name} are labels of one image; keep one")
-        of_stem[stem] = path
+            raise DataError(f"{root / labels}: {of_stem[stem]} and {name} are labels of one image; keep one")
+        of_stem[stem] = name
     pairs = []
-    for path in sorted(image_folder.rglob("*.*")):
-        inside = path.relative_to(image_folder)
-        stem = _stem(inside, endings[0])
-        if stem is None or not is_image_name(inside.as_posix()):
-            continue
-        label = of_stem.get(stem, label_folder / f"{stem}{endings[1]}.png")
-        pairs.append(LabelledImage(root, path.relative_to(root).as_posix(), label.relative_to(root).as_posix()))
+    for name in list_files(root / images):
+        stem = _stem(name, endings[0])
+        if stem is not None and is_image_name(name):
+            label = of_stem.get(stem, f"{stem}{endings[1]}.png")
+            pairs.append(LabelledImage(root, f"{images}/{name}", f"{labels}/{label}"))
     return pairs
 
 
-def ranges(numbers: Iterable[int]) -> str:
-    """Format 0, 1, 2, 3, 7 as ``0..3, 7``."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}..{last}" for first, last in runs)
-
-
-def _stem(path: Path, ending: str) -> str | None:
+def _stem(name: str, ending: str) -> str | None:
     """Strip suffix and ending; None without the ending."""
-    stem = path.with_suffix("").as_posix()
+    stem = PurePosixPath(name).with_suffix("").as_posix()
     return stem.removesuffix(ending) if stem.endswith(ending) else None
 
 
-def _raw_mode(image: ImageFile.ImageFile) -> str:
-    """Return the packing of the pixels in the file of an image that is not loaded yet."""
-    arguments = image.tile[0][3] if image.tile else ""
-    return arguments if isinstance(arguments, str) else ""
+def _list_values(values: list[int]) -> str:
+    colours = ", ".join(spell(value) for value in sorted(values) if value >= COLOUR)
+    return ", ".join(filter(None, (ranges(value for value in values if value < COLOUR), colours)))

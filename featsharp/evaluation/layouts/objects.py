@@ -9,8 +9,10 @@ import numpy as np
 
 from featsharp.errors import DataError
 from featsharp.evaluation.keys import file_key
+from featsharp.evaluation.layouts.frames import Frame
 from featsharp.evaluation.layouts.layout import Layout
 from featsharp.evaluation.layouts.outlines import Labels, ObjectMask, draw
+from featsharp.files import list_files, path_in_list, read_lines
 
 # Rounding error of fractions in YOLO files.
 SLACK = 1e-3
@@ -41,15 +43,14 @@ class YoloLabels:
     def knows(self, name: str) -> bool:
         return self._path(name).is_file()
 
+    def frame(self, name: str) -> Frame:
+        return Frame(self._path(name).name)
+
     def read(self, name: str, size: tuple[int, int]) -> list[ObjectMask]:
         path = self._path(name)
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path.name} cannot be read as text ({error})") from error
         objects = []
-        for number, line in enumerate(lines, 1):
-            if line.strip():
+        for number, line in enumerate(read_lines(path), 1):
+            if line:
                 category, outline = _parse_line(line, f"{path.name}, line {number}")
                 mask = draw([outline * (size[1], size[0])], size)
                 objects.append(ObjectMask(category, mask, float(mask.sum())))
@@ -69,18 +70,23 @@ class CocoLabels:
         self.path = path
         try:
             content = json.loads(path.read_bytes())
-            stems = {image["id"]: PurePosixPath(image["file_name"]).stem for image in content["images"]}
+            stems = {image["id"]: path_in_list(image["file_name"]).stem for image in content["images"]}
+            self._sizes = {stems[image["id"]]: (image.get("height"), image.get("width")) for image in content["images"]}
             self._annotations: dict[str, list[Any]] = defaultdict(list)
             for annotation in content["annotations"]:
                 if not annotation.get("iscrowd"):
                     self._annotations[stems[annotation["image_id"]]].append(annotation)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path.name} is not a COCO file of instances ({type(error).__name__}: {error})") from error
 
     def knows(self, name: str) -> bool:
         return PurePosixPath(name).stem in self._annotations
+
+    def frame(self, name: str) -> Frame:
+        size = self._sizes[PurePosixPath(name).stem]
+        return Frame(f"{self.path.name}, image {name}", size if all(isinstance(n, int) for n in size) else None)
 
     def read(self, name: str, size: tuple[int, int]) -> list[ObjectMask]:
         objects = []
@@ -127,8 +133,16 @@ def _box(x: float, y: float, w: float, h: float) -> np.ndarray:
     return np.array([(x, y), (x + w, y), (x + w, y + h), (x, y + h)])
 
 
+def _is_yolo(path: Path) -> bool:
+    return path.is_dir() and any(name.endswith(".txt") for name in list_files(path, deep=False))
+
+
+def _is_coco(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() == ".json"
+
+
 # By name; the first that fits is taken. ``read`` takes the file or folder and returns Labels.
 LAYOUTS: dict[str, Layout] = {
-    "yolo": Layout("a folder of YOLO's NAME.txt", lambda path: path.is_dir() and any(path.glob("*.txt")), YoloLabels),
-    "coco": Layout("COCO's instances_*.json", lambda path: path.is_file() and path.suffix == ".json", CocoLabels),
+    "yolo": Layout("a folder of YOLO's NAME.txt", _is_yolo, YoloLabels),
+    "coco": Layout("COCO's instances_*.json", _is_coco, CocoLabels),
 }

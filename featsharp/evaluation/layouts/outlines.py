@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from featsharp.evaluation.layouts.frames import Frame
+
 
 class ObjectMask(NamedTuple):
     """One object."""
@@ -21,6 +23,9 @@ class Labels(Protocol):
 
     def knows(self, name: str) -> bool:
         """Return whether there is an entry for an image."""
+
+    def frame(self, name: str) -> Frame:
+        """Return the pixels of an image that its objects lie on."""
 
     def read(self, name: str, size: tuple[int, int]) -> list[ObjectMask]:
         """Read the objects of an image of ``size`` (H, W) that cover a pixel; DataError where that fails."""

@@ -23,17 +23,18 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import permutations
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 import numpy as np
 
-from featsharp.data.images import IMAGE_EXTENSIONS
+from featsharp.data.images import is_image_name
 from featsharp.errors import DataError
 from featsharp.evaluation.layouts.class_names import VOC
 from featsharp.evaluation.layouts.keypoints import Entry, Pair, PairOptions, larger_side, make_pair, parse_numbers
 from featsharp.evaluation.layouts.layout import Layout, choose_layout, has_folders
 from featsharp.evaluation.layouts.mat import read_mat
+from featsharp.files import list_files, path_in_list, read_lines
 
 # By the text in PF-PASCAL's lists: numbers, or the names themselves. VOC begins with the background.
 _CATEGORIES = {str(number): name for number, name in enumerate(VOC) if number} | {name: name for name in VOC[1:]}
@@ -71,11 +72,11 @@ def _list_spair(root: Path, options: PairOptions) -> Iterator[Entry]:
     folder = root / "PairAnnotation" / options.split
     listed = options.pair_list or root / "Layout" / "large" / f"{options.split}.txt"
     if listed.is_file():
-        names = [line.strip() for line in listed.read_text(errors="replace").splitlines() if line.strip()]
+        names = list(filter(None, read_lines(listed)))
     elif options.pair_list is not None:
         raise DataError(f"{options.pair_list}: no such file")
     elif folder.is_dir():
-        names = sorted(path.stem for path in folder.glob("*.json"))
+        names = [Path(name).stem for name in list_files(folder, deep=False) if name.endswith(".json")]
     else:
         raise DataError(f"{root}: layout spair has its pairs in PairAnnotation/{options.split}, which is missing")
     for name in names:
@@ -92,7 +93,7 @@ def _read_spair(root: Path, path: Path) -> Pair:
         box = larger_side(content["trg_bndbox"], path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is no annotation of SPair-71k: {type(error).__name__} {error}") from None
@@ -118,13 +119,13 @@ def _list_pascal(root: Path, options: PairOptions) -> Iterator[Entry]:
             wrong = DataError(f"{location}: expected the columns source_image, target_image and class (1..20)")
             yield _refused(number, wrong)
             continue
-        name = f"{number}-{Path(source).stem}-{Path(target).stem}:{category}"
+        name = f"{number}-{path_in_list(source).stem}-{path_in_list(target).stem}:{category}"
         yield Entry(name, category, partial(_read_pascal, root, location, row, (source, target), category))
 
 
 def _read_pascal(root: Path, location: str, row: dict[str, str], names: tuple[str, str], category: str) -> Pair:
     folder = root / "JPEGImages"
-    images = folder / Path(names[0]).name, folder / Path(names[1]).name
+    images = folder / path_in_list(names[0]).name, folder / path_in_list(names[1]).name
     annotations = [root / "Annotations" / category / f"{image.stem}.mat" for image in images]
     if row.get("flip", "0") not in ("", "0"):
         raise DataError(f"{location}: mirrored pairs are for training and not read here")
@@ -147,15 +148,16 @@ def _list_willow(root: Path, options: PairOptions) -> Iterator[Entry]:
                 yield _refused(number, fields)
                 continue
             source, target, *numbers = fields
-            group = Path(source).parent.name
-            name = f"{number}-{Path(source).stem}-{Path(target).stem}:{group}"
+            group = path_in_list(source).parent.name
+            name = f"{number}-{path_in_list(source).stem}-{path_in_list(target).stem}:{group}"
             images = _in_group(root, source), _in_group(root, target)
             read = partial(_read_willow_row, f"{path} line {number}", images, numbers, group)
             yield Entry(name, group, read)
         return
-    for folder in _groups(root):
-        label = folder.relative_to(root).as_posix()
-        stems = sorted({path.stem for path in folder.iterdir() if path.suffix == ".mat" or _is_image(path)})
+    for label in _groups(root):
+        folder = root / label
+        names = (Path(name) for name in list_files(folder, deep=False))
+        stems = sorted({path.stem for path in names if path.suffix == ".mat" or is_image_name(path.name)})
         for source, target in permutations(stems, 2):
             read = partial(_read_willow, folder, (source, target), label)
             yield Entry(f"{source}-{target}:{label}", label, read)
@@ -172,29 +174,31 @@ def _read_willow_row(location: str, images: tuple[Path, Path], numbers: Sequence
 def _read_willow(folder: Path, stems: tuple[str, str], group: str) -> Pair:
     images, points = [], []
     for stem in stems:
-        image = next((path for path in sorted(folder.glob("*")) if path.stem == stem and _is_image(path)), None)
+        names = (name for name in list_files(folder, deep=False) if Path(name).stem == stem and is_image_name(name))
+        image = next(names, None)
         if image is None:
             raise DataError(f"{folder / stem}.mat: its image is missing")
         path = folder / f"{stem}.mat"
-        images.append(image)
+        images.append(folder / image)
         points.append(parse_numbers(_variable(path, "pts_coord"), path).T - 0.5)
     return make_pair(folder / f"{stems[0]}.mat", (images[0], images[1]), (points[0], points[1]), group)
 
 
-def _groups(root: Path) -> Iterator[Path]:
-    """Iterate over folders below ``root`` with images and .mat files of their names."""
-    for folder in sorted({path.parent for path in root.rglob("*.mat")} - {root}):
-        images = {path.stem for path in folder.iterdir() if _is_image(path)}
-        if images & {path.stem for path in folder.glob("*.mat")}:
-            yield folder
+def _groups(root: Path) -> list[str]:
+    """List the folders below ``root``, relative to it, with images and .mat files of their names."""
+    files = [PurePosixPath(name) for name in list_files(root)]
+    annotations = {path.with_suffix("") for path in files if path.suffix == ".mat"}
+    images = {path.with_suffix("") for path in files if is_image_name(path.name)}
+    return sorted({path.parent.as_posix() for path in annotations & images} - {"."})
+
+
+def _is_willow(root: Path) -> bool:
+    return bool(_groups(root))
 
 
 def _in_group(root: Path, name: str) -> Path:
-    return root / Path(name).parent.name / Path(name).name
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_EXTENSIONS
+    path = path_in_list(name)
+    return root / path.parent.name / path.name
 
 
 def _find_list(root: Path, names: Sequence[str]) -> Path | None:
@@ -248,5 +252,5 @@ LAYOUTS: dict[str, Layout] = {
         "PairAnnotation/{trn,val,test}/*.json and JPEGImages/CATEGORY", has_folders("PairAnnotation"), _list_spair
     ),
     "pf-pascal": Layout("JPEGImages and a list of pairs, test_pairs.csv", has_folders("JPEGImages"), _list_pascal),
-    "pf-willow": Layout("folders of images with .mat files beside them", lambda root: any(_groups(root)), _list_willow),
+    "pf-willow": Layout("folders of images with .mat files beside them", _is_willow, _list_willow),
 }

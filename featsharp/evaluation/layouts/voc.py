@@ -13,6 +13,7 @@ from featsharp.evaluation.layouts.labels import (
     plain_code,
 )
 from featsharp.evaluation.layouts.layout import Layout, has_folders
+from featsharp.files import read_lines
 
 
 def _read_voc(root: Path, options: FolderOptions) -> SegmentationContent:
@@ -38,7 +39,7 @@ def _voc_pairs(root: Path, lists: str, labels: str) -> tuple[list[LabelledImage]
             raise DataError(
                 f"{path}: no such file; it lists the images of the split {split!r}, a name without .jpg per line"
             )
-        stems = path.read_text(encoding="utf-8").split()
+        stems = filter(None, read_lines(path))
         splits.append([LabelledImage(root, f"JPEGImages/{stem}.jpg", f"{labels}/{stem}.png") for stem in stems])
     return splits[0], splits[1]
 

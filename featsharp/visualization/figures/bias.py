@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featsharp.errors import ConfigError, InputError
-from featsharp.names import split_label
+from featsharp.names import readable, split_label
 from featsharp.visualization.encoders import add_loading
 from featsharp.visualization.grid import show_picture
 from featsharp.visualization.style import FAINT, INK, SMALL, TITLE, new_figure, wrap
@@ -53,7 +53,7 @@ def make_figure(arguments: argparse.Namespace) -> "Figure":
         measured[name] = _measured_pattern(name, features)
         pattern, strength = learned_pattern(encoder, features)
         strengths = {"strength": strength, **measured[name].strengths}
-        learned.append(Pattern(label or f"{name}, {Path(path).stem}", pattern, strengths))
+        learned.append(Pattern(label or f"{name}, {readable(Path(path).stem)}", pattern, strengths))
     for name in arguments.backbone or []:
         if name not in measured:
             features = _random_features(create_backbone(name).to(device), arguments.images, device)

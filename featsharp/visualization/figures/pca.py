@@ -15,9 +15,9 @@ from featsharp.visualization.grid import Row, picture_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from PIL.Image import Image
     from torch import Tensor
 
+    from featsharp.data.images import Picture
     from featsharp.model import SharpEncoder
 
 
@@ -27,12 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_figure(arguments: argparse.Namespace) -> "Figure":
-    from featsharp.data.images import decode_image
-
     by_backbone = load_encoders(arguments)
     return draw_pca(
         [
-            pca_row(decode_image(path), encoders, real=arguments.real, label=name if len(by_backbone) > 1 else "")
+            pca_row(path, encoders, real=arguments.real, label=name if len(by_backbone) > 1 else "")
             for path in arguments.images
             for name, encoders in by_backbone.items()
         ]
@@ -58,10 +56,13 @@ class PCARow:
     absent: Mapping[str, str] | None = None
 
 
-def pca_row(image: "Image", encoders: "Mapping[str, SharpEncoder]", *, real: bool = True, label: str = "") -> PCARow:
-    """Encode one image by all encoders of one backbone."""
-    from featsharp.data.images import image_to_tensor
+def pca_row(
+    picture: "Picture", encoders: "Mapping[str, SharpEncoder]", *, real: bool = True, label: str = ""
+) -> PCARow:
+    """Encode one picture by all encoders of one backbone."""
+    from featsharp.data.images import decode_image, image_to_tensor
 
+    image = decode_image(picture)
     backbone = next(iter(encoders.values())).backbone
     maps = feature_maps(image, encoders, real=real)
     caption = real_caption(max(encoder.factor for encoder in encoders.values()))
