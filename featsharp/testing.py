@@ -15,11 +15,12 @@ the suite on a GPU.
 import io
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from featsharp.errors import ConfigError, InputError
 from featsharp.ops.backends import list_backends, use_backend
@@ -68,10 +69,14 @@ def patch_statistics(images: Tensor, *, patch_stride: int | None = None) -> tupl
     Returns:
         Features [B, 16, h, w] (more tokens at a smaller stride), and their mean [B, 16].
     """
-    generator = torch.Generator().manual_seed(3)
-    directions = torch.randn(CHANNELS, 3, PATCH, PATCH, generator=generator, device="cpu")
-    features = F.conv2d(images, directions.to(images), stride=patch_stride or PATCH)
+    features = F.conv2d(images, _directions().to(images), stride=patch_stride or PATCH)
     return features, features.mean((2, 3))
+
+
+@cache
+def _directions() -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(CHANNELS, 3, PATCH, PATCH, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _check(function: Callable[[Build, str], None]) -> Callable[[Build, str], None]:
@@ -332,6 +337,68 @@ def _no_device_assumed(build: Build, device: str) -> None:
         with torch.device("meta"):  # tensors created without a device then have no values
             out = upsampler(image, patch_statistics, _pixels(3, 2)).high_res
     assert torch.equal(out, expected), "depends on the default device"
+
+
+@_check
+def _no_default_type_assumed(build: Build, device: str) -> None:
+    """Types follow the weights and the inputs, whatever ``torch.set_default_dtype`` says."""
+    upsampler = _build(build, device)
+    image = _photo(1, (24, 20), device)
+    before = torch.get_default_dtype()
+    with torch.no_grad():
+        expected = upsampler(image, patch_statistics, _pixels(3, 2)).high_res
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            try:
+                out = upsampler(image, patch_statistics, _pixels(3, 2)).high_res
+            finally:
+                torch.set_default_dtype(before)
+            _same("dtype", out.dtype, expected.dtype)
+            assert torch.equal(out, expected), f"depends on the default type, {dtype}"
+
+
+@_check
+def _export(build: Build, device: str) -> None:
+    """A program of ``torch.export`` takes other batches than the one that it was made with."""
+    whole = _Whole(_perturbed(_build(build, device))).eval()
+    image = _photo(3, (24, 40), device)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        patch_statistics(image)  # draws the directions, which a program cannot
+        shapes = ({0: batch},)
+        program = torch.export.export(whole, (image[:2],), dynamic_shapes=shapes, strict=False).module()
+        for count in (1, 3):
+            _close(f"{count} images", program(image[:count]), whole(image[:count]), tolerance=1e-4)
+
+
+@_check
+def _without_values(build: Build, device: str) -> None:
+    """On the device meta there are shapes; memory that was filled there holds nothing that weights do not replace."""
+    upsampler = _perturbed(_build(build, device))
+    state = upsampler.state_dict()
+    image = _photo(2, (24, 40), device)
+    with torch.no_grad():
+        expected = upsampler(image, patch_statistics, _pixels(3, 5)).high_res
+        empty = _build(build, device).to("meta")
+        shape = empty(image.to("meta"), patch_statistics, _pixels(3, 5)).high_res.shape
+        _same("shape on meta", shape, expected.shape)
+        empty.to_empty(device=device)
+        for tensor in (*empty.parameters(), *empty.buffers()):
+            tensor.fill_(math.nan if tensor.is_floating_point() else 0)
+        empty.load_state_dict(state)
+        out = empty(image, patch_statistics, _pixels(3, 5)).high_res
+    assert torch.equal(out, expected), "something besides the weights was lost on the device meta"
+
+
+class _Whole(nn.Module):
+    """An upsampler with its ``encode``, from an image [B, 3, h, w] to the result."""
+
+    def __init__(self, upsampler: Upsampler) -> None:
+        super().__init__()
+        self.upsampler = upsampler
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.upsampler(image, patch_statistics, _pixels(3, 5)).high_res
 
 
 @_check

@@ -6,7 +6,6 @@ are on the level of training/.
 
 import hashlib
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,9 +13,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from featsharp.data.entries import parse_data_dir
+from featsharp.data.images import image_to_tensor
 from featsharp.data.streams import ShardStream, first_images
-from featsharp.data.views import Views, base_view, cut_canvas
-from featsharp.evaluation.fidelity import EVAL_VIEWS, FidelityMeter, default_eval_size
+from featsharp.evaluation.features import centre_crop
+from featsharp.evaluation.fidelity import SEED, VIEWS, FidelityMeter, default_eval_size
 from featsharp.evaluation.images import ImageSet
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
@@ -47,7 +47,7 @@ class ValidationSamples:
         count: Number of images.
 
     Attributes:
-        tag: Hash of the images.
+        tag: Hash of the images and of the choice of views.
     """
 
     def __init__(self, data_dir: object, count: int) -> None:
@@ -56,7 +56,7 @@ class ValidationSamples:
             self.images = [image for _, image in first_images(ShardStream(path), count)]
         else:
             self.images = [image for _, image in ImageSet(path, limit=count)]
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(f"{VIEWS} views, seed {SEED}".encode())
         for image in self.images:
             digest.update(f"{image.size}".encode() + image.tobytes())
         self.tag = digest.hexdigest()[:16]
@@ -69,7 +69,7 @@ class ValidationSamples:
         darkest and brightest values are scalars.
         """
         learned = {} if objective.downsampler is None else {"own": objective.downsampler}
-        meter = FidelityMeter(encoder, downsamplers=learned, views=replace(EVAL_VIEWS, num_views=4))
+        meter = FidelityMeter(encoder, downsamplers=learned)
         pictures: dict[str, Tensor] = {}
         uncertain: list[tuple[Tensor, Tensor]] = []
         for number, image in enumerate(self.images):
@@ -95,10 +95,10 @@ class ValidationSamples:
 @torch.no_grad()
 def encode_sample(encoder: SharpEncoder, image: Image) -> Sample:
     """Encode a picture, cropped to the size that fidelity is measured at."""
-    canvas, mask = cut_canvas(image, default_eval_size(encoder))
-    base = base_view(Views(canvas[None], mask[None], torch.empty(0)))[0].to(encoder.device)
-    out = encoder(encoder.input_conditioner(base), low_res_size=encoder.backbone.input_size)
-    return Sample(base[0].cpu(), out.low_res, out.high_res)
+    crop = image_to_tensor(centre_crop(image, default_eval_size(encoder)))
+    whitened = encoder.input_conditioner(crop[None].to(encoder.device))
+    out = encoder(whitened, low_res_size=encoder.backbone.input_size)
+    return Sample(crop, out.low_res, out.high_res)
 
 
 def feature_panel(sample: Sample) -> Tensor:

@@ -1,11 +1,13 @@
 """What all tests share: options, fixed seeds and visible skips."""
 
+import gc
 import logging
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
+import later_versions
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ import torch
 # The Hugging Face libraries read these when they are imported: no test asks a network or finds what the user fetched.
 _HUB = tempfile.TemporaryDirectory(prefix="featsharp-hub-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": _HUB.name}
+# Without this, torch.compile starts processes that import torch, several in each process of the tests.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 for _name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
     os.environ.pop(_name, None)
 
@@ -25,8 +29,23 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skip_gpu = pytest.mark.skip(reason="gpu: no CUDA device")
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip_gpu)
+    later_versions.mark(items)
+
+
+def pytest_collection_finish() -> None:
+    """Take what lives until the end out of garbage collection, each of which would walk through it for a second."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escape names that UTF-8 cannot say in what a test has logged: pytest-xdist would end at them."""
+    report = yield
+    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
+    return report
 
 
 @pytest.fixture(autouse=True)

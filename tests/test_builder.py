@@ -1,6 +1,7 @@
 """Encoders from names and objects, to files and back."""
 
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from featsharp import create_backbone, create_encoder, from_callable, load_from_file, save_checkpoint
-from featsharp.builder import load_model_state, model_state
+from featsharp.builder import load_model_state, model_state, save_weights
 from featsharp.checkpoint import read_checkpoint
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError
 from featsharp.layers.spectral import add_spectral
@@ -217,6 +218,25 @@ def test_objects_instead_of_names():
         create_encoder(backbone, upsampler, 4)
     with pytest.raises(ConfigError, match="and options; leave them out"):
         create_encoder(backbone, upsampler, upsampler_options={"overlap": 2})
+
+
+@pytest.mark.parametrize("save", [save_checkpoint, save_weights])
+def test_an_encoder_that_is_wrapped_or_compiled_saves_what_loads_again(tmp_path, save):
+    images = torch.randn(1, 3, 64, 96)
+    path = tmp_path / ("last.pth" if save is save_checkpoint else "small.safetensors")
+    encoder = create_encoder("toy-vit", "resize-conv", 2)
+    with torch.no_grad():
+        expected = encoder(images).high_res
+        for wrap in (nn.DataParallel, partial(torch.compile, backend="eager"), compile_upsampler):
+            save(wrap(encoder), path)
+            assert torch.allclose(load_from_file(path)(images).high_res, expected, atol=1e-4)
+    with pytest.raises(CheckpointError, match="sharp encoders, from create_encoder; got Linear"):
+        save(nn.Linear(2, 2), path)
+
+
+def compile_upsampler(encoder):
+    encoder.upsampler = torch.compile(encoder.upsampler, backend="eager")
+    return encoder
 
 
 def test_an_upsampler_object_cannot_be_saved(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import pickle
 import resource
+import stat
 from contextlib import contextmanager
 
 import pytest
@@ -48,6 +49,19 @@ def test_an_existing_file_is_replaced(tmp_path):
     for step in (1, 2):
         write_checkpoint(path, CONTENT | {"training": {"step": step}})
     assert read_checkpoint(path)["training"]["step"] == 2
+
+
+def test_links_and_permissions_stay(tmp_path):
+    """A link to a larger disk, a file that a group may write."""
+    target, link = tmp_path / "disk" / "last.pth", tmp_path / "last.pth"
+    link.symlink_to(target)
+    write_checkpoint(link, CONTENT)
+    target.chmod(0o664)
+    write_checkpoint(link, CONTENT | {"training": {"step": 8}})
+    assert link.is_symlink()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o664
+    assert read_checkpoint(target)["training"]["step"] == 8
+    assert os.listdir(target.parent) == ["last.pth"]
 
 
 @pytest.mark.parametrize("size", [0, 500, 4000])

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import resource
+import runpy
 import tarfile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from featsharp.backbones import list_backbones
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint
 from featsharp.cli.main import COMMANDS, main
 from featsharp.configs.compose import options_of
+from featsharp.errors import InputError
 from featsharp.normalizers import NORMALIZERS, FeatureStatistics
 from featsharp.training.downsamplers import create_downsampler
 from featsharp.upsamplers import UPSAMPLERS
@@ -41,6 +43,13 @@ def photos(tmp_path: Path) -> Path:
     write_photo(tmp_path / "photos" / "a.png")
     write_photo(tmp_path / "photos" / "deep" / "b.jpg", 100, 30, seed=1)
     return tmp_path / "photos"
+
+
+def test_python_m_featsharp_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["__main__", "--version"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_module("featsharp", run_name="__main__")
+    assert capsys.readouterr().out.strip() == __version__
 
 
 @pytest.fixture
@@ -123,8 +132,10 @@ def test_one_bad_image_does_not_end_the_work_on_others(photos, tmp_path, capsys)
     assert run("upsample", photos, *TILE, "-o", tmp_path / "out") == 1
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 2
-    (line,) = captured.err.splitlines()
-    assert line == f"featsharp upsample: {photos / 'aa.png'}: the file is empty (0 bytes)"
+    assert captured.err.splitlines() == [
+        f"featsharp upsample: {photos / 'aa.png'}: the file is empty (0 bytes)",
+        "featsharp upsample: 2 of 3 images written, 1 failed",
+    ]
 
 
 @pytest.mark.parametrize(("name", "encoding"), [(b"caf\xe9.png", "utf-8"), ("日本.png".encode(), "ascii")])
@@ -140,7 +151,7 @@ def test_a_name_that_the_terminal_cannot_write_does_not_end_the_work(name, encod
             == 1
         )
     assert {"z.safetensors", f"{photo.stem}.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    for stream, count in ((out, 2), (err, 1)):
+    for stream, count in ((out, 2), (err, 2)):
         stream.seek(0)
         assert len(stream.read().splitlines()) == count
 
@@ -387,6 +398,7 @@ def test_full_disk_costs_one_line_and_no_earlier_result(photos, tmp_path, capsys
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("featsharp upsample: cannot write")
     assert "File too large" in line
+    assert line.endswith("; 0 of 2 images are written, 2 not")
     assert [path.name for path in out.iterdir()] == ["a.safetensors"]
     assert (out / "a.safetensors").read_bytes() == b"earlier"
 
@@ -457,6 +469,29 @@ def test_limited_memory_gives_the_same_files(photos, checkpoint, tmp_path):
             torch.testing.assert_close(tight[0][key], value, atol=1e-4, rtol=1e-4)
 
 
+def test_without_a_checkpoint_the_best_of_few_passes_is_taken(photos, tmp_path, capsys):
+    assert run("upsample", photos / "a.png", "--backbone", "toy-vit", "-o", tmp_path) == 0
+    assert "toy-vit with views-2x?passes=4; --help says how to get more" in capsys.readouterr().err
+    expected = load_from_file("views-2x?passes=4", featurizer="toy-vit").encode_image(photos / "a.png")
+    assert torch.equal(read_features(tmp_path / "a.safetensors")[0]["high_res"], expected.high_res[0])
+    assert run("upsample", "--help") == 0
+    assert "For better features at more cost: 8 or 16 passes" in capsys.readouterr().out
+
+
+def test_a_cell_for_each_pixel(photos, tmp_path):
+    """Within a limit, which the command sets itself, or another one; not where an upsampler makes its map at once."""
+    for number, (name, *limit) in enumerate((("views-2x",), ("views-2x", "--max-memory", "60MiB"), ("stride-2x",))):
+        out = tmp_path / str(number)
+        chosen = ["--checkpoint", name, "--backbone", "toy-vit", "--output-size", "pixels", "-o", out, *limit]
+        assert run("upsample", photos, *chosen) == 0
+        for path, size in (("a", (40, 60)), ("deep/b", (30, 100))):
+            tensors, _ = read_features(out / f"{path}.safetensors")
+            assert tensors["high_res"].shape == (32, *size)
+    first, second = (read_features(tmp_path / number / "a.safetensors")[0]["high_res"] for number in "01")
+    torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
+    assert run("upsample", photos, *TILE, "--output-size", "pixel") == 2
+
+
 def test_too_little_memory_names_the_least_that_works(photos, checkpoint, tmp_path, capsys):
     assert run("upsample", photos, "--checkpoint", checkpoint, "-o", tmp_path / "out", "--max-memory", "1MiB") == 1
     said = capsys.readouterr().err
@@ -484,3 +519,88 @@ def test_checkpoints_that_name_functions_need_a_word(tmp_path, capsys):
     assert run(*command) == 1
     assert "--allow-functions on the command line" in capsys.readouterr().err
     assert run(*command, "--allow-functions") == 0
+
+
+@pytest.mark.parametrize("size", ["--size", "--output-size"])
+def test_an_image_too_large_for_the_memory_costs_one_line(size, photos, tmp_path, capsys):
+    """More than the address space holds, so that no machine has it."""
+    arguments = ["upsample", str(photos), "--checkpoint", "bilinear-2x", "--backbone", "toy-vit", "-o", str(tmp_path)]
+    assert main([*arguments, size, "100000000x100000000"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert all("memory ran out; ask for" in line for line in lines[:-1])
+    assert lines[-1].startswith(f"featsharp upsample: 0 of {len(lines) - 1} images written")
+
+
+def test_a_size_below_a_patch_is_refused_before_the_picture_is_scaled_to_it(photos):
+    encoder = create_encoder("toy-vit", "bilinear", 2)
+    photo = next(photos.glob("*.*"))
+    with pytest.raises(InputError, match="smaller than one 8-pixel patch"):
+        encoder.encode_image(photo, size=(100_000_000, 1))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "x.json"), "featsharp ls: x.json: No space left on device\n"),
+        (OSError(28, "No space left on device"), "featsharp ls: No space left on device\n"),
+        (MemoryError(), "featsharp ls: memory ran out; ask for"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "featsharp ls: memory ran out; ask for"),
+        (RuntimeError("numel: integer multiplication overflow"), "featsharp ls: memory ran out; ask for"),
+    ],
+)
+def test_errors_of_the_system_are_one_line_in_every_command(error, said, capsys, monkeypatch):
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("featsharp.cli.ls.run", fail)
+    assert main(["ls"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(said)
+    assert err.count("\n") == 1
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("featsharp.cli.ls.run", lambda _: {}["missing"])
+    with pytest.raises(KeyError):
+        main(["ls"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("upsample", "a\0b.png"),
+        ("upsample", "x.png", "--size", f"8x{10**9}"),
+        ("upsample", "x.png", "--size", "²x8"),
+        ("fit", "x.png", "--backbone", "toy-vit", "-o", "o", "--dim", "1" * 5000),
+    ],
+)
+def test_words_that_mean_nothing_are_refused_by_the_parser(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert len(err) < 300
+
+
+def test_a_device_is_not_read_to_its_end(tmp_path, capsys):
+    assert main(["figure", "miou", "/dev/zero", "-o", str(tmp_path / "x.png")]) == 1
+    assert "a device, not a file" in capsys.readouterr().err
+
+
+def test_features_are_the_same_file_each_time(photos, tmp_path):
+    photo = str(next(photos.glob("*.*")))
+    for number in range(4):
+        main(
+            [
+                "upsample",
+                photo,
+                "--checkpoint",
+                "bilinear-2x",
+                "--backbone",
+                "toy-vit",
+                "-o",
+                str(tmp_path / str(number)),
+            ]
+        )
+    assert len({path.read_bytes() for path in tmp_path.glob("*/*.safetensors")}) == 1

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def start(folder: Path, *overrides: str, processes: int = 1) -> subprocess.Popen
 
 def finish(process: subprocess.Popen[str]) -> str:
     """What a process printed until its end."""
-    return process.communicate(timeout=120)[1]
+    return process.communicate(timeout=240)[1]  # less than pytest's; two that import torch on a busy machine take long
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
@@ -159,6 +160,7 @@ def test_one_shard_serves_two_processes_of_two_workers_with_different_images(fau
 # An upsampler that fails in the fifth call of the second process.
 FAILING = """
 import os
+import re
 import torch.nn.functional as F
 from featsharp.errors import InputError
 
@@ -186,13 +188,11 @@ def test_a_step_that_fails_in_one_process_ends_the_training_with_its_error(fault
     faults.photos(tmp_path / "photos")
     (tmp_path / "failing.py").write_text(FAILING.format(error=error))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    begin = time.monotonic()
     options = ["upsampler.name=custom", "upsampler.options.function=failing:upsample", "bias_buffer=true"]
     process = start(tmp_path, f"output_root={tmp_path / 'out'}", *options, processes=2)
-    log = finish(process)
-    assert time.monotonic() - begin < 60
+    log = finish(process)  # an unfinished collective would wait for half an hour
     assert process.returncode != 0
     assert said in log
     if "InputError" in error:
-        assert "process 0 of 2: lost another process of this run" in log or "exitcode: -15" in log
+        assert "process 0 of 2: lost another process of this run" in log or re.search(r"exitcode *: -15", log)
     assert not (tmp_path / "out" / "last.pth").exists()

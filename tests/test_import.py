@@ -27,6 +27,21 @@ def test_import_starts_nothing_and_takes_under_two_seconds(clean_environment):
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["featsharp"], "")
 
 
+# Prints what else comes with the modules that use optional packages.
+LIGHT = """
+import sys
+import featsharp.backbones
+print({"timm", "onnx", "torchvision", "transformers", "PIL"} & set(sys.modules))
+import featsharp.training.loggers
+print({"wandb", "tensorboard", "omegaconf"} & set(sys.modules))
+"""
+
+
+def test_backbones_and_writers_import_no_library_before_it_is_used():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["set()", "set()"]
+
+
 def test_public_names():
     assert set(featsharp.__all__) <= set(dir(featsharp))
     assert featsharp._HOMES.keys() == set(featsharp.__all__) - {"__version__"}

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from safetensors import safe_open
 
 # RLIMIT_DATA counts the heap and all private writable mappings; files mapped as shared do not count.
 CODE = """
@@ -43,6 +45,25 @@ with torch.no_grad():
 print(tuple(out.shape))
 """
 
+# The command, held in the same way; arguments: bytes that it may take, then its own.
+COMMAND = """
+import resource, sys
+import torch
+import featsharp.cli.results, featsharp.extraction.mapped
+from featsharp.builder import create_encoder
+from featsharp.cli.main import main
+from featsharp.memory import predict
+
+torch.set_num_threads(2)
+with torch.no_grad():  # what is loaded and started once
+    create_encoder("toy-vit", "views", 2)(torch.randn(1, 3, 64, 64))
+    predict(torch.relu, torch.randn(1))
+with open("/proc/self/status") as status:
+    before = next(1024 * int(line.split()[1]) for line in status if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, 2 * (before + int(sys.argv[1]),))
+sys.exit(main(sys.argv[2:]))
+"""
+
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA holds all data only on Linux"),
     pytest.mark.skipif(
@@ -75,6 +96,20 @@ def test_an_output_4096_wide_goes_to_a_file_much_larger_than_the_limit(tmp_path:
     assert np.isfinite(values[::50]).all()
     assert values[:, ::16, ::64].std() > 0.5
     file.unlink()  # pytest keeps the folders of its last runs
+
+
+@pytest.mark.slow
+def test_a_cell_for_each_pixel_of_a_4k_picture(tmp_path: Path):
+    """8 million cells of 32 channels, 1 GiB, by a command that may take 320 MiB: 128, and two copies of the picture."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (2160, 3840, 3), np.uint8)).save(tmp_path / "4k.bmp")
+    command = ["upsample", tmp_path / "4k.bmp", "--checkpoint", "views-2x", "--backbone", "toy-vit", "-o", tmp_path]
+    command += ["--output-size", "pixels", "--max-memory", "128MiB"]
+    command = [sys.executable, "-c", COMMAND, 320 * 2**20, *command]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert "-> 2160x3840 cells" in result.stdout, result.stderr[-2000:]
+    with safe_open(tmp_path / "4k.safetensors", framework="np") as file:
+        assert file.get_slice("high_res").get_shape() == [32, 2160, 3840]
+    (tmp_path / "4k.safetensors").unlink()  # pytest keeps the folders of its last runs
 
 
 @pytest.mark.slow

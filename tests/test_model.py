@@ -1,6 +1,7 @@
 """The sharp encoder: its call, its summary, whitening, sizes of every kind, and features that line up with pixels."""
 
 import importlib.util
+import re
 import warnings
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from featsharp import SharpEncoder, create_backbone, create_encoder
+import featsharp
+from featsharp import SharpEncoder, create_backbone, create_encoder, load_from_file
 from featsharp.errors import ConfigError, DataError, InputError
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.model import InputConditioner
@@ -329,7 +332,7 @@ def test_a_list_of_pictures_of_several_sizes_equals_them_one_by_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("upsampler", ["bilinear", "featsharp"])
+@pytest.mark.parametrize("upsampler", ["bilinear", "featsharp", "loftup", "naf", "uplift"])
 def test_compiled_with_dynamic_shapes_in_one_graph(upsampler):
     """Without graph breaks; one graph serves all sizes at which position embeddings grow, one where they shrink."""
     encoder = fitted_encoder(upsampler)
@@ -354,3 +357,50 @@ def test_a_compiled_encoder_still_minds_its_memory():
     encoder.max_memory = "1MiB"
     with pytest.raises(InputError, match="least that works"):
         encoder(images)
+
+
+@pytest.mark.parametrize("max_memory", [None, "1GiB"])
+@pytest.mark.parametrize("upsampler", ["identity-1x", "bilinear", "featsharp", "jafar", "tile"])
+def test_maps_can_be_saved_viewed_and_changed_one_without_the_other(upsampler, max_memory, tmp_path):
+    name, _, one = upsampler.partition("-")
+    encoder = create_encoder("toy-vit", name, 1 if one else 2, max_memory=max_memory)
+    out = encoder.encode_image(Image.new("RGB", (96, 64)))
+    save_file({"low_res": out.low_res, "high_res": out.high_res}, tmp_path / "features.safetensors")
+    assert torch.equal(load_file(tmp_path / "features.safetensors")["high_res"], out.high_res)
+    before = out.low_res.clone()
+    out.high_res.view(-1).zero_()
+    assert torch.equal(out.low_res, before)
+    assert before.any()
+
+
+@pytest.mark.parametrize("size", [64, "64x64", (64.0, 64.0), (64,), (64, 64, 3), (True, 64), (64.5, 64), None])
+def test_a_size_that_is_not_two_whole_numbers_is_named(size):
+    encoder = create_encoder("toy-vit", "bilinear", 2)
+    image = Image.new("RGB", (96, 64))
+    message = re.escape(f"(height, width), two whole numbers of pixels; got {size!r}")
+    if size is not None:
+        with pytest.raises(InputError, match=f"^size is {message}"):
+            encoder.encode_image(image, size=size)
+        with pytest.raises(InputError, match=f"^low_res_size is {message}"):
+            encoder(torch.randn(1, 3, 64, 64), low_res_size=size)
+    with pytest.raises(InputError, match=f"^input_size is {message}"):
+        featsharp.from_callable(nn.Conv2d(3, 8, 16, 16), input_size=size)
+
+
+@pytest.mark.parametrize("size", [[64, 96], torch.Size((64, 96)), np.array([64, 96]), torch.tensor([64, 96])])
+def test_sizes_of_other_libraries_are_taken(size):
+    encoder = create_encoder("toy-vit", "tile", 2)
+    assert encoder.encode_image(Image.new("RGB", (96, 64)), size=size).high_res.shape == (1, 32, 8, 12)
+
+
+def test_what_is_no_tensor_or_elsewhere_is_named():
+    encoder = create_encoder("toy-vit", "bilinear", 2)
+    for wrong in (np.zeros((1, 3, 64, 64), np.float32), "photo.jpg", None):
+        with pytest.raises(InputError, match="encode_image takes pictures"):
+            encoder(wrong)
+        with pytest.raises(InputError, match="takes a tensor of pixels"):
+            encoder.input_conditioner(wrong)
+    with pytest.raises(InputError, match="the images are on meta, this encoder on cpu"):
+        encoder(torch.empty(1, 3, 64, 64, device="meta"))
+    with torch.device("meta"), pytest.raises(ConfigError, match="cannot be loaded under torch's default device meta"):
+        load_from_file("vits14-focus/featsharp-2x")

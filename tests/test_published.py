@@ -3,6 +3,7 @@
 Nothing of the package computes what is expected here; names and shapes of tensors are those of the published files.
 """
 
+import hashlib
 import math
 from fractions import Fraction
 
@@ -15,6 +16,7 @@ import featsharp
 from featsharp import load_from_file, load_published, save_checkpoint
 from featsharp.backbones import from_callable
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError
+from featsharp.weights.published import PUBLISHED, PublishedFile, fetch_published
 
 CHANNELS, PATCH = 8, 4
 
@@ -245,10 +247,10 @@ def rope_oracle(freqs, x):
     for row in range(height):
         for col in range(width):
             angle = row / max(1, height - 1) * freqs[0] + col / max(1, width - 1) * freqs[1]
-            for i in range(64):
-                a, b = x[:, i, row, col], x[:, i + 64, row, col]
-                out[:, i, row, col] = a * angle[i].cos() - b * angle[i].sin()
-                out[:, i + 64, row, col] = b * angle[i + 64].cos() + a * angle[i + 64].sin()
+            cos, sin = angle.cos(), angle.sin()
+            a, b = x[:, :64, row, col], x[:, 64:, row, col]
+            out[:, :64, row, col] = a * cos[:64] - b * sin[:64]
+            out[:, 64:, row, col] = b * cos[64:] + a * sin[64:]
     return out
 
 
@@ -344,12 +346,12 @@ def test_anyup(tmp_path, channels):
     state = random_state(anyup_shapes())
     torch.save(state, tmp_path / "anyup.pth")
     encoder = load_published("anyup", tmp_path / "anyup.pth", backbone(channels), factor=1.5)
-    image = torch.randn(1, 3, 4 * PATCH + 1, 7 * PATCH + 1)
+    image = torch.randn(1, 3, 3 * PATCH + 1, 4 * PATCH + 1)
     with torch.no_grad():
         out = encoder(image)
-    assert out.low_res.shape == (1, channels, 4, 7)
-    assert out.high_res.shape == (1, channels, 6, 11)
-    expected = anyup_oracle(state, out.low_res, image, (6, 11))
+    assert out.low_res.shape == (1, channels, 3, 4)
+    assert out.high_res.shape == (1, channels, 5, 6)
+    expected = anyup_oracle(state, out.low_res, image, (5, 6))
     torch.testing.assert_close(out.high_res, expected, atol=1e-4, rtol=1e-4)
     # Few cells make windows that are mostly all of the map; one more with many.
     features, image = torch.randn(1, channels, 23, 12), torch.randn(1, 3, 30, 25)
@@ -448,6 +450,177 @@ def test_lift(tmp_path, patch):
         )
 
 
+# NAF, LoftUp and UPLiFT; outputs are tested in tests/upsamplers/test_peers.py -----------------------------------------
+
+
+def batch_norm(name, width):
+    shapes = {f"{name}.{part}": (width,) for part in ("weight", "bias", "running_mean", "running_var")}
+    return shapes | {f"{name}.num_batches_tracked": ()}
+
+
+def affine(name, *shape):
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def naf_shapes():
+    shapes = {"image_encoder.rope.periods": (16,)}
+    for name, side in (("encoder", 1), ("sem_encoder", 3)):
+        shapes |= affine(f"image_encoder.{name}.0", 128, 3, side, side)
+        for block in (1, 2):
+            for part in (1, 2):
+                shapes |= affine(f"image_encoder.{name}.{block}.norm{part}", 128)
+                shapes |= affine(f"image_encoder.{name}.{block}.conv{part}", 128, 128, side, side)
+    return shapes
+
+
+def loftup_shapes(channels=CHANNELS):
+    width = channels + 20
+    shapes = {
+        **affine("channelnorm.norm", channels),
+        "upsampler.lr_pe.biases": (2, 2, 5),
+        "upsampler.fourier_feat.1.biases": (2, 5, 20),
+        **affine("upsampler.first_conv.0.norm", 203),
+        **affine("upsampler.first_conv.1", width, 203, 3, 3),
+        **batch_norm("upsampler.first_conv.2", width),
+        **affine("upsampler.first_conv.4", width, width, 3, 3),
+        **batch_norm("upsampler.first_conv.5", width),
+        **affine("upsampler.final_conv.0", channels, width, 1, 1),
+        **affine("upsampler.final_conv.1", channels),
+        **affine("upsampler.ca_transformer.norm", width),
+    }
+    for n in (0, 1):
+        layer = f"upsampler.ca_transformer.layers.{n}"
+        shapes |= {
+            **affine(f"{layer}.0.norm_q", width),
+            **affine(f"{layer}.0.norm_kv", width),
+            f"{layer}.0.attention.in_proj_weight": (3 * width, width),
+            f"{layer}.0.attention.in_proj_bias": (3 * width,),
+            **affine(f"{layer}.0.attention.out_proj", width, width),
+            **affine(f"{layer}.1.net.0", width),
+            **affine(f"{layer}.1.net.1", channels, width),
+            **affine(f"{layer}.1.net.4", width, channels),
+        }
+    return shapes
+
+
+def uplift_shapes(channels=CHANNELS):
+    shapes, inputs = {}, 3
+    for n, width in enumerate((16, 32, 64, 128, 128)):
+        block = f"encoder.block_{n}.blocks.0.conv"
+        shapes |= {f"{block}.0.weight": (width, inputs, 3, 3), **batch_norm(f"{block}.1", width)}
+        shapes |= affine(f"{block}.3", width, width, 1, 1)
+        inputs = width
+    for n, inputs in enumerate((channels + 128, 192)):
+        block = f"decoder.block_{n}.blocks.0.conv"
+        shapes |= {f"{block}.0.weight": (64, inputs, 3, 3), **batch_norm(f"{block}.1", 64)}
+        shapes |= {f"{block}.3.weight": (64, 64, 3, 3), **batch_norm(f"{block}.4", 64)}
+        shapes |= affine(f"{block}.6", 64, 64, 1, 1)
+    shapes |= {"decoder.up_1.up.weight": (64, 64, 2, 2), "decoder.up_1.up.bias": (64,)}
+    return shapes | affine("attender.conv1", 17, 64, 1, 1)
+
+
+def counted_state(shapes):
+    """Random tensors, with variances above zero and counters of batches."""
+    state = random_state(shapes)
+    for key in state:
+        if key.endswith("running_var"):
+            state[key] = state[key].square() + 0.5
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.tensor(100)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("shapes", "tensors", "parameters"),
+    [
+        (naf_shapes(), 37, 662_528 + 16),
+        (loftup_shapes(384), 54, 4_303_894),
+        (uplift_shapes(384), 72, 789_521),
+    ],
+)
+def test_the_layouts_of_the_peers_are_the_published_ones(shapes, tensors, parameters):
+    assert len(shapes) == tensors
+    learned = {key: shape for key, shape in shapes.items() if "running" not in key and "batches" not in key}
+    assert count(learned) == parameters
+
+
+def test_checkpoints_of_loftups_training(tmp_path):
+    """With the backbone and what computes losses, and the channel norm under another name."""
+    state = STATES["loftup"]()
+    torch.save(state, tmp_path / "hub.bin")
+    training = {key.replace("channelnorm.norm", "model.1.norm"): value for key, value in state.items()}
+    training |= {"model.0.blocks.0.weight": torch.zeros(2), "downsampler.kernel": torch.zeros(3)}
+    torch.save({"state_dict": training}, tmp_path / "last.ckpt")
+    first, second = (load_published("loftup", tmp_path / name, backbone()) for name in ("hub.bin", "last.ckpt"))
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key])
+    inner = {key.removeprefix("upsampler."): value for key, value in state.items() if "channelnorm" not in key}
+    torch.save(inner, tmp_path / "inner.bin")
+    with pytest.raises(CheckpointError, match=r"lacks channelnorm\.norm\.bias, channelnorm\.norm\.weight; is it"):
+        load_published("loftup", tmp_path / "inner.bin", backbone())
+
+
+def test_counters_that_were_cast_with_the_weights(tmp_path):
+    state = {key: value.float() for key, value in STATES["uplift"]().items()}
+    torch.save(state, tmp_path / "a.pth")
+    loaded = load_published("uplift", tmp_path / "a.pth", backbone()).state_dict()
+    assert {x.dtype for key, x in loaded.items() if key.endswith("num_batches_tracked")} == {torch.int64}
+
+
+def test_results_as_published_are_asked_for(tmp_path):
+    torch.save(STATES["uplift"](), tmp_path / "a.pth")
+    ours = load_published("uplift", tmp_path / "a.pth", backbone())
+    published = load_published("uplift", tmp_path / "a.pth", backbone(), published=True)
+    assert (ours.factor, ours.upsampler.published) == (PATCH, False)
+    assert (published.factor, published.upsampler.published) == (16, True)
+    with pytest.raises(ConfigError, match="published= is for 'naf', 'loftup', 'uplift' only; leave it out for 'lift'"):
+        load_published("lift", tmp_path / "a.pth", backbone(), published=True)
+
+
+def test_a_file_that_is_fetched_keeps_the_hash_that_it_came_with(tmp_path, caplog):
+    torch.save(STATES["naf"](), tmp_path / "there.pth")
+    file = PublishedFile("naf", (tmp_path / "there.pth").as_uri(), "Apache-2.0", "any")
+    with caplog.at_level("WARNING"):
+        path = fetch_published("name", file, tmp_path / "cache")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert path.read_bytes() == (tmp_path / "there.pth").read_bytes()
+    assert f"licence Apache-2.0, sha256 {digest} (recorded now" in caplog.text
+    caplog.clear()
+    (tmp_path / "there.pth").unlink()
+    assert fetch_published("name", file, tmp_path / "cache") == path  # nothing is fetched again
+    assert not caplog.text
+    load_published("naf", path, backbone())
+    path.write_bytes(b"changed")
+    with pytest.raises(CheckpointError, match=f"has sha256 .* instead of {digest}; it was changed or damaged"):
+        fetch_published("name", file, tmp_path / "cache")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot fetch file:.* give its path"):
+        fetch_published("name", file, tmp_path / "cache")
+    # What comes anew has to be what came first.
+    (tmp_path / "there.pth").write_bytes(b"other")
+    with pytest.raises(CheckpointError, match=f"there.pth has sha256 .* instead of {digest}"):
+        fetch_published("name", file, tmp_path / "cache")
+    assert [x.name for x in (tmp_path / "cache").iterdir()] == ["name.sha256"]
+
+
+def test_names_of_published_files(tmp_path, monkeypatch):
+    for name, file in PUBLISHED.items():
+        assert file.address.startswith("https://"), name
+        assert file.licence, name
+    with pytest.raises(ConfigError, match="naf_release has weights of kind 'naf'; got 'loftup', use 'naf'"):
+        load_published("loftup", "naf_release", backbone())
+    # A name is looked for in the cache, and a file of the current folder comes before it.
+    monkeypatch.setenv("FEATSHARP_CACHE", str(tmp_path / "cache"))
+    torch.save(STATES["naf"](), tmp_path / "naf_release")
+    (tmp_path / "cache" / "published").mkdir(parents=True)
+    (tmp_path / "naf_release").rename(tmp_path / "cache" / "published" / "naf_release")
+    assert load_published("naf", "naf_release", backbone()).factor == PATCH
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "naf_release").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_published("naf", "naf_release", backbone())
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 STATES = {
@@ -455,6 +628,9 @@ STATES = {
     "lift": lift_state,
     "jafar": lambda: random_state(jafar_shapes()),
     "anyup": lambda: random_state(anyup_shapes()),
+    "naf": lambda: random_state(naf_shapes()),
+    "loftup": lambda: counted_state(loftup_shapes()),
+    "uplift": lambda: counted_state(uplift_shapes()),
 }
 PATCH_OF = {"lift": 8}
 
@@ -482,7 +658,12 @@ def test_safetensors_files_are_the_same(kind, tmp_path):
         assert torch.equal(value, second.state_dict()[key])
 
 
-@pytest.mark.parametrize("kind", STATES)
+LARGE = ("jafar", "anyup", "naf", "loftup", "uplift")  # have many tensors
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in LARGE else []) for kind in STATES]
+)
 def test_every_tensor_has_to_fit(kind, tmp_path):
     given, file = backbone(patch=PATCH_OF.get(kind, PATCH)), tmp_path / "a.pth"
     state = STATES[kind]()
@@ -492,9 +673,13 @@ def test_every_tensor_has_to_fit(kind, tmp_path):
         torch.save({name: value for name, value in state.items() if name != key}, file)
         with pytest.raises(CheckpointError, match="lacks"):
             load_published(kind, file, given)
-    key = {"featup": "upsampler.up2.range_temp", "lift": "outc.bias", "jafar": "rope.freqs", "anyup": "rope.freqs"}[
-        kind
-    ]
+    key = {
+        "featup": "upsampler.up2.range_temp",
+        "lift": "outc.bias",
+        "naf": "image_encoder.rope.periods",
+        "loftup": "upsampler.lr_pe.biases",
+        "uplift": "attender.conv1.bias",
+    }.get(kind, "rope.freqs")
     torch.save({name: value for name, value in state.items() if name != key}, file)
     with pytest.raises(CheckpointError, match=f"lacks {key}; is it a file of this kind"):
         load_published(kind, file, given)
@@ -516,7 +701,12 @@ def test_dead_projections_may_be_there_or_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "state"), [("featup", featup_state), ("jafar", lambda: STATES["jafar"]()), ("lift", lift_state)]
+    ("kind", "state"),
+    [
+        ("featup", featup_state),
+        ("lift", lift_state),
+        *((k, lambda k=k: STATES[k]()) for k in ("jafar", "loftup", "uplift")),
+    ],
 )
 def test_weights_for_another_width(kind, state, tmp_path):
     torch.save(state(), tmp_path / "a.pth")

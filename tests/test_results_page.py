@@ -19,3 +19,4 @@ def test_the_page_is_what_the_files_say():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert page.count("<!-- table ") == len(module.TABLES)
     assert module.fill(page, module.RESULTS) == page
+    assert module.MEASURED.read_text(encoding="utf-8") == module.measured(module.RESULTS)

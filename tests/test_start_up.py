@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from featsharp.cli import fit
+from featsharp.cli.eval import STALE, TASKS, collect_flags, read_flags
 from featsharp.cli.figure import FIGURES
 from featsharp.cli.main import COMMANDS
 from featsharp.implicit import FitConfig
@@ -41,8 +44,12 @@ def run_all(commands: list[list[str]]) -> tuple[list[tuple[int, float, list[str]
     return content["results"], content["total"], "\n".join(printed) + done.stderr
 
 
-def test_help_imports_nothing_large_and_takes_under_half_a_second():
-    names = [*COMMANDS, *(f"figure {name}" for name in FIGURES)]
+@pytest.mark.parametrize(
+    "names",
+    [[*COMMANDS, *(f"figure {name}" for name in FIGURES)], [f"eval {name}" for name in TASKS]],
+    ids=["commands", "tasks"],
+)
+def test_help_imports_nothing_large_and_takes_under_half_a_second(names):
     commands = [["--help"], ["train"], *([*name.split(), "--help"] for name in names)]
     for _ in range(3):  # on a busy machine CPU time grows, too
         results, total, printed = run_all(commands)
@@ -76,6 +83,10 @@ def test_missing_files_are_noticed_before_anything_large_is_imported(tmp_path):
     ]
     # Nor does a look at which weights are on this machine need the libraries of their models.
     assert (listing[0], set(listing[2]) & {"timm", "torchvision", "transformers"}) == (0, set())
+
+
+def test_flags_of_tasks_are_their_settings():
+    assert read_flags() == json.loads(json.dumps(collect_flags())), STALE
 
 
 def test_defaults_of_fit_are_those_of_its_configuration():

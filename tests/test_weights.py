@@ -14,7 +14,7 @@ from featsharp.cli.main import main
 from featsharp.errors import CheckpointError
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
-from featsharp.weights import HOME, find_weights, list_weights
+from featsharp.weights import HOME, list_weights
 
 
 @pytest.fixture
@@ -95,11 +95,10 @@ def test_tensors_of_another_kind_are_refused(encoder, tmp_path):
 
 
 def test_a_name_that_is_neither_file_nor_weights_says_what_there_is():
-    with pytest.raises(CheckpointError, match="no shipped weights are called so") as caught:
-        load_from_file("vits14-focus/featsharp-99x")
-    for name in list_weights():
+    with pytest.raises(CheckpointError, match=r"does not exist; unknown upsampler.*did you mean 'bilinear'") as caught:
+        load_from_file("bilinaer-2x", featurizer="toy-vit")
+    for name in (*list_weights(), "anyup"):
         assert name in str(caught.value)
-    assert find_weights("../weights") is None
 
 
 def test_shipped_files_are_small_and_have_a_card():

@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featsharp.cli.arguments import add_device
+from featsharp.cli.arguments import add_device, check_result
 from featsharp.errors import ConfigError
 from featsharp.files import write_file
+from featsharp.terminal import say
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.repeat < 2 or min(arguments.factors or [1]) < 1 or threads < 1:
         raise ConfigError("--repeat must be at least 2, --factors and --threads at least 1")
 
+    if arguments.json:
+        check_result(arguments.json)
+
     import torch
 
     from featsharp.bench.measure import describe_machine
@@ -65,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     kept = arguments.keep_freed_memory and keep_freed_memory()
     torch.manual_seed(0)
     machine = describe_machine(device)
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    say(", ".join(f"{key} {value}" for key, value in machine.items()))
     content: dict[str, Any] = {
         "command": f"featsharp {shlex.join(sys.argv[1:])}",
         "machine": machine,
@@ -85,8 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _bench_ops(arguments: argparse.Namespace, device: "torch.device") -> list[dict[str, Any]]:
     from featsharp.bench.ops import bench_ops
 
-    print("16x16 features of 384 channels; rows appear when all are timed")
-    print(f"{'':44} {'forward ms':>11} {'quartiles':>17} {'backward ms':>12} {'memory':>9}")
+    say("16x16 features of 384 channels; rows appear when all are timed")
+    say(f"{'':44} {'forward ms':>11} {'quartiles':>17} {'backward ms':>12} {'memory':>9}")
     rows = []
     for row in bench_ops(
         tuple(map(int, arguments.factors or (2, 4, 16))), device, repeat=arguments.repeat, backbone=arguments.backbone
@@ -95,7 +99,7 @@ def _bench_ops(arguments: argparse.Namespace, device: "torch.device") -> list[di
         if "peak_bytes" in row:
             backward = f"{row['backward']['median']:.1f}" if "backward" in row else ""
             line += f" {backward:>12} {row['peak_bytes'] / 2**20:5.0f} MiB"
-        print(line, flush=True)
+        say(line)
         rows.append(row)
     return rows
 
@@ -103,11 +107,11 @@ def _bench_ops(arguments: argparse.Namespace, device: "torch.device") -> list[di
 def _bench_scaling(arguments: argparse.Namespace, device: "torch.device") -> list[dict[str, Any]]:
     from featsharp.bench.ops import bench_scaling
 
-    print(f"{'cost per output cell':44} {'microseconds':>12}")
+    say(f"{'cost per output cell':44} {'microseconds':>12}")
     rows = []
     for row in bench_scaling(device, repeat=arguments.repeat):
         cost = 1000 * row["forward"]["median"] / row["side"] ** 2
-        print(f"{row['name']:34} {row['side']:4}x{row['side']:<4} {cost:12.1f}", flush=True)
+        say(f"{row['name']:34} {row['side']:4}x{row['side']:<4} {cost:12.1f}")
         rows.append(row)
     return rows
 
@@ -128,15 +132,15 @@ def _bench_encode(arguments: argparse.Namespace, device: "torch.device") -> list
         autocast=(None, torch.bfloat16),
     )
     columns = f"{'encode ms':>10} {'quartiles':>17} {'passes':>6} {'alone ms':>9} {'ratio':>6} {'memory':>9}"
-    print(f"{arguments.backbone:39} {columns}")
+    say(f"{arguments.backbone:39} {columns}")
     for row in rows:
         encode, alone = row["encode"], row["backbone"]["median"]
-        print(
+        say(
             f"{row['upsampler']:14} {row['factor']:3g}x {row['dtype']:19} {encode['median']:10.0f} "
             f"{_quartiles(encode):>17} {row['passes']:6} {alone:9.0f} {encode['median'] / alone:6.3f} "
             f"{row['peak_bytes'] / 2**20:5.0f} MiB"
         )
-    print(*describe_skipped(skipped), sep="\n", end="\n" * bool(skipped))
+    say(*describe_skipped(skipped))
     return rows
 
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from featsharp import __version__
 from featsharp.cli.arguments import add_device
+from featsharp.names import dtype_name
+from featsharp.terminal import say
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,12 @@ OPTIONAL = (
     "tensorboard",
     "wandb",
     "matplotlib",
+    "scipy",
+    "h5py",
+    "av",
+    "zarr",
+    "ray",
+    "fsspec",
     "triton",
 )
 
@@ -46,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.backbone is None:
-        _print_machine()
+        _say_machine()
         return
     from featsharp.backbones import create_backbone
     from featsharp.device import find_device
@@ -54,28 +62,28 @@ def run(arguments: argparse.Namespace) -> None:
     device = find_device(arguments.device)
     backbone = create_backbone(arguments.backbone).to(device)
     for label, text in _facts(backbone):
-        print(f"{label:14} {text}")
+        say(f"{label:14} {text}")
     for label, text in _measurements(backbone, device, arguments.repeat):
-        print(f"{label:14} {text}", flush=True)
+        say(f"{label:14} {text}")
 
 
-def _print_machine() -> None:
+def _say_machine() -> None:
     import torch
 
     from featsharp.ops import local_attention, local_filter  # noqa: F401 (they register their backends)
     from featsharp.ops.backends import list_backends
 
-    print(f"featsharp {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    say(f"featsharp {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    say(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     for name in OPTIONAL:
-        print(f"  {name:12} {'installed' if importlib.util.find_spec(name) else 'not installed'}")
+        say(f"  {name:12} {'installed' if importlib.util.find_spec(name) else 'not installed'}")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         label = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-        print(f"on {label}:")
+        say(f"on {label}:")
         for op in dict.fromkeys(backend.op for backend in list_backends()):
             for name, state in _states(op, device):
-                print(f"  {op} {name:10} {state}")
+                say(f"  {op} {name:10} {state}")
 
 
 def _states(op: str, device: str) -> Iterator[tuple[str, str]]:
@@ -105,7 +113,7 @@ def _facts(backbone: "Backbone") -> Iterator[tuple[str, str]]:
     prefix = getattr(backbone, "num_prefix_tokens", None)
     before = f" after {prefix} prefix tokens" if prefix is not None else ""
     parameters = list(backbone.parameters())
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters}) or ["none"]
+    dtypes = sorted({dtype_name(p.dtype) for p in parameters}) or ["none"]
     autocast = backbone.autocast_dtype
     yield "backbone", backbone.name
     if (target := str(resolve_backbone(backbone.name))) != backbone.name:
@@ -114,10 +122,7 @@ def _facts(backbone: "Backbone") -> Iterator[tuple[str, str]]:
     yield "summary", "none" if backbone.summary_dim is None else f"{backbone.summary_dim} channels"
     yield "whitening", f"mean {_numbers(backbone.mean)}, std {_numbers(backbone.std)}"
     yield "sizes", f"native {backbone.input_size[0]}x{backbone.input_size[1]}; {_other_sizes(backbone)}"
-    yield (
-        "dtype",
-        f"{', '.join(dtypes)}, autocast {'off' if autocast is None else str(autocast).removeprefix('torch.')}",
-    )
+    yield "dtype", f"{', '.join(dtypes)}, autocast {dtype_name(autocast) if autocast else 'off'}"
     yield "weights", f"{sum(p.numel() for p in parameters):,} parameters, sha256 {backbone.weights_hash()[:12]}"
 
 

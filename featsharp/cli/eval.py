@@ -1,5 +1,6 @@
 """Measure encoders by the tasks on which this field compares upsamplers, all with the same protocol.
 
+    featsharp eval all --data DATA --upsampler bilinear-2x tile-2x --json all.json
     featsharp eval fidelity --data photos --checkpoint last.pth --upsampler bilinear-2x tile-2x --json result.json
     featsharp eval segmentation --data camvid --checkpoint sharp=last.pth --upsampler tile-2x --json camvid.json
     featsharp eval TASK --help
@@ -12,16 +13,20 @@ What cannot be measured (a damaged file, a label out of range) is skipped, repor
 import argparse
 import dataclasses
 import importlib
+import inspect
+import json
 import math
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from featsharp.cli.arguments import add_backbone, add_device, parse_count, parse_size
+from featsharp.cli.arguments import DEFAULT_BACKBONE, add_backbone, add_device, check_result, parse_count, parse_size
 from featsharp.errors import ConfigError
-from featsharp.names import split_label
+from featsharp.names import readable, split_label
 from featsharp.settings import setting_fields, settings_of
+from featsharp.terminal import say
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +48,16 @@ class TaskEntry(NamedTuple):
         return getattr(importlib.import_module(module), name)
 
 
-# Only the chosen task is imported. One with encoders is a featsharp.evaluation.runner.Task, others are a
-# featsharp.settings.PlainTask.
+# Only the chosen task is imported, and only to run it. One with encoders is a featsharp.evaluation.runner.Task, others
+# are a featsharp.settings.PlainTask.
 TASKS = {
+    "all": TaskEntry(
+        "featsharp.evaluation.measures:AllTask", "a table of the measures below, by quick protocols, in minutes"
+    ),
+    "pareto": TaskEntry(
+        "featsharp.evaluation.pareto:ParetoTask",
+        "these measures against passes and seconds, for all that needs no training",
+    ),
     "fidelity": TaskEntry(
         "featsharp.evaluation.fidelity:FidelityTask", "does the sharp map agree with the features of other views?"
     ),
@@ -56,6 +68,9 @@ TASKS = {
     "correspondence": TaskEntry(
         "featsharp.evaluation.correspondence:CorrespondenceTask",
         "does a keypoint find the same part of another object?",
+    ),
+    "room": TaskEntry(
+        "featsharp.evaluation.room:RoomTask", "does a point of a room find itself in another view, by depth and pose?"
     ),
     "cka": TaskEntry("featsharp.evaluation.cka:CkaTask", "are the features of an image alike at every size?"),
     "reference": TaskEntry(
@@ -89,8 +104,16 @@ TASKS = {
     ),
 }
 
-# Parsers of the types of settings beyond those of argparse.
-PARSERS: dict[Any, Callable[[str], Any]] = {"count": parse_count, "size": parse_size}
+# Parsers of the types of settings by their names.
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "count": parse_count,
+    "size": parse_size,
+    **{kind.__name__: kind for kind in (Path, int, float)},
+}
+
+# Flags are the settings of the tasks' classes, which import torch; the parser reads them from this file instead.
+FLAGS = Path(__file__).with_name("eval_flags.json")
+STALE = f"the settings of the tasks have changed since {FLAGS.name} was made; run: python -m featsharp.cli.eval"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,14 +123,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub = tasks.add_parser(name, help=entry.line)
         if name != chosen:
             continue
-        from featsharp.evaluation.runner import Task
-
-        kind = entry.load()
-        sub.description = kind.__doc__
-        if issubclass(kind, Task):
+        flags = read_flags()
+        assert name in flags, STALE
+        task = flags[name]
+        sub.description = task["description"]
+        if task["encoders"]:
             _add_encoders(sub)
-        for field in setting_fields(kind):
-            _add_setting(sub, field)
+        for flag in task["flags"]:
+            _add_flag(sub, **flag)
         sub.add_argument("--json", type=Path, metavar="F", help="write the result there, every item included")
         add_device(sub)
         sub.add_argument(
@@ -118,17 +141,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    path: Path | None = arguments.json
+    if path is not None:
+        check_result(path)
     from featsharp.bench.measure import describe_machine
     from featsharp.device import autocast_dtype, find_device
     from featsharp.evaluation.runner import Task, evaluate_to_file, format_result, write_result
     from featsharp.memory import keep_freed_memory
 
     keep_freed_memory()
-    path: Path | None = arguments.json
-    if path is not None and path.is_dir():
-        raise ConfigError(f"--json {path} is a folder; name a file")
     kind = TASKS[arguments.task].load()
-    task = kind(**{f.name: getattr(arguments, f.name) for f in setting_fields(kind)})
+    settings = [field.name for field in setting_fields(kind)]
+    assert all(name in arguments for name in settings), STALE
+    task = kind(**{name: getattr(arguments, name) for name in settings})
     device = find_device(arguments.device)
     dtype = autocast_dtype(arguments.dtype, device)
     about = {
@@ -138,15 +163,37 @@ def run(arguments: argparse.Namespace) -> int:
     }
     if isinstance(task, Task):
         subjects = find_subjects(arguments, device, dtype)
-        report = lambda label, content: print(*format_result(label, content), sep="\n")  # noqa: E731
+        report = lambda label, content: say(*format_result(label, content))  # noqa: E731
         content = evaluate_to_file(task, subjects, path, about, report=report)
+        say(*task.table(content["encoders"]))
         return int(any("failed" in encoder for encoder in content["encoders"].values()))
     quality = None if task.quality_images is None else image_quality(*task.quality_images)
     result = task.run(device, dtype, progress=True, quality=quality)
-    print(*task.table(result), sep="\n")
+    say(*task.table(result))
     if path is not None:
         write_result(path, {"task": task.name, **about, "result": result})
     return 0
+
+
+def read_flags() -> dict[str, Any]:
+    """Read the flags of all tasks, see :func:`collect_flags`, without importing the tasks."""
+    content: dict[str, Any] = json.loads(FLAGS.read_text(encoding="utf-8"))
+    return content
+
+
+def collect_flags() -> dict[str, Any]:
+    """Collect the description of every task, whether it is given encoders, and its settings as flags."""
+    from featsharp.evaluation.runner import Task
+
+    kinds = {name: entry.load() for name, entry in TASKS.items()}
+    return {
+        name: {
+            "description": inspect.getdoc(kind),
+            "encoders": issubclass(kind, Task),
+            "flags": [_describe_flag(field) for field in setting_fields(kind)],
+        }
+        for name, kind in kinds.items()
+    }
 
 
 def find_subjects(
@@ -155,11 +202,15 @@ def find_subjects(
     """List the encoders of a command, without loading them."""
     subjects: dict[str, Subject] = {}
     wanted = [(text, False) for text in arguments.checkpoint or []] + [(t, True) for t in arguments.upsampler or []]
+    if not wanted and arguments.task == "pareto":
+        from featsharp.bench.workloads import list_ready
+
+        wanted = [(name, True) for name in list_ready(arguments.backbone or DEFAULT_BACKBONE)]
     if not wanted:
         raise ConfigError("which encoders? Give --checkpoint FILE ... or --upsampler NAME-FACTORx ..., or both")
     for text, free in wanted:
         label, name = split_label(text)
-        label = label or (name if free or not Path(name).is_file() else Path(name).stem)
+        label = label or (name if free or not os.path.isfile(name) else readable(Path(name).stem))
         if label in subjects:
             raise ConfigError(f"two encoders are called {label!r}; name them: LABEL={name}")
         subjects[label] = _subject(label, name, arguments, free, device, dtype)
@@ -168,19 +219,13 @@ def find_subjects(
 
 def image_quality(images: Path, limit: int) -> "Callable[[SharpEncoder], dict[str, float]]":
     """Make a measure of encoders for a recommendation: zoom cosine and fidelity on the first images of a folder."""
-    from featsharp.evaluation.fidelity import FidelityTask
-    from featsharp.evaluation.runner import Subject, Task, evaluate
-    from featsharp.evaluation.zoom import ZoomTask
+    from featsharp.evaluation.measures import PhotoTask
+    from featsharp.evaluation.runner import Subject, evaluate
 
     def measure(encoder: "SharpEncoder") -> dict[str, float]:
-        def value(task: Task, name: str) -> float:
-            results = evaluate(task, [Subject("encoder", lambda: encoder)], progress=False)
-            return float(results["encoder"]["result"][name]["value"])
-
-        return {
-            "zoom_cosine": value(ZoomTask(data=images, limit=limit), "zoom_cosine"),
-            "fidelity": value(FidelityTask(data=images, limit=limit), "fidelity_area"),
-        }
+        task = PhotoTask(data=images, limit=limit)
+        result = evaluate(task, [Subject("encoder", lambda: encoder)], progress=False)["encoder"]["result"]
+        return {name: float(result[name]["value"]) for name in ("zoom_cosine", "fidelity")}
 
     return measure
 
@@ -215,21 +260,24 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
     add_backbone(parser, "default: the checkpoint's own, else vits14-focus")
 
 
-def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]") -> None:
-    """Add the flag of a task's setting."""
-    options = {k: v for k, v in field.metadata.items() if k != "help"}
-    text = field.metadata["help"]
-    default = list(field.default) if isinstance(field.default, tuple) else field.default
-    if isinstance(field.default, bool):
-        options = {"action": argparse.BooleanOptionalAction}
+def _describe_flag(field: "dataclasses.Field[Any]") -> dict[str, Any]:
+    """Describe the flag of a task's setting by values of JSON."""
+    flag = {"name": field.name, **field.metadata}
+    if not flag.get("required"):  # a default is only there since fields follow others that have one
+        flag["default"] = field.default
+    if isinstance(flag.get("type"), type):
+        flag["type"] = flag["type"].__name__
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in flag.items()}
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, help: str, default: Any = None, **options: Any) -> None:
+    if isinstance(default, bool):
+        options["action"] = argparse.BooleanOptionalAction
     elif "type" in options:
-        options["type"] = PARSERS.get(options["type"], options["type"])
-    if not options.get("required") and default is not None:
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        text += f"; default: {shown}"
-    parser.add_argument(
-        f"--{field.name.replace('_', '-')}", dest=field.name, default=field.default, help=text, **options
-    )
+        options["type"] = PARSERS[options["type"]]
+    if default is not None:
+        help += f"; default: {' '.join(map(str, default)) if isinstance(default, list) else default}"
+    parser.add_argument(f"--{name.replace('_', '-')}", dest=name, default=default, help=help, **options)
 
 
 def _subject(
@@ -240,17 +288,20 @@ def _subject(
     device: "torch.device",
     dtype: "torch.dtype | None",
 ) -> "Subject":
+    from featsharp.bench.encode import measure_cost
     from featsharp.builder import load_from_file
     from featsharp.evaluation.runner import Subject
 
-    backbone = arguments.backbone or ("vits14-focus" if free else None)
+    backbone = arguments.backbone or (DEFAULT_BACKBONE if free else None)
 
     def load() -> "SharpEncoder":
         encoder = load_from_file(name, featurizer=backbone, allow_functions=arguments.allow_functions).to(device)
         encoder.backbone.autocast_dtype = dtype
         return encoder.eval()
 
-    return Subject(label, load, load_downsampler=lambda encoder: load_downsampler(name, encoder))
+    return Subject(
+        label, load, load_downsampler=lambda encoder: load_downsampler(name, encoder), measure_cost=measure_cost
+    )
 
 
 def _command(given: Sequence[str]) -> str:
@@ -270,3 +321,7 @@ def _name(text: str) -> str:
     path = Path(rest)
     outside = path.is_absolute() or ".." in path.parts
     return f"{label}{separator}{path.name}" if outside else text
+
+
+if __name__ == "__main__":
+    FLAGS.write_text(json.dumps(collect_flags(), indent=1) + "\n", encoding="utf-8")

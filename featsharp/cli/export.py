@@ -9,7 +9,8 @@ It loads like the checkpoint. The weights of the backbone are in neither; their 
 import argparse
 from pathlib import Path
 
-from featsharp.cli.arguments import add_backbone, check_inputs
+from featsharp.cli.arguments import add_backbone, check_inputs, check_result
+from featsharp.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,10 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check_inputs([], [arguments.checkpoint])
+    check_result(arguments.output)
     from featsharp.builder import load_from_file, save_weights
 
     encoder = load_from_file(
         arguments.checkpoint, featurizer=arguments.backbone, allow_functions=arguments.allow_functions
     )
     save_weights(encoder, arguments.output)
-    print(f"{arguments.output}: {arguments.output.stat().st_size / 2**20:.1f} MiB")
+    say(f"{arguments.output}: {arguments.output.stat().st_size / 2**20:.1f} MiB")

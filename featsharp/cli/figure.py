@@ -12,6 +12,7 @@ Of results, from JSON files of featsharp eval:
     featsharp figure pr boundaries.json -o pr.pdf
     featsharp figure cka cka.json -o cka.pdf
     featsharp figure throughput throughput.json -o throughput.pdf
+    featsharp figure pareto pareto.json -o pareto.png
     featsharp figure cost flops.json --accuracy spair.json --metric pck@0.1 -o cost.pdf
 """
 
@@ -21,8 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from featsharp.cli.arguments import check_inputs, protect_files
+from featsharp.cli.arguments import check_inputs, check_result, protect_files
 from featsharp.names import split_label
+from featsharp.terminal import say
 from featsharp.visualization.style import check_output, save
 
 # Figure -> its line in the help. Each is a module of featsharp.visualization.figures; only the chosen one is imported.
@@ -34,6 +36,7 @@ FIGURES = {
     "pr": "precision against recall of boundaries",
     "cka": "similarity of features between input sizes",
     "throughput": "time per token, time per image, memory by factor",
+    "pareto": "all measures against passes or seconds",
     "cost": "a quality number against operations or time",
 }
 
@@ -50,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
+    check_result(arguments.output)
     inputs = (*_files(arguments), *map(Path, _encoders(arguments)))
     protect_files([(arguments.output, arguments.output)], inputs)  # an earlier figure may be replaced
     if "checkpoint" in arguments:  # a figure of features; those of results say how a missing file is made
@@ -58,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         keep_freed_memory()
     save(_module(arguments.figure).make_figure(arguments), arguments.output)
-    print(arguments.output)
+    say(str(arguments.output))
 
 
 def _module(name: str) -> Any:

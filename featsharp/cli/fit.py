@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from featsharp.cli.arguments import add_device, check_inputs, parse_count, parse_size, protect_files
 from featsharp.errors import ConfigError, InputError
-from featsharp.terminal import with_progress
+from featsharp.files import check_writable, fit_name
+from featsharp.terminal import say, with_progress
 
 if TYPE_CHECKING:
     from featsharp.implicit.objective import Reconstruction
@@ -48,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.seed < 0:
         raise ConfigError(f"--seed must be at least 0; got {arguments.seed}")
     check_inputs([arguments.image])
+    check_writable(arguments.output)
     from featsharp.backbones import create_backbone
     from featsharp.cli.results import save_comparison, save_features
     from featsharp.data.images import decode_image
@@ -64,8 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
             for key in ("views", "dim", "render", "downsampler", "frequencies", "start", "seed")
         }
     )
-    name = arguments.output / arguments.image.stem
-    file, features_file, picture_file = (name.with_name(name.name + end) for end in (".pth", ".safetensors", ".png"))
+    stem = fit_name(arguments.image.stem, ".safetensors").removesuffix(".safetensors")
+    file, features_file, picture_file = (arguments.output / (stem + end) for end in (".pth", ".safetensors", ".png"))
     image = decode_image(arguments.image)
     protect_files([(features_file, file), (picture_file, file)], [arguments.image])
     fitter = Fitter(
@@ -83,10 +85,10 @@ def run(arguments: argparse.Namespace) -> None:
         save_comparison(picture_file, image, low_res, high_res, "fitted")
     except InputError as error:
         raise InputError(f"{features_file} is written, but there is no picture: {error}") from error
-    print(features_file)
+    say(str(features_file))
     targets, views = fitter.held_out_views(HELD_OUT_VIEWS)
     maps = {"fitted": fitter.fitted.features(fitter.render_size), "bilinear": resize(low_res, fitter.render_size)}
-    print(
+    say(
         f"on {HELD_OUT_VIEWS} other views: "
         + "; ".join(_line(label, score_reconstruction(features, targets, views)) for label, features in maps.items())
     )

@@ -18,7 +18,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from featsharp.terminal import align, wrap
+from featsharp.terminal import align, say, wrap
 
 KINDS = ("backbones", "upsamplers", "weights", "normalizers", "models", "configs", "objectives")
 BACKBONE_COLUMNS = ("name", "what it is", "stands for", "why these options")
@@ -35,10 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.markdown and kind in ("backbones", "upsamplers"):
             columns, rows = (BACKBONE_COLUMNS, backbone_rows()) if kind == "backbones" else (COLUMNS, upsampler_rows())
             for row in (columns, ("---",) * len(columns), *rows):
-                print(f"| {' | '.join(row)} |")
+                say(f"| {' | '.join(row)} |")
             continue
-        print(f"{kind}:")
-        print(*_lines(kind), sep="\n")
+        say(f"{kind}:", *_lines(kind))
 
 
 def _lines(kind: str) -> Iterator[str]:
@@ -112,10 +111,15 @@ def _rows(kind: str) -> Iterable[tuple[str, str]]:
 
         yield from ((entry.name, entry.description) for entry in NORMALIZERS.entries())
     elif kind == "weights":
-        from featsharp.weights import DEFAULT, list_weights
+        from featsharp.bench.choice import choose_upsampler
+        from featsharp.weights import list_weights
 
         for name in list_weights():
-            yield name, "comes with the package" + (", the default of featsharp upsample" if name == DEFAULT else "")
+            chosen = name == choose_upsampler(name.partition("/")[0])
+            yield (
+                name,
+                "comes with the package" + (", what featsharp upsample takes for its backbone" if chosen else ""),
+            )
     else:
         from featsharp.configs.compose import options_of
 

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from featsharp import __version__
-from featsharp.errors import FeatSharpError
-from featsharp.terminal import add_verbosity, set_up_terminal, verbosity_of
+from featsharp.errors import explain
+from featsharp.terminal import add_verbosity, flush_output, say, set_up_terminal, verbosity_of
 
 # Sub-command -> its line in the help.
 COMMANDS = {
     "upsample": "sharp features of images: PCA pictures and raw features",
+    "extract": "features of many pictures, in files with random access",
     "fit": "sharp features of one image by a network fitted to it (FeatUp's implicit upsampler)",
+    "adapt": "fit a linear student to a backbone in minutes, and say what it gains",
     "train": "train an upsampler (arguments as for python -m featsharp.train)",
     "export": "a checkpoint as one small safetensors file for use",
     "pack": "an image folder to webdataset shards",
@@ -31,8 +33,17 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command; returns the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     set_up_terminal()
+    try:
+        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+    finally:  # argparse exits after its help
+        lost = flush_output()
+    if lost is not None:
+        say(f"featsharp: cannot write to standard output: {lost.strerror or lost}", error=True)
+    return status or int(lost is not None)
+
+
+def _run(arguments: list[str]) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for "module:function"; last, so that it hides no installed module
     parser = _Parser(prog="featsharp", description="Sharp feature maps of vision foundation models.")
@@ -46,21 +57,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"featsharp.cli.{name}")
             sub.description, sub.formatter_class = module.__doc__, argparse.RawDescriptionHelpFormatter
             module.add_arguments(sub)
+    if any("\0" in word for word in arguments):
+        parser.error("an argument holds a null character, which no name of a file can have")
     parsed, others = parser.parse_known_args(arguments)
     if others and parsed.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     set_up_terminal(verbosity_of(parsed))
     try:
         return int(importlib.import_module(f"featsharp.cli.{parsed.command}").run(parsed) or 0)
-    except FeatSharpError as error:
-        print(f"featsharp {parsed.command}: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
     except KeyboardInterrupt:
-        print(f"featsharp {parsed.command}: stopped", file=sys.stderr)
+        say(f"featsharp {parsed.command}: stopped", error=True)
         return 130
+    except Exception as error:
+        if (reason := explain(error)) is None:
+            raise
+        say(f"featsharp {parsed.command}: {reason}", error=True)
+        return 1
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from featsharp.cli.arguments import check_inputs
+from featsharp.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,4 +25,4 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.images, arguments.out, images_per_shard=arguments.images_per_shard, overwrite=arguments.overwrite
     )
     damage = f", damage in the input: {len(report.problems)}" if report.problems else ""
-    print(f"{report.written} images in {report.shards} shards, {len(report.skipped)} skipped{damage}")
+    say(f"{report.written} images in {report.shards} shards, {len(report.skipped)} skipped{damage}")

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from featsharp.data.images import image_to_tensor
 from featsharp.evaluation.features import check_finite
-from featsharp.files import write_file
+from featsharp.extraction.mapped import MappedFeatures
 from featsharp.ops.resize import resize
 from featsharp.visualization.panels import panel, save_picture
 from featsharp.visualization.pca import FeaturePCA
@@ -23,11 +24,10 @@ def metadata_of(image: Image.Image) -> dict[str, str]:
 
 def save_features(path: Path, image: Image.Image, low_res: Tensor, high_res: Tensor) -> None:
     """Write [1, C, h, w] and [1, C, H, W] as low_res [C, h, w] and high_res [C, H, W], float32, safetensors."""
-    from safetensors.torch import save
-
     check_finite(high_res)
-    tensors = {"low_res": low_res[0].float().cpu(), "high_res": high_res[0].float().cpu()}
-    write_file(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata_of(image)))
+    # Copied once, into the file: safetensors ends the process where memory for its own copy lacks.
+    with MappedFeatures(path, metadata_of(image)) as file:
+        file.allocate(low_res.float(), tuple(high_res.shape), torch.float32).copy_(high_res)
 
 
 def save_comparison(path: Path, image: Image.Image, low_res: Tensor, high_res: Tensor, label: str) -> None:
@@ -49,7 +49,10 @@ def save_comparison(path: Path, image: Image.Image, low_res: Tensor, high_res: T
     shape = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))
     colours = FeaturePCA(low_res)
     photo = resize(image_to_tensor(image)[None], shape)[0]
-    pictures = [photo, colours(low_res)[0], colours(high_res[:, -low_res.shape[1] :])[0]]
+    # Cells that the picture has no room for are left out first: a map with a cell per pixel may exceed the memory.
+    down, right = (max(1, cells // side) for cells, side in zip(high_res.shape[2:], shape, strict=True))
+    shown = high_res[:, -low_res.shape[1] :, down // 2 :: down, right // 2 :: right]
+    pictures = [photo, colours(low_res)[0], colours(shown)[0]]
     captions = ["image", f"low resolution {size_text(low_res)}", f"{label} {size_text(high_res)}"]
     save_picture(panel(pictures, shape, captions), path)
 
