@@ -16,7 +16,6 @@ import os
 import random
 import resource
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from checkout import commit
 from PIL import Image
 from torch import Tensor
 
@@ -200,7 +200,7 @@ class Life:
 
 def run_training(arguments: list[str], log: str, cache: str) -> None:
     """Run the command in this process and append its output to ``log``."""
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ["FEATSHARP_CACHE"] = cache
@@ -486,12 +486,6 @@ def describe(series: KillSeries, data: str) -> str:
         f"started again with the same command: all tensors and values of `last.pth` and `best.pth` (model, optimiser, "
         f"best score) {equal}, bit for bit. Files left behind: {', '.join(series.leftovers) or 'none'}.\n"
     )
-
-
-def commit() -> str:
-    """The commit of the checkout this runs from."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

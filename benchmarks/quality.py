@@ -13,12 +13,12 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from checkout import commit
 
 from featsharp.bench.measure import processor
 from featsharp.builder import create_encoder, load_from_file
@@ -231,12 +231,6 @@ def write_report(
     ]
     arguments.output.with_suffix(".md").write_text("\n".join(lines))
     print("\n".join(lines))
-
-
-def commit() -> str:
-    """The commit of the checkout this runs from."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

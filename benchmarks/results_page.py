@@ -1,4 +1,4 @@
-"""Fill the tables of docs/results.md from the files of `featsharp eval --json`.
+"""Fill the tables of docs/results.md, and featsharp/bench/pareto.json, from the files of `featsharp eval --json`.
 
     python benchmarks/results_page.py            rewrite the tables
     python benchmarks/results_page.py --check    fail where the page differs from the files
@@ -11,8 +11,12 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from featsharp.bench.choice import MEASURED
+from featsharp.evaluation.measures import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -26,8 +30,12 @@ class Table(NamedTuple):
     columns: dict[str, str]  # metric in the file -> heading
     scale: float = 1.0  # 100 for percent
     digits: int = 3
+    formats: Mapping[str, tuple[float, int]] = {}  # scale and digits of other metrics
 
 
+# Of `featsharp eval pareto`: metric -> heading, and its format.
+PARETO = {"passes": "passes", "seconds": "ms"} | {name: name for name in COLUMNS if name != "mIoU"}
+FORMATS = {"passes": (1, 1), "seconds": (1000, 0)} | {name: (one.scale, one.digits) for name, one in COLUMNS.items()}
 PCK = {"pck@0.1": "PCK@0.1", "pck@0.05": "PCK@0.05", "pck@0.01": "PCK@0.01"}
 TABLES = {
     "fidelity": Table("fidelity", {"fidelity_area": "fidelity, area pooling", "cosine": "cosine"}),
@@ -38,6 +46,7 @@ TABLES = {
     "correspondence": Table("correspondence", PCK, 100, 1),
     "boundaries": Table("boundaries", {"ods_f": "best F (ODS)", "ois_f": "F, best per image (OIS)"}),
     "cka": Table("cka", {"cka": "mean", **{f"cka_{size}": f"{size} and others" for size in (56, 112, 168, 224)}}),
+    "pareto": Table("pareto", PARETO, formats=FORMATS),
     "reference": Table("reference", {"cosine": "cosine", "error": "error / variance", "cka": "linear CKA"}),
 }
 
@@ -49,11 +58,13 @@ def main() -> int:
     before = PAGE.read_text(encoding="utf-8")
     after = fill(before, RESULTS)
     if check:
-        if before != after:
+        if (before, MEASURED.read_text(encoding="utf-8")) != (after, measured(RESULTS)):
             print(
                 f"{PAGE.name} does not match the result files; run python benchmarks/results_page.py", file=sys.stderr
             )
-        return int(before != after)
+            return 1
+        return 0
+    MEASURED.write_text(measured(RESULTS), encoding="utf-8")
     PAGE.write_text(after, encoding="utf-8")
     return 0
 
@@ -78,7 +89,8 @@ def render(table: Table, results: Path) -> str:
     lines = [f"| encoder | {' | '.join(columns.values())} |", f"|{'---|' * (len(columns) + 1)}"]
     for content in files:
         for label, encoder in content["encoders"].items():
-            cells = [cell(encoder["result"].get(metric), table) for metric in columns]
+            formats = {metric: table.formats.get(metric, (table.scale, table.digits)) for metric in columns}
+            cells = [cell(encoder["result"].get(metric), *formats[metric]) for metric in columns]
             lines.append(f"| {label} | {' | '.join(cells)} |")
     sources = []
     for content in files:
@@ -96,14 +108,29 @@ def machine(content: dict[str, Any]) -> str:
     return f"{about['processor']}, {about['device']}, torch {about['torch']}, {passes}"
 
 
-def cell(value: Any, table: Table) -> str:
+def cell(value: Any, scale: float, digits: int) -> str:
     """A number with its interval, where it has one."""
     if value is None:
         return ""
     if isinstance(value, dict):
-        low, high = (f"{table.scale * value[key]:.{table.digits}f}" for key in ("low", "high"))
-        return f"{table.scale * value['value']:.{table.digits}f} [{low}, {high}]"
-    return f"{table.scale * value:.{table.digits}f}"
+        low, high = (f"{scale * value[key]:.{digits}f}" for key in ("low", "high"))
+        return f"{scale * value['value']:.{digits}f} [{low}, {high}]"
+    return f"{scale * value:.{digits}f}"
+
+
+def measured(results: Path) -> str:
+    """The part of the results of `featsharp eval pareto` that the package has, for bench/choice.py."""
+    known = {}
+    for path in sorted(results.glob("pareto@*.json")):
+        for label, one in json.loads(path.read_text())["encoders"].items():
+            result, names = one["result"], [name for name in COLUMNS if name in one["result"]]
+            known[label] = {
+                "backbone": one["backbone"],
+                "factor": one["factor"],
+                **{name: round(result[name], 4) for name in ("passes", "seconds")},
+                "measures": {name: round(result[name]["value"], 4) for name in names},
+            }
+    return json.dumps(known, indent=1) + "\n"
 
 
 if __name__ == "__main__":

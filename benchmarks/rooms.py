@@ -18,6 +18,7 @@ the library.
 
 import argparse
 import ast
+import functools
 import sys
 import tempfile
 from collections.abc import Callable
@@ -63,25 +64,22 @@ def record(call: Callable[[], object], until: str = "") -> Walk:
     levels, walk = read_levels(), Walk()
     # Walked file of each running frame; None inside calls that are not walked.
     files: dict[FrameType, str | None] = {}
-    stopped = False
 
     def profile(frame: FrameType, event: str, _: object) -> None:
-        nonlocal stopped
         if event == "return":
             files.pop(frame, None)
-        if event != "call" or stopped:
+        if event != "call":
             return
         code = frame.f_code
         caller = frame.f_back
         before = files.get(caller, "") if caller is not None else ""
-        path = Path(code.co_filename)
-        if not path.is_relative_to(PACKAGE) or code.co_name == "<module>":
+        file = _file_of_package(code.co_filename)
+        if file is None or code.co_name == "<module>":
             files[frame] = before
             return
         if until and code.co_qualname == until:
-            stopped = True
+            sys.setprofile(None)
             return
-        file = path.relative_to(PACKAGE).as_posix()
         walk.entered.setdefault(file)
         if code.co_name in PARTS_OF_FUNCTIONS:
             files[frame] = before
@@ -99,6 +97,12 @@ def record(call: Callable[[], object], until: str = "") -> Walk:
     finally:
         sys.setprofile(None)
     return walk
+
+
+@functools.cache  # asked at every call
+def _file_of_package(name: str) -> str | None:
+    path = Path(name)
+    return path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else None
 
 
 def read_levels() -> dict[str, int]:

@@ -120,8 +120,8 @@ class PartClock:
 
 
 def _wait_for_device() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @contextmanager
@@ -312,7 +312,7 @@ def bfloat16_hardware(device: str) -> list[str]:
     if torch.device(device).type == "cuda":
         return ["tensor cores"] if torch.cuda.is_bf16_supported(including_emulation=False) else []
     try:
-        flags = Path("/proc/cpuinfo").read_text().split()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     except OSError:
         flags = []
     return [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]

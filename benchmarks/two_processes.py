@@ -104,7 +104,7 @@ def forked(folder: Path, command: list[str], how: str) -> list[int]:
 
 def join(rank: int, port: int, folder: str, command: list[str], how: str) -> None:
     """Run one of the processes with the environment that torchrun gives it."""
-    with open(Path(folder, f"log{rank}"), "a") as file:
+    with open(Path(folder, f"log{rank}"), "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= {

@@ -16,15 +16,19 @@ from PIL.Image import Image
 from torch import Tensor
 
 from featsharp.builder import create_encoder, load_from_file
-from featsharp.data.views import Views, base_view, cut_canvas, render_views, sample_homography
+from featsharp.data.views import ViewConfig, Views, base_view, cut_canvas, render_views, sample_homography
 from featsharp.device import autocast_dtype
 from featsharp.evaluation.features import encode_raw, predict_raw
-from featsharp.evaluation.fidelity import EVAL_VIEWS, default_eval_size
+from featsharp.evaluation.fidelity import default_eval_size
 from featsharp.evaluation.images import ImageSet
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
 
 CHUNK = 24  # views at a time
+# Those that are measured: 8 of a photograph, with its pixels beyond the crop where there are any.
+VIEWS = ViewConfig(
+    num_views=8, zoom=[1.0, 1.0], jitter_zoom=[1.0, 1.6], perspective=[0.0, 0.0], rotation=8.0, shift=0.0
+)
 
 
 def main() -> None:
@@ -40,7 +44,7 @@ def main() -> None:
     errors: dict[str, float] = {}
     targets, weights = [], []
     for number, (_, image) in enumerate(ImageSet(arguments.data, limit=arguments.limit)):
-        views = draw(image, encoder, EVAL_VIEWS.num_views, seed=(0, number))
+        views = draw(image, encoder, VIEWS.num_views, seed=(0, number))
         target, valid = encode(encoder, views)
         targets.append(target)
         weights.append(valid)
@@ -61,11 +65,11 @@ def main() -> None:
 
 
 def draw(image: Image, encoder: SharpEncoder, count: int, seed: tuple[int, int]) -> Views:
-    """Views of a photograph, drawn as those of the fidelity task."""
+    """Views of a photograph, drawn as the fidelity task did for docs/experiments.md."""
     size = default_eval_size(encoder)
     canvas, mask = cut_canvas(image, size)
     rng = np.random.default_rng(seed)
-    homographies = np.stack([sample_homography(size, EVAL_VIEWS, rng) for _ in range(count)])
+    homographies = np.stack([sample_homography(size, VIEWS, rng) for _ in range(count)])
     return Views(canvas[None], mask[None], torch.from_numpy(homographies).float()[None])
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkout import commit
 from PIL import Image
 
 from featsharp.bench.measure import describe_machine, summarize
@@ -57,6 +58,7 @@ ENCODERS = {
     "shipped weights, 2x": ("vits14-focus/featsharp-2x", "2"),
     "featsharp untrained, 4x": ("featsharp", "4"),
 }
+SHIPPED = ("--checkpoint", "vits14-focus/featsharp-2x")
 RUNS_OF_AN_ENCODER = 4  # in one process; the first is not counted
 
 
@@ -100,7 +102,7 @@ def measure(checkout: Path, photo: Path, features: Path) -> dict[str, float]:
         figures[f"{label}: encoding over its backbone passes"] = times["encode"] / times["passes"]
     upsample = ("-m", "featsharp.cli.main", "upsample")
     for label, command in (
-        ("featsharp upsample, one picture", (*upsample, str(photo), "-o", str(features))),
+        ("featsharp upsample, one picture", (*upsample, str(photo), *SHIPPED, "-o", str(features))),
         ("featsharp --help", ("-m", "featsharp.cli.main", "--help")),
         ("featsharp upsample --help", (*upsample, "--help")),
     ):
@@ -121,14 +123,6 @@ def run(checkout: Path, *arguments: str) -> tuple[str, float, float]:
         raise SystemExit(f"{shlex.join(arguments[:4])} in {checkout} failed:\n{done.stderr}")
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return done.stdout, wall, cpu
-
-
-def commit(checkout: Path) -> str:
-    """Commit of a checkout, with "+" for changes that are not committed."""
-    git = ["git", "-C", str(checkout)]
-    name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
-    return name + "+" * bool(changes)
 
 
 def page(content: dict[str, Any]) -> str:

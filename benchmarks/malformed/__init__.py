@@ -1,0 +1,1 @@
+"""Malformed inputs of every kind, and what is tried with them."""
