@@ -16,7 +16,8 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
 
     Args:
         name: A name that ``torch.device`` takes, or "auto" for CUDA where it is available, else the CPU.
-        local_rank: Index of the CUDA device for "auto" and "cuda".
+        local_rank: Number of this process on its machine: with "auto" and "cuda" they take the CUDA devices that each
+            sees in turn, so that one that sees its own alone (Slurm's --gpus-per-task) takes that.
 
     Raises:
         ConfigError: When the device is not available.
@@ -24,7 +25,7 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{local_rank}"
+        name = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -145,8 +145,7 @@ def load_encoder(arguments: argparse.Namespace, device: str, local_rank: int = 0
     from featsharp.upsamplers import UPSAMPLERS
     from featsharp.weights import list_weights
 
-    # Slurm's --gpus-per-task shows each task its own GPU alone, as number 0; other ranks may share one.
-    place = find_device(device, local_rank % max(1, torch.cuda.device_count()))
+    place = find_device(device, local_rank)
     name, backbone = arguments.upsampler or "identity", arguments.backbone
     if arguments.factor is not None:
         if parse_upsampler(name, UPSAMPLERS)[1] is not None or name.endswith(CHECKPOINT_ENDINGS):
