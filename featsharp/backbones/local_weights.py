@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from featsharp.backbones import resolve_backbone
-from featsharp.backbones.models import FAMILIES, MODELS, Family
 from featsharp.backbones.mobilenetv2 import MOBILENET
+from featsharp.backbones.models import FAMILIES, MODELS, Family
 from featsharp.backbones.vits14_focus import FOCUS
 from featsharp.names import parse_backbone
 

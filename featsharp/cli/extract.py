@@ -136,8 +136,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def load_encoder(arguments: argparse.Namespace, device: str, local_rank: int = 0) -> "SharpEncoder":
     """Load the encoder that --backbone, --upsampler, --factor and --layer name to a device."""
-    import torch
-
     from featsharp.backbones import create_backbone
     from featsharp.builder import load_from_file
     from featsharp.device import autocast_dtype, find_device

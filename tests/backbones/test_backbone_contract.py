@@ -29,8 +29,8 @@ from featsharp.backbones import (
     register_family,
     register_prefix,
 )
-from featsharp.backbones.toy import ToyViT
 from featsharp.backbones.local_weights import WHEELS
+from featsharp.backbones.toy import ToyViT
 from featsharp.errors import ConfigError, InputError
 
 TIMM_RANDOM = "timm:vit_tiny_patch16_224?pretrained=false&img_size=64"
