@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Generator, Iterator
 
 import later_versions
@@ -26,9 +27,17 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}; tests: {config.getoption('-m')}"
 
 
+COVERED = 3  # parameters of a test that coverage follows: it doubles the time of all, and the rest run the same lines
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skip_gpu = pytest.mark.skip(reason="gpu: no CUDA device")
+    parameters: Counter[str] = Counter()
     for item in items:
+        test = item.nodeid.partition("[")[0]
+        parameters[test] += 1
+        if parameters[test] > COVERED:
+            item.add_marker(pytest.mark.no_cover)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip_gpu)
     later_versions.mark(items)

@@ -55,6 +55,7 @@ def test_time_limits_the_photographs(photos):
     assert result.photographs == (1, 2)
 
 
+@pytest.mark.slow
 def test_a_picture_that_makes_nan_is_named_and_skipped(photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     for name in ("0.png", "1.png"):  # one of those held back, and one of the others
@@ -78,6 +79,7 @@ def test_too_few_photographs_are_refused(tmp_path):
         adapt(create_backbone("toy-vit"), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_was_gained_and_writes_only_then(photos, tmp_path, capsys):
     output = tmp_path / "student.safetensors"
     arguments = ["adapt", "--backbone", "toy-vit", "--data", str(photos), "--minutes", "1", "-o", str(output)]

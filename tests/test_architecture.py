@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.no_cover  # reads the package without running it
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "featsharp"
 

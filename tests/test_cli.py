@@ -182,6 +182,7 @@ def test_the_level_of_messages(flags, level, capsys):
     assert "vits14-focus/featsharp-2x" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_takes_the_flags_of_messages_among_its_overrides(tmp_path, capsys):
     """Its usual level is INFO."""
     overrides = ["+model=toy-vit", "dry_run=true", f"train_data_dir={tmp_path}", "+upsampler=bilinear-2x"]
@@ -201,6 +202,7 @@ def nearest(image, features, size):
     return torch.nn.functional.interpolate(features, size)
 
 
+@pytest.mark.slow
 def test_ls_prints_every_name_with_a_description(capsys, monkeypatch):
     """U28."""
     monkeypatch.setenv("COLUMNS", "200")
@@ -289,6 +291,7 @@ def test_eval_measures_several_encoders_and_writes_json(photos, checkpoint, tmp_
     assert str(tmp_path) not in path.read_text()
 
 
+@pytest.mark.slow
 def test_lists_of_files_are_written_without_their_folders(checkpoint, tmp_path, capsys):
     path = tmp_path / "r.json"
     files = [checkpoint, f"mine={checkpoint}"]
@@ -457,6 +460,7 @@ def test_features_are_kept_where_no_picture_can_be_drawn(tmp_path, capsys):
     assert tensors["high_res"].shape == (32, 2, 2)
 
 
+@pytest.mark.slow
 def test_limited_memory_gives_the_same_files(photos, checkpoint, tmp_path):
     assert run("upsample", photos, "--checkpoint", checkpoint, "-o", tmp_path / "free") == 0
     assert run("upsample", photos, "--checkpoint", checkpoint, "-o", tmp_path / "tight", "--max-memory", "60MiB") == 0
@@ -478,6 +482,7 @@ def test_without_a_checkpoint_the_best_of_few_passes_is_taken(photos, tmp_path, 
     assert "For better features at more cost: 8 or 16 passes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_cell_for_each_pixel(photos, tmp_path):
     """Within a limit, which the command sets itself, or another one; not where an upsampler makes its map at once."""
     for number, (name, *limit) in enumerate((("views-2x",), ("views-2x", "--max-memory", "60MiB"), ("stride-2x",))):
@@ -492,6 +497,7 @@ def test_a_cell_for_each_pixel(photos, tmp_path):
     assert run("upsample", photos, *TILE, "--output-size", "pixel") == 2
 
 
+@pytest.mark.slow
 def test_too_little_memory_names_the_least_that_works(photos, checkpoint, tmp_path, capsys):
     assert run("upsample", photos, "--checkpoint", checkpoint, "-o", tmp_path / "out", "--max-memory", "1MiB") == 1
     said = capsys.readouterr().err
@@ -500,6 +506,7 @@ def test_too_little_memory_names_the_least_that_works(photos, checkpoint, tmp_pa
     assert not list((tmp_path / "out").rglob("*"))
 
 
+@pytest.mark.slow
 def test_pictures_of_several_maps(tmp_path):
     """S2 stacks maps: the last one is drawn, all are written."""
     photo = write_photo(tmp_path / "photo.png", 90, 70)

@@ -41,6 +41,7 @@ NAMES = [options_of(group) for group in ("model", "upsampler", "normalizer")]
 TOGETHER = [*itertools.islice(zip(*map(itertools.cycle, NAMES), strict=True), max(map(len, NAMES)))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "upsampler", "normalizer"), TOGETHER)
 def test_every_name_composes_and_exists(model, upsampler, normalizer):
     factor = 1 if upsampler in ("identity", "s2-pooled") else 4
@@ -71,6 +72,7 @@ def test_every_short_name_is_a_model_with_a_folder_of_its_own():
     assert len(folders) == len(MODELS) - 3
 
 
+@pytest.mark.slow
 def test_a_model_given_twice_or_beside_its_keys():
     config = compose([*BASE, "model.name=timm:vit_tiny_patch16_224", "output_subdir=mine"])
     assert (config.model.name, config.output_subdir) == ("timm:vit_tiny_patch16_224", "mine")
@@ -81,6 +83,7 @@ def test_a_model_given_twice_or_beside_its_keys():
         compose([*BASE, "+model=siglip2"])
 
 
+@pytest.mark.slow
 def test_any_factor_can_be_named():
     def factor(*overrides):
         return compose(["+model=toy-vit", *overrides, "train_data_dir=x"]).upsampler.factor
@@ -99,6 +102,7 @@ def test_no_upsampler_writes_what_a_model_does():
         assert not set(flatten(yaml.safe_load(file.read_text()))) & {"model.name", "output_subdir"}
 
 
+@pytest.mark.slow
 def test_an_upsampler_given_twice_or_beside_its_keys():
     assert compose([*BASE, "upsampler.name=tile"]).upsampler.name == "tile"
     assert compose([*BASE, "upsampler=tile"]).upsampler.name == "tile"
@@ -111,6 +115,7 @@ def test_an_upsampler_given_twice_or_beside_its_keys():
         compose([*BASE, "+upsampler=tile-2x"])
 
 
+@pytest.mark.slow
 def test_a_preset_builds_on_another(tmp_path):
     """A new file of ``configs/upsampler``, in a copy of the package."""
     shutil.copytree(CONFIGS.parent, tmp_path / "featsharp", ignore=shutil.ignore_patterns("*.safetensors", "*.pyc"))
@@ -159,6 +164,7 @@ def test_names_of_the_readme_resolve():
     assert config.num_training_steps == 9000
 
 
+@pytest.mark.slow
 def test_output_root_of_dinov2_large(monkeypatch):
     """U5."""
     config = compose(["+model=dinov2-l_448px", "+upsampler=featsharp-2x", "train_data_dir=x"])
@@ -266,6 +272,7 @@ def test_texts_are_taken_as_they_are_written(text):
     assert [config[key] for key in keys] == [text] * 3
 
 
+@pytest.mark.slow
 def test_notations_of_hydra_keep_their_meaning():
     def read(value):
         return compose([*BASE[:2], f"train_data_dir={value}"]).train_data_dir

@@ -161,6 +161,7 @@ class Interrupting(VizWriter):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_by_reconstruction_resumes_bit_for_bit(photos):
     """The running statistics of batch normalisation, too."""
 

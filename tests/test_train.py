@@ -241,6 +241,7 @@ class Closing(VizWriter):
         (self.folder / "closed").write_text(getattr(sys.exc_info()[0], "__name__", "none"))
 
 
+@pytest.mark.slow
 def test_a_refused_resumption_leaves_the_files_of_the_earlier_run_alone(photos, capsys):
     assert train(photos, "viz.type=tensorboard", upsampler="featup-2x") == 0
 
@@ -285,6 +286,7 @@ def test_every_upsampler_trains_and_loads(photos, upsampler):
     assert loaded(torch.randn(1, 3, 64, 64)).high_res.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("upsampler", ["featsharp-jafar", "lift", "resfu-tiled"])
 def test_a_cnn_as_backbone(photos, upsampler):
     """F19."""
@@ -399,6 +401,7 @@ def test_secrets_of_urls_are_in_no_file_and_no_message(photos, server, tmp_path,
 # Statistics of the normalizer
 
 
+@pytest.mark.slow
 def test_statistics_come_from_their_own_folder_and_are_cached(photos, tmp_path, own_cache):
     """U11."""
     (tmp_path / "dark").mkdir()
@@ -437,6 +440,7 @@ def test_a_longer_run_resumes_with_the_very_normalizer_it_had(photos, own_cache)
     assert list((own_cache / "statistics").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused_and_named(photos, capsys):
     assert train(photos, upsampler="identity") == 0
     before = Path("outputs/toy-vit/64/last.pth").read_bytes()
@@ -455,6 +459,7 @@ def test_another_configuration_is_refused_and_named(photos, capsys):
     assert Path("outputs/toy-vit/64/last.pth").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_forced_resumption_warns_and_goes_on(photos, caplog, capsys):
     assert train(photos, upsampler="featup-2x") == 0
     forced = ["seed=3", "num_training_steps=4", "force_resume=true"]
@@ -671,6 +676,7 @@ def test_two_processes_equal_one_with_twice_the_batch(photos, tmp_path):
     assert (one - half).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_run_on_remembered_features_equals_the_run_that_computed_them(photos, tmp_path):
     """``feature_cache``: the second epoch and the second run read what the first epoch wrote."""
     cache = tmp_path / "features"

@@ -34,6 +34,7 @@ def test_parts_do_not_count_twice(script):
     assert clock.within == []
 
 
+@pytest.mark.slow
 def test_the_command_times_a_real_training_and_leaves_it_as_it_was(script, tmp_path, monkeypatch, capsys):
     backward, threads = torch.Tensor.backward, torch.get_num_threads()
     cases = ["--case", "plain=", "--case", "from disk=feature_cache.samples=4"]

@@ -33,7 +33,8 @@ from featsharp.upsamplers.layer import UpsampleLayer
 
 STARTS = multiprocessing.get_all_start_methods()
 # AnyUp takes ten times as long as the others.
-NAMES = [pytest.param(n, marks=[pytest.mark.slow] if n == "anyup" else []) for n in list_upsamplers()]
+LONG = ("anyup", "naf", "uplift")  # ten times as long as others
+NAMES = [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in list_upsamplers()]
 
 
 def nearest(image, features, size):
@@ -278,6 +279,7 @@ def test_configurations_are_pickled_and_whole_encoders_are_no_checkpoints(tmp_pa
         load_from_file(tmp_path / "whole.pth")
 
 
+@pytest.mark.slow
 def test_fifty_calls_leave_no_tensor_behind(images):
     encoder = create_encoder("toy-vit", "featsharp", 2)
 

@@ -211,6 +211,7 @@ def resized_to_square(table: np.ndarray, side: int, align_corners: bool) -> np.n
     return table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "grid"), [("base", (32, 64)), ("base", (5, 3)), ("base", (32, 32)), ("large", (5, 3)), ("large", (16, 24))]
 )
@@ -236,6 +237,7 @@ def test_radio_crops_its_positions_from_a_square_of_the_longer_side(size, grid):
         assert np.abs(positions - stretched.permute(1, 2, 0).numpy()).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["dinov3", "eva02", "radio"])
 def test_half_precision(name, dtype):
@@ -412,6 +414,7 @@ def test_sam_by_name_is_native_at_1024_and_resamples_for_another_size(tmp_path):
 # Maps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["convnext_atto", "resnet18", "test_efficientnet", "test_mambaout", "caformer_s18", "hieradet_small"]
 )
@@ -521,6 +524,7 @@ def save(model, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dinov2 registers", "dinov3", "siglip2", "beit", "deit distilled"])
 def test_a_directory_of_timm_is_a_backbone(name, tmp_path):
     model = build(name)
@@ -785,6 +789,7 @@ def test_weights_that_cannot_be_had_say_what_to_do(spec):
 # In use
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["", "layer=1,5&", "facet=key&"])
 def test_the_adapter_costs_next_to_nothing(options):
     """Medians of interleaved runs, in time of the processor, which leaves out what else the machine does."""

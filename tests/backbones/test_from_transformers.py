@@ -441,6 +441,7 @@ def test_paligemma_has_a_token_mean_only_by_name(saved):
         family.create(summary="cls")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [

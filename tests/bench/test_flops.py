@@ -170,6 +170,7 @@ def row_of(result, curve, factor):
     return row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "passes"), [(1, 1), (1.5, 5), (2, 5), (3, 10)])
 def test_tiles_are_exactly_their_backbone_passes(result, factor, passes):
     tile = row_of(result, "tile", factor)

@@ -167,7 +167,7 @@ def account_of(mixture: ImageMixture, count: int) -> tuple[set[str], dict[str, i
     return used, dict(log.kinds)
 
 
-@pytest.mark.parametrize("how", ["folder", "stream"])
+@pytest.mark.parametrize("how", ["folder", pytest.param("stream", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_bad_input_is_passed_over_and_counted_by_kind(case: Case, how: str, shards: Path) -> None:
     (shards / "bad.tar").write_bytes(case.tar)
@@ -298,6 +298,7 @@ def tar_in(folder: Path, how: str) -> str:
     return str(folder) if how == "folder" else f"pipe:cat {folder}/bad.tar"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["folder", "stream"])
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_extended_headers_cannot_claim_any_memory(tmp_path, how, kind):
@@ -384,6 +385,7 @@ def test_compressed_tars_that_were_joined_are_read_to_their_end(tmp_path, mode):
     assert images_of(tmp_path, b"".join(members)) == (everything, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", COMPRESSIONS)
 def test_damage_of_a_compressed_tar_is_counted(tmp_path, mode):
     parts = [COMPRESSIONS[mode](tar_of((f"{n}.png", picture(n)))) for n in range(3)]
@@ -422,6 +424,7 @@ def test_a_lost_connection_is_no_damage(mode):
         list(stream_tar(_Lossy(whole[: len(whole) // 2])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", COMPRESSIONS)
 def test_a_compressed_stream_takes_bounded_memory(mode):
     """Of 64 MiB of zeros in few bytes, and of all of them before the first image."""

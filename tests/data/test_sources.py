@@ -458,6 +458,7 @@ def keeps_hundreds(image: Image.Image, name: str) -> bool:
     return number_of(image) % 100 == 7
 
 
+@pytest.mark.slow
 def test_few_usable_images_among_many_are_found_and_used_evenly(tmp_path: Path) -> None:
     """One in 100: the same ones for the same samples in any order, and no neighbour of a gap more than others."""
     rare = open_source(write_tar(tmp_path / "rare.tar", {f"{n:03d}.png": picture(n, (8, 8)) for n in range(500)}))

@@ -486,6 +486,7 @@ def same(batch: Batch, other: Batch) -> bool:
     return all(torch.equal(a, b) for a, b in zip(batch.samples, other.samples, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_batches_of_a_resumed_run_are_those_of_an_uninterrupted_one(server: str, tmp_path: Path, workers: int) -> None:
     (tmp_path / "www" / "4.tar").write_bytes(b"broken")
@@ -532,6 +533,7 @@ def test_images_that_are_left_out_are_read_past_so_that_each_of_the_others_comes
     assert left_out | set(kept) == {f"{number:03d}.png" for number in range(NUM_IMAGES)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_run_that_leaves_images_out_goes_on_with_the_very_next(server: str, tmp_path: Path, workers: int) -> None:
     """However far the workers had read ahead, and beside local data."""
@@ -628,6 +630,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 @processes_are_listed
 def test_workers_that_wait_for_data_and_their_commands_end_with_a_killed_training(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", range(2))

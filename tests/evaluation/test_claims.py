@@ -153,6 +153,7 @@ def fidelity(encoder: SharpEncoder) -> float:
 # F2
 
 
+@pytest.mark.slow
 def test_noise_by_position_is_attenuated_to_a_quarter_and_the_signal_kept_within_a_tenth(planted):
     """F2: the pattern is the difference between the backbone with and without it, everything else unchanged."""
     quiet = copy.deepcopy(planted.trained)

@@ -195,6 +195,7 @@ def test_scores_are_means_over_heads():
     assert pooled["pixel_accuracy"].value == pytest.approx(np.mean(hits))
 
 
+@pytest.mark.slow
 def test_colours_are_segmented(tmp_path):
     for split, count in (("train", 64), ("val", 2)):
         for kind in ("images", "labels"):

@@ -116,6 +116,7 @@ def stripes(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_sharp_features_tell_what_blurred_ones_cannot(stripes):
     task = SegmentationTask(stripes, **QUICK)
     outcome = measure(task, subject("identity", 1), subject("bilinear", 2), subject("tile", 2))
@@ -225,6 +226,7 @@ def test_prediction_in_chunks_is_that_of_the_whole(size):
     assert np.array_equal(predict(logits, size, max_logits=5 * size[1] * 3), whole.numpy())
 
 
+@pytest.mark.slow
 def test_void_in_the_range_of_classes_is_no_class_of_head_and_mean(tmp_path):
     rng = np.random.default_rng(0)
     for number in range(8):
@@ -346,6 +348,7 @@ def test_a_stopped_training_finds_its_features_again(blocks, tmp_path):
     assert list(tmp_path.glob("result.json*")) == [path]
 
 
+@pytest.mark.slow
 def test_other_encoders_sizes_and_files_have_features_of_their_own(blocks, tmp_path):
     task = SegmentationTask(blocks, cache_dir=tmp_path / "cache", **QUICK)
     encoder = create_encoder(PatchColour(), "bilinear", 2)
@@ -531,6 +534,7 @@ def test_bad_pairs_are_skipped_and_named(spoil, message, split, blocks):
     assert message.format(split) in reason
 
 
+@pytest.mark.slow
 def test_what_was_skipped_in_training_is_told_again_with_a_head_from_disk(blocks, tmp_path):
     cut_image_of = blocks / "images/train/1.png"
     cut_image_of.write_bytes(b"")
@@ -568,6 +572,7 @@ def test_limits_take_the_first_and_an_even_spread(blocks):
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_a_plot_needs(blocks, tmp_path, capsys):
     path = tmp_path / "out.json"
     options = ["--steps", "20", "--low-res-size", "64x96", "--json", str(path), "--device", "cpu"]

@@ -29,9 +29,13 @@ NEEDS = {
 }
 
 
+# Kinds of which the quick tests have others.
+LONG = ("backbone/", "command/", "eval/", "implicit/", "parts/", "shipped/", "train/")
+
+
 def cases() -> list[Any]:
     return [
-        pytest.param(name, marks=[pytest.mark.slow] if case.slow or name.startswith(("train/", "eval/")) else [])
+        pytest.param(name, marks=[pytest.mark.slow] if case.slow or name.startswith(LONG) else [])
         for name, case in CASES.items()
     ]
 

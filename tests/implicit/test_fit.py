@@ -43,6 +43,7 @@ def finished() -> Fitter:
 # What it achieves
 
 
+@pytest.mark.slow
 def test_a_fit_explains_unseen_views_better_than_bilinear(finished):
     """P6."""
     targets, views = finished.held_out_views(16)
@@ -76,6 +77,7 @@ def test_blocks_of_rows_make_the_whole_map(finished):
     torch.testing.assert_close(finished.fitted.features((37, 21), points=100), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

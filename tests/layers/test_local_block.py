@@ -198,6 +198,7 @@ def test_even_windows_are_refused_at_once():
         LocalSelfAttention(32, window=4)
 
 
+@pytest.mark.slow
 def test_chunks_equal_the_whole():
     """Without gradients a large map is processed in chunks of rows; any chunk can be asked for."""
     block = LocalBlock(32, 16, layer_scale=0.5).eval()

@@ -119,6 +119,7 @@ def test_the_memory_that_is_hidden_in_the_operator_is_counted(size):
     assert taken.peak <= counted.peak <= out.nbytes + 1.3 * (taken.peak - out.nbytes)
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph():
     weights, value = inputs((6, 5), 2)
     compiled = torch.compile(local_filter, fullgraph=True, backend="aot_eager")

@@ -152,6 +152,7 @@ def no_wandb_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_SILENT", "true")
 
 
+@pytest.mark.slow
 def test_wandb_offline_writes_a_run_folder(tmp_path, no_wandb_settings):
     """U15: rows of scalars by step, a picture, the configuration; a second writer goes on with the same run."""
     pytest.importorskip("wandb")

@@ -218,6 +218,7 @@ def test_accumulated_batches_equal_one_large_batch(photos, tmp_path):
     assert losses[2] != pytest.approx(losses[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_accumulation_goes_on_at_its_place_in_the_data(photos, tmp_path):
     settings = {"objective": PLAIN, "num_training_steps": 4, "accumulation_steps": 2}
     whole = weights_after(trainer_of(photos, tmp_path / "whole", **settings))
@@ -375,6 +376,7 @@ def test_another_number_of_processes_is_refused_unless_forced(photos, tmp_path, 
     assert "with 8 processes" in caplog.text
 
 
+@pytest.mark.slow
 def test_another_number_of_readers_is_refused_where_it_changes_the_order(photos, tmp_path, caplog):
     """Local data is read at random; of streams every worker reads a sequence of its own."""
     trainer_of(photos, tmp_path / "local", num_training_steps=2).run()
@@ -438,6 +440,7 @@ def test_best_and_last_checkpoint_load(photos, tmp_path):
     assert_equal(unwatched.trained.state_dict(), trainer.trained.state_dict())
 
 
+@pytest.mark.slow
 def test_scores_of_other_validation_samples_are_not_compared(photos, tmp_path, caplog):
     """What scored better on easier pictures does not keep its place."""
     caplog.set_level("INFO")
@@ -494,6 +497,7 @@ def test_resume_refuses_what_it_cannot_continue(photos, tmp_path):
         trainer.resume(tmp_path / "plain.pth")
 
 
+@pytest.mark.slow
 def test_skipped_images_are_counted_and_logged_once(photos, tmp_path, caplog):
     for path in photos.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -557,6 +561,7 @@ def centred(x: Tensor) -> Tensor:
     return (x - x.mean((2, 3), keepdim=True)).flatten()
 
 
+@pytest.mark.slow
 def test_planted_position_bias_is_recovered_and_removed(photos, tmp_path):
     """F8."""
     backbone = Planted(pattern=1.0)
@@ -577,6 +582,7 @@ def test_planted_position_bias_is_recovered_and_removed(photos, tmp_path):
     assert torch.equal(loaded.bias_buffer.buffer, learned)
 
 
+@pytest.mark.slow
 def test_what_views_disagree_on_is_attenuated_and_what_they_share_is_kept(photos, tmp_path):
     """F2: of the noise, at most a fifth of the energy (and under half of what bilinear leaves); of the signal, 90 %."""
     backbone = Planted(noise=1.0)

@@ -70,11 +70,12 @@ def in_chunks(encoder, images, chunk, tile_batch):
 
 
 LONG = [("featup", 6), ("featsharp", 4), ("anyup", 2)]
+QUICK = [("tile", 3), ("featup", 2), ("featsharp", 2.5), ("views", 2), ("jafar", 2), ("bilinear", 2.5), ("identity", 1)]
 
 
 @pytest.mark.parametrize(
     ("name", "factor", "options"),
-    [pytest.param(*case, marks=pytest.mark.slow if case[:2] in LONG else []) for case in CASES],
+    [pytest.param(*case, marks=[] if case[:2] in QUICK else pytest.mark.slow) for case in CASES],
 )
 def test_small_chunks_make_the_same_features(name, factor, options):
     encoder = build(name, factor, options)
@@ -102,12 +103,9 @@ def test_chunks_of_any_shape_see_the_tiles_around_them(chunk):
     torch.testing.assert_close(in_chunks(encoder, images, chunk, 3).high_res, expected, atol=3e-5, rtol=1e-4)
 
 
-QUICK = [("tile", 3, {}), ("featup", 2, {})]
-
-
 @pytest.mark.parametrize(
     ("name", "factor", "options"),
-    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES],
+    [pytest.param(*case, marks=[] if case == ("tile", 3, {}) else pytest.mark.slow) for case in CASES],
 )
 def test_memory_stays_below_the_limit_and_the_least_that_works_works(name, factor, options):
     encoder = build(name, factor, options)
@@ -129,7 +127,9 @@ def test_memory_stays_below_the_limit_and_the_least_that_works_works(name, facto
         assert peak(limit) <= limit
 
 
-@pytest.mark.parametrize("name", ["bilinear", "tile", "featup", "views"])
+@pytest.mark.parametrize(
+    "name", ["bilinear", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tile", "featup", "views"))]
+)
 def test_a_cell_per_pixel(name, tmp_path):
     """The map goes to a file, that of views and of bilinear interpolation larger than the limit.
 
@@ -187,6 +187,7 @@ def test_more_memory_means_more_tiles_at_once():
         assert batches == [1, *(16 // passes) * [passes], *last]
 
 
+@pytest.mark.slow
 def test_denormalised_features_and_gradients():
     encoder = build("featsharp", 2, {})
     encoder.max_memory = "1GiB"
@@ -197,6 +198,7 @@ def test_denormalised_features_and_gradients():
     assert unbounded.max_memory is None
 
 
+@pytest.mark.slow
 def test_half_precision():
     encoder = build("featsharp", 2, {}).to(torch.bfloat16)
     images = torch.randn(1, 3, 64, 48, dtype=torch.bfloat16)
@@ -208,6 +210,7 @@ def test_half_precision():
     torch.testing.assert_close(out, expected, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [True, False])
 def test_under_autocast(trainable):
     """Nothing of the prediction, fake casts of weights above all, may stay in autocast's cache."""
@@ -235,6 +238,7 @@ def test_encoders_in_training_and_empty_batches_are_refused():
         encoder.train()(torch.randn(1, 3, 64, 48))
 
 
+@pytest.mark.slow
 def test_nothing_stays_behind():
     """Neither fake tensors in the module, nor watchers of its weights."""
     encoder = build("featsharp", 2, {})

@@ -56,6 +56,7 @@ def test_the_linear_form_is_its_weight_applied_to_its_maps():
     assert encoder.upsampler.variant == "linear"
 
 
+@pytest.mark.slow
 def test_block_picture_and_mix_learn():
     """A few steps towards a map that depends on features and picture take most of the error away."""
     encoder = encoder_of(passes=1).train()

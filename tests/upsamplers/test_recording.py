@@ -57,6 +57,7 @@ def check(program, model, images):
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "backbone", "patch"),
     [
@@ -81,6 +82,7 @@ def test_an_exported_program_takes_other_batches_and_sizes(name, backbone, patch
         check(program, model, torch.randn(count, 3, rows * patch, columns * patch))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_program_of_views_has_one_size():
     """It takes other batches; that it cannot take other sizes is said by name."""
@@ -93,6 +95,7 @@ def test_a_program_of_views_has_one_size():
         torch.export.export(model, (images,), dynamic_shapes=({2: 16 * height},), strict=False)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_exported_program_is_whole_without_this_package():
     images = torch.randn(1, 3, 64, 64)

@@ -53,6 +53,7 @@ def loop_level(level, x, image, border):
     return out.permute(0, 3, 1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("border", ["clip", "zeros"])
 @pytest.mark.parametrize(("factor", "norm_guidance"), [(2, True), (3, True), (2, False)])
 def test_against_the_loop_with_gradients(factor, border, norm_guidance):

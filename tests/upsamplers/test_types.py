@@ -24,8 +24,9 @@ OPTIONS = {
     "super-resolution": {"enlarge": enlarge},
     "anyup": {"guidance_scale": 2.0},  # its encoder takes long at full size
 }
-# AnyUp takes ten times as long as the others.
-NAMES = [pytest.param(n, marks=[pytest.mark.slow] if n == "anyup" else []) for n in list_upsamplers()]
+# They take ten times as long as the others, and UPLiFT far longer where bfloat16 is slow.
+LONG = {"anyup": pytest.mark.slow, "naf": pytest.mark.slow, "uplift": pytest.mark.full}
+NAMES = [pytest.param(n, marks=LONG.get(n, [])) for n in list_upsamplers()]
 
 
 def build(name):

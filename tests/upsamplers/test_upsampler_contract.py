@@ -51,9 +51,17 @@ VARIANTS = {
     "uplift, published": ("uplift", {"published": True}),
 }
 CASES = {name: (name, NEEDED.get(name, {})) for name in list_upsamplers()} | VARIANTS
-# Variants, AnyUp, which takes ten times as long as others, and names that are made of the one they are called after.
-SLOW = {*VARIANTS, "anyup", "featsharp-progressive", "resfu-tiled", "s2-pooled"}
+# Variants, those that take ten times as long as others, and names that are made of the one they are called after.
+SLOW = {*VARIANTS, "anyup", "naf", "uplift", "featsharp-progressive", "resfu-tiled", "s2-pooled"}
 ALL_CASES = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else []) for case in CASES]
+
+
+# Seconds each; the others of these checks are quick.
+LONG = {
+    *itertools.product(("jafar", "learned-views", "loftup"), ("gradient_of_every_parameter", "large_maps", "shapes")),
+    ("jafar", "constants"),
+    ("resfu", "shapes"),
+}
 
 
 class Width:
@@ -78,7 +86,7 @@ EXPORTED = [
 def pairs() -> Iterator[Any]:
     """Cases with checks, marked by how long they take."""
     for case, check in itertools.product(CASES, CHECKS):
-        mark = pytest.mark.slow if case in SLOW else []
+        mark = pytest.mark.slow if case in SLOW or (case, check) in LONG else []
         if check == "export":
             mark = pytest.mark.slow if case in EXPORTED else pytest.mark.full
         yield pytest.param(case, check, marks=mark)
