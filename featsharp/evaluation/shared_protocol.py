@@ -55,6 +55,8 @@ from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
 from featsharp.settings import setting
 from featsharp.terminal import align
+from featsharp.upsamplers import create_upsampler
+from featsharp.upsamplers.base import Upsampler
 from featsharp.upsamplers.interpolate import Bilinear, Identity
 
 NYU, SPAIR = "nyu-depth", "spair"
@@ -129,6 +131,7 @@ class ProtocolTask(Task):
         None, "pixels of the low-resolution pass; default: those of the picture", type="size", metavar="HxW"
     )
     epochs: int = setting(KitSchedule.epochs, "rounds of training of a head", type="count", metavar="N")
+    learning_rate: float = setting(KitSchedule.learning_rate, "of the head, constant", type=float, metavar="X")
     batch_norm: bool = setting(True, "batch normalisation before the convolution")
     probabilities: bool = setting(True, "upsample class probabilities, too, where the method can")
     train_limit: int | None = setting(
@@ -191,10 +194,12 @@ class ProtocolTask(Task):
             maps = self._maps(encoder, coarse, low_res)
             head = train(maps)
             small, reader = None, None
-            if self.probabilities and self.dataset.classes and can_upsample_classes(encoder):
+            classes = len(self.dataset.classes)
+            upsampler = class_upsampler(encoder, classes) if self.probabilities and classes else None
+            if upsampler is not None:
                 small = train(self._maps(coarse, coarse, low_res))
-                upsampled = class_encoder(encoder, coarse, small)
-                reader = FeatureReader(upsampled, self.image_size, low_res, whitened_crop)
+                upsampled = create_encoder(ClassBackbone(coarse, small, upsampler.embed_dim), upsampler)
+                reader = FeatureReader(upsampled.to(encoder.device), self.image_size, low_res, whitened_crop)
         return Heads(maps, head, low_res, small, reader)
 
     def _maps(self, encoder: SharpEncoder, coarse: SharpEncoder, low_res: tuple[int, int]) -> MapReader:
@@ -224,7 +229,9 @@ class ProtocolTask(Task):
             class_loss if classes else depth_loss,
             [cache.key, self.set, self.dataset.key],
         )
-        schedule = KitSchedule(self.epochs, seed=self.seed, batch_norm=self.batch_norm)
+        schedule = KitSchedule(
+            self.epochs, learning_rate=self.learning_rate, seed=self.seed, batch_norm=self.batch_norm
+        )
         device = maps.reader.encoder.device
         return train_kit_head(training, schedule, device, folder / "heads", progress=run.progress)
 
@@ -329,24 +336,24 @@ class ClassBackbone(WrappedBackbone):
         return BackboneOutput(F.pad(shares, (0, 0, 0, 0, 0, self.embed_dim - shares.shape[1])), None)
 
 
-def can_upsample_classes(encoder: SharpEncoder) -> bool:
-    """Check whether an upsampler can be built for class probabilities: by name, one map, weights of any width."""
-    name, upsampler = encoder.recipe.get("upsampler"), encoder.upsampler
-    if name in (None, "stride") or upsampler.num_maps > 1:  # overlapping patches have no meaning for probabilities
-        return False
-    width = encoder.embed_dim
-    return not any(width in parameter.shape for parameter in upsampler.parameters())
+def class_upsampler(encoder: SharpEncoder, classes: int) -> Upsampler | None:
+    """Build the upsampler of an encoder for class probabilities; None where its weights are for features alone.
 
-
-def class_encoder(encoder: SharpEncoder, coarse: SharpEncoder, head: KitHead) -> SharpEncoder:
-    """Build an encoder whose features are class probabilities, upsampled as ``encoder`` upsamples features."""
-    classes = len(head.probe.classify.weight)
-    recipe = encoder.recipe
-    backbone = ClassBackbone(coarse, head, -(-classes // 4) * 4)  # heads of attention divide the channels
-    built = create_encoder(backbone, recipe["upsampler"], recipe["factor"], upsampler_options=recipe["options"]).to(
-        encoder.device
-    )
-    built.upsampler.load_state_dict(encoder.upsampler.state_dict())
+    Args:
+        encoder: Built from names.
+        classes: Their number; channels of zeros follow, as heads of attention divide the channels.
+    """
+    recipe, upsampler = encoder.recipe, encoder.upsampler
+    name = recipe.get("upsampler")
+    if name in (None, "stride") or upsampler.num_maps > 1:  # probabilities have no patches that may overlap
+        return None
+    backbone = WrappedBackbone(encoder.backbone)
+    backbone.embed_dim = -(-classes // 4) * 4
+    built = create_upsampler(name, backbone, recipe["factor"], options=recipe["options"])
+    given, wanted = ({key: x.shape for key, x in one.state_dict().items()} for one in (upsampler, built))
+    if given != wanted:
+        return None
+    built.load_state_dict(upsampler.state_dict())
     return built
 
 
