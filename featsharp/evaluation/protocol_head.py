@@ -105,10 +105,11 @@ def moments(maps: Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Ten
     With A [H, h] and A' [W, w] the matrices of the enlargement along rows and columns, the sum of squares of a channel
     X is that of X * (A^T A X A'^T A').
     """
+    if all(size == size_of(maps) for size in sizes):
+        variance, mean = torch.var_mean(maps, (0, 2, 3), correction=0)
+        return mean, variance
     mean = maps.mean((0, 2, 3))
     centred = maps - mean[:, None, None]
-    if all(size == size_of(maps) for size in sizes):
-        return mean, centred.square().mean((0, 2, 3))
     rows, columns = (
         _axis_matrix(source, [size[axis] for size in sizes]).to(maps.device)
         for axis, source in enumerate(size_of(maps))

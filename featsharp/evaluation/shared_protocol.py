@@ -18,6 +18,7 @@ that has no map of the class probabilities, has none.
 """
 
 import math
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -200,6 +201,8 @@ class ProtocolTask(Task):
                 small = train(self._maps(coarse, coarse, low_res))
                 upsampled = create_encoder(ClassBackbone(coarse, small, upsampler.embed_dim), upsampler)
                 reader = FeatureReader(upsampled.to(encoder.device), self.image_size, low_res, whitened_crop)
+            if self.cache_dir is None:
+                shutil.rmtree(folder / "features", ignore_errors=True)  # the limit is for each encoder
         return Heads(maps, head, low_res, small, reader)
 
     def _maps(self, encoder: SharpEncoder, coarse: SharpEncoder, low_res: tuple[int, int]) -> MapReader:
@@ -295,7 +298,8 @@ class ProtocolTask(Task):
                 for name, value in zip(shown, values, strict=True)
             ]
             rows.append([label, *cells])
-        lines = [f"ours, {self.set}: {self.epochs} epochs", *align(("encoder", *(columns[n][0] for n in shown)), rows)]
+        how = "" if self.set == SPAIR else f", heads of {self.epochs} epochs"
+        lines = [f"ours, {self.set}{how}:", *align(("encoder", *(columns[n][0] for n in shown)), rows)]
         for paper in papers_of(self.set):
             lines += ["", *paper.lines()]
         return lines

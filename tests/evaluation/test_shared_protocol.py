@@ -354,7 +354,7 @@ def test_the_command_prints_ours_and_theirs_apart(camvid, tmp_path, capsys):
     command = ["eval", "protocol", "--set", "voc", "--data", str(write_twin(tmp_path, "voc")), "--image-size", "32x32"]
     command += ["--backbone", "toy-vit", "--upsampler", "bilinear-2x", "--epochs", "1", "--json", str(result), "-q"]
     assert main(command) == 0
-    ours, *theirs = capsys.readouterr().out.split("ours, voc: 1 epochs")[1].split("theirs, ")
+    ours, *theirs = capsys.readouterr().out.split("ours, voc, heads of 1 epochs:")[1].split("theirs, ")
     assert "bilinear-2x" in ours
     assert "84.38" not in ours
     assert [text.split(" (")[0] for text in theirs] == [table.source.split(" (")[0] for table in PAPERS]

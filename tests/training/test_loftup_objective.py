@@ -64,9 +64,11 @@ def test_masks_are_cut_as_the_picture_is():
         views = sample_views(picture, (42, 70), config, np.random.default_rng(seed))
         shown = base_view(type(views)(*(x[None] for x in views)))[0][0, 0] * 255 / 20
         cut = cut_values(values, (42, 70), *draw_crop(config, np.random.default_rng(seed)))
-        flat = np.abs(shown.numpy() - shown.round().numpy()) < 0.02  # away from edges
-        assert flat.mean() > 0.6
-        assert np.array_equal(cut[flat], shown.round().numpy()[flat])
+        flat = np.ones(cut.shape, bool)  # away from edges
+        for step in (-3, 3):
+            flat &= (np.roll(cut, step, 0) == cut) & (np.roll(cut, step, 1) == cut)
+        assert flat.mean() > 0.3
+        assert np.abs(shown.numpy() - cut)[flat].max() < 0.1
 
 
 def test_masks_that_are_missing_or_do_not_fit_are_named(photos, tmp_path):
