@@ -1,4 +1,4 @@
-"""What papers report by the protocol of ``featsharp eval protocol``, as they state it.
+"""Tables of papers by the protocol of ``featsharp eval protocol``, with the numbers that they state.
 
 Baselines of one name differ by a point and more between papers: two tables are not comparable, nor are ours.
 """

@@ -58,7 +58,7 @@ class KitSchedule:
 
 
 class Training(NamedTuple):
-    """What a head is trained on.
+    """Data that a head is trained on.
 
     Attributes:
         samples: Training pictures.

@@ -8,13 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from featsharp.builder import create_encoder, save_checkpoint
+from featsharp.builder import create_encoder, load_from_file, save_checkpoint
+from featsharp.checkpoint import read_checkpoint
 from featsharp.configs.compose import compose
 from featsharp.data.mixture import Division, ImageMixture
 from featsharp.data.views import ViewConfig, base_view, cut_values, draw_crop, sample_views
 from featsharp.errors import ConfigError, DataError
+from featsharp.train import main
 from featsharp.training.objectives import create_objective
 from featsharp.training.objectives.loftup import LoftUpConfig, affinities, read_masks, refine, shrink_masks
+
+LOFTUP = ("+upsampler=loftup-2x", "objective=loftup", "normalizer=none", "views.num_views=2")
 
 
 @pytest.fixture
@@ -85,7 +89,7 @@ def test_masks_that_are_missing_or_do_not_fit_are_named(photos, tmp_path):
     with pytest.raises(ConfigError, match=r"objective\.start=CHECKPOINT"):
         create_objective(encoder, LoftUpConfig(masks=str(tmp_path / "masks"), stage=2))
     with pytest.raises(ConfigError, match=r"objective\.masks"):
-        compose(["+model=toy-vit", "+upsampler=loftup", f"train_data_dir={photos}"])
+        compose(["+model=toy-vit", *LOFTUP, f"train_data_dir={photos}"])
 
 
 def test_shrunk_masks_are_those_at_the_centres_of_cells():
@@ -95,7 +99,7 @@ def test_shrunk_masks_are_those_at_the_centres_of_cells():
 
 def lower_loss(photos: Path, *overrides: str, steps: int = 12) -> tuple[float, float, object]:
     """Train on one batch; the first and the last loss, and the objective."""
-    config = compose(["+model=toy-vit", f"train_data_dir={photos}", "views.num_views=1", *overrides])
+    config = compose(["+model=toy-vit", f"train_data_dir={photos}", *overrides])
     torch.manual_seed(0)
     encoder = create_encoder(
         config.model.name, config.upsampler.name, config.upsampler.factor, normalizer=config.normalizer.name
@@ -116,6 +120,7 @@ def lower_loss(photos: Path, *overrides: str, steps: int = 12) -> tuple[float, f
     return losses[0], losses[-1], objective
 
 
+@pytest.mark.slow  # ten seconds each
 @pytest.mark.parametrize("upsampler", ["naf", "uplift-2x"])
 def test_a_short_run_of_a_peer_lowers_its_loss(photos, upsampler):
     first, last, objective = lower_loss(photos, f"+upsampler={upsampler}")
@@ -125,15 +130,33 @@ def test_a_short_run_of_a_peer_lowers_its_loss(photos, upsampler):
 
 def test_both_stages_of_loftup_lower_their_loss(photos, tmp_path):
     masks = f"objective.masks={tmp_path / 'masks'}"
-    first, last, _ = lower_loss(photos, "+upsampler=loftup", masks)
+    first, last, _ = lower_loss(photos, *LOFTUP, masks)
     assert last < 0.97 * first
     start = create_encoder("toy-vit", "loftup", 2)
     save_checkpoint(start, tmp_path / "stage1.pth")
     second = ("objective.stage=2", f"objective.start={tmp_path / 'stage1.pth'}", "objective.mask_strength=0.5")
-    first, last, objective = lower_loss(photos, "+upsampler=loftup", masks, *second)
+    first, last, objective = lower_loss(photos, *LOFTUP, masks, *second)
     assert last < 0.97 * first
     # The teacher started from the checkpoint, and came a hundredth of the way once in ten steps.
     weight = "layers.0.in_proj.weight"
     moved = (objective.teacher.state_dict()[weight] - start.upsampler.state_dict()[weight]).abs().max()
     assert 0 < moved < 1e-3
     assert not any(p.requires_grad for p in objective.teacher.parameters())
+
+
+@pytest.mark.slow
+def test_the_second_stage_starts_from_the_checkpoint_of_the_first(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *overrides: str) -> dict[str, torch.Tensor]:
+        common = ["+model=toy-vit", *LOFTUP, "train_data_dir=photos", "objective.masks=masks", f"output_subdir={name}"]
+        quiet = ["viz.type=none", "viz.num_images=1", "num_workers=0", "batch_size=2", "progress=false"]
+        assert main([*common, *quiet, "num_training_steps=2", *overrides]) == 0
+        return read_checkpoint(f"outputs/{name}/last.pth")["training"]["objective"]
+
+    assert not any(key.startswith("teacher.") for key in run("first"))
+    second = run("second", "objective.stage=2", "objective.start=outputs/first/last.pth", "optim.learning_rate=0")
+    first = load_from_file("outputs/first/last.pth").upsampler.state_dict()
+    for key, value in first.items():
+        if value.is_floating_point() and "running" not in key:
+            assert torch.equal(second[f"teacher.{key}"], value), key

@@ -1,4 +1,4 @@
-"""LoftUp's two stages of training (arXiv 2504.14032), by masks of objects and parts that a segmenter made.
+r"""LoftUp's two stages of training (arXiv 2504.14032), by masks of objects and parts that a segmenter made.
 
     stage 1   |P U - P refine(bicubic F)|^2 + R           features F and sharp map U of an image
     stage 2   20 |S(U there) - S(refine(T))|^2 + R        T: the teacher's sharp map of a crop, at its place in U
@@ -7,6 +7,10 @@
 channels, drawn for every step. S are the cosines of all pairs of cells, without the outer tenth. R is the multi-view
 objective, of which this one has all settings. The teacher is an exponential average of the network, which starts from
 the first stage (``start``): 0.99 of it is kept in every tenth step. The crop has a quarter of the image's side.
+
+    featsharp train +model=dinov2-s +upsampler=loftup-14x objective=loftup normalizer=none objective.masks=masks \
+        train_data_dir=photos output_subdir=stage1
+    featsharp train ... objective.stage=2 objective.start=outputs/stage1/last.pth objective.mask_strength=0.5
 
 Masks are one file per picture, ``STEM.png`` in the folder ``masks``, of the picture's size: grey, 8 or 16 bit, the
 number of the mask of each pixel, 0 for none. The published masks are those of SA-1B, which overlap; here they do not.
