@@ -117,7 +117,7 @@ def render_paper(table: PaperTable) -> str:
     """The table of a paper as Markdown, under its source."""
     lines = [f"Theirs: {table.source}; {table.about}.", ""]
     lines += [f"| method | {' | '.join(table.columns)} |", f"|{'---|' * (len(table.columns) + 1)}"]
-    lines += [f"| {name} | {' | '.join(f'{number:g}' for number in row)} |" for name, row in table.rows.items()]
+    lines += [f"| {' | '.join(row)} |" for row in table.cells()]
     return "\n".join(lines)
 
 

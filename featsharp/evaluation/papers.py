@@ -29,8 +29,15 @@ class PaperTable(NamedTuple):
 
     def lines(self) -> list[str]:
         """Format the table under its source."""
-        rows = [[name, *(f"{number:g}" for number in numbers)] for name, numbers in self.rows.items()]
-        return [f"theirs, {self.source}: {self.about}", *align(("method", *self.columns), rows)]
+        return [f"theirs, {self.source}: {self.about}", *align(("method", *self.columns), self.cells())]
+
+    def cells(self) -> list[list[str]]:
+        """Format the rows, with the decimals of the paper."""
+        digits = [1 if column == "ms" else 2 for column in self.columns]
+        return [
+            [name, *(f"{number:.{n}f}" for number, n in zip(numbers, digits, strict=True))]
+            for name, numbers in self.rows.items()
+        ]
 
 
 PAPERS = (

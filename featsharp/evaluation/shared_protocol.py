@@ -168,14 +168,16 @@ class ProtocolTask(Task):
         return SetData(train, val, content.code.classes, list(content.code.codes.items()))
 
     def items(self) -> list[Item]:
-        if self.set == SPAIR:
-            return self._pairs.items()
+        if self._other is not None:
+            return list(self._other.items())
         return [Item(sample.name, sample) for sample in _spread(self.dataset.val, self.limit)]
 
     @cached_property
-    def _pairs(self) -> CorrespondenceTask:
-        """The task of the set of pairs, which needs no head."""
-        return CorrespondenceTask(self.data, layout=SPAIR, low_res_size=self._low_res_size, limit=self.limit)
+    def _other(self) -> Task | None:
+        """The task of a set that is measured without a head; None for other sets."""
+        if self.set == SPAIR:
+            return CorrespondenceTask(self.data, layout=SPAIR, low_res_size=self._low_res_size, limit=self.limit)
+        return None
 
     @property
     def _low_res_size(self) -> tuple[int, int]:
@@ -184,8 +186,8 @@ class ProtocolTask(Task):
     # The heads
 
     def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> Any:
-        if self.set == SPAIR:
-            return self._pairs.prepare(encoder, subject, run)
+        if self._other is not None:
+            return self._other.prepare(encoder, subject, run)
         low_res = find_low_res_size(encoder, self._low_res_size)
         coarse = _coarse_encoder(encoder)
         with ExitStack() as stack:
@@ -241,8 +243,8 @@ class ProtocolTask(Task):
     # The score
 
     def measure(self, encoder: SharpEncoder, item: Item, head: Any) -> Row:
-        if self.set == SPAIR:
-            return self._pairs.measure(encoder, item, head)
+        if self._other is not None:
+            return self._other.measure(encoder, item, head)
         sample: Sample = item.data
         truth = read_target(sample, self.image_size).numpy()
         if not (truth != VOID if self.dataset.classes else _measurable(truth)).any():
@@ -262,8 +264,8 @@ class ProtocolTask(Task):
         return row
 
     def score(self, rows: Sequence[Row], head: Any) -> Summary:
-        if self.set == SPAIR:
-            return self._pairs.score(rows, head)
+        if self._other is not None:
+            return self._other.score(rows, head)
         summary: Summary = {}
         if self.dataset.classes:
             pooled = pool_rows(rows, self.dataset.classes)
@@ -298,7 +300,7 @@ class ProtocolTask(Task):
                 for name, value in zip(shown, values, strict=True)
             ]
             rows.append([label, *cells])
-        how = "" if self.set == SPAIR else f", heads of {self.epochs} epochs"
+        how = "" if self._other is not None else f", heads of {self.epochs} epochs"
         lines = [f"ours, {self.set}{how}:", *align(("encoder", *(columns[n][0] for n in shown)), rows)]
         for paper in papers_of(self.set):
             lines += ["", *paper.lines()]
@@ -307,11 +309,11 @@ class ProtocolTask(Task):
     # Cache keys
 
     def item_key(self, item: Item) -> object:
-        return self._pairs.item_key(item) if self.set == SPAIR else item.data.key
+        return item.data.key if self._other is None else self._other.item_key(item)
 
     def head_key(self, head: Any) -> object:
-        if self.set == SPAIR:
-            return self._pairs.head_key(head)
+        if self._other is not None:
+            return self._other.head_key(head)
         return [head.head.key, head.small and head.small.key]
 
 
