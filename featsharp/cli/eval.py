@@ -88,6 +88,10 @@ TASKS = {
         "featsharp.evaluation.segmentation:SegmentationTask",
         "how much do sharp features help a linear segmentation head?",
     ),
+    "protocol": TaskEntry(
+        "featsharp.evaluation.shared_protocol:ProtocolTask",
+        "the protocol that JAFAR, AnyUp, NAF and UPLiFT share, on the data sets of their tables",
+    ),
     "delta-m": TaskEntry(
         "featsharp.evaluation.delta_m:DeltaMTask", "how much does a candidate change a table of unlike benchmarks?"
     ),

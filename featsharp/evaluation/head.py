@@ -171,20 +171,29 @@ class FeatureCache:
         self._full = False
 
     def get(self, pair: LabelledImage, frame: Frame) -> Tensor:
-        """Read or compute the features of the image of a pair whose labels lie on the pixels ``frame``.
-
-        Returns:
-            [C, h, w] on the CPU, in half precision where its range allows.
+        """:meth:`read` the features of the image of a pair whose labels lie on the pixels ``frame``.
 
         Raises:
             DataError, InputError: When that fails: see ``decode_labelled`` and :class:`FeatureReader`.
         """
-        path = self.folder / f"{digest(self.key, file_key(pair.root, pair.image), frame)}.safetensors"
+        key = file_key(pair.root, pair.image), frame
+        return self.read(key, lambda: decode_labelled(pair.root / pair.image, pair.image, frame))
+
+    def read(self, key: Sequence[object], decode: Callable[[], Image]) -> Tensor:
+        """Read the features of a picture, or compute them.
+
+        Args:
+            key: JSON values that change with the picture.
+            decode: Reads it.
+
+        Returns:
+            [C, h, w] on the CPU, in half precision where its range allows.
+        """
+        path = self.folder / f"{digest(self.key, *key)}.safetensors"
         cached = _load_features(path)
         if cached is not None:
             return cached
-        image = decode_labelled(pair.root / pair.image, pair.image, frame)
-        features = self.reader.read(image, self.map_name)[0].cpu()
+        features = self.reader.read(decode(), self.map_name)[0].cpu()
         half = features.half()
         computed = half if half.isfinite().all() else features
         self._store(path, computed)
