@@ -88,6 +88,11 @@ TASKS = {
         "featsharp.evaluation.segmentation:SegmentationTask",
         "how much do sharp features help a linear segmentation head?",
     ),
+    "detection": TaskEntry(
+        "featsharp.evaluation.detection:DetectionTask",
+        "how much do sharp features help a detector, for small objects above all?",
+    ),
+    "tables": TaskEntry("featsharp.evaluation.tables:TablesTask", "tables of the papers with our results beside them"),
     "delta-m": TaskEntry(
         "featsharp.evaluation.delta_m:DeltaMTask", "how much does a candidate change a table of unlike benchmarks?"
     ),
