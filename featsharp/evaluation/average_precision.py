@@ -26,14 +26,14 @@ def score_detections(rows: Sequence[Row], names: Mapping[int, str], *, kind: str
     """Score the detections of all pictures.
 
     Args:
-        rows: "size" (H, W) of each picture; "_truth", its annotations; and "_found", its detections, in COCO's form without
-            "id" and "image_id".
+        rows: "size" (H, W) of each picture; "_truth", its annotations; and "_found", its detections, in COCO's form
+            without "id" and "image_id".
         names: Of categories by number, where they are known.
         kind: "bbox", or "segm" for masks.
 
     Returns:
-        :data:`METRICS`, from 0 to 1, where there are objects of the size; "by_class", the average precision of each category;
-        "draws" [resamples] of each metric.
+        :data:`METRICS`, from 0 to 1, where there are objects of the size; "by_class", the average precision of each
+        category; "draws" [resamples] of each metric.
 
     Raises:
         DataError: Without any object.

@@ -2,14 +2,14 @@
 
 The protocol, the same for every encoder of a table:
 
-- Every picture is scaled to max(2, ceil(factor)) times the size of the low-resolution pass, without its aspect ratio, so
-  that encoders get the same picture, and its features are computed once.
-- A detector (see :mod:`featsharp.evaluation.detector`) of three levels, of 4, 2 and 1 cells per low-resolution token and
-  side whatever the factor is, is trained on the features of the training split, without augmentation.
+- Every picture is scaled to max(2, ceil(factor)) times the size of the low-resolution pass, without its aspect ratio,
+  so that encoders get the same picture, and its features are computed once.
+- A detector (see :mod:`featsharp.evaluation.detector`) of three levels, of 4, 2 and 1 cells per low-resolution token
+  and side whatever the factor is, is trained on the features of the training split, without augmentation.
 - Average precision on the validation split is that of faster-coco-eval, its intervals are over pictures.
 
-The paper trains Detectron2 on COCO 2017 (118,000 pictures) on features of RADIOv2.5-L and SigLIP2; numbers compare within
-a table only.
+The paper trains by Detectron2 on COCO 2017 (118,000 pictures), on features of RADIOv2.5-L and SigLIP2; numbers compare
+within a table only.
 """
 
 import json
@@ -45,7 +45,6 @@ from featsharp.evaluation.tables import detection_table
 from featsharp.files import write_file
 from featsharp.memory import parse_memory
 from featsharp.model import SharpEncoder
-from featsharp.ops.resize import resize
 from featsharp.settings import setting
 
 # Samples per cell and side of a mask's target, whose mean is the share that the object covers.

@@ -1,10 +1,10 @@
 """A detector on frozen features: ViTDet's simple feature pyramid and a dense head without anchors.
 
-The pyramid makes three levels of one map by transposed convolutions and max pooling (Li et al. 2022, ViTDet, without its
-further convolutions); the head says at each point of each level the class, how well its box fits, and the box (Tian et
-al. 2019, FCOS; the fit takes the place of centreness, and boxes are centre and size, so that an object smaller than a cell
-has one as well). The mask head is that of Mask R-CNN (He et al. 2017) at the boxes that were found. Nothing but torch is
-needed.
+The pyramid makes three levels of one map by transposed convolutions and max pooling (Li et al. 2022, ViTDet, without
+its further convolutions). The head says at each point of each level the class, how well its box fits, and the box (Tian
+et al. 2019, FCOS; the fit takes the place of centreness, and boxes are centre and size, so that an object smaller than
+a cell has one as well). The mask head is that of Mask R-CNN (He et al. 2017) at the boxes that were found. Nothing but
+torch is needed.
 
 B pictures, K classes, N points of all levels. Boxes are (left, top, right, bottom) in fractions of the picture, so they
 do not depend on its size.
@@ -22,8 +22,8 @@ from featsharp.evaluation.head import Schedule
 from featsharp.ops.resize import resize, size_of
 from featsharp.terminal import with_progress
 
-# Cells of a level per token of the low-resolution map and side. The picture that is shown is twice as wide as that of the
-# low-resolution pass, so that strides are 8, 16 and 32 pixels for patches of 16.
+# Cells of a level per token of the low-resolution map and side. The picture that is shown is twice as wide as that of
+# the low-resolution pass, so that strides are 8, 16 and 32 pixels for patches of 16.
 LEVELS = (4, 2, 1)
 # Half of the longer side of the objects of a level, in cells of the finest one: FCOS's 64 and 128 pixels at stride 8.
 LIMITS = (0.0, 8.0, 16.0, math.inf)
@@ -180,7 +180,10 @@ def detection_loss(detector: Detector, points: Points, outputs: Tensor, objects:
     picture = positive.nonzero()[:, 0]
     starts = torch.tensor([0, *(len(one.boxes) for one in objects)], device=outputs.device).cumsum(0)
     chosen = owner[positive] + starts[picture]
-    truth, names = torch.cat([one.boxes for one in objects])[chosen], torch.cat([one.classes for one in objects])[chosen]
+    truth, names = (
+        torch.cat([one.boxes for one in objects])[chosen],
+        torch.cat([one.classes for one in objects])[chosen],
+    )
     count = max(1, len(chosen))
     wanted = torch.zeros_like(outputs[..., :classes])
     wanted[positive] = F.one_hot(names, classes).to(wanted)

@@ -45,9 +45,9 @@ class TablesTask(PlainTask):
 
     name: ClassVar[str] = "tables"
 
-    number: int = setting(1, "1: detection, of FeatSharp", type=int, choices=(1,))
+    table_: int = setting(1, "1: detection, of FeatSharp", type=int, choices=(1,))
     results: Sequence[Path] = setting(
-        (), "files to set beside it; of several with the same encoder the mean (seeds)", type=Path, nargs="+", metavar="F"
+        (), "files to set beside it; of an encoder in several (seeds) the mean", type=Path, nargs="+", metavar="F"
     )
 
     def run(
@@ -57,7 +57,7 @@ class TablesTask(PlainTask):
         progress: bool = False,
         quality: Quality | None = None,
     ) -> dict[str, Any]:
-        """Collect the rows: "theirs" by backbone and upsampler, "ours" by backbone and encoder, a result for each file."""
+        """Collect the rows: "theirs" by backbone and upsampler, "ours" by backbone and encoder, a result a file."""
         ours: dict[str, dict[str, list[Any]]] = {}
         for path in self.results:
             for label, encoder in read_result(path, "detection").items():
@@ -84,7 +84,7 @@ def detection_table(encoders: Mapping[str, Sequence[Mapping[str, Any]]]) -> list
     """Format average precision in per cent and the gain for small objects over the first encoder.
 
     Args:
-        encoders: Results of :class:`featsharp.evaluation.detection.DetectionTask` as JSON by encoder, one for each seed.
+        encoders: Results of the task ``detection`` as JSON by encoder, one for each seed.
     """
     pooled = {label: pool_seeds(results) for label, results in encoders.items()}
     first = next(iter(pooled.values()), {})
@@ -120,6 +120,8 @@ def read_result(path: Path, task: str) -> dict[str, Any]:
         if content["task"] != task:
             raise DataError(f"{path.name} is a result of the task {content['task']}; expected one of {task}")
         encoders: dict[str, Any] = dict(content["encoders"])
+    except DataError:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path.name} is no result of featsharp eval {task} --json ({error})") from error
     return encoders

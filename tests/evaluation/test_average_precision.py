@@ -8,10 +8,10 @@ import pytest
 
 pytest.importorskip("faster_coco_eval")
 
-from faster_coco_eval import COCO, COCOeval_faster  # noqa: E402
+from faster_coco_eval import COCO, COCOeval_faster
 
-from featsharp.errors import DataError  # noqa: E402
-from featsharp.evaluation.average_precision import METRICS, score_detections  # noqa: E402
+from featsharp.errors import DataError
+from featsharp.evaluation.average_precision import METRICS, score_detections
 
 
 def truth(category: int, x: float, y: float, side: float, *, crowd: int = 0) -> dict:
@@ -39,7 +39,9 @@ def random_rows(count: int = 14) -> list[dict]:
             if rng.random() < 0.7:
                 dx, dy = rng.normal(0, side / 12, 2)
                 detections.append(found(category, x + dx, y + dy, float(side), float(rng.random())))
-        detections += [found(int(rng.choice([2, 5, 90])), *rng.uniform(5, 150, 3), float(rng.random())) for _ in range(3)]
+        detections += [
+            found(int(rng.choice([2, 5, 90])), *rng.uniform(5, 150, 3), float(rng.random())) for _ in range(3)
+        ]
         rows.append(picture(objects, detections))
     return rows
 
@@ -93,7 +95,9 @@ def test_nothing_found_scores_zero():
 
 def test_one_of_two_objects_is_half_the_recall():
     # A hit above a false one: precision 1 up to a recall of a half, at 51 of 101 thresholds.
-    rows = [picture([truth(1, 10, 10, 40), truth(1, 200, 10, 40)], [found(1, 10, 10, 40, 0.9), found(1, 99, 99, 9, 0.8)])]
+    rows = [
+        picture([truth(1, 10, 10, 40), truth(1, 200, 10, 40)], [found(1, 10, 10, 40, 0.9), found(1, 99, 99, 9, 0.8)])
+    ]
     score = score_detections(rows, {})
     assert score["ap"].value == pytest.approx(51 / 101)
     assert "ap_small" not in score

@@ -72,7 +72,8 @@ def _read_json(
 
 def _find_instances(root: Path, split: str) -> Path:
     """Find the file of a split, the last by name where there are those of several years."""
-    return max((root / "annotations").glob(f"instances_{split}*.json"), default=root / f"instances_{split}*.json")
+    folder = root / "annotations"
+    return max(folder.glob(f"instances_{split}*.json"), default=folder / f"instances_{split}*.json")
 
 
 def _read_yolo(root: Path) -> tuple[DetectionSplit, DetectionSplit, dict[int, str]]:
@@ -82,7 +83,8 @@ def _read_yolo(root: Path) -> tuple[DetectionSplit, DetectionSplit, dict[int, st
         labels = YoloLabels(root / place / folder)
         names = [name for name in list_files(root / "images" / folder) if is_image_name(name) and labels.knows(name)]
         label = (Path(place) / folder).as_posix()
-        return DetectionSplit([LabelledImage(root, (Path("images") / folder / n).as_posix(), label) for n in names], labels)
+        images = [(Path("images") / folder / name).as_posix() for name in names]
+        return DetectionSplit([LabelledImage(root, image, label) for image in images], labels)
 
     folders = sorted(path.name for path in (root / "images").iterdir() if path.is_dir())
     found = [next((name for name in folders if name.startswith(part)), None) for part in ("train", "val")]
