@@ -143,7 +143,10 @@ class DetectionTask(Task):
             key = digest("detector", cache.key, files, asdict(schedule), self.masks)
             path = folder / "heads" / f"{key}.safetensors"
             loaded = _load(path, encoder, self.masks)
-            if loaded is None:
+            if loaded is not None:
+                detector, (categories, images, skipped) = loaded
+                skipped = [(name, reason) for name, reason in skipped]
+            else:
                 pairs, frames, objects, skipped = read_targets(cache, pairs, self._read_objects, run.progress)
                 categories = sorted({one.category for of_image in objects for one in of_image[0]})
                 targets = [_make_target(of_image, size, categories, self.masks) for of_image, size in objects]
@@ -162,14 +165,12 @@ class DetectionTask(Task):
                     encoder.device,
                     progress=run.progress,
                 )
-                about = [categories, len(pairs), skipped]
+                images = len(pairs)
                 state = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
-                write_file(path, save(state, {"about": json.dumps(about)}))
-                loaded = detector, about
+                write_file(path, save(state, {"about": json.dumps([categories, images, skipped])}))
             if self.cache_dir is None:
                 shutil.rmtree(cache.folder, ignore_errors=True)  # the limit is for each encoder
-        detector, (categories, images, skipped) = loaded
-        return DetectionHead(cache, grid, detector, categories, images, [(n, r) for n, r in skipped], key)
+        return DetectionHead(cache, grid, detector, categories, images, skipped, key)
 
     def _read_objects(self, pair: LabelledImage) -> tuple[tuple[list[ObjectBox], tuple[int, int]], Frame]:
         """Read the objects of a training picture that can be learnt, and its size."""

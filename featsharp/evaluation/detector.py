@@ -51,6 +51,11 @@ class Objects(NamedTuple):
     classes: Tensor
     masks: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Objects":
+        """Move to a device."""
+        masks = None if self.masks is None else self.masks.to(device)
+        return Objects(self.boxes.to(device), self.classes.to(device), masks)
+
 
 class Detections(NamedTuple):
     """What was found in a picture, the best first.
@@ -102,6 +107,7 @@ class Detector(nn.Module):
         self.predict = nn.Conv2d(width, classes + 5, 3, padding=1)
         self.mask = _mask_head(width) if masks else None
         nn.init.normal_(self.predict.weight, std=0.01)
+        assert self.predict.bias is not None
         nn.init.zeros_(self.predict.bias)
         nn.init.constant_(self.predict.bias[:classes], -math.log(99))  # focal loss: 1 % at first
 
@@ -283,7 +289,7 @@ def fit_detector(
     for step, batch in enumerate(with_progress(batches, "training of the detector", progress)):
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * schedule.rate(step)
-        truth = [Objects(*(value if value is None else value.to(device) for value in objects[n])) for n in batch]
+        truth = [objects[number].to(device) for number in batch]
         levels, outputs = detector(torch.stack([features(number) for number in batch]).to(device), grid)
         loss = detection_loss(detector, make_points(levels), outputs, truth)
         if detector.mask is not None:

@@ -59,7 +59,8 @@ def _read_plain(root: Path) -> tuple[DetectionSplit, DetectionSplit, dict[int, s
 def _read_json(
     root: Path, files: list[Path], folders: list[str]
 ) -> tuple[DetectionSplit, DetectionSplit, dict[int, str]]:
-    splits, names = [], {}
+    splits: list[DetectionSplit] = []
+    names: dict[int, str] = {}
     for file, folder in zip(files, folders, strict=True):
         if missing := next((path for path in (file, root / folder) if not path.exists()), None):
             raise DataError(f"{missing} is missing; expected {COCO}, or {PLAIN}")
