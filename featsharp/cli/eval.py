@@ -92,6 +92,11 @@ TASKS = {
         "featsharp.evaluation.shared_protocol:ProtocolTask",
         "the protocol that JAFAR, AnyUp, NAF and UPLiFT share, on the data sets of their tables",
     ),
+    "detection": TaskEntry(
+        "featsharp.evaluation.detection:DetectionTask",
+        "how much do sharp features help a detector, for small objects above all?",
+    ),
+    "tables": TaskEntry("featsharp.evaluation.tables:TablesTask", "tables of the papers with our results beside them"),
     "delta-m": TaskEntry(
         "featsharp.evaluation.delta_m:DeltaMTask", "how much does a candidate change a table of unlike benchmarks?"
     ),
@@ -281,7 +286,8 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, help: str, default: An
         options["type"] = PARSERS[options["type"]]
     if default is not None:
         help += f"; default: {' '.join(map(str, default)) if isinstance(default, list) else default}"
-    parser.add_argument(f"--{name.replace('_', '-')}", dest=name, default=default, help=help, **options)
+    flag = name.rstrip("_").replace("_", "-")  # "table_" is the flag of a task that has a method "table"
+    parser.add_argument(f"--{flag}", dest=name, default=default, help=help, **options)
 
 
 def _subject(
