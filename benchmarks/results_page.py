@@ -38,6 +38,7 @@ class Table(NamedTuple):
 # Of `featsharp eval pareto`: metric -> heading, and its format.
 PARETO = {"passes": "passes", "seconds": "ms"} | {name: name for name in COLUMNS if name != "mIoU"}
 FORMATS = {"passes": (1, 1), "seconds": (1000, 0)} | {name: (one.scale, one.digits) for name, one in COLUMNS.items()}
+AP = {"ap": "AP", "ap50": "AP50", "ap_small": "small", "ap_medium": "medium", "ap_large": "large"}
 PCK = {"pck@0.1": "PCK@0.1", "pck@0.05": "PCK@0.05", "pck@0.01": "PCK@0.01"}
 PROTOCOL = {
     "miou": "mIoU, features upsampled",
@@ -56,6 +57,7 @@ TABLES = {
     "cka": Table("cka", {"cka": "mean", **{f"cka_{size}": f"{size} and others" for size in (56, 112, 168, 224)}}),
     "pareto": Table("pareto", PARETO, formats=FORMATS),
     "protocol": Table("protocol", PROTOCOL, 100, 1),
+    "detection": Table("detection", AP, 100, 1),
     "reference": Table("reference", {"cosine": "cosine", "error": "error / variance", "cka": "linear CKA"}),
 }
 
