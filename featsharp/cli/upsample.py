@@ -74,25 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     check_inputs(arguments.images, filter(None, [arguments.checkpoint]))
     check_writable(arguments.output)
-    from featsharp.bench.choice import choose_upsampler
-    from featsharp.builder import load_from_file
-    from featsharp.device import find_device
+    from featsharp.cli.loading import load_encoder
     from featsharp.memory import keep_freed_memory
     from featsharp.upsamplers.chunked import works_in_chunks
 
     if arguments.max_memory is None:
         keep_freed_memory()
-    backbone, checkpoint = arguments.backbone, arguments.checkpoint
-    if checkpoint is None:
-        backbone = backbone or DEFAULT_BACKBONE
-        checkpoint = choose_upsampler(backbone)
-        say(f"featsharp upsample: {backbone} with {checkpoint}; --help says how to get more", error=True)
-    encoder = load_from_file(
-        checkpoint,
-        featurizer=backbone,
-        max_memory=arguments.max_memory,
-        allow_functions=arguments.allow_functions,
-    ).to(find_device(arguments.device))
+    encoder = load_encoder(arguments, "upsample", max_memory=arguments.max_memory)
     if arguments.output_size == "pixels" and encoder.max_memory is None and works_in_chunks(encoder.upsampler):
         encoder.max_memory = PIXELS_MEMORY
     problems: list[tuple[str, str]] = []
@@ -138,7 +126,8 @@ def upsample_file(
     output_size: "OutputSize | None" = None,
 ) -> str:
     """Write ``target``.safetensors and ``target``.png for one image file; returns the sizes of image and maps."""
-    from featsharp.cli.results import metadata_of, save_comparison, save_features, size_text
+    from featsharp.cli.results import metadata_of, save_comparison, save_features
+    from featsharp.visualization.panels import size_text
     from featsharp.data.images import decode_image
     from featsharp.evaluation.features import check_finite
     from featsharp.extraction.mapped import MappedFeatures
