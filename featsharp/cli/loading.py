@@ -1,11 +1,16 @@
 """The encoder that a command asks for."""
 
 import argparse
+from collections.abc import Sequence
 
+from torch import Tensor
+
+from featsharp.backbones import resolve_backbone
 from featsharp.bench.choice import choose_upsampler
 from featsharp.builder import load_from_file
 from featsharp.cli.arguments import DEFAULT_BACKBONE
 from featsharp.device import find_device
+from featsharp.errors import ConfigError
 from featsharp.model import SharpEncoder
 from featsharp.terminal import say
 
@@ -29,3 +34,25 @@ def load_encoder(arguments: argparse.Namespace, command: str, *, max_memory: str
         checkpoint, featurizer=backbone, max_memory=max_memory, allow_functions=arguments.allow_functions
     )
     return encoder.to(find_device(arguments.device))
+
+
+def project_to_text(backbone: str) -> str:
+    """Add to the name of an open_clip backbone, unless it says otherwise, that features are in the space of text."""
+    name = resolve_backbone(backbone)
+    if name.prefix != "open_clip" or "project" in name.options:
+        return backbone
+    return str(name.with_options(project=True))
+
+
+def embed_texts(encoder: SharpEncoder, texts: Sequence[str]) -> Tensor:
+    """Embed texts in the space of the encoder's denormalised features: [N, C].
+
+    Raises:
+        ConfigError: For a backbone without text, and an encoder whose features stay in normalised space.
+    """
+    from featsharp.backbones.open_clip_text import TextTower
+
+    tower = TextTower(encoder.backbone)
+    if not encoder.normalizer.invertible:
+        raise ConfigError("this encoder's normalizer has no inverse, so its features are not in the space of text")
+    return tower(texts)

@@ -45,7 +45,12 @@ def panel(pictures: Sequence[Tensor], size: tuple[int, int], captions: Sequence[
 
 
 def compare_maps(
-    image: Tensor, low_res: Tensor, high_res: Tensor, colour: Callable[[Tensor], Tensor], label: str
+    image: Tensor,
+    low_res: Tensor,
+    high_res: Tensor,
+    colour: Callable[[Tensor], Tensor],
+    label: str,
+    title: str = "image",
 ) -> Tensor:
     """Draw a picture, its low-resolution and its sharp features side by side, with captions.
 
@@ -57,6 +62,7 @@ def compare_maps(
         high_res: [1, n * C, H, W].
         colour: From [1, C, h, w] to RGB [1, 3, h, w] in [0, 1].
         label: Caption of the sharp features, beside their size.
+        title: Caption of the picture.
 
     Returns:
         [3, H, W] in [0, 1], the longer side of each picture :data:`PICTURE_SIDE` pixels.
@@ -67,7 +73,7 @@ def compare_maps(
     down, right = (max(1, cells // side) for cells, side in zip(high_res.shape[2:], shape, strict=True))
     shown = high_res[:, -low_res.shape[1] :, down // 2 :: down, right // 2 :: right]
     pictures = [resize(image[None], shape)[0], colour(low_res)[0], colour(shown)[0]]
-    return panel(pictures, shape, ["image", f"low resolution {size_text(low_res)}", f"{label} {size_text(high_res)}"])
+    return panel(pictures, shape, [title, f"low resolution {size_text(low_res)}", f"{label} {size_text(high_res)}"])
 
 
 def size_text(features: Tensor) -> str:
