@@ -11,12 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from featsharp.backbones import resolve_backbone
 from featsharp.backbones.base import Backbone
 from featsharp.backbones.from_open_clip import DIRECTORY, INSTALL_OPEN_CLIP, _download, _find
 from featsharp.backbones.loading import first_line, import_optional, seeded_weights
 from featsharp.backbones.options import Options
 from featsharp.errors import ConfigError, InputError, MissingDependencyError
 from featsharp.names import parse_backbone
+
+
+def project_to_text(backbone: str) -> str:
+    """Add to the name of an open_clip backbone, unless it says otherwise, that features are in the space of text."""
+    name = resolve_backbone(backbone)
+    if name.prefix != "open_clip" or "project" in name.options:
+        return backbone
+    return str(name.with_options(project=True))
 
 
 class TextTower:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from featsharp.backbones import resolve_backbone
 from featsharp.bench.choice import choose_upsampler
 from featsharp.builder import load_from_file
 from featsharp.cli.arguments import DEFAULT_BACKBONE
@@ -34,14 +33,6 @@ def load_encoder(arguments: argparse.Namespace, command: str, *, max_memory: str
         checkpoint, featurizer=backbone, max_memory=max_memory, allow_functions=arguments.allow_functions
     )
     return encoder.to(find_device(arguments.device))
-
-
-def project_to_text(backbone: str) -> str:
-    """Add to the name of an open_clip backbone, unless it says otherwise, that features are in the space of text."""
-    name = resolve_backbone(backbone)
-    if name.prefix != "open_clip" or "project" in name.options:
-        return backbone
-    return str(name.with_options(project=True))
 
 
 def embed_texts(encoder: SharpEncoder, texts: Sequence[str]) -> Tensor:

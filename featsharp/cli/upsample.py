@@ -84,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     check_inputs(arguments.images, filter(None, [arguments.checkpoint]))
     check_writable(arguments.output)
-    from featsharp.cli.loading import embed_texts, load_encoder, project_to_text
+    from featsharp.backbones.open_clip_text import project_to_text
+    from featsharp.cli.loading import embed_texts, load_encoder
     from featsharp.memory import keep_freed_memory
     from featsharp.upsamplers.chunked import works_in_chunks
 

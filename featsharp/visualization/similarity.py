@@ -6,8 +6,6 @@ from torch import Tensor
 from featsharp.errors import ConfigError, InputError
 from featsharp.visualization.colours import colour_map
 
-CENTRE = (0.5, 0.5)
-
 
 def cosine_map(features: Tensor, vectors: Tensor) -> Tensor:
     """Compute the cosines of features [B, C, h, w] with vectors [N, C]: [B, N, h, w] from -1 to 1, float32.
@@ -26,7 +24,7 @@ def cosine_map(features: Tensor, vectors: Tensor) -> Tensor:
     return products / features.float().norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
-def self_similarity(features: Tensor, at: tuple[float, float] = CENTRE) -> Tensor:
+def self_similarity(features: Tensor, at: tuple[float, float] = (0.5, 0.5)) -> Tensor:
     """Compute the cosine of every feature with the one of the cell that holds the point ``at``.
 
     Args:

@@ -34,7 +34,9 @@ def folder(tmp_path_factory):
     model = open_clip.CLIP(**CONFIG).eval().requires_grad_(False)
     save_file(model.state_dict(), path / "open_clip_model.safetensors")
     preprocess = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": preprocess}), "utf-8")
+    (path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": CONFIG, "preprocess_cfg": preprocess}), "utf-8"
+    )
     return path, model
 
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from featsharp.errors import ConfigError
 from featsharp.visualization.encoders import add_encoders, feature_maps, load_encoders
 from featsharp.visualization.grid import Row, picture_grid
-from featsharp.visualization.similarity import CENTRE, self_similarity
 from featsharp.visualization.style import INK, SMALL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
+
+CENTRE = (0.5, 0.5)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, metavar="IMAGE")
@@ -50,6 +52,8 @@ def draw_similarity(
         at: (y, x) in [0, 1].
         colour_map: "viridis" or "gray".
     """
+    from featsharp.visualization.similarity import self_similarity
+
     pictures: dict[str, Tensor] = {"image": image}
     pictures |= {caption: self_similarity(features, at).clamp(min=0) for caption, features in maps.items()}
     aspect = image.shape[1] / image.shape[2]
