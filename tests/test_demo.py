@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -98,10 +99,10 @@ def page():
         assert not [path for path in Path(folder).rglob("*") if "featsharp-demo" in str(path)]
 
 
-def until(condition, seconds: float = 90) -> None:
+def until(condition, says, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "nothing happened on the page"
+        assert time.monotonic() < end, f"the page says {says()!r}"
         time.sleep(0.2)
 
 
@@ -130,25 +131,28 @@ def test_the_page_in_a_browser(page, width, tmp_path):
             return [image.get_attribute("src") or "" for image in tab.locator("#slider img").all()]
 
         tab.click("#compute")
-        until(lambda: "there is no picture yet" in status.inner_text())
+        until(lambda: "there is no picture yet" in status.inner_text(), status.inner_text)
         upload.set_input_files(tmp_path / "broken.png")
-        until(lambda: "the uploaded file: cannot be decoded" in status.inner_text())
+        until(lambda: "the uploaded file: cannot be decoded" in status.inner_text(), status.inner_text)
         upload.set_input_files(tmp_path / "photo.png")
-        until(lambda: "140 x 90 pixels" in status.inner_text())
+        until(lambda: "140 x 90 pixels" in status.inner_text(), status.inner_text)
         tab.click("#compute")
-        until(lambda: "features of toy-vit" in status.inner_text() and len(drawn()) == 2)
+        until(lambda: "features of toy-vit" in status.inner_text() and len(drawn()) == 2, status.inner_text)
         first = drawn()
         assert first[0] != first[1]
         picture = tab.locator("#picture img").first
         box = picture.bounding_box()
         picture.click(position={"x": 0.25 * box["width"], "y": 0.5 * box["height"]})
-        until(lambda: "at x 0.25, y 0.5" in status.inner_text() and drawn() != first)
+        until(lambda: "Cosine with the feature" in status.inner_text() and drawn() != first, status.inner_text)
+        point = [float(number) for number in re.findall(r"[xy] (0\.\d+)", status.inner_text())]
+        assert point == pytest.approx([0.25, 0.5], abs=0.02)  # a pixel or two
         tab.get_by_label("clusters").click()
-        until(lambda: "6 clusters" in status.inner_text())
+        until(lambda: "6 clusters" in status.inner_text(), status.inner_text)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out
         before = drawn()
         upload.set_input_files(tmp_path / "large.bmp")
-        until(lambda: "1" in tab.locator(".toast-body, .toast-wrap").inner_text())  # refused before it is read
+        until(lambda: tab.locator(".toast-body").count() > 0, status.inner_text)  # refused before it is read
+        assert "exceed" in tab.locator(".toast-body").inner_text()
         assert drawn() == before
         assert "Traceback" not in tab.locator("body").inner_text()
         browser.close()

@@ -225,9 +225,9 @@ def build_page(demo: Demo, *, max_upload: str) -> Any:
                 with gr.Row():
                     methods = list_methods(first, FACTORS[0])
                     method = gr.Dropdown(
-                        methods, value=choose_method(first, FACTORS[0]), label="Method", min_width=140, elem_id="method"
+                        methods, value=choose_method(first, FACTORS[0]), label="Method", scale=3, min_width=200
                     )
-                    factor = gr.Dropdown(list(FACTORS), value=FACTORS[0], label="Factor", min_width=80)
+                    factor = gr.Dropdown(list(FACTORS), value=FACTORS[0], label="Factor", scale=1, min_width=60)
                 compute = gr.Button("Compute", variant="primary", elem_id="compute")
             with gr.Column(scale=3, min_width=300):
                 slider = gr.ImageSlider(
