@@ -57,6 +57,7 @@ test-oldest: $(OLDEST)/.installed  ## run the quick tests with the oldest versio
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(RUN) $(PYTEST_ARGS)
 
 test-full: $(STAMP) test-oldest  ## run what takes longer than half an hour; results in benchmarks/results
+	tests/install_browser.sh
 	$(PYTEST) -m full $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/faults.py --kills 50
 	$(BIN)/python benchmarks/two_processes.py --runs 200

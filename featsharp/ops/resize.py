@@ -74,14 +74,15 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 def resample(x: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"]) -> Tensor:
     """Resize [B, C, H, W] with antialias: [B, C, h, w] in the dtype of ``x``."""
     full = x.float() if x.dtype.itemsize < 4 else x  # on a CPU there is no kernel for half types
-    if is_tracing():  # nor an operator of ONNX
+    if is_tracing() or full.device.type == "mps":  # nor an operator of ONNX, nor in every torch one for MPS
         return _weigh_axes(full, size, partial(_antialias_weights, mode=mode)).to(x.dtype)
     return F.interpolate(full, size, mode=mode, align_corners=False, antialias=True).to(x.dtype)
 
 
 def average(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Average [B, C, H, W] over the cells of a grid (h, w), as ``F.adaptive_avg_pool2d`` does: [B, C, h, w]."""
-    if is_tracing() and size_of(x) != tuple(size):  # ONNX has no operator for sides that do not divide
+    # ONNX and MPS have no operator for sides that do not divide.
+    if (is_tracing() or x.device.type == "mps") and size_of(x) != tuple(size):
         return _weigh_axes(x, size, _average_weights)
     return F.adaptive_avg_pool2d(x, size)
 
