@@ -72,6 +72,12 @@ TASKS = {
     "room": TaskEntry(
         "featsharp.evaluation.room:RoomTask", "does a point of a room find itself in another view, by depth and pose?"
     ),
+    "video": TaskEntry(
+        "featsharp.evaluation.video:VideoTask", "do objects of a video stay with their pixels, by the features alone?"
+    ),
+    "flicker": TaskEntry(
+        "featsharp.evaluation.flicker:FlickerTask", "do the features of a video change where the video does not?"
+    ),
     "cka": TaskEntry("featsharp.evaluation.cka:CkaTask", "are the features of an image alike at every size?"),
     "reference": TaskEntry(
         "featsharp.evaluation.reference:ReferenceTask",
