@@ -42,8 +42,8 @@ class DiscoveryTask(ObjectTask):
         image, objects = self.read(item)
         features = sharp_features(encoder, image, self.low_res_size)
         cells = size_of(features)
-        vectors = features[0].flatten(1).T
-        vectors = (vectors - vectors.mean(0)).double().cpu().numpy()
+        flat = features[0].flatten(1).T
+        vectors = (flat - flat.mean(0)).double().cpu().numpy()
         scale = np.array([image.height / cells[0]] * 2 + [image.width / cells[1]] * 2)
         boxes = {
             "tokencut": mask_box(cut_object(vectors, cells)) * scale,
