@@ -55,6 +55,7 @@ TABLES = {
     "correspondence": Table("correspondence", PCK, 100, 1),
     "boundaries": Table("boundaries", {"ods_f": "best F (ODS)", "ois_f": "F, best per image (OIS)"}),
     "cka": Table("cka", {"cka": "mean", **{f"cka_{size}": f"{size} and others" for size in (56, 112, 168, 224)}}),
+    "video": Table("video", {"j_and_f": "J&F", "j": "J", "f": "F"}, 100, 1),
     "pareto": Table("pareto", PARETO, formats=FORMATS),
     "protocol": Table("protocol", PROTOCOL, 100, 1),
     "detection": Table("detection", AP, 100, 1),
