@@ -42,10 +42,10 @@ from featsharp.evaluation.estimates import Estimate, estimate_mean
 from featsharp.evaluation.features import find_low_res_size, whitened_crop
 from featsharp.evaluation.head import FeatureCache, FeatureReader, MapName
 from featsharp.evaluation.keys import file_key
-from featsharp.evaluation.layouts.frames import decode_labelled
+from featsharp.evaluation.layouts.depth import DepthData, open_depth
+from featsharp.evaluation.layouts.frames import Frame, decode_labelled
 from featsharp.evaluation.layouts.labels import VOID, LabelCode, LabelledImage
 from featsharp.evaluation.layouts.layout import Sample
-from featsharp.evaluation.layouts.nyu_depth import list_nyu_depth
 from featsharp.evaluation.layouts.segmentation import open_segmentation
 from featsharp.evaluation.papers import papers_of
 from featsharp.evaluation.protocol_head import KitHead, KitSchedule, Training, read_target, train_kit_head
@@ -161,7 +161,10 @@ class ProtocolTask(Task):
     def dataset(self) -> SetData:
         """Both splits of the data set."""
         if self.set == NYU:
-            train, val = list_nyu_depth(self.data)
+            depth = open_depth(self.data)
+            if not depth.layout.startswith("nyu"):
+                raise DataError(f"{self.data} has frames of layout {depth.layout!r}; set {NYU} is NYU Depth v2")
+            train, val = ([_depth_sample(entry, depth) for entry in split] for split in (depth.train, depth.val))
             return SetData(train, val, (), DEPTH_RANGE)
         content = open_segmentation(self.data, SEGMENTATION[self.set])
         train, val = ([_labelled_sample(pair, content.code) for pair in pairs] for pairs in content[2:])
@@ -395,6 +398,14 @@ def score_depth(prediction: np.ndarray, truth: np.ndarray) -> Row:
 
 def _measurable(depth: Any) -> Any:
     return (depth > DEPTH_RANGE[0]) & (depth < DEPTH_RANGE[1])
+
+
+def _depth_sample(entry: Any, data: DepthData) -> Sample:
+    def depth() -> np.ndarray:
+        metres: np.ndarray = data.read(entry).astype(np.float32)
+        return metres
+
+    return Sample(entry.image, entry.keys(), lambda: entry.decode(Frame("its depth")), depth)
 
 
 def _labelled_sample(pair: LabelledImage, code: LabelCode) -> Sample:

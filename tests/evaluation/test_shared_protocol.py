@@ -280,10 +280,13 @@ def write_labeled_nyu(root: Path) -> Path:
 
 
 def write_folder_nyu(root: Path) -> Path:
+    lines = []
     for number, (picture, depth) in enumerate(zip(*write_depth(root), strict=True)):
-        split = "none" if number == 0 else "train" if number < 6 else "test"
-        write(root / f"{split}/kitchen/rgb_{number:05d}.png", picture)
-        write(root / f"{split}/kitchen/sync_depth_{number:05d}.png", np.rint(1000 * depth).astype(np.uint16))
+        write(root / f"kitchen/rgb_{number:05d}.png", picture)
+        write(root / f"kitchen/sync_depth_{number:05d}.png", np.rint(1000 * depth).astype(np.uint16))
+        lines.append(f"kitchen/rgb_{number:05d}.png kitchen/sync_depth_{number:05d}.png 518.8579\n")
+    (root / "nyu_train.txt").write_text("".join(lines[1:6]))
+    (root / "nyu_test.txt").write_text("".join(lines[6:]))
     return root
 
 
@@ -376,9 +379,9 @@ def test_bad_pictures_are_counted_and_mistakes_named(camvid, tmp_path):
     assert [name for name, _ in outcome["skipped"]] == ["val/7.png", "val/8.png"]
     with pytest.raises(ConfigError, match="unknown set"):
         ProtocolTask("pascal", camvid)
-    with pytest.raises(DataError, match="is no NYU Depth v2"):
+    with pytest.raises(DataError, match="no known layout of a depth data set"):
         evaluate(ProtocolTask("nyu-depth", camvid), [subject()], progress=False)
     write_labeled_nyu(tmp_path)
     pytest.importorskip("scipy.io").savemat(tmp_path / "splits.mat", {"trainNdxs": [[0, 1]], "testNdxs": [[2]]})
-    with pytest.raises(DataError, match="trainNdxs holds 0; pictures are numbered from 1 to 8"):
+    with pytest.raises(DataError, match="has no trainNdxs, the numbers from 1"):
         evaluate(ProtocolTask("nyu-depth", tmp_path), [subject()], progress=False)

@@ -6,7 +6,6 @@ label_files     numbers and colours of the pixels of label files
 labels          images with label files, and the meaning of their numbers
 conventions     this meaning, found from the numbers that occur, for the layout "folder"
 segmentation    list of the layouts of segmentation, a file each: ade20k, voc, cityscapes, coco_stuff, camvid, folder
-nyu_depth       pictures with depth, of NYU Depth v2
 class_names     of these data sets
 keypoints       pairs of images with keypoints that both show
 pairs           layouts of such pairs: SPair-71k, PF-PASCAL, PF-WILLOW

@@ -53,7 +53,7 @@ def read_labelled(root: Path) -> tuple[list[LabelledEntry], list[LabelledEntry]]
 
 def read_labelled_depth(entry: LabelledEntry) -> np.ndarray:
     """Read depth [H, W] in metres, float64, holes filled as published; DataError where the file is damaged."""
-    return _read_entry(entry, "depths", 2).T.astype(np.float64)
+    return np.nan_to_num(_read_entry(entry, "depths", 2).T.astype(np.float64), nan=0, posinf=0, neginf=0)
 
 
 def read_folders(root: Path) -> tuple[list[LabelledImage], list[LabelledImage]]:
