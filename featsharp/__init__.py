@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from featsharp.upsamplers.base import UpsampleFeatures
     from featsharp.upsamplers.layer import UpsampleLayer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SharpEncoder",

