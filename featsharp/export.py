@@ -1,7 +1,7 @@
 """Sharp encoders as programs that run without this package: ONNX files and those of torch.export.
 
-A program takes whitened images [B, 3, H, W] and returns the maps ``low_res`` and ``high_res``, and ``summary`` where the
-backbone has one. The batch is open; with ``dynamic`` height and width are, in steps of :func:`size_step`. What was
+A program takes whitened images [B, 3, H, W] and returns the maps ``low_res`` and ``high_res``, and ``summary`` where
+the backbone has one. The batch is open; with ``dynamic`` height and width are, in steps of :func:`size_step`. What was
 recorded is looked at for fixed axes and operators of ours, and run on batches and sizes that it was not recorded with,
 before the file is written.
 """
@@ -94,7 +94,7 @@ def export_encoder(
 
 
 def size_step(encoder: SharpEncoder) -> int:
-    """Compute the pixels by which sides of a program with open sizes go: whole patches of both passes, an even number."""
+    """Compute the step in pixels of open sides: an even number of whole patches of both passes."""
     factor = encoder.upsampler.input_upsample_factor
     return encoder.patch_size * math.lcm(2, int(factor) if factor == int(factor) else 2)
 
@@ -248,7 +248,9 @@ def _cannot(caption: str, what: str, error: Exception) -> ExportError:
     """Make the error for an encoder that cannot be exported, with the innermost reason in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reasons = [line for line in lines if line.startswith("<class ")] or lines or [type(error).__name__]
-    return ExportError(f"{caption} cannot be {what}: {reasons[-1 if len(reasons) > 1 and reasons is not lines else 0][:300]}")
+    return ExportError(
+        f"{caption} cannot be {what}: {reasons[-1 if len(reasons) > 1 and reasons is not lines else 0][:300]}"
+    )
 
 
 def _check_packages(form: str) -> None:

@@ -4,8 +4,8 @@
     featsharp export vits14-focus/student-2x --dynamic -o sharp.onnx
     featsharp export tile-2x --backbone toy-vit --size 448x672 -o tile.pt2
 
-safetensors   what featsharp upsample --checkpoint loads: no training state, the upsampler in half precision. The weights
-              of the backbone are not in it; their hash is.
+safetensors   what featsharp upsample --checkpoint loads: no training state, the upsampler in half precision. The
+              weights of the backbone are not in it; their hash is.
 onnx          backbone and upsampler for ONNX Runtime and its like; examples/run_onnx.py runs it without torch
 torch-export  the same for torch.export.load
 
@@ -48,15 +48,18 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         from featsharp.export import export_encoder
 
-        about = export_encoder(
-            encoder, arguments.output, form, dynamic=arguments.dynamic, size=arguments.size
-        )
-        sides = f"sides in steps of {about['size_step']}" if arguments.dynamic else "{}x{} pixels".format(*about["input_size"])
+        about = export_encoder(encoder, arguments.output, form, dynamic=arguments.dynamic, size=arguments.size)
         details = f", opset {about['opset']}" if form == "onnx" else f", torch {about['torch']}"
-        details += f"; any batch, {sides}; " + (
-            "not run, as onnxruntime is not installed" if about["error"] is None else
-            f"largest error {about['error']:.1e} of a standard deviation on other batches" + (" and sizes" if arguments.dynamic else "")
-        )  # fmt: skip
+        details += "; any batch, "
+        if arguments.dynamic:
+            details += f"sides in steps of {about['size_step']} pixels"
+        else:
+            details += "{}x{} pixels".format(*about["input_size"])
+        if about["error"] is None:
+            details += "; not run, as onnxruntime is not installed"
+        else:
+            others = "batches and sizes" if arguments.dynamic else "batches"
+            details += f"; largest error {about['error']:.1e} standard deviations of the map, on other {others}"
     say(f"{arguments.output}: {arguments.output.stat().st_size / 2**20:.1f} MiB{details}")
 
 

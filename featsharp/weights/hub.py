@@ -15,7 +15,7 @@ WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "READ
 
 
 def fetch_file(repository: str, name: str, **options: Any) -> Path:
-    """Fetch a file of a repository into the cache of the Hub, where an unfinished one has another name; offline: find it.
+    """Fetch a file of a repository into the cache of the Hub, or offline find it there; one that breaks off is not used.
 
     Args:
         repository: "owner/name".
@@ -29,12 +29,14 @@ def fetch_file(repository: str, name: str, **options: Any) -> Path:
     library = _library()
     try:
         return Path(library.hf_hub_download(repository, name, **options))
-    except (OSError, ValueError, *_errors()) as error:
+    except Exception as error:  # of the library and its transport, which has changed
         hint = (
             "HF_HUB_OFFLINE is set and the file is not in the cache" if library.constants.HF_HUB_OFFLINE else
             "check the name, the network and, for a private repository, the token"
         )  # fmt: skip
-        raise CheckpointError(f"cannot fetch {name} of {repository} from the Hub ({_first_line(error)}); {hint}") from error
+        raise CheckpointError(
+            f"cannot fetch {name} of {repository} from the Hub ({_first_line(error)}); {hint}"
+        ) from error
 
 
 def find_file(repository: str, name: str, revision: str = "main") -> Path | None:
@@ -58,7 +60,7 @@ def push_folder(folder: Path, repository: str, *, message: str, private: bool | 
         api = library.HfApi(token=token, library_name="featsharp")
         name = api.create_repo(repository, private=private, exist_ok=True).repo_id
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message))
-    except (OSError, ValueError, *_errors()) as error:
+    except Exception as error:  # of the library and its transport, which has changed
         hint = (
             "HF_HUB_OFFLINE is set" if library.constants.HF_HUB_OFFLINE else
             "check the name, the network and the token (hf auth login)"
@@ -72,15 +74,6 @@ def _library() -> Any:
     except ImportError as error:
         raise MissingDependencyError(f"the Hub needs huggingface_hub ({error}); run: {INSTALL}") from error
     return huggingface_hub
-
-
-def _errors() -> tuple[type[BaseException], ...]:
-    """Errors of the library's transport, httpx from its version 1, beside those that are OSErrors."""
-    try:
-        import httpx
-    except ImportError:
-        return ()
-    return (httpx.HTTPError,)
 
 
 def _first_line(error: BaseException) -> str:

@@ -22,7 +22,9 @@ TIMEOUT = 60.0  # seconds without a byte
 RELEASE = "https://github.com/{}/releases/download/{}/{}"
 HUB = "https://huggingface.co/"
 HUB_FILE = HUB + "{}/resolve/main/{}"
-FEATUP = "https://marhamilresearch4.blob.core.windows.net/feature-upsampling-public/pretrained/{}_jbu_stack_cocostuff.ckpt"
+FEATUP = (
+    "https://marhamilresearch4.blob.core.windows.net/feature-upsampling-public/pretrained/{}_jbu_stack_cocostuff.ckpt"
+)
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ def fetch_published(name: str, file: PublishedFile, folder: Path | None = None) 
 
     Address, licence and authors are logged before anything is fetched. Files of the Hub go to its cache, through
     huggingface_hub; others to torch.hub's, under another name until they are whole. At the first download the hash is
-    logged and written to ``published`` in the cache folder of this package; from then on the file has to have it. A file
-    that was put there comes first. Under HF_HUB_OFFLINE nothing is fetched from anywhere.
+    logged and written to ``published`` in the cache folder of this package; from then on the file has to have it.
+    What was put there by hand comes first. Under HF_HUB_OFFLINE nothing is fetched from anywhere.
 
     Args:
         name: Of the file in the folder, and of the record of its hash.
