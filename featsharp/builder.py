@@ -80,11 +80,7 @@ class SharpEncoder(Model):
         return load_from_file(path, **options)
 
     def save_pretrained(
-        self,
-        folder: str | PathLike[str],
-        *,
-        licence: str | None = None,
-        sections: Mapping[str, str] | None = None,
+        self, folder: str | PathLike[str], *, licence: str | None = None, sections: Mapping[str, str] | None = None
     ) -> None:
         """Write weights as :func:`save_weights` does, ``config.json``, and a model card from what is known of them.
 
@@ -122,12 +118,9 @@ class SharpEncoder(Model):
             repository: "owner/name".
             private: Of a new repository; None: as its owner has set.
             token: With the right to write; None: the one of ``hf auth login``.
-            message: Of the commit.
+            message: Of the commit, whose address is returned.
             licence: See :meth:`save_pretrained`.
             sections: See :meth:`save_pretrained`.
-
-        Returns:
-            The address of the commit.
 
         Raises:
             CheckpointError: When that fails.

@@ -3,7 +3,7 @@
 featsharp ls                         everything
 featsharp ls backbones               with whether the weights are on this machine; --markdown for the table of the docs
 featsharp ls upsamplers              with what each one needs, keeps and costs; --markdown for the table of the docs
-featsharp ls weights                 trained weights: ours, which come with the package, and those that authors published
+featsharp ls weights                 trained weights: ours, in the package, and those that authors of methods published
 featsharp ls models                  values of +model= for training; likewise: configs, objectives
 
 Column of backbones: "weights", whether they are found here without a network ("?": only building it can tell).

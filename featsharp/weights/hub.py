@@ -15,7 +15,7 @@ WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "READ
 
 
 def fetch_file(repository: str, name: str, **options: Any) -> Path:
-    """Fetch a file of a repository into the cache of the Hub, or offline find it there; one that breaks off is not used.
+    """Fetch a file of a repository into the cache of the Hub, or offline find it there; a part of one is not used.
 
     Args:
         repository: "owner/name".
