@@ -40,6 +40,8 @@ OPTIONS = {"custom": {"function": nearest}, "super-resolution": {"enlarge": enla
 # Those that solve by matrices made for one size.
 ONE_SIZE = ("views", "learned-views")
 QUICK = ("bilinear",)
+# Largest error in standard deviations of the map; rounding grows in the two, see featsharp.export.TOLERANCE.
+MOST, MOST_OF = 1e-4, {"anyup": 0.02, "loftup": 0.005}
 
 
 def build(name, backbone="toy-vit"):
@@ -65,13 +67,13 @@ def run_onnx(path, images):
 
 
 @torch.no_grad()
-def check_parity(path, encoder, step):
+def check_parity(path, encoder, step, most):
     """On two batches and sizes beyond those that the exporter recorded and tried."""
     for batch, rows, columns in ((4, 6, 7), (5, 2, 4)):
         images = torch.randn(batch, 3, rows * step, columns * step)
         expected = encoder(images, denormalize=encoder.normalizer.invertible)
         for out, wanted in zip(run_onnx(path, images), expected[:2], strict=True):
-            torch.testing.assert_close(out, wanted, rtol=0, atol=1e-3 * wanted.std().item())
+            torch.testing.assert_close(out, wanted, rtol=0, atol=most * wanted.std().item())
 
 
 @NEEDS_ONNX
@@ -89,7 +91,8 @@ def test_onnx_runtime_gives_the_encoders_maps_on_other_batches_and_sizes(name, t
     path = tmp_path / "sharp.onnx"
     encoder = fitted() if name == "bilinear" else build(name)
     about = export_encoder(encoder, path, "onnx")
-    assert about["error"] <= 1e-3
+    most = MOST_OF.get(name, MOST)
+    assert about["error"] <= most
     model = onnx.load(path)
     onnx.checker.check_model(model)
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == OPSET
@@ -101,7 +104,7 @@ def test_onnx_runtime_gives_the_encoders_maps_on_other_batches_and_sizes(name, t
     assert json.loads(metadata["mean"]) == pytest.approx(list(encoder.backbone.mean))
     assert json.loads(metadata["patch_size"]) == 8
     assert (metadata["space"], json.loads(metadata["outputs"])) == ("backbone", ["low_res", "high_res", "summary"])
-    check_parity(str(path), encoder, size_step(encoder))
+    check_parity(str(path), encoder, size_step(encoder), most)
 
 
 @NEEDS_ONNX
@@ -112,7 +115,7 @@ def test_the_embedded_backbone_and_the_example_that_runs_it(tmp_path):
     path, photo = tmp_path / "sharp.onnx", tmp_path / "photo.png"
     encoder = load_from_file("vits14-focus/student-2x")
     assert main(["export", "vits14-focus/student-2x", "--dynamic", "-o", str(path)]) == 0
-    check_parity(str(path), encoder, size_step(encoder))
+    check_parity(str(path), encoder, size_step(encoder), 1e-3)
     step = size_step(encoder)
     area = encoder.input_size[0] // step * step
     pixels = np.random.default_rng(0).integers(0, 256, (area, area, 3), dtype=np.uint8)
@@ -132,6 +135,7 @@ exec(open({str(ROOT / "examples" / "run_onnx.py")!r}, encoding="utf-8").read())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * expected.std().item())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_exported_program_says_what_it_takes(tmp_path):
     path, files = tmp_path / "sharp.pt2", {"featsharp.json": ""}
@@ -208,6 +212,7 @@ def test_wrong_input_of_the_command(tmp_path, capsys):
     assert target.read_bytes() == b"earlier"
 
 
+@pytest.mark.slow
 def test_absent_packages_are_named_with_the_command(tmp_path):
     """In a process that finds no onnxscript."""
     script = """

@@ -53,6 +53,7 @@ except FeatSharpError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_file_is_fetched_once_anew_when_changed_and_found_offline(server, run):
     server.files["me/sharp", "model.safetensors"] = b"first" + bytes(1000)
     script = FETCH + FETCH  # in one process: twice
@@ -66,6 +67,11 @@ def test_a_file_is_fetched_once_anew_when_changed_and_found_offline(server, run)
     assert re.search(r"refused: cannot fetch model.safetensors of me/other .* HF_HUB_OFFLINE is set and", refused)
     assert server.requests == []
     assert "refused: cannot fetch model.safetensors of me/none" in run(FETCH.replace("me/sharp", "me/none"))
+
+
+def test_without_the_library_the_command_that_installs_it_is_named(run):
+    printed = run('import sys\nsys.modules["huggingface_hub"] = None\n' + FETCH)
+    assert 'run: pip install "featsharp[hub]"' in printed
 
 
 @pytest.mark.slow
