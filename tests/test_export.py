@@ -40,6 +40,8 @@ OPTIONS = {"custom": {"function": nearest}, "super-resolution": {"enlarge": enla
 # Those that solve by matrices made for one size.
 ONE_SIZE = ("views", "learned-views")
 QUICK = ("bilinear",)
+# What they do follows from others.
+FULL = ("identity", "custom", "s2-pooled", "native-highres", "super-resolution", "resfu-tiled", "featsharp-progressive")
 # Largest error in standard deviations of the map; rounding grows in the two, see featsharp.export.TOLERANCE.
 MOST, MOST_OF = 1e-4, {"anyup": 0.02, "loftup": 0.005}
 
@@ -80,7 +82,7 @@ def check_parity(path, encoder, step, most):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.full if name in FULL else pytest.mark.slow)
         for name in list_upsamplers()
         if name not in ONE_SIZE
     ],
