@@ -32,7 +32,7 @@ INSTALL = 'pip install "featsharp[onnx]"'
 MOST_STEPS = 128  # of a side
 MOST_BYTES = 2**31 - 2**20  # of a protocol buffer
 # Largest error allowed when a program is run, in standard deviations of the map. A graph of one size is off by about 1;
-# most methods stay below 1e-5, but anyup divides by small deviations and loftup has high frequencies, so rounding grows.
+# most methods stay below 1e-5, but anyup divides by small deviations and loftup has high frequencies: rounding grows.
 TOLERANCE = 0.02
 METADATA = "featsharp.json"  # in a file of torch.export
 

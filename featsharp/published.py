@@ -21,10 +21,9 @@ from torch import Tensor
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
-from featsharp.builder import create_encoder, load_model_state, model_state
+from featsharp.builder import SharpEncoder, create_encoder, load_model_state, model_state
 from featsharp.checkpoint import read_tensors
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, unknown_name
-from featsharp.model import SharpEncoder
 from featsharp.weights.published import PUBLISHED, fetch_published
 
 # Keys under which a file may have its tensors, if not at the top.
