@@ -58,10 +58,11 @@ def explore(encoder: SharpEncoder, image: Image) -> Exploration:
     prepared = encoder.prepare_image(image)
     whitened = encoder.input_conditioner(prepared.pixels).to(encoder.device)
     low_res_size = prepared.low_res_size or encoder.low_res_size((whitened.shape[2], whitened.shape[3]))
-    _, low_res_cost = measure(lambda: encoder.backbone(resize(whitened, low_res_size)))
-    out, high_res_cost = measure(lambda: encoder.encode_image(image))
-    high_res = out.high_res[:, -encoder.embed_dim :]
-    return Exploration(image, out.low_res.float().cpu(), high_res.float().cpu(), low_res_cost, high_res_cost)
+    _, low_res_cost = measure(lambda: encoder.backbone(resize(whitened, low_res_size)).features.cpu())
+    (low_res, high_res), high_res_cost = measure(
+        lambda: [one.float().cpu() for one in encoder.encode_image(image)[:2]]  # waits for a GPU
+    )
+    return Exploration(image, low_res, high_res[:, -encoder.embed_dim :], low_res_cost, high_res_cost)
 
 
 def measure(function: Callable[[], Result]) -> tuple[Result, Cost]:

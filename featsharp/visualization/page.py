@@ -264,7 +264,7 @@ def build_page(demo: Demo, *, max_upload: str) -> Any:
         count.release(**drawn)
         words.submit(**drawn)
 
-        def click(image: Any, event: gr.SelectData) -> tuple[Any, str]:
+        def click(image: Any, event: gr.SelectData) -> tuple[Any, str]:  # type: ignore[name-defined]
             x, y = event.index
             height, width = image.shape[:2]
             return (min(max((y + 0.5) / height, 0), 1), min(max((x + 0.5) / width, 0), 1)), SIMILARITY

@@ -85,6 +85,7 @@ def test_a_similarity_map_is_the_cosine_of_each_place():
         cosine_map(features, vectors[:, :6])
 
 
+@pytest.mark.slow
 def test_the_command_draws_a_row_for_each_text(folder, tmp_path, capsys):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (60, 90, 3), np.uint8)).save(tmp_path / "photo.png")
