@@ -56,6 +56,7 @@ TABLES = {
     "cka": Table("cka", {"cka": "mean", **{f"cka_{size}": f"{size} and others" for size in (56, 112, 168, 224)}}),
     "pareto": Table("pareto", PARETO, formats=FORMATS),
     "protocol": Table("protocol", PROTOCOL, 100, 1),
+    "protocol-100": Table("protocol-100", {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}, 100, 1),
     "reference": Table("reference", {"cosine": "cosine", "error": "error / variance", "cka": "linear CKA"}),
 }
 
