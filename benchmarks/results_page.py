@@ -59,6 +59,7 @@ TABLES = {
     "pareto": Table("pareto", PARETO, formats=FORMATS),
     "protocol": Table("protocol", PROTOCOL, 100, 1),
     "detection": Table("detection", AP, 100, 1),
+    "protocol-100": Table("protocol-100", {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}, 100, 1),
     "reference": Table("reference", {"cosine": "cosine", "error": "error / variance", "cka": "linear CKA"}),
 }
 
