@@ -63,7 +63,7 @@ def measure(name: str, backbone: str, limit: str) -> dict[str, object]:
     picture = encoder.input_conditioner(resize(noise, SIZE))
     encoder(picture[..., :448, :448])  # what is loaded and started once
     # Linux resets the peak of a process that writes 5 here.
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before, start = process_bytes("VmRSS"), time.perf_counter()
     result = encoder(picture).high_res
     peak = process_bytes("VmHWM") - before - result.numel() * result.itemsize
