@@ -9,7 +9,7 @@ take the keys of the last layer, which are not part of a map.)
                 a ninth, those alike to the seed vote; what is alike to their sum is the object
 
 The object is the connected part around the seed. CorLoc is the share of pictures whose box overlaps that of
-one of their objects by more than one half of the union; that of the whole picture as the box stands beside it.
+one of their objects by one half of the union or more; that of the whole picture as the box stands beside it.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class DiscoveryTask(ObjectTask):
             "whole": np.array([0, image.height, 0, image.width]),
         }
         truths = [mask_box(one.mask) for one in objects]
-        return {name: int(max(overlap(box, truth) for truth in truths) > 0.5) for name, box in boxes.items()}
+        return {name: int(max(overlap(box, truth) for truth in truths) >= 0.5) for name, box in boxes.items()}
 
     def score(self, rows: Sequence[Row], head: Any) -> Summary:
         return {f"corloc_{name}": estimate_mean([row[name] for row in rows]) for name in rows[0]}
