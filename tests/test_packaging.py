@@ -174,7 +174,7 @@ def test_wheel_metadata(wheel):
     assert always == {"torch", "numpy", "pillow", "safetensors"}
     assert facts["Requires-Python"] == ">=3.11"
     assert facts["License-Expression"] == "Apache-2.0"
-    extras = {"timm", "hf", "open-clip", "train", "viz", "wandb", "focus", "eval", "video", "zarr", "ray"}
+    extras = {"timm", "hf", "open-clip", "train", "viz", "wandb", "focus", "eval", "video", "zarr", "ray", "demo"}
     extras |= {"all", "test", "docs", "dev"}
     assert set(facts.get_all("Provides-Extra", [])) == extras
     assert "featsharp = featsharp.cli.main:main" in wheel.read(f"{folder}/entry_points.txt").decode()

@@ -111,7 +111,7 @@ def with_text(function: Callable[..., tuple[Any, ...]], results: int) -> Callabl
 
 
 class Demo:
-    """What the page calls; of encoders the last few are kept.
+    """Functions that the page calls; of encoders the last few are kept.
 
     Args:
         backbones: Names to choose from; a page never loads others, nor files.
