@@ -1,4 +1,4 @@
-"""What tasks on pictures with objects share: the items, and boxes."""
+"""Pictures with objects as the items of tasks, and boxes."""
 
 import hashlib
 from collections.abc import Iterator
