@@ -1,4 +1,4 @@
-"""What tasks on pictures with objects share: the items, and boxes."""
+"""Items and boxes of the tasks on pictures with objects."""
 
 import hashlib
 from collections.abc import Iterator
