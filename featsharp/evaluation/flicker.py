@@ -43,7 +43,7 @@ class _Frame(NamedTuple):
 
 
 class _Motion(NamedTuple):
-    """Where places of a frame are in the next: [H, W, 2] (x, y) in parts of the picture, and whether to trust it."""
+    """Places of a frame in the next: [H, W, 2] (x, y) in parts of the picture, and whether to trust it."""
 
     places: np.ndarray
     trusted: np.ndarray
