@@ -1,4 +1,4 @@
-"""Pictures with objects as the items of tasks, and boxes."""
+"""Items and boxes of the tasks on pictures with objects."""
 
 import hashlib
 from collections.abc import Iterator
