@@ -22,7 +22,7 @@ LATER = [
         "files_that_could_run_code|test_checkpoints_that_do_not",
     ),
     ("torch", "2.6", "fused transformer layers do not know autocast", r"from_hub.*half_types\[radio"),
-    ("torch", "2.7", "no torch.compiler.is_exporting", r"-export\]|test_an_exported_program"),
+    ("torch", "2.7", "no torch.compiler.is_exporting", r"-export\]|test_an_exported_program|test_export\.py"),
     ("torch", "2.11", DRAWN, r"test_golden.*\[(start/sapa|upsampler/sapa|implicit/)"),
     (
         *("torch", "2.11", "a device as a context within another one does not count"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from featsharp.errors import InputError
 from featsharp.memory import register_scratch
 from featsharp.ops.boxes import Box, whole
-from featsharp.ops.recording import is_open, is_tracing
+from featsharp.ops.recording import is_open, is_same, is_tracing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,9 +62,9 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if x.ndim != 4 or size[0] < 1 or size[1] < 1:
         raise InputError(f"resize takes a [B, C, H, W] tensor and a size of at least 1x1; got {tuple(x.shape)}, {size}")
+    if is_same(size_of(x), size):
+        return x
     if not is_open(*size, *size_of(x)):
-        if size_of(x) == tuple(size):
-            return x
         shrinks = size[0] < x.shape[-2] or size[1] < x.shape[-1]
         if not shrinks:
             return F.interpolate(x, size, mode="bilinear", align_corners=False)
