@@ -207,7 +207,7 @@ def test_ls_prints_every_name_with_a_description(capsys, monkeypatch):
     assert run("ls") == 0
     text = capsys.readouterr().out
     lines = text.splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(len(line) for line in lines if not line.lstrip().startswith("https:")) <= 100  # an address stays whole
     names = [*list_backbones(), *UPSAMPLERS.names(), *NORMALIZERS.names()]
     names += [f"+model={n}" for n in options_of("model")] + [f"+upsampler={n}-FACTORx" for n in options_of("upsampler")]
     names += [f"objective={n}" for n in options_of("objective")]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from featsharp.backbones.base import Backbone
-    from featsharp.model import SharpEncoder
+    from featsharp.builder import SharpEncoder
 
 DEFAULT_BACKBONE = "vits14-focus"
 LOW_RES = "low resolution"
