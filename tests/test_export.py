@@ -115,11 +115,12 @@ def test_onnx_runtime_gives_the_encoders_maps_on_other_batches_and_sizes(name, t
 def test_the_embedded_backbone_and_the_example_that_runs_it(tmp_path):
     """And the example gives what encode_image gives of a picture of the program's size, in a process without torch."""
     path, photo = tmp_path / "sharp.onnx", tmp_path / "photo.png"
-    encoder = load_from_file("vits14-focus/featsharp-2x@1")
-    assert main(["export", "vits14-focus/featsharp-2x@1", "--dynamic", "-o", str(path)]) == 0
+    encoder = load_from_file("bilinear-2x", featurizer="vits14-focus")
+    assert main(["export", "bilinear-2x", "--backbone", "vits14-focus", "--dynamic", "-o", str(path)]) == 0
     check_parity(str(path), encoder, size_step(encoder), 1e-3)
     step = size_step(encoder)
     area = encoder.input_size[0] // step * step
+    assert area == 224
     pixels = np.random.default_rng(0).integers(0, 256, (area, area, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(photo)
     script = f"""

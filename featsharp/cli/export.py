@@ -1,7 +1,7 @@
 """An encoder as one file for use: its weights, or a program that runs without this package.
 
     featsharp export last.pth -o sharp.safetensors
-    featsharp export vits14-focus/featsharp-2x@1 --dynamic -o sharp.onnx
+    featsharp export bilinear-2x --backbone vits14-focus --dynamic -o sharp.onnx
     featsharp export tile-2x --backbone toy-vit --size 448x672 -o tile.pt2
 
 safetensors   what featsharp upsample --checkpoint loads: no training state, the upsampler in half precision. The
