@@ -30,6 +30,7 @@ ABSENT = (
         "matplotlib",
         "scipy",
         "h5py",
+        "faster_coco_eval",
         "braceexpand",
         "zarr",
         "ray",

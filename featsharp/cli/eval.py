@@ -88,6 +88,11 @@ TASKS = {
         "featsharp.evaluation.segmentation:SegmentationTask",
         "how much do sharp features help a linear segmentation head?",
     ),
+    "detection": TaskEntry(
+        "featsharp.evaluation.detection:DetectionTask",
+        "how much do sharp features help a detector, for small objects above all?",
+    ),
+    "tables": TaskEntry("featsharp.evaluation.tables:TablesTask", "tables of the papers with our results beside them"),
     "delta-m": TaskEntry(
         "featsharp.evaluation.delta_m:DeltaMTask", "how much does a candidate change a table of unlike benchmarks?"
     ),
@@ -277,7 +282,8 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, help: str, default: An
         options["type"] = PARSERS[options["type"]]
     if default is not None:
         help += f"; default: {' '.join(map(str, default)) if isinstance(default, list) else default}"
-    parser.add_argument(f"--{name.replace('_', '-')}", dest=name, default=default, help=help, **options)
+    flag = name.rstrip("_").replace("_", "-")  # "table_" is the flag of a task that has a method "table"
+    parser.add_argument(f"--{flag}", dest=name, default=default, help=help, **options)
 
 
 def _subject(

@@ -44,6 +44,27 @@ def bootstrap_sums(
     return Estimate(float(statistic(per_image.sum(0))), float(low), float(high))
 
 
+def bootstrap_draws(count: int, statistics: Callable[[np.ndarray], Any], *, resamples: int = 1000) -> np.ndarray:
+    """Compute numbers under resampling of ``count`` images, [resamples, M].
+
+    Two encoders with the same count have the same resamples, so that the difference of their draws has an interval.
+
+    Args:
+        count: Of images.
+        statistics: Maps numbers of images [count] to M numbers, NaN where there is none.
+        resamples: Their number.
+    """
+    rng = np.random.default_rng(0)
+    return np.array([statistics(rng.integers(count, size=count)) for _ in range(resamples)], dtype=np.float64)
+
+
+def estimate_from(value: float, draws: np.ndarray) -> Estimate:
+    """Make an estimate of a number and its draws [resamples]; those of NaN are left out."""
+    known = draws[~np.isnan(draws)]
+    low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (math.nan, math.nan)
+    return Estimate(float(value), float(low), float(high))
+
+
 def estimate_mean(per_image: Any) -> Estimate:
     """Estimate the mean of one number, or as many numbers, per image."""
     return bootstrap(per_image, lambda rows: float(rows.mean()))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -40,6 +40,7 @@ from featsharp.terminal import with_progress
 logger = logging.getLogger(__name__)
 
 MapName = Literal["high_res", "low_res"]
+Target = TypeVar("Target")
 
 _WARM_UP = 0.02  # of the steps
 
@@ -320,11 +321,11 @@ def train_head(
         if cached is not None:
             probe, (images, skipped) = cached
             return Head(reader, probe, images, [(name, reason) for name, reason in skipped])
-        pairs, frames, targets, skipped = _read_targets(cache, data, progress)
+        pairs, frames, targets, skipped = read_targets(cache, data.pairs, data.read, progress)
         logger.info("training a head on %d images", len(pairs))
         probe = fit(
             lambda number: cache.get(pairs[number], frames[number]),
-            targets,
+            torch.stack(targets),
             data.outputs,
             data.loss,
             schedule,
@@ -359,17 +360,33 @@ def load_probe(path: Path, device: torch.device) -> tuple[LinearProbe, Any] | No
     return probe.to(device).eval().requires_grad_(False), about
 
 
-def _read_targets(
-    cache: FeatureCache, data: TrainingData, progress: bool
-) -> tuple[list[LabelledImage], list[Frame], Tensor, list[tuple[str, str]]]:
-    """Read the usable training pairs, the pixels of their labels, their targets [N, h, w]; (name, reason) of others."""
+def read_targets(
+    cache: FeatureCache,
+    wanted: Sequence[LabelledImage],
+    read: Callable[[LabelledImage], tuple[Target, Frame]],
+    progress: bool,
+) -> tuple[list[LabelledImage], list[Frame], list[Target], list[tuple[str, str]]]:
+    """Read training pairs, and fill the cache with their features.
+
+    Args:
+        cache: Of features.
+        wanted: The pairs.
+        read: Returns the target of a pair and the pixels of its labels; raises DataError for a bad one.
+        progress: Whether to show a bar on stderr.
+
+    Returns:
+        The usable pairs, the pixels of their labels, their targets; (name, reason) of the others.
+
+    Raises:
+        DataError: When none is usable.
+    """
     pairs: list[LabelledImage] = []
     frames: list[Frame] = []
-    targets: list[Tensor] = []
+    targets: list[Target] = []
     skipped = []
-    for pair in with_progress(data.pairs, "training features", progress):
+    for pair in with_progress(wanted, "training features", progress):
         try:
-            target, frame = data.read(pair)
+            target, frame = read(pair)
             cache.get(pair, frame)
         except (DataError, InputError) as error:
             reason = str(error).removeprefix(f"{pair.image}: ")
@@ -383,7 +400,7 @@ def _read_targets(
         raise DataError(
             f"none of {len(skipped)} training images can be used; the first, {skipped[0][0]}: {skipped[0][1]}"
         )
-    return pairs, frames, torch.stack(targets), skipped
+    return pairs, frames, targets, skipped
 
 
 def _load_features(path: Path) -> Tensor | None:

@@ -12,5 +12,6 @@ pairs           layouts of such pairs: SPair-71k, PF-PASCAL, PF-WILLOW
 boundaries      pictures with human boundaries: BSDS500 and its like
 outlines        objects with class and outline, and their masks
 objects         layouts of such objects: COCO, YOLO
+detection       the same in pictures to train on and to measure on
 mat             MATLAB files
 """

@@ -2,6 +2,8 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,7 +13,7 @@ from featsharp.errors import DataError
 from featsharp.evaluation.keys import file_key
 from featsharp.evaluation.layouts.frames import Frame
 from featsharp.evaluation.layouts.layout import Layout
-from featsharp.evaluation.layouts.outlines import Labels, ObjectMask, draw
+from featsharp.evaluation.layouts.outlines import Labels, ObjectBox, ObjectMask, draw
 from featsharp.files import list_files, path_in_list, read_lines
 
 # Rounding error of fractions in YOLO files.
@@ -47,13 +49,14 @@ class YoloLabels:
         return Frame(self._path(name).name)
 
     def read(self, name: str, size: tuple[int, int]) -> list[ObjectMask]:
-        path = self._path(name)
+        masks = ((category, draw([outline], size)) for category, outline in self._outlines(name, size))
+        return [ObjectMask(category, mask, float(mask.sum())) for category, mask in masks if mask.any()]
+
+    def boxes(self, name: str, size: tuple[int, int]) -> list[ObjectBox]:
         objects = []
-        for number, line in enumerate(read_lines(path), 1):
-            if line:
-                category, outline = _parse_line(line, f"{path.name}, line {number}")
-                mask = draw([outline * (size[1], size[0])], size)
-                objects.append(ObjectMask(category, mask, float(mask.sum())))
+        for category, outline in self._outlines(name, size):
+            mask = partial(draw, [outline], size)
+            objects.append(ObjectBox(category, _around(outline, size), float(mask().sum()), False, mask))
         return [one for one in objects if one.area]
 
     def key(self, name: str) -> object:
@@ -62,20 +65,35 @@ class YoloLabels:
     def _path(self, name: str) -> Path:
         return self.folder / f"{PurePosixPath(name).stem}.txt"
 
+    def _outlines(self, name: str, size: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+        path = self._path(name)
+        for number, line in enumerate(read_lines(path), 1):
+            if line:
+                category, outline = _parse_line(line, f"{path.name}, line {number}")
+                yield category, outline * (size[1], size[0])
+
 
 class CocoLabels:
-    """COCO's ``images`` and ``annotations`` of a JSON file, without crowds; masks other than polygons are boxes."""
+    """COCO's ``images`` and ``annotations`` of a JSON file; masks other than polygons are boxes.
+
+    Attributes:
+        names: Of the files of all images.
+        categories: Names of the categories by number, as far as the file has them.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             content = json.loads(path.read_bytes())
+            self.names = [str(path_in_list(image["file_name"])) for image in content["images"]]
+            self.categories = {one["id"]: str(one["name"]) for one in content.get("categories", ())}
             stems = {image["id"]: path_in_list(image["file_name"]).stem for image in content["images"]}
             self._sizes = {stems[image["id"]]: (image.get("height"), image.get("width")) for image in content["images"]}
             self._annotations: dict[str, list[Any]] = defaultdict(list)
+            self._crowds: dict[str, list[Any]] = defaultdict(list)
             for annotation in content["annotations"]:
-                if not annotation.get("iscrowd"):
-                    self._annotations[stems[annotation["image_id"]]].append(annotation)
+                kind = self._crowds if annotation.get("iscrowd") else self._annotations
+                kind[stems[annotation["image_id"]]].append(annotation)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -89,17 +107,23 @@ class CocoLabels:
         return Frame(f"{self.path.name}, image {name}", size if all(isinstance(n, int) for n in size) else None)
 
     def read(self, name: str, size: tuple[int, int]) -> list[ObjectMask]:
-        objects = []
-        for annotation in self._annotations[PurePosixPath(name).stem]:
+        objects = (ObjectMask(one.category, one.mask(), one.area) for one in self.boxes(name, size) if not one.crowd)
+        return [one for one in objects if one.mask.any()]
+
+    def boxes(self, name: str, size: tuple[int, int]) -> list[ObjectBox]:
+        objects, stem = [], PurePosixPath(name).stem
+        for annotation in [*self._annotations.get(stem, ()), *self._crowds.get(stem, ())]:
             try:
-                mask = draw(_coco_outlines(annotation), size)
-                area = float(annotation.get("area", mask.sum()))
-                objects.append(ObjectMask(int(annotation["category_id"]), mask, area))
+                mask = partial(draw, _coco_outlines(annotation), size)
+                box = _around(_box(*map(float, annotation["bbox"])), size)
+                area = float(annotation["area"] if "area" in annotation else mask().sum())
+                crowd = bool(annotation.get("iscrowd"))
+                objects.append(ObjectBox(int(annotation["category_id"]), box, area, crowd, mask))
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"{self.path.name}, annotation {annotation.get('id')} of {name}: {type(error).__name__}: {error}"
                 ) from error
-        return [one for one in objects if one.mask.any()]
+        return objects
 
     def key(self, name: str) -> object:
         return file_key(self.path.parent, self.path.name)
@@ -131,6 +155,14 @@ def _coco_outlines(annotation: dict[str, Any]) -> list[np.ndarray]:
 
 def _box(x: float, y: float, w: float, h: float) -> np.ndarray:
     return np.array([(x, y), (x + w, y), (x + w, y + h), (x, y + h)])
+
+
+def _around(outline: np.ndarray, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Compute the box of an outline [n, 2] within a picture of ``size`` (H, W); ValueError for NaN."""
+    if np.isnan(outline).any():
+        raise ValueError("coordinates are NaN")
+    (left, top), (right, bottom) = np.clip([outline.min(0), outline.max(0)], 0, (size[1], size[0]))
+    return float(left), float(top), float(right), float(bottom)
 
 
 def _is_yolo(path: Path) -> bool:

@@ -3,6 +3,7 @@
 Points are in pixels of the picture, (x, y) from its upper left corner; pixel (i, j) covers j to j + 1 and i to i + 1.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +19,16 @@ class ObjectMask(NamedTuple):
     area: float  # pixels: as annotated, else of the mask
 
 
+class ObjectBox(NamedTuple):
+    """One object, with its box."""
+
+    category: int
+    box: tuple[float, float, float, float]  # left, top, right, bottom in pixels, within the picture
+    area: float  # pixels: as annotated, else of the mask
+    crowd: bool  # a box around many objects, which is neither to be found nor wrong
+    mask: Callable[[], np.ndarray]  # draws [H, W] bool, pixels whose centre is inside
+
+
 class Labels(Protocol):
     """The objects of a data set, by image name."""
 
@@ -29,6 +40,9 @@ class Labels(Protocol):
 
     def read(self, name: str, size: tuple[int, int]) -> list[ObjectMask]:
         """Read the objects of an image of ``size`` (H, W) that cover a pixel; DataError where that fails."""
+
+    def boxes(self, name: str, size: tuple[int, int]) -> list[ObjectBox]:
+        """Read the objects of an image of ``size`` (H, W), crowds too; DataError where that fails."""
 
     def key(self, name: str) -> object:
         """Return JSON values that change with the file of an image's objects."""
