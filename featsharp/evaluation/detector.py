@@ -58,7 +58,7 @@ class Objects(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """What was found in a picture, the best first.
+    """Objects found in a picture, the best first.
 
     Attributes:
         boxes: [n, 4].
