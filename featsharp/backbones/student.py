@@ -42,17 +42,13 @@ class StudentViT(Backbone):
     Features are patch tokens after the final norm, the summary its class tokens, one after the other.
 
     Args:
-        shape: Of the network.
+        shape: Of the network, see :func:`check_shape`.
         name: A label.
-
-    Raises:
-        ConfigError: For a size that is no whole number of patches, or a width that the heads do not divide.
     """
 
     embeds_patches = True
 
     def __init__(self, shape: Shape, name: str = "student") -> None:
-        check_shape(shape)
         summary = shape.class_tokens * shape.width
         super().__init__(
             name,

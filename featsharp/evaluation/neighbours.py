@@ -1,10 +1,10 @@
 """Classification and retrieval by nearest neighbours: whole pictures, described by one vector each.
 
-A picture's neighbours are sought among all others, by cosine. ``knn`` is the share of pictures whose class the 20 nearest
-name, each weighing exp(cosine / 0.07) (the protocol of DINO, arXiv 2104.14294); ``map`` is the mean over pictures of the
-average precision of all others, ranked, where those of the same class are relevant. Both describe a picture by the
-backbone's summary, or by the mean of its sharp map where it has none; ``knn_pooled`` and ``map_pooled`` always by the
-mean.
+A picture's neighbours are sought among all others, by cosine. ``knn`` is the share of pictures whose class the 20
+nearest name, each weighing exp(cosine / 0.07) (the protocol of DINO, arXiv 2104.14294); ``map`` is the mean over
+pictures of the average precision of all others, ranked, where those of the same class are relevant. Both describe a
+picture by the backbone's summary, or by the mean of its sharp map where it has none; ``knn_pooled`` and ``map_pooled``
+always by the mean.
 """
 
 import re

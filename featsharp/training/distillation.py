@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featsharp.backbones import Backbone, create_backbone
-from featsharp.backbones.student import STUDENT_FILE, Shape, StudentViT, student_content
+from featsharp.backbones.student import STUDENT_FILE, Shape, StudentViT, check_shape, student_content
 from featsharp.builder import content_key, create_encoder, load_from_file
 from featsharp.checkpoint import write_checkpoint
 from featsharp.data.loader import SampleDataset
@@ -61,6 +61,12 @@ class StudentConfig:
     width: int = key(192, least=1)
     depth: int = key(12, least=1)
     num_heads: int = key(3, least=1)
+
+    def shape(self, class_tokens: int) -> Shape:
+        """Return the shape of the network; raises ConfigError for one that cannot be built."""
+        shape = Shape(self.size, self.patch_size, self.width, self.depth, self.num_heads, class_tokens)
+        check_shape(shape)
+        return shape
 
 
 @dataclass
@@ -139,10 +145,11 @@ def open_teachers(config: DistillConfig, world: World) -> list[Teacher]:
     """Load the teachers of a run.
 
     Raises:
-        ConfigError: For no teacher, another number of upsamplers than of teachers, names that do not exist, and an
-            upsampled grid that is not the student's.
+        ConfigError: For a student that cannot be built, no teacher, another number of upsamplers than of teachers,
+            names that do not exist, and an upsampled grid that is not the student's.
     """
     names, upsamplers = _as_list(config.teachers), _as_list(config.upsamplers)
+    config.student.shape(0)
     if not names:
         raise ConfigError("which teachers? Set teachers=NAME or teachers=[NAME,NAME]; see `featsharp ls backbones`")
     if len(upsamplers) == 1:
@@ -196,8 +203,7 @@ class Student(nn.Module):
         super().__init__()
         summaries = [teacher.encoder.backbone.summary_dim for teacher in teachers]
         class_tokens = sum(channels is not None for channels in summaries)
-        shape = Shape(config.size, config.patch_size, config.width, config.depth, config.num_heads, class_tokens)
-        self.trunk = StudentViT(shape)
+        self.trunk = StudentViT(config.shape(class_tokens))
         self.spatial_heads = nn.ModuleList(head(config.width, teacher.channels) for teacher in teachers)
         # By the number of the teacher, as only some have a summary.
         self.summary_heads = nn.ModuleDict(
