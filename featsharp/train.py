@@ -7,16 +7,13 @@
 """
 
 import contextlib
-import logging
-import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from featsharp.errors import ConfigError, explain
+from featsharp.errors import ConfigError
 from featsharp.files import check_writable
-from featsharp.terminal import parse_verbosity, say, set_up_terminal
-from featsharp.urls import redact_url
+from featsharp.training.command import run_command
 
 if TYPE_CHECKING:
     from featsharp.training.config import RunConfig
@@ -24,39 +21,14 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compose the configuration and train; returns the exit status: 1 for an error, 130 for Ctrl-C, 143 for SIGTERM."""
-    verbosity, arguments = parse_verbosity(sys.argv[1:] if arguments is None else arguments)
-    set_up_terminal(verbosity, usual=logging.INFO)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        say(*(__doc__ or "").splitlines())
-        return 0
-    from featsharp.configs.compose import compose
-    from featsharp.memory import keep_freed_memory
-    from featsharp.training.config import to_yaml
-    from featsharp.training.distributed import name_process, stop_world
-    from featsharp.training.signals import Terminated
+    """Train by command-line arguments; returns the exit status, see :func:`featsharp.training.command.run_command`."""
+    return run_command("train", __doc__ or "", _compose, train, arguments)
 
-    keep_freed_memory()
-    try:
-        config = compose(arguments)
-        if config.dry_run:
-            say(*to_yaml(config).splitlines())
-            return 0
-        train(config)
-    except KeyboardInterrupt:
-        say("featsharp train: stopped; the same command goes on from the last checkpoint", error=True)
-        return 130
-    except Terminated as stop:
-        stop_world()
-        say(f"featsharp train: {name_process()}{stop}; the same command goes on from there", error=True)
-        return 128 + signal.SIGTERM
-    except Exception as error:
-        if (reason := explain(error)) is None:
-            raise
-        say(f"featsharp train: {name_process()}{redact_url(reason)}", error=True)
-        return 1
-    stop_world()
-    return 0
+
+def _compose(overrides: Sequence[str]) -> "RunConfig":
+    from featsharp.configs.compose import compose
+
+    return compose(overrides)
 
 
 def train(config: "RunConfig") -> "Trainer":

@@ -34,7 +34,7 @@ LEVELS = (
     ("training", "evaluation", "bench"),
     ("visualization",),
     ("configs", "validation", "implicit", "adapt"),
-    ("train",),
+    ("train", "distill"),
     ("cli",),
 )
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}

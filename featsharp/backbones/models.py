@@ -82,6 +82,11 @@ FAMILIES: dict[str, Family] = {
         (*_INNER, "project"),
         ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
     ),
+    "student": Family(
+        "featsharp.backbones.student:build",
+        "student:FILE",
+        "a student of featsharp distill, such as student:outputs/distill/last.pth",
+    ),
     "timm": Family(
         "featsharp.backbones.from_timm:build",
         "timm:MODEL[.TAG]",

@@ -107,6 +107,10 @@ TASKS = {
         "featsharp.evaluation.detection:DetectionTask",
         "how much do sharp features help a detector, for small objects above all?",
     ),
+    "neighbours": TaskEntry(
+        "featsharp.evaluation.neighbours:NeighboursTask",
+        "do whole pictures find those of their class: classification and retrieval",
+    ),
     "tables": TaskEntry("featsharp.evaluation.tables:TablesTask", "tables of the papers with our results beside them"),
     "delta-m": TaskEntry(
         "featsharp.evaluation.delta_m:DeltaMTask", "how much does a candidate change a table of unlike benchmarks?"

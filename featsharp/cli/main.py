@@ -23,6 +23,7 @@ COMMANDS = {
     "fit": "sharp features of one image by a network fitted to it (FeatUp's implicit upsampler)",
     "adapt": "fit a linear student to a backbone in minutes, and say what it gains",
     "train": "train an upsampler (arguments as for python -m featsharp.train)",
+    "distill": "distil teachers with sharp features into a small student (arguments as for train)",
     "export": "a checkpoint as one small safetensors file for use",
     "pack": "an image folder to webdataset shards",
     "eval": "measure encoders by the tasks on which the field compares upsamplers",
@@ -62,7 +63,7 @@ def _run(arguments: list[str]) -> int:
     if any("\0" in word for word in arguments):
         parser.error("an argument holds a null character, which no name of a file can have")
     parsed, others = parser.parse_known_args(arguments)
-    if others and parsed.command != "train":
+    if others and parsed.command not in ("train", "distill"):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     set_up_terminal(verbosity_of(parsed))
     try:

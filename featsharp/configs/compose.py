@@ -4,14 +4,15 @@ import dataclasses
 import difflib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from featsharp.backbones.models import MODELS
 from featsharp.errors import ConfigError, MissingDependencyError, unknown_name
 from featsharp.names import parse_upsampler
-from featsharp.training.config import RunConfig, check_values, flatten
+from featsharp.training.config import LoopConfig, RunConfig, check_values, flatten
+from featsharp.training.distillation import DistillConfig
 from featsharp.training.objectives import OBJECTIVES, ObjectiveConfig, config_type
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.registration import default_factor
@@ -20,6 +21,14 @@ GROUPS = ("model", "upsampler", "datasets", "normalizer", "objective")
 
 # Those whose names need no file.
 NAMED = ("model", "upsampler")
+
+C = TypeVar("C", bound=LoopConfig)
+
+# File of the defaults, and groups.
+DEFAULTS: dict[type[LoopConfig], tuple[str, tuple[str, ...]]] = {
+    RunConfig: ("base_config", GROUPS),
+    DistillConfig: ("distill_config", ("datasets", "normalizer")),
+}
 
 # Keys whose values the shell may split into several.
 DATA_KEYS = ("train_data_dir", "val_data_dir", "dist_train_data_dir")
@@ -32,6 +41,16 @@ def compose(overrides: Sequence[str]) -> RunConfig:
         ConfigError: For an unknown key, a file that a group does not have, a value of the wrong type, or a required
             value that is missing.
     """
+    return _compose(overrides, RunConfig, lambda composed: RunConfig(objective=_objective_type(composed.objective)()))
+
+
+def compose_distillation(overrides: Sequence[str]) -> DistillConfig:
+    """Compose the configuration of a distillation; see :func:`compose`."""
+    return _compose(overrides, DistillConfig, lambda composed: DistillConfig())
+
+
+def _compose(overrides: Sequence[str], kind: type[C], schema: Callable[[Any], C]) -> C:
+    """Compose a configuration of a ``kind``; ``schema`` makes its defaults for what was composed from files."""
     try:
         from hydra import compose as hydra_compose
         from hydra import initialize_config_module
@@ -42,15 +61,17 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     except ImportError as error:
         raise MissingDependencyError('training needs: pip install "featsharp[train]"') from error
 
-    _store_names()
-    overrides = _quote_texts(_expand_groups(overrides))
-    _check_overrides(overrides)
+    file, groups = DEFAULTS[kind]
+    if groups == GROUPS:
+        _store_names()
+        overrides = _expand_groups(overrides)
+    overrides = _quote_texts(overrides, kind)
+    _check_overrides(overrides, kind)
     try:
         GlobalHydra.instance().clear()
         with initialize_config_module("featsharp.configs", version_base="1.3"):
-            composed = hydra_compose("base_config", overrides=[_appendable(override) for override in overrides])
-        schema = RunConfig(objective=_objective_type(composed.objective)())
-        merged = OmegaConf.merge(OmegaConf.structured(schema), composed)
+            composed = hydra_compose(file, overrides=[_appendable(override) for override in overrides])
+        merged = OmegaConf.merge(OmegaConf.structured(schema(composed)), composed)
         # Unresolved, as interpolations of missing values would fail.
         raw: Any = OmegaConf.to_container(merged, resolve=False)
         missing = sorted(key for key, value in flatten(raw).items() if value == "???")
@@ -61,7 +82,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
         raise ConfigError(f"configuration: {_one_line(error)}") from error
     except RecursionError as error:
         raise ConfigError("configuration: a value is nested too deeply") from error
-    assert isinstance(config, RunConfig)
+    assert isinstance(config, kind)
     check_values(config)
     return config
 
@@ -83,7 +104,7 @@ def options_of(group: str) -> dict[str, str]:
     return dict(sorted(entries.items()))
 
 
-def _quote_texts(overrides: Sequence[str]) -> list[str]:
+def _quote_texts(overrides: Sequence[str], kind: type[LoopConfig]) -> list[str]:
     r"""Quote what is given for a text where Hydra's grammar would read another value, such as a number, or none.
 
     A folder ``2024_01`` is no 202401, and paths may have accents, spaces around, "=", "~", "#" or brackets. What is
@@ -93,7 +114,7 @@ def _quote_texts(overrides: Sequence[str]) -> list[str]:
     from hydra.errors import HydraException
 
     parser = OverridesParser.create()
-    texts = {*DATA_KEYS, *(name for name, kind in _key_types().items() if kind in (str, str | None))}
+    texts = {*DATA_KEYS, *(name for name, type_ in _key_types(kind).items() if type_ in (str, str | None))}
     quoted = []
     for override in overrides:
         key, separator, value = override.partition("=")
@@ -111,7 +132,7 @@ def _quote_texts(overrides: Sequence[str]) -> list[str]:
     return quoted
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
+def _check_overrides(overrides: Sequence[str], kind: type[LoopConfig]) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -122,7 +143,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             f"cannot read the overrides: {str(error).splitlines()[0]}; write key=value, and values that have any of "
             "= { } , in quotes of their own: \"key='value'\""
         ) from error
-    keys = _key_types()
+    keys, groups = _key_types(kind), DEFAULTS[kind][1]
     given = Counter(override.key_or_group for override in parsed)
     for override in parsed:
         key = override.key_or_group
@@ -131,12 +152,12 @@ def _check_overrides(overrides: Sequence[str]) -> None:
                 f"{key} is given {given[key]} times. If that was one value with braces, which the shell takes apart, "
                 f"quote it: \"{key}='s-{{000..009}}.tar'\""
             )
-        if key in GROUPS:
+        if key in groups:
             value = str(override.value())
             if value not in options_of(key):
                 raise unknown_name(key, value, options_of(key))
         elif key not in keys and not key.startswith("upsampler.options."):
-            near = difflib.get_close_matches(key, {*keys, *GROUPS}, n=3, cutoff=0.5)
+            near = difflib.get_close_matches(key, {*keys, *groups}, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"valid keys: {', '.join(sorted(keys))}"
             raise ConfigError(f"unknown configuration key {key!r}; {hint}")
 
@@ -199,7 +220,7 @@ def _appendable(override: str) -> str:
     return f"++{override}" if override.startswith(("upsampler.options.", "objective.")) else override
 
 
-def _key_types(schema: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
+def _key_types(schema: Any, prefix: str = "") -> dict[str, Any]:
     """List every key with its type, groups included."""
     types: dict[str, Any] = {}
     for field in dataclasses.fields(schema):
@@ -223,6 +244,7 @@ def _missing(keys: list[str]) -> ConfigError:
     hints = {
         "model.name": f"+model=NAME, one of {', '.join(options_of('model'))}",
         "upsampler.name": f"+upsampler=NAME-FACTORx, NAME one of {', '.join(options_of('upsampler'))}",
+        "teachers": "teachers=NAME or teachers=[NAME,NAME], of " + ", ".join(options_of("model")),
         "train_data_dir": "train_data_dir=FOLDER of images or tars, or the environment variable FEATSHARP_DATA",
     }
     named = [hints[key] for key in hints if key in keys] or [f"{key}=..." for key in keys]

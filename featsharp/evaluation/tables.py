@@ -11,6 +11,7 @@ import torch
 
 from featsharp.errors import DataError
 from featsharp.evaluation.estimates import Estimate, estimate_from
+from featsharp.evaluation.table_2 import TABLE_2, TASKS, collect_scores, table_2
 from featsharp.files import read_file
 from featsharp.settings import PlainTask, Quality, setting
 from featsharp.terminal import align
@@ -41,11 +42,11 @@ TABLE_1: dict[str, dict[str, tuple[float, float, float, float] | None]] = {
 
 @dataclass
 class TablesTask(PlainTask):
-    """Print a table of a paper, marked as theirs, and results of `featsharp eval detection --json`, marked as ours."""
+    """Print a table of a paper, marked as theirs, and results of `featsharp eval TASK --json`, marked as ours."""
 
     name: ClassVar[str] = "tables"
 
-    table_: int = setting(1, "1: detection, of FeatSharp", type=int, choices=(1,))
+    table_: int = setting(1, "of FeatSharp, 1: detection, 2: distillation", type=int, choices=(1, 2))
     results: Sequence[Path] = setting(
         (), "files to set beside it; of an encoder in several (seeds) the mean", type=Path, nargs="+", metavar="F"
     )
@@ -57,16 +58,20 @@ class TablesTask(PlainTask):
         progress: bool = False,
         quality: Quality | None = None,
     ) -> dict[str, Any]:
-        """Collect the rows: "theirs" by backbone and upsampler, "ours" by backbone and encoder, a result a file."""
+        """Collect the rows: "theirs" and "ours", of table 1 by backbone, and by upsampler or encoder."""
+        if self.table_ == 2:
+            return {"theirs": TABLE_2, "ours": collect_scores(read_result(path, *TASKS) for path in self.results)}
         ours: dict[str, dict[str, list[Any]]] = {}
         for path in self.results:
-            for label, encoder in read_result(path, "detection").items():
+            for label, encoder in read_result(path, "detection")[1].items():
                 if "result" in encoder:
                     ours.setdefault(encoder["backbone"], {}).setdefault(label, []).append(encoder["result"])
         return {"theirs": TABLE_1, "ours": ours}
 
     def table(self, result: dict[str, Any]) -> list[str]:
         """Format the paper's rows and ours."""
+        if self.table_ == 2:
+            return table_2(result["ours"])
         lines = ["Detection, average precision in % (FeatSharp, arXiv 2502.16025, table 1).", ""]
         for backbone, rows in result["theirs"].items():
             first = next(iter(rows.values()))
@@ -109,22 +114,22 @@ def pool_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, n
     }
 
 
-def read_result(path: Path, task: str) -> dict[str, Any]:
-    """Read the encoders of a result of ``featsharp eval TASK --json``.
+def read_result(path: Path, *tasks: str) -> tuple[str, dict[str, Any]]:
+    """Read a result of ``featsharp eval TASK --json``: the task, one of ``tasks``, and its encoders.
 
     Raises:
         DataError: For another file.
     """
+    expected = " or ".join(tasks)
     try:
         content = json.loads(read_file(path))
-        if content["task"] != task:
-            raise DataError(f"{path.name} is a result of the task {content['task']}; expected one of {task}")
-        encoders: dict[str, Any] = dict(content["encoders"])
+        if content["task"] not in tasks:
+            raise DataError(f"{path.name} is a result of the task {content['task']}; expected one of {expected}")
+        return content["task"], dict(content["encoders"])
     except DataError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path.name} is no result of featsharp eval {task} --json ({error})") from error
-    return encoders
+        raise DataError(f"{path.name} is no result of featsharp eval {expected} --json ({error})") from error
 
 
 def _gain(metrics: Mapping[str, Any], first: Mapping[str, Any], name: str) -> str:

@@ -19,7 +19,7 @@ from featsharp.training.least_squares import LinearFitConfig
 from featsharp.training.loggers import writer_names
 from featsharp.training.objectives import ObjectiveConfig
 from featsharp.training.objectives.multi_view import MultiViewConfig
-from featsharp.training.optim import OptimConfig
+from featsharp.training.optim import OptimConfig, RateConfig
 from featsharp.urls import redact_setting
 
 WANDB_MODES = ("online", "offline", None)
@@ -90,8 +90,8 @@ class VizConfig:
 
 
 @dataclass
-class RunConfig:
-    """A whole run. Paths may use ``~`` and environment variables."""
+class LoopConfig:
+    """The keys of every training run. Paths may use ``~`` and environment variables."""
 
     train_data_dir: Any = "???"
     val_data_dir: Any = key("???", free=True)
@@ -117,21 +117,28 @@ class RunConfig:
     force_resume: bool = key(False, free=True)
     dry_run: bool = key(False, free=True)
     progress: bool = key(True, free=True)
-    bias_buffer: bool = True
-    spectral: bool = True
-    model: ModelConfig = field(default_factory=ModelConfig)
-    upsampler: UpsamplerConfig = field(default_factory=UpsamplerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     normalizer: NormalizerConfig = field(default_factory=NormalizerConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
-    objective: ObjectiveConfig = field(default_factory=MultiViewConfig)  # of the class that its name says
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    linear_fit: LinearFitConfig = field(default_factory=LinearFitConfig)
+    optim: RateConfig = field(default_factory=RateConfig)
     feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
     viz: VizConfig = field(default_factory=VizConfig)
 
 
-def check_values(config: RunConfig) -> None:
+@dataclass
+class RunConfig(LoopConfig):
+    """A training run of an upsampler."""
+
+    bias_buffer: bool = True
+    spectral: bool = True
+    model: ModelConfig = field(default_factory=ModelConfig)
+    upsampler: UpsamplerConfig = field(default_factory=UpsamplerConfig)
+    objective: ObjectiveConfig = field(default_factory=MultiViewConfig)  # of the class that its name says
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    linear_fit: LinearFitConfig = field(default_factory=LinearFitConfig)
+
+
+def check_values(config: LoopConfig) -> None:
     """Raise ConfigError for a value that would fail only in the middle of a run."""
     writer_names(config.viz.type)
     if config.viz.mode not in WANDB_MODES:
@@ -174,12 +181,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def public_form(config: RunConfig) -> dict[str, Any]:
+def public_form(config: LoopConfig) -> dict[str, Any]:
     """Convert a configuration to the plain values that are saved, logged and compared; URLs without their secrets."""
     return {name: _without_secrets(value) for name, value in dataclasses.asdict(config).items()}
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: LoopConfig) -> str:
     """Format the public form of a configuration as YAML, as it is saved beside the checkpoints."""
     from omegaconf import OmegaConf
 

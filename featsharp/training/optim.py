@@ -16,24 +16,33 @@ from featsharp.training.objectives import Objective
 
 
 @dataclass
-class OptimConfig:
-    """Rates and schedule.
+class RateConfig:
+    """Rate and schedule of every run.
 
     Attributes:
-        learning_rate: Of upsampler, downsampler and bias buffer.
-        jbu_learning_rate: Of JBU levels inside FeatSharp; the upsampler "featup" trains at ``learning_rate``.
-        spectral_scale: Rate of the learned spectral norms over ``learning_rate``; their weight decay is 0.01.
-        uncertainty_learning_rate: Of the uncertainty network.
+        learning_rate: Of all that has no rate of its own.
         warmup_steps: Linear warm-up from a tenth of the rate, at most a tenth of the run.
         clip_norm: Largest global gradient norm.
     """
 
     learning_rate: float = key(1e-3, least=0)
+    warmup_steps: int = key(100, least=0)
+    clip_norm: float = key(5.0, least=0)
+
+
+@dataclass
+class OptimConfig(RateConfig):
+    """Rates of an upsampler, its objective and its bias buffer.
+
+    Attributes:
+        jbu_learning_rate: Of JBU levels inside FeatSharp; the upsampler "featup" trains at ``learning_rate``.
+        spectral_scale: Rate of the learned spectral norms over ``learning_rate``; their weight decay is 0.01.
+        uncertainty_learning_rate: Of the uncertainty network.
+    """
+
     jbu_learning_rate: float = key(1e-3, least=0)
     spectral_scale: float = key(0.1, least=0)
     uncertainty_learning_rate: float = key(1e-5, least=0)
-    warmup_steps: int = key(100, least=0)
-    clip_norm: float = key(5.0, least=0)
 
 
 def parameter_groups(encoder: SharpEncoder, objective: Objective, config: OptimConfig) -> list[dict[str, object]]:
@@ -83,7 +92,7 @@ def build_optimizer(encoder: SharpEncoder, objective: Objective, config: OptimCo
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, done_steps: int = 0
+    optimizer: torch.optim.Optimizer, config: RateConfig, total_steps: int, done_steps: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Build a linear warm-up from a tenth of the rate, then a cosine to zero; continues after ``done_steps``."""
     warmup = min(config.warmup_steps, max(1, total_steps // 10))

@@ -2,20 +2,18 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from featsharp.backbones.base import Backbone
-from featsharp.builder import check_backbone
-from featsharp.checkpoint import read_checkpoint, restoring
+from featsharp.checkpoint import ENCODER_FILE, FileKind, read_checkpoint, restoring
 from featsharp.errors import CheckpointError, ConfigError
-from featsharp.training.config import RunConfig, flatten, public_form, walk_keys
+from featsharp.training.config import LoopConfig, flatten, public_form, walk_keys
 
 logger = logging.getLogger(__name__)
 
 
-def read_earlier(last: Path, config: RunConfig) -> dict[str, Any] | None:
+def read_earlier(last: Path, config: LoopConfig, kind: FileKind = ENCODER_FILE) -> dict[str, Any] | None:
     """Read the checkpoint ``last`` of an earlier run, to resume from; None for a new run.
 
     Raises:
@@ -28,10 +26,10 @@ def read_earlier(last: Path, config: RunConfig) -> dict[str, Any] | None:
         raise ConfigError(
             f"{last} exists and resume=false would overwrite it; choose another output_base, or move it away"
         )
-    content = read_checkpoint(last)
+    content = read_checkpoint(last, kind)
     with restoring(last):
         # Settings that are newer than the checkpoint had the effect of their defaults.
-        saved = flatten(dataclasses.asdict(RunConfig())) | flatten(content["config"] or {})
+        saved = flatten(dataclasses.asdict(type(config)())) | flatten(content["config"] or {})
     present = flatten(public_form(config))
     free = {name for name, field, _ in walk_keys(config) if field.metadata.get("free", False)}
     different = [
@@ -54,8 +52,8 @@ def read_earlier(last: Path, config: RunConfig) -> dict[str, Any] | None:
 def check_continuation(
     content: Mapping[str, Any],
     path: Path,
-    backbone: Backbone,
-    config: RunConfig,
+    check_model: Callable[[], None],
+    config: LoopConfig,
     processes: int,
     *,
     has_streams: bool,
@@ -65,7 +63,7 @@ def check_continuation(
     Args:
         content: Of the checkpoint.
         path: Of the checkpoint, for messages.
-        backbone: Of this run.
+        check_model: Raises CheckpointError where the checkpoint is of another backbone.
         config: Of this run; with ``force_resume`` another backbone or number of readers is only a warning.
         processes: Number of processes of this run.
         has_streams: Whether images come from streams, which are divided among readers.
@@ -81,7 +79,7 @@ def check_continuation(
             f"checkpoint {path} is at step {state['step']}, beyond num_training_steps={config.num_training_steps}"
         )
     try:
-        check_backbone(backbone, content["encoder"]["backbone"], path)
+        check_model()
         if state["processes"] != processes:
             raise CheckpointError(
                 f"checkpoint {path} is of a run with {state['processes']} processes, this one has {processes}: the "
@@ -100,6 +98,6 @@ def check_continuation(
         logger.warning("force_resume: %s", error)
 
 
-def count_readers(config: RunConfig, processes: int) -> int:
+def count_readers(config: LoopConfig, processes: int) -> int:
     """Count the readers that the samples of all processes are divided among."""
     return processes * max(1, config.num_workers)

@@ -26,7 +26,7 @@ from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics, StatisticsKey, fit_with_cache
 from featsharp.normalizers.base import Normalizer
 from featsharp.terminal import with_progress
-from featsharp.training.config import RunConfig, public_form, to_yaml
+from featsharp.training.config import LoopConfig, RunConfig, public_form, to_yaml
 from featsharp.training.distributed import World, copy_from_main, merge_statistics
 from featsharp.training.feature_cache import CachedBackbone
 from featsharp.training.least_squares import check_linear_fit, fit_linear
@@ -101,7 +101,7 @@ def fit_before_training(parts: Parts, config: RunConfig, world: World) -> list[t
 
 
 @contextlib.contextmanager
-def open_writer(config: RunConfig, folder: Path, world: World, step: int = 0) -> Iterator[VizWriter]:
+def open_writer(config: LoopConfig, folder: Path, world: World, step: int = 0) -> Iterator[VizWriter]:
     """Save the configuration and open the writers of ``viz.type``, which are closed in any case; on rank 0 alone.
 
     Call it when a run starts or resumes after ``step``: until then the files of an earlier one stay unchanged.
@@ -119,14 +119,14 @@ def open_writer(config: RunConfig, folder: Path, world: World, step: int = 0) ->
         yield writers
 
 
-def open_mixture(data_dir: object, config: RunConfig) -> ImageMixture:
+def open_mixture(data_dir: object, config: LoopConfig) -> ImageMixture:
     """Open the images of ``train_data_dir`` or ``dist_train_data_dir``."""
     keep = ImageFilter(config.data.min_size, config.data.filter)
     return ImageMixture.from_data_dir(data_dir, seed=config.seed, keep=keep, shuffle_buffer=config.data.shuffle_buffer)
 
 
 def first_samples(
-    dataset: SampleDataset[S], samples: int, batch_size: int, config: RunConfig, world: World
+    dataset: SampleDataset[S], samples: int, batch_size: int, config: LoopConfig, world: World
 ) -> tuple[int, Iterator[Batch[S]]]:
     """Load this process's share of the first samples (or a few more): the number of batches, and the batches."""
     steps = -(-samples // (batch_size * world.size))
@@ -135,7 +135,7 @@ def first_samples(
 
 
 def fit_normalizer(
-    normalizer: Normalizer, backbone: Backbone, whiten: Callable[[Tensor], Tensor], config: RunConfig, world: World
+    normalizer: Normalizer, backbone: Backbone, whiten: Callable[[Tensor], Tensor], config: LoopConfig, world: World
 ) -> None:
     """Fit to images of ``dist_train_data_dir``, each process on its share, or take the fit from the cache."""
     if not normalizer.needs_fit:
@@ -164,7 +164,7 @@ def fit_normalizer(
 
 @torch.no_grad()
 def collect_statistics(
-    backbone: Backbone, whiten: Callable[[Tensor], Tensor], mixture: ImageMixture, config: RunConfig, world: World
+    backbone: Backbone, whiten: Callable[[Tensor], Tensor], mixture: ImageMixture, config: LoopConfig, world: World
 ) -> FeatureStatistics:
     """Collect statistics of the features of ``normalizer.num_samples`` random crops over all processes."""
     dataset = ViewDataset(mixture, backbone.input_size, ViewConfig(num_views=1), config.seed)

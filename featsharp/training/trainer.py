@@ -1,5 +1,6 @@
 """The training loop: step, log, validate, save, resume."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from featsharp.builder import save_checkpoint
-from featsharp.checkpoint import read_checkpoint, restoring
+from featsharp.builder import check_backbone, save_checkpoint
+from featsharp.checkpoint import ENCODER_FILE, FileKind, read_checkpoint, restoring
 from featsharp.data.loader import Batch, Positions, S, SampleDataset, StepSampler, load_batches
 from featsharp.data.skips import SkipLog
 from featsharp.device import autocast_dtype, usual_defaults
@@ -19,7 +20,7 @@ from featsharp.errors import unknown_name
 from featsharp.layers.spectral import add_spectral, spectral_norms
 from featsharp.model import SharpEncoder
 from featsharp.terminal import progress_bar
-from featsharp.training.config import RunConfig, public_form
+from featsharp.training.config import LoopConfig, RunConfig, public_form
 from featsharp.training.distributed import (
     World,
     add_over_processes,
@@ -31,7 +32,7 @@ from featsharp.training.distributed import (
 )
 from featsharp.training.loggers import NullWriter, VizWriter
 from featsharp.training.objectives import Losses, Objective
-from featsharp.training.objectives.base import weighted_sum
+from featsharp.training.objectives.base import loss_scalars, weighted_sum
 from featsharp.training.optim import (
     build_optimizer,
     build_scaler,
@@ -59,56 +60,56 @@ class Validation(NamedTuple):
     samples: str = ""  # a tag for the samples: scores on different samples are not compared
 
 
-Validate = Callable[[SharpEncoder, Objective], Validation]
+Validate = Callable[[Any, Any], Validation]
 
 
-class Trainer(Generic[S]):
-    """Training of the upsampler and the bias buffer of an encoder.
+class Loop(Generic[S]):
+    """The loop of every training run; what is trained, and its files, are those of a subclass.
 
     Args:
-        encoder: On the device of ``world``, its normalizer fitted (or about to be loaded by :meth:`resume`). Views are
-            rendered at the native size of its backbone.
+        model: On the device of ``world``.
         objective: On the same device.
         dataset: Of what the objective learns from.
         config: Of the run; saved in the checkpoints.
         folder: Of ``last.pth`` and ``best.pth``.
         world: Rank of this process.
-        validate: Called on rank 0 every ``val_frequency`` steps and at the end.
+        dtype: Autocast type of training, as text.
+        validate: Called with model and objective on rank 0 every ``val_frequency`` steps and at the end.
         skipped: Names of the images that the fits before a new run skipped, and reasons.
     """
 
+    config: LoopConfig
+    kind: FileKind = ENCODER_FILE
+    saves_start = False  # whether the start is worth a checkpoint
+
     def __init__(
         self,
-        encoder: SharpEncoder,
-        objective: Objective[S],
+        model: nn.Module,
+        objective: nn.Module,
         dataset: SampleDataset[S],
-        config: RunConfig,
+        config: LoopConfig,
         folder: Path,
         world: World,
         *,
+        dtype: str = "auto",
         validate: Validate | None = None,
         skipped: Sequence[tuple[str, str]] = (),
     ) -> None:
-        self.encoder, self.objective, self.dataset, self.config = encoder, objective, dataset, config
+        self.model, self.objective, self.dataset, self.config = model, objective, dataset, config
         self.folder, self.world, self.validate = folder, world, validate
         self._writer: VizWriter = NullWriter()
-        if config.spectral:
-            for module in encoder.upsampler.spectral_modules():
-                add_spectral(module)
-        self.trained = nn.ModuleDict({"upsampler": encoder.upsampler})
-        if encoder.bias_buffer is not None:
-            self.trained["bias_buffer"] = encoder.bias_buffer
+        self.trained = self.trained_parts()
         copy_from_main([*self.trained.parameters(), *objective.parameters()], world)
-        self.optimizer = build_optimizer(encoder, objective, config.optim)
+        self.optimizer = self.build_optimizer()
         self.schedule = build_schedule(self.optimizer, config.optim, config.num_training_steps)
-        self.autocast_dtype = autocast_dtype(config.upsampler.dtype, world.device)
+        self.autocast_dtype = autocast_dtype(dtype, world.device)
         self.scaler = build_scaler(world.device, self.autocast_dtype)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if config.compile_model:
             backends = torch.compiler.list_backends(exclude_tags=())
             if config.compile_backend not in backends:
                 raise unknown_name("compile_backend", config.compile_backend, backends)
-            encoder.compile(backend=config.compile_backend, dynamic=None)  # the sizes of a run are few
+            model.compile(backend=config.compile_backend, dynamic=None)  # the sizes of a run are few
         self.step = 0
         self.validated = -1  # the last step that was validated
         self.best_score = float("-inf")
@@ -119,6 +120,36 @@ class Trainer(Generic[S]):
         self.positions: Positions = {}
         self.term = TermSignal()
         self.clock = StepClock()
+
+    # What a subclass says of its model
+
+    def trained_parts(self) -> nn.ModuleDict:
+        """Collect what is trained, and saved for resuming."""
+        raise NotImplementedError
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """Build the optimiser of all that is trained."""
+        raise NotImplementedError
+
+    def backward(self, samples: S, loss_scale: float) -> Losses:
+        """Add the gradients of one batch, times ``loss_scale``; returns the detached losses."""
+        raise NotImplementedError
+
+    def write(self, path: Path, config: dict[str, Any], training: dict[str, Any]) -> None:
+        """Write a checkpoint: the model, the configuration, and what resuming needs."""
+        raise NotImplementedError
+
+    def check_model(self, content: Mapping[str, Any], path: Path) -> None:
+        """Raise CheckpointError where the checkpoint is of a model that this run cannot continue."""
+
+    def load_frozen(self, content: Mapping[str, Any]) -> None:
+        """Load from a checkpoint what training does not change but depends on."""
+
+    def scalars(self, losses: Losses) -> dict[str, float]:
+        """Collect the scalars of a step and of the model, for the log."""
+        return loss_scalars(losses)
+
+    # The loop
 
     @usual_defaults()
     def run(self, writer: VizWriter | None = None) -> None:
@@ -141,7 +172,7 @@ class Trainer(Generic[S]):
             logger.info("%d of %d steps to go; %d trainable parameters", last_step - self.step, last_step, count)
             if self.is_new:
                 self.skipped.add(self.dataset.mixture.skipped)  # every process has opened the same sources
-            if self.is_new and self.config.linear_fit.samples:
+            if self.is_new and self.saves_start:
                 self.save()  # a run that is killed in its first steps need not fit again
         if self._is_due(self.config.val_frequency) and self.validated != self.step < last_step:
             self._save_and_validate()  # the earlier run was killed after saving, before validating
@@ -196,23 +227,14 @@ class Trainer(Generic[S]):
         Raises:
             InputError: When the gradient is not finite. The weights are unchanged.
         """
-        self.encoder.train()
+        self.model.train()
         self.objective.train()
         # Seeded by the step, so that a resumed run draws the same numbers as an uninterrupted one.
         step_seed = np.random.SeedSequence((self.config.seed, self.step, self.world.rank))
         torch.manual_seed(int(step_seed.generate_state(1)[0]))
         self.optimizer.zero_grad(set_to_none=True)
         weight = 1 / len(batches)
-        losses = [
-            self.objective.backward(
-                self.encoder,
-                samples,
-                self.encoder.backbone.input_size,
-                self.autocast_dtype,
-                self.scaler.get_scale() * weight,
-            )
-            for samples in batches
-        ]
+        losses = [self.backward(samples, self.scaler.get_scale() * weight) for samples in batches]
         average_gradients(self.parameters, self.world)
         self.gradient_norm = optimizer_step(
             self.optimizer, self.scaler, self.parameters, self.config.optim.clip_norm, self.step + 1
@@ -224,7 +246,7 @@ class Trainer(Generic[S]):
     def save(self, name: str = LAST) -> Path:
         """Write a checkpoint that a run can resume from; returns its path."""
         path = self.folder / name
-        save_checkpoint(self.encoder, path, config=public_form(self.config), training=self.state())
+        self.write(path, public_form(self.config), self.state())
         return path
 
     def state(self) -> dict[str, Any]:
@@ -246,7 +268,7 @@ class Trainer(Generic[S]):
 
     def resume(self, path: Path) -> None:
         """Restore from the checkpoint at ``path``, which only rank 0 needs to see; see :meth:`restore`."""
-        self.restore(object_from_main(lambda: read_checkpoint(path), self.world), path)
+        self.restore(object_from_main(lambda: read_checkpoint(path, self.kind), self.world), path)
 
     def restore(self, content: Mapping[str, Any], path: Path) -> None:
         """Restore the state of a checkpoint.
@@ -261,14 +283,12 @@ class Trainer(Generic[S]):
         """
         with restoring(path):
             has_streams = self.dataset.mixture.has_streams
-            backbone, processes = self.encoder.backbone, self.world.size
-            check_continuation(content, path, backbone, self.config, processes, has_streams=has_streams)
+            processes = self.world.size
+            check_model = functools.partial(self.check_model, content, path)
+            check_continuation(content, path, check_model, self.config, processes, has_streams=has_streams)
             state = content["training"]
             self.trained.load_state_dict(state["trained"])
-            # The normalizer too: trained weights belong to its rotation, which another fit may not reproduce.
-            prefix = "normalizer."
-            normalizer = {k.removeprefix(prefix): v for k, v in content["model"].items() if k.startswith(prefix)}
-            self.encoder.normalizer.load_state_dict(normalizer)
+            self.load_frozen(content)
             self.objective.load_state_dict(state["objective"])
             load_optimizer(self.optimizer, state["optimizer"])
             if state.get("scaler"):
@@ -334,29 +354,23 @@ class Trainer(Generic[S]):
         worst = {name: speed.pop(name) for name in ("data/wait_seconds", "data/wait_share")}
         worst |= peak_memory(self.world.device)
         everywhere = gather_objects((worst, self.skipped.count), self.world)
-        scalars = {
-            **self.objective.scalars(losses),
+        return {
+            **self.scalars(losses),
             "optim/gradient_norm": self.gradient_norm.item(),
             **{f"optim/learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups},
             **speed,
             **{name: max(values[name] for values, _ in everywhere) for name in worst},
             "data/skipped": sum(count for _, count in everywhere),
         }
-        norms = spectral_norms(self.encoder.upsampler)
-        if norms:
-            values = torch.cat(list(norms.values()))
-            extremes = {"min": values.min(), "median": values.median(), "max": values.max()}
-            scalars |= {f"optim/spectral_norm_{name}": value.item() for name, value in extremes.items()}
-        return scalars
 
     def _save_and_validate(self) -> None:
         self._save_on_main()  # first, so that a failure of validation loses no training
         if not self.world.is_main or self.validate is None or self.term.came:
             return
-        self.encoder.eval()
+        self.model.eval()
         self.objective.eval()
         with torch.no_grad():
-            result = self.validate(self.encoder, self.objective)
+            result = self.validate(self.model, self.objective)
         for name, value in result.scalars.items():
             self._writer.scalar(name, value, self.step)
         for name, image in result.images.items():
@@ -370,6 +384,75 @@ class Trainer(Generic[S]):
             self.best_score = result.score
             self.save(BEST)
         self.save()
+
+
+class Trainer(Loop[S]):
+    """Training of the upsampler and the bias buffer of an encoder.
+
+    Args:
+        encoder: On the device of ``world``, its normalizer fitted (or about to be loaded by :meth:`resume`). Views are
+            rendered at the native size of its backbone.
+        objective, dataset, folder, world, validate, skipped: As for :class:`Loop`.
+        config: Of the run; saved in the checkpoints.
+    """
+
+    config: RunConfig
+
+    def __init__(
+        self,
+        encoder: SharpEncoder,
+        objective: Objective[S],
+        dataset: SampleDataset[S],
+        config: RunConfig,
+        folder: Path,
+        world: World,
+        *,
+        validate: Validate | None = None,
+        skipped: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self.encoder, self._objective = encoder, objective
+        if config.spectral:
+            for module in encoder.upsampler.spectral_modules():
+                add_spectral(module)
+        super().__init__(
+            encoder, objective, dataset, config, folder, world,
+            dtype=config.upsampler.dtype, validate=validate, skipped=skipped,
+        )  # fmt: skip
+        self.saves_start = config.linear_fit.samples > 0
+
+    def trained_parts(self) -> nn.ModuleDict:
+        trained = nn.ModuleDict({"upsampler": self.encoder.upsampler})
+        if self.encoder.bias_buffer is not None:
+            trained["bias_buffer"] = self.encoder.bias_buffer
+        return trained
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.encoder, self._objective, self.config.optim)
+
+    def backward(self, samples: S, loss_scale: float) -> Losses:
+        size = self.encoder.backbone.input_size
+        return self._objective.backward(self.encoder, samples, size, self.autocast_dtype, loss_scale)
+
+    def write(self, path: Path, config: dict[str, Any], training: dict[str, Any]) -> None:
+        save_checkpoint(self.encoder, path, config=config, training=training)
+
+    def check_model(self, content: Mapping[str, Any], path: Path) -> None:
+        check_backbone(self.encoder.backbone, content["encoder"]["backbone"], path)
+
+    def load_frozen(self, content: Mapping[str, Any]) -> None:
+        """Load the normalizer: trained weights belong to its rotation, which another fit may not reproduce."""
+        prefix = "normalizer."
+        normalizer = {k.removeprefix(prefix): v for k, v in content["model"].items() if k.startswith(prefix)}
+        self.encoder.normalizer.load_state_dict(normalizer)
+
+    def scalars(self, losses: Losses) -> dict[str, float]:
+        scalars = self._objective.scalars(losses)
+        norms = spectral_norms(self.encoder.upsampler)
+        if norms:
+            values = torch.cat(list(norms.values()))
+            extremes = {"min": values.min(), "median": values.median(), "max": values.max()}
+            scalars |= {f"optim/spectral_norm_{name}": value.item() for name, value in extremes.items()}
+        return scalars
 
 
 def average_losses(losses: Losses, world: World) -> Losses:

@@ -118,8 +118,7 @@ class Objective(nn.Module, Generic[S]):
 
     def scalars(self, losses: Losses) -> dict[str, float]:
         """Collect the scalars of a step, for the log."""
-        named = {"total": losses.total, "reconstruction": losses.reconstruction, **losses.terms}
-        return {f"loss/{name}": value.item() for name, value in named.items()}
+        return loss_scalars(losses)
 
 
 OBJECTIVES: Registry[Objective[Any]] = Registry("objective")
@@ -184,6 +183,12 @@ def check_finite(loss: Tensor) -> None:
             f"the training loss is {loss.item()}; the backbone or the upsampler returns NaN or infinite features "
             "(lower the learning rate, or use float32)"
         )
+
+
+def loss_scalars(losses: Losses) -> dict[str, float]:
+    """Collect the scalars of a step, for the log."""
+    named = {"total": losses.total, "reconstruction": losses.reconstruction, **losses.terms}
+    return {f"loss/{name}": value.item() for name, value in named.items()}
 
 
 def weighted_sum(losses: list[Losses], weights: list[float]) -> Losses:
