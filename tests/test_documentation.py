@@ -26,7 +26,7 @@ import yaml
 from PIL import Image
 
 import featsharp
-from featsharp.configs.compose import compose
+from featsharp.configs.compose import compose, compose_distillation
 from featsharp.terminal import add_verbosity
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,8 +115,8 @@ COMMANDS = list(shown_commands())
 def test_commands_of_a_page_parse(name):
     for words in (words for page, words in COMMANDS if page == name and "featsharp" in words):
         words = [word for word in words[words.index("featsharp") + 1 :] if word not in ("-q", "-v")]
-        if words == ["eval", "TASK", "--help"] or words[0] == "train":
-            continue
+        if words == ["eval", "TASK", "--help"] or words[0] in ("train", "distill"):
+            continue  # theirs are overrides, see below
         parser = argparse.ArgumentParser()
         add_verbosity(parser)
         parser.set_defaults(argv=words)
@@ -142,6 +142,13 @@ TRAININGS = sorted(
 @pytest.mark.parametrize(("name", "words"), TRAININGS)
 def test_commands_of_training_compose(name, words):
     compose(shlex.split(words.replace("NAME-FACTORx", "featup-2x")))
+
+
+def test_commands_of_distillation_compose():
+    shown = [words[words.index("distill") + 1 :] for _, words in COMMANDS if words[:2] == ["featsharp", "distill"]]
+    assert shown
+    for words in shown:
+        compose_distillation([word for word in words if "$" not in word])  # variables of a loop
 
 
 def test_targets_of_make_exist():

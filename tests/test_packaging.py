@@ -175,7 +175,7 @@ def test_wheel_metadata(wheel):
     assert facts["Requires-Python"] == ">=3.11"
     assert facts["License-Expression"] == "Apache-2.0"
     extras = {"timm", "hf", "open-clip", "train", "viz", "wandb", "focus", "eval", "video", "zarr", "ray", "demo"}
-    extras |= {"all", "test", "docs", "dev"}
+    extras |= {"onnx", "hub", "all", "test", "docs", "dev"}
     assert set(facts.get_all("Provides-Extra", [])) == extras
     assert "featsharp = featsharp.cli.main:main" in wheel.read(f"{folder}/entry_points.txt").decode()
     assert {f"{folder}/licenses/LICENSE", f"{folder}/licenses/NOTICE"} <= set(wheel.namelist())
