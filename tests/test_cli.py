@@ -182,7 +182,6 @@ def test_the_level_of_messages(flags, level, capsys):
     assert "vits14-focus/featsharp-2x" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_training_takes_the_flags_of_messages_among_its_overrides(tmp_path, capsys):
     """Its usual level is INFO."""
     overrides = ["+model=toy-vit", "dry_run=true", f"train_data_dir={tmp_path}", "+upsampler=bilinear-2x"]

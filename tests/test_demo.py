@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from featsharp.cli.main import main
 from featsharp.visualization.page import PCA, SIMILARITY, TEXT, Demo, list_methods, list_views, with_text
 
 pytest.importorskip("gradio")
@@ -67,6 +68,15 @@ def test_errors_are_text_on_the_page(demo):
     features = demo.compute(picture, "toy-vit", "bilinear", 2)[0]
     assert "text needs a backbone of open_clip" in say(demo.look, 2, features, TEXT, None, 4, "a dog", "toy-vit")
     assert "there is no example" in say(demo.read_example, 5, "../../etc/passwd")
+
+
+def test_a_port_that_is_taken_costs_one_line(capsys, monkeypatch):
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, "")  # the command sets them for its process
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["demo", "--backbone", "toy-vit", "--port", str(port)]) != 0
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
 def test_choices_are_what_works():

@@ -15,6 +15,7 @@ import featsharp
 from featsharp.builder import SharpEncoder, create_encoder, load_from_file, save_checkpoint
 from featsharp.cli.main import main
 from featsharp.errors import CheckpointError, ConfigError
+from featsharp.weights.hub import fetch_file, find_file, push_folder
 from featsharp.weights.published import PUBLISHED, PublishedFile, fetch_published
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +52,16 @@ try:
 except FeatSharpError as error:
     print("refused:", error)
 """
+
+
+def test_offline_says_what_is_missing(tmp_path):
+    """The tests are offline, as conftest says."""
+    pytest.importorskip("huggingface_hub")
+    assert find_file("nobody/nothing", "model.safetensors") is None
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set and the file is not in the cache"):
+        fetch_file("nobody/nothing", "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"cannot push to nobody/nothing .*HF_HUB_OFFLINE is set"):
+        push_folder(tmp_path, "nobody/nothing", message="first", private=None, token=None)
 
 
 @pytest.mark.slow

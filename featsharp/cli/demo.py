@@ -17,6 +17,7 @@ import threading
 from typing import NoReturn
 
 from featsharp.cli.arguments import DEFAULT_BACKBONE, add_device, parse_count
+from featsharp.errors import ConfigError
 from featsharp.terminal import say
 
 HOST, PORT, MAX_UPLOAD = "127.0.0.1", 7860, 20
@@ -67,6 +68,9 @@ def run(arguments: argparse.Namespace) -> None:
             )
             say(f"featsharp demo: http://{arguments.host}:{arguments.port} (Ctrl-C ends it)")
             threading.Event().wait()
+        except OSError as error:  # of the address
+            address = f"{arguments.host}:{arguments.port}"
+            raise ConfigError(f"cannot listen on {address} ({error}); give another --port") from error
         finally:
             page.close(verbose=False)
             if previous is not None:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from featsharp.configs.compose import compose
 from featsharp.data.mixture import Division, ImageMixture
 from featsharp.data.views import ViewConfig, base_view, cut_values, draw_crop, sample_views
 from featsharp.errors import ConfigError, DataError
+from featsharp.model import SharpEncoder
 from featsharp.train import main
 from featsharp.training.objectives import create_objective
 from featsharp.training.objectives.loftup import LoftUpConfig, affinities, read_masks, refine, shrink_masks
@@ -97,8 +99,8 @@ def test_shrunk_masks_are_those_at_the_centres_of_cells():
     assert shrink_masks(masks, (2, 3)).tolist() == [[[7, 9, 11], [19, 21, 23]]]
 
 
-def lower_loss(photos: Path, *overrides: str, steps: int = 12) -> tuple[float, float, object]:
-    """Train on one batch; the first and the last loss, and the objective."""
+def prepare(photos: Path, *overrides: str) -> tuple[SharpEncoder, Any, Any]:
+    """An encoder, its objective, and a batch for it."""
     config = compose(["+model=toy-vit", f"train_data_dir={photos}", *overrides])
     torch.manual_seed(0)
     encoder = create_encoder(
@@ -109,13 +111,19 @@ def lower_loss(photos: Path, *overrides: str, steps: int = 12) -> tuple[float, f
     dataset = objective.open_dataset(encoder, ImageMixture.from_data_dir(str(photos)), config.views, 0)
     batch = dataset.load([0, 1], Division(batch_size=2))
     assert not batch.skipped
+    return encoder, objective, batch.samples
+
+
+def lower_loss(photos: Path, *overrides: str, steps: int = 12) -> tuple[float, float, Any]:
+    """Train on one batch; the first and the last loss, and the objective."""
+    encoder, objective, samples = prepare(photos, *overrides)
     parameters = [p for p in (*encoder.upsampler.parameters(), *objective.parameters()) if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=2e-3)
     losses = []
     for _ in range(steps):
         torch.manual_seed(1)  # the same crops and projections
         optimizer.zero_grad()
-        losses.append(objective.backward(encoder, batch.samples, encoder.backbone.input_size).total.item())
+        losses.append(objective.backward(encoder, samples, encoder.backbone.input_size).total.item())
         optimizer.step()
     return losses[0], losses[-1], objective
 
@@ -126,6 +134,21 @@ def test_a_short_run_of_a_peer_lowers_its_loss(photos, upsampler):
     first, last, objective = lower_loss(photos, f"+upsampler={upsampler}")
     assert last < 0.97 * first
     assert type(objective).__name__ == "ReconstructionObjective"
+
+
+def test_each_stage_has_its_term(photos, tmp_path):
+    save_checkpoint(create_encoder("toy-vit", "loftup", 2), tmp_path / "first.pth")
+    second = ("objective.stage=2", f"objective.start={tmp_path / 'first.pth'}")
+    for stage, name, weight in (((), "masks", 1), (second, "affinity", 0.5)):
+        common = (*LOFTUP, f"objective.masks={tmp_path / 'masks'}", "objective.affinity_weight=0.5")
+        encoder, objective, samples = prepare(photos, *common, *stage)
+        losses = objective.backward(encoder, samples, encoder.backbone.input_size)
+        assert losses.terms[name] > 0
+        others = sum(value.item() for key, value in losses.terms.items() if key != name)
+        assert losses.total.item() >= losses.reconstruction.item() + weight * losses.terms[name].item() - 1e-5
+        assert others >= 0
+        gradients = [p.grad for p in encoder.upsampler.parameters()]
+        assert all(one is not None and one.isfinite().all() for one in gradients)
 
 
 @pytest.mark.slow
