@@ -24,7 +24,7 @@ COMMANDS = {
     "adapt": "fit a linear student to a backbone in minutes, and say what it gains",
     "train": "train an upsampler (arguments as for python -m featsharp.train)",
     "distill": "distil teachers with sharp features into a small student (arguments as for train)",
-    "export": "a checkpoint as one small safetensors file for use",
+    "export": "an encoder as one file: its weights, or a program (ONNX, torch.export)",
     "pack": "an image folder to webdataset shards",
     "eval": "measure encoders by the tasks on which the field compares upsamplers",
     "figure": "pictures for papers and docs: PCA panels, biases, similarity, curves",
