@@ -51,6 +51,7 @@ from featsharp.evaluation.papers import papers_of
 from featsharp.evaluation.protocol_head import KitHead, KitSchedule, Training, read_target, train_kit_head
 from featsharp.evaluation.runner import Item, Row, Run, Subject, Summary, Task, from_json
 from featsharp.evaluation.segmentation import confusion, pool_rows, score_image
+from featsharp.evaluation.video import VideoTask
 from featsharp.memory import parse_memory
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
@@ -60,7 +61,7 @@ from featsharp.upsamplers import create_upsampler
 from featsharp.upsamplers.base import Upsampler
 from featsharp.upsamplers.interpolate import Bilinear, Identity
 
-NYU, SPAIR = "nyu-depth", "spair"
+NYU, SPAIR, DAVIS = "nyu-depth", "spair", "davis"
 # Layouts of segmentation by the names of sets.
 SEGMENTATION = {
     "voc": "voc",
@@ -69,7 +70,7 @@ SEGMENTATION = {
     "cityscapes": "cityscapes",
     "camvid": "camvid",
 }
-SETS = (*SEGMENTATION, NYU, SPAIR)
+SETS = (*SEGMENTATION, NYU, SPAIR, DAVIS)
 # Pictures to train and to measure on, as papers have them.
 COUNTS = {
     "voc": (1464, 1449),
@@ -180,6 +181,8 @@ class ProtocolTask(Task):
         """The task of a set that is measured without a head; None for other sets."""
         if self.set == SPAIR:
             return CorrespondenceTask(self.data, layout=SPAIR, low_res_size=self._low_res_size, limit=self.limit)
+        if self.set == DAVIS:
+            return VideoTask(self.data, low_res_size=self.low_res_size, limit=self.limit)
         return None
 
     @property
@@ -291,7 +294,7 @@ class ProtocolTask(Task):
         """Format ours, then the tables of papers, which are marked as theirs."""
         columns = {
             "miou": ("mIoU", 100), "miou_probabilities": ("mIoU, probabilities", 100), "d1": ("d1", 100),
-            "rmse": ("RMSE", 1), "pck@0.1": ("PCK@0.1", 100),
+            "rmse": ("RMSE", 1), "pck@0.1": ("PCK@0.1", 100), "j_and_f": ("J&F", 100), "j": ("J", 100), "f": ("F", 100),
         }  # fmt: skip
         results = {label: content.get("result", {}) for label, content in encoders.items()}
         shown = [name for name in columns if any(name in result for result in results.values())]

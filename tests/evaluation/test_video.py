@@ -17,6 +17,7 @@ from featsharp.errors import DataError
 from featsharp.evaluation.flicker import FlickerTask, follow
 from featsharp.evaluation.layouts.davis import find_clips, find_masked_clips
 from featsharp.evaluation.runner import Subject, Task, evaluate
+from featsharp.evaluation.shared_protocol import ProtocolTask
 from featsharp.evaluation.video import VideoTask, boundary_score, neighbours, propagate, region_score
 
 SIZE = (24, 40)
@@ -165,6 +166,14 @@ def test_a_damaged_clip_is_counted_and_lists_are_kept_to(tmp_path):
     assert "fox has 0 frames" in dict(measure(VideoTask(tmp_path))["skipped"])["fox"]
     with pytest.raises(DataError, match=r"has no clips with masks; expected JPEGImages/480p/CLIP/NNNNN\.jpg"):
         find_masked_clips(tmp_path / "Annotations")
+
+
+def test_the_shared_protocol_has_the_same_numbers(tmp_path):
+    write_clip(tmp_path)
+    task = ProtocolTask("davis", tmp_path)
+    ours = measure(task)
+    assert ours["result"] == measure(VideoTask(tmp_path))["result"]
+    assert "J&F" in "\n".join(task.table({"x": ours})).splitlines()[1]
 
 
 def write_frames(root: Path, frames: list[np.ndarray]) -> Path:
