@@ -67,7 +67,7 @@ def check(program, model, images):
         for name in list_upsamplers()
         for backbone, patch in (("toy-vit", 8), ("vits14-focus", 14))
         if (name, patch) != ("anyup", 14)  # rounding of resampled positions comes out larger, see below
-        and name != "views"  # which has one size, see below
+        and name not in ("views", "learned-views")  # which have one size, see below
     ],
 )
 @torch.no_grad()
@@ -83,10 +83,11 @@ def test_an_exported_program_takes_other_batches_and_sizes(name, backbone, patch
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["views", "learned-views"])
 @torch.no_grad()
-def test_a_program_of_views_has_one_size():
+def test_a_program_of_views_has_one_size(name):
     """It takes other batches; that it cannot take other sizes is said by name."""
-    model, images = build("views"), torch.randn(2, 3, 64, 48)
+    model, images = build(name), torch.randn(2, 3, 64, 48)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},), strict=False).module()
     check(program, model, torch.randn(3, 3, 64, 48))
@@ -159,7 +160,7 @@ def test_the_older_onnx_exporter(name):
         return map(torch.from_numpy, session.run(None, {"images": images.numpy()}))
 
     # The maps that these blend out of windows have the batch that they were exported with.
-    fixed = ("s2", "s2-pooled", "featsharp-progressive", "views")
+    fixed = ("s2", "s2-pooled", "featsharp-progressive", "views", "learned-views")
     for count in (2,) if name in fixed else (2, 1, 3):
         check(program, model, torch.randn(count, 3, 48, 64))
 
