@@ -146,7 +146,7 @@ def walk_of_training() -> Walk:
         set_up(folder / "pictures", num_training_steps=1, output_base=folder / "first")  # imports what it needs
         return record(
             lambda: set_up(folder / "pictures", num_training_steps=1, output_base=folder / "second"),
-            until="Trainer.run",
+            until="Loop.run",
         )
 
 

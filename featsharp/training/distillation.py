@@ -102,7 +102,7 @@ class DistillConfig(LoopConfig):
 
 
 class Target(NamedTuple):
-    """What a head learns of a batch, or gives."""
+    """Map and summary that a head learns of a batch, or gives."""
 
     spatial: Tensor  # [B, C, h, w]
     summary: Tensor | None  # [B, C_s]
