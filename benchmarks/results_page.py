@@ -4,7 +4,8 @@
     python benchmarks/results_page.py --check    fail where the page differs from the files
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is one of TABLES. The files lie in
-benchmarks/results/eval: TASK@WHAT.json, those of one task in one table. Below each table stand its commands.
+benchmarks/results/eval: TASK@WHAT.json, those of one task in one table. Below each table stand its commands. Between
+`<!-- papers -->` and `<!-- end -->` stand the tables of papers, apart from ours.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 from featsharp.bench.choice import MEASURED
 from featsharp.evaluation.measures import COLUMNS
+from featsharp.evaluation.papers import PAPERS, PaperTable
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -36,7 +38,14 @@ class Table(NamedTuple):
 # Of `featsharp eval pareto`: metric -> heading, and its format.
 PARETO = {"passes": "passes", "seconds": "ms"} | {name: name for name in COLUMNS if name != "mIoU"}
 FORMATS = {"passes": (1, 1), "seconds": (1000, 0)} | {name: (one.scale, one.digits) for name, one in COLUMNS.items()}
+AP = {"ap": "AP", "ap50": "AP50", "ap_small": "small", "ap_medium": "medium", "ap_large": "large"}
 PCK = {"pck@0.1": "PCK@0.1", "pck@0.05": "PCK@0.05", "pck@0.01": "PCK@0.01"}
+PROTOCOL = {
+    "miou": "mIoU, features upsampled",
+    "miou_probabilities": "mIoU, class probabilities upsampled",
+    "pixel_accuracy": "pixel accuracy, features",
+    "pixel_accuracy_probabilities": "pixel accuracy, probabilities",
+}
 TABLES = {
     "fidelity": Table("fidelity", {"fidelity_area": "fidelity, area pooling", "cosine": "cosine"}),
     "zoom": Table("zoom", {"zoom_cosine": "zoom cosine"}),
@@ -46,7 +55,11 @@ TABLES = {
     "correspondence": Table("correspondence", PCK, 100, 1),
     "boundaries": Table("boundaries", {"ods_f": "best F (ODS)", "ois_f": "F, best per image (OIS)"}),
     "cka": Table("cka", {"cka": "mean", **{f"cka_{size}": f"{size} and others" for size in (56, 112, 168, 224)}}),
+    "video": Table("video", {"j_and_f": "J&F", "j": "J", "f": "F"}, 100, 1),
     "pareto": Table("pareto", PARETO, formats=FORMATS),
+    "protocol": Table("protocol", PROTOCOL, 100, 1),
+    "detection": Table("detection", AP, 100, 1),
+    "protocol-100": Table("protocol-100", {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}, 100, 1),
     "reference": Table("reference", {"cosine": "cosine", "error": "error / variance", "cka": "linear CKA"}),
 }
 
@@ -77,7 +90,11 @@ def fill(page: str, results: Path) -> str:
             raise SystemExit(f"there is no table {match[1]!r}; these are: {', '.join(TABLES)}")
         return f"<!-- table {match[1]} -->\n{render(TABLES[match[1]], results)}\n<!-- end -->"
 
-    return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
+    page = re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
+    papers = "\n\n".join(map(render_paper, PAPERS))
+    return re.sub(
+        r"<!-- papers -->\n.*?<!-- end -->", f"<!-- papers -->\n{papers}\n<!-- end -->", page, flags=re.DOTALL
+    )
 
 
 def render(table: Table, results: Path) -> str:
@@ -98,6 +115,14 @@ def render(table: Table, results: Path) -> str:
         skipped = sum(len(encoder["skipped"]) for encoder in content["encoders"].values())
         sources.append(f"- `{content['command']}` ({'/'.join(map(str, sorted(counts)))} items, {skipped} skipped)")
     return "\n".join([*lines, "", *sources, *(f"- {text}" for text in sorted({machine(content) for content in files}))])
+
+
+def render_paper(table: PaperTable) -> str:
+    """The table of a paper as Markdown, under its source."""
+    lines = [f"Theirs: {table.source}; {table.about}.", ""]
+    lines += [f"| method | {' | '.join(table.columns)} |", f"|{'---|' * (len(table.columns) + 1)}"]
+    lines += [f"| {' | '.join(row)} |" for row in table.cells()]
+    return "\n".join(lines)
 
 
 def machine(content: dict[str, Any]) -> str:

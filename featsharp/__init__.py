@@ -11,14 +11,13 @@ from featsharp import _moved
 
 if TYPE_CHECKING:
     from featsharp.backbones import create_backbone, from_callable, list_backbones, register_backbone
-    from featsharp.builder import create_encoder, load_from_file, save_checkpoint
-    from featsharp.model import SharpEncoder
+    from featsharp.builder import SharpEncoder, create_encoder, load_from_file, save_checkpoint
     from featsharp.published import load_published
     from featsharp.upsamplers import create_upsampler, list_upsamplers, register_upsampler
     from featsharp.upsamplers.base import UpsampleFeatures
     from featsharp.upsamplers.layer import UpsampleLayer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SharpEncoder",
@@ -42,7 +41,7 @@ _moved.install()
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # a library leaves it to the application to show logs
 
 _HOMES = {
-    "SharpEncoder": "featsharp.model",
+    "SharpEncoder": "featsharp.builder",
     "UpsampleFeatures": "featsharp.upsamplers.base",
     "UpsampleLayer": "featsharp.upsamplers.layer",
     "create_backbone": "featsharp.backbones",

@@ -1,4 +1,4 @@
-"""Aliases of modules that moved: the old path imports the new module, with a DeprecationWarning, until version 0.2."""
+"""Aliases of modules that moved: the old path imports the new module, with a DeprecationWarning, until version 0.3."""
 
 import importlib
 import sys
@@ -28,7 +28,7 @@ class _MovedModules(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         new = MOVED[spec.name]
         # The level of the import statement, above those of the import machinery, which Python leaves out.
-        warnings.warn(f"{spec.name} is now {new}; the old path goes in version 0.2", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"{spec.name} is now {new}; the old path goes in version 0.3", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(new)
         spec.loader_state = module.__spec__
         return module

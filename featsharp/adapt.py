@@ -17,13 +17,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone
-from featsharp.builder import create_encoder
+from featsharp.builder import SharpEncoder, create_encoder
 from featsharp.errors import DataError, InputError
 from featsharp.evaluation.estimates import Estimate, bootstrap
 from featsharp.evaluation.fidelity import FidelityMeter, pool_fidelity
 from featsharp.evaluation.images import ImageSet
 from featsharp.evaluation.runner import Row
-from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics
 from featsharp.training.feature_cache import CachedBackbone
 from featsharp.training.least_squares import LinearFit

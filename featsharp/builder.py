@@ -1,7 +1,8 @@
-"""From names and files to sharp encoders, and back to files."""
+"""From names and files to sharp encoders, and back to files and the Hub."""
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -11,19 +12,123 @@ import torch
 
 from featsharp.backbones import create_backbone, runs_code
 from featsharp.backbones.base import Backbone
+from featsharp.card import write_card
 from featsharp.checkpoint import ENCODER_FILE, WEIGHTS_SUFFIX, read_checkpoint, restoring, write_checkpoint
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, unknown_name
 from featsharp.files import write_file
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.spectral import folded_state
-from featsharp.model import SharpEncoder
+from featsharp.model import SharpEncoder as Model
 from featsharp.names import is_function_name, parse_upsampler, plain_value, split_options
 from featsharp.normalizers import NORMALIZERS
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import Upsampler
 from featsharp.upsamplers.registration import create_upsampler, default_factor, read_trait, resolve_upsampler
 from featsharp.weights import HOME as WEIGHTS
-from featsharp.weights import list_weights
+from featsharp.weights import hub, list_weights
+
+
+class SharpEncoder(Model):
+    """The sharp encoder of ``featsharp.model`` that is built here, so that it can be loaded and saved by name.
+
+    Attributes:
+        facts: What its file says of its training: ``config``, ``step``, or ``card`` for weights that ship; else empty.
+    """
+
+    def __init__(self, *parts: Any, **options: Any) -> None:
+        super().__init__(*parts, **options)
+        self.facts: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> "SharpEncoder":
+        """Load what :meth:`save_pretrained` or :meth:`push_to_hub` wrote; only safetensors are read.
+
+        Args:
+            name: A folder, or "owner/name" of a repository of the Hub, whose files go to the Hub's cache.
+            revision: Branch, tag or commit; None: the main branch.
+            token: Of the Hub; None: the one of ``hf auth login``.
+            cache_dir: In place of the Hub's cache.
+            force_download: Whether to fetch what is in the cache, too.
+            local_files_only: Whether to look in the cache alone, as HF_HUB_OFFLINE=1 makes all calls do.
+            options: Of :func:`load_from_file`: featurizer, max_memory, allow_functions.
+
+        Raises:
+            CheckpointError: When it cannot be fetched, or as for :func:`load_from_file`.
+            MissingDependencyError: For a repository, without huggingface_hub.
+        """
+        path = Path(name) / hub.WEIGHTS_FILE
+        if not Path(name).is_dir():
+            path = hub.fetch_file(
+                str(name),
+                hub.WEIGHTS_FILE,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
+        return load_from_file(path, **options)
+
+    def save_pretrained(
+        self, folder: str | PathLike[str], *, licence: str | None = None, sections: Mapping[str, str] | None = None
+    ) -> None:
+        """Write weights as :func:`save_weights` does, ``config.json``, and a model card from what is known of them.
+
+        Args:
+            folder: Is made; files in it of these names are replaced. A card of other text stays.
+            licence: SPDX identifier of the weights, such as "apache-2.0", for the card.
+            sections: Text of the card below headings such as "Data", "Recipe" and "Figures". What the file that this
+                encoder was loaded from says of its training is there already.
+
+        Raises:
+            CheckpointError: As for :func:`save_weights`.
+            FeatSharpError: When the folder cannot be written.
+        """
+        folder = Path(folder)
+        save_weights(self, folder / hub.WEIGHTS_FILE)
+        config = {"library": "featsharp", "version": ENCODER_FILE.version, **_describe(self)}
+        write_file(folder / hub.CONFIG_FILE, f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode())
+        card = folder / hub.CARD_FILE
+        if not card.exists() or licence or sections:
+            write_file(card, write_card(self, self.facts, sections or {}, licence=licence).encode())
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str = "Sharp encoder",
+        licence: str | None = None,
+        sections: Mapping[str, str] | None = None,
+    ) -> str:
+        """Push what :meth:`save_pretrained` writes to a repository of the Hub, made where it does not exist.
+
+        Args:
+            repository: "owner/name".
+            private: Of a new repository; None: as its owner has set.
+            token: With the right to write; None: the one of ``hf auth login``.
+            message: Of the commit, whose address is returned.
+            licence: See :meth:`save_pretrained`.
+            sections: See :meth:`save_pretrained`.
+
+        Raises:
+            CheckpointError: When that fails.
+            MissingDependencyError: Without huggingface_hub.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, licence=licence, sections=sections)
+            return hub.push_folder(Path(folder), repository, message=message, private=private, token=token)
 
 
 @torch.inference_mode(False)  # tensors made in inference mode could never be trained
@@ -153,7 +258,17 @@ def load_from_file(
             max_memory=max_memory,
         )
         load_model_state(encoder, content["model"], path)
+        encoder.facts = _read_facts(content, path)
     return encoder.eval().requires_grad_(False)
+
+
+def _read_facts(content: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Any]:
+    """Collect what a file says of its training."""
+    facts = {"config": content["config"], "step": (content["training"] or {}).get("step")}
+    card = Path(path).with_suffix(".md")
+    if WEIGHTS in Path(path).parents and card.is_file():
+        facts["card"] = card.read_text(encoding="utf-8")
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def _find_file(path: str | PathLike[str]) -> str | PathLike[str]:
@@ -200,7 +315,7 @@ def _refuse_functions(recipe: Mapping[str, Any], path: object) -> None:
 
 
 def save_checkpoint(
-    encoder: SharpEncoder,
+    encoder: Model,
     path: str | PathLike[str],
     *,
     config: Mapping[str, Any] | None = None,
@@ -224,7 +339,7 @@ def save_checkpoint(
     write_checkpoint(path, content)
 
 
-def save_weights(encoder: SharpEncoder, path: str | PathLike[str]) -> None:
+def save_weights(encoder: Model, path: str | PathLike[str]) -> None:
     """Write a small file for inference: no training state, and the upsampler in half precision.
 
     :func:`load_from_file` reads it like a checkpoint, in float32. Normalizer and bias buffer stay in float32: their
@@ -254,16 +369,16 @@ def save_weights(encoder: SharpEncoder, path: str | PathLike[str]) -> None:
     write_file(path, save(state, header))
 
 
-def _unwrapped(encoder: Any) -> SharpEncoder:
+def _unwrapped(encoder: Any) -> Model:
     """Return the encoder in a DataParallel, DistributedDataParallel or compiled module, or itself."""
     for wrapper in ("module", "_orig_mod"):
         encoder = getattr(encoder, wrapper, encoder)
-    if not isinstance(encoder, SharpEncoder):
+    if not isinstance(encoder, Model):
         raise CheckpointError(f"checkpoints hold sharp encoders, from create_encoder; got {type(encoder).__name__}")
     return encoder
 
 
-def _describe(encoder: SharpEncoder) -> dict[str, Any]:
+def _describe(encoder: Model) -> dict[str, Any]:
     """Describe how to rebuild an encoder, as JSON values; CheckpointError where that is not possible."""
     if encoder.recipe.get("upsampler") is None:
         raise CheckpointError(
@@ -288,7 +403,7 @@ def _is_plain(value: object) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def model_state(encoder: SharpEncoder) -> dict[str, torch.Tensor]:
+def model_state(encoder: Model) -> dict[str, torch.Tensor]:
     """Collect the tensors of an encoder but its backbone's, on the CPU, with spectral factors folded into weights.
 
     The names are those of parts that are not compiled.
@@ -300,7 +415,7 @@ def model_state(encoder: SharpEncoder) -> dict[str, torch.Tensor]:
     return {key.replace("_orig_mod.", ""): value.detach().cpu().contiguous() for key, value in state.items()}
 
 
-def content_key(encoder: SharpEncoder) -> str:
+def content_key(encoder: Model) -> str:
     """Hash all that determines an encoder's features: its backbone with weights, its recipe, its other weights.
 
     Encoders of one key give the same features, except under autocast. Code of the user is not part of it.
@@ -317,7 +432,7 @@ def content_key(encoder: SharpEncoder) -> str:
     return digest.hexdigest()
 
 
-def load_model_state(encoder: SharpEncoder, state: Mapping[str, torch.Tensor], source: object) -> None:
+def load_model_state(encoder: Model, state: Mapping[str, torch.Tensor], source: object) -> None:
     """Load :func:`model_state` into an encoder; missing, surplus, misshapen and NaN tensors are errors."""
     expected = {key: value for key, value in encoder.state_dict().items() if not key.startswith("backbone.")}
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())

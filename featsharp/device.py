@@ -15,7 +15,7 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
     """Return a device by name.
 
     Args:
-        name: A name that ``torch.device`` takes, or "auto" for CUDA where it is available, else the CPU.
+        name: A name that ``torch.device`` takes, or "auto" for :func:`best_device`.
         local_rank: Number of this process on its machine: with "auto" and "cuda" they take the CUDA devices that each
             sees in turn, so that one that sees its own alone (Slurm's --gpus-per-task) takes that.
 
@@ -23,7 +23,7 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
         ConfigError: When the device is not available.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = best_device(torch.cuda.is_available(), has_mps())
     if name == "cuda":
         name = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
     try:
@@ -33,6 +33,21 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used here ({reason}); use auto or cpu") from error
     return device
+
+
+def best_device(cuda: bool, mps: bool) -> str:
+    """Name the device that "auto" means: CUDA where it is available, else MPS (Apple's GPUs), else the CPU."""
+    return "cuda" if cuda else "mps" if mps else "cpu"
+
+
+def has_mps() -> bool:
+    """Tell whether Apple's GPU can be used; before torch 2.5 it has no autocast, on which types depend."""
+    return torch.backends.mps.is_available() and torch.amp.is_autocast_available("mps")
+
+
+def to_double(x: Tensor) -> Tensor:
+    """Convert to float64, on the CPU where the device has no such type (MPS)."""
+    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
 
 
 @contextmanager
@@ -53,6 +68,32 @@ def usual_defaults() -> Iterator[torch.device]:
             stack.callback(torch.set_default_dtype, dtype)
             torch.set_default_dtype(torch.float32)
         yield device
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Make torch take algorithms that give the same bits each time; what is set before comes back afterwards.
+
+    They are a setting of the process. On CUDA cuBLAS reads its own when it is first used: enter this before.
+
+    Raises:
+        ConfigError: For an operation that has no such algorithm on its device, when it is reached.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        reason = str(error).partition(", but you set")[0]
+        raise ConfigError(f"deterministic=true: {reason}; use another device, or deterministic=false") from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager[object]:
@@ -108,7 +149,7 @@ def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
     fast = (
         torch.cuda.is_bf16_supported(including_emulation=False)
         if device.type == "cuda"
-        else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # unknown to torch 2.4: False
+        else device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # unknown to torch 2.4
     )
     return torch.bfloat16 if fast else None
 

@@ -43,6 +43,7 @@ def distill(config: "DistillConfig") -> "StudentTrainer":
 
     from featsharp.backbones.student import STUDENT_FILE
     from featsharp.data.loader import ViewDataset, check_repeatable
+    from featsharp.device import deterministic_algorithms
     from featsharp.training.distillation import Distillation, Student, StudentTrainer, open_teachers
     from featsharp.training.distributed import object_from_main, start_world
     from featsharp.training.resume import read_earlier
@@ -52,19 +53,21 @@ def distill(config: "DistillConfig") -> "StudentTrainer":
     if config.train_data_dir is None:
         raise ConfigError("which images? Set train_data_dir=FOLDER (images or tars), or the variable FEATSHARP_DATA")
     folder = expand_path(config.output_root)
-    world = start_world(config.device, config.distributed_timeout)
-    object_from_main(lambda: check_writable(folder), world)
-    earlier = object_from_main(lambda: read_earlier(folder / LAST, config, STUDENT_FILE), world)
-    mixture = open_mixture(config.train_data_dir, config)
-    if config.feature_cache.samples:
-        check_repeatable(mixture)
-    teachers = open_teachers(config, world)
-    torch.manual_seed(config.seed)
-    student = Student(config.student, teachers).to(world.device)
-    objective = Distillation(teachers, config).to(world.device)
-    dataset = ViewDataset(mixture, student.trunk.input_size, config.views, config.seed)
-    validate = HeldOut(config) if world.is_main else None
     with contextlib.ExitStack() as stack:
+        if config.deterministic:
+            stack.enter_context(deterministic_algorithms())
+        world = start_world(config.device, config.distributed_timeout)
+        object_from_main(lambda: check_writable(folder), world)
+        earlier = object_from_main(lambda: read_earlier(folder / LAST, config, STUDENT_FILE), world)
+        mixture = open_mixture(config.train_data_dir, config)
+        if config.feature_cache.samples:
+            check_repeatable(mixture)
+        teachers = open_teachers(config, world)
+        torch.manual_seed(config.seed)
+        student = Student(config.student, teachers).to(world.device)
+        objective = Distillation(teachers, config).to(world.device)
+        dataset = ViewDataset(mixture, student.trunk.input_size, config.views, config.seed)
+        validate = HeldOut(config) if world.is_main else None
         if earlier is None:
             writer = stack.enter_context(open_writer(config, folder, world))
             for teacher, normalizer in zip(teachers, objective.normalizers, strict=True):

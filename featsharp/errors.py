@@ -33,6 +33,10 @@ class BackboneMismatchError(CheckpointError):
     """A checkpoint trained for another backbone than the given one."""
 
 
+class ExportError(FeatSharpError, RuntimeError):
+    """An encoder that cannot be written as a program for elsewhere."""
+
+
 class DistributedError(FeatSharpError, RuntimeError):
     """Loss of contact between the processes of a run; the process that failed first gives the reason."""
 

@@ -201,11 +201,12 @@ class SharpEncoder(nn.Module):
                 message gives the least that works).
         """
         self._check(images, return_summary)
+        image_size = size_of(images)
         if output_size == "pixels":
-            output_size = size_of(images)
+            output_size = image_size
         images = differentiable(images.to(self.dtype))
         if low_res_size is None:
-            low_res_size = self.low_res_size(size_of(images))
+            low_res_size = self.low_res_size(image_size)
         size = check_size("low_res_size", low_res_size, "pixels")
         if self.max_memory is not None:
             low_res, high_res, summary = upsample_within(
@@ -228,7 +229,8 @@ class SharpEncoder(nn.Module):
         low_res, high_res = low_res.contiguous(), high_res.contiguous()  # safetensors takes no others
         if is_tracing() and not return_summary:
             return (low_res, high_res)  # type: ignore[return-value]  # a traced program cannot say None
-        return UpsampleFeatures(low_res, high_res, summary if return_summary else None)
+        out = UpsampleFeatures(low_res, high_res, summary if return_summary else None)
+        return out.of_picture(image_size)
 
     def _check(self, images: Tensor, return_summary: bool) -> None:
         if not isinstance(images, Tensor):
@@ -340,7 +342,8 @@ class SharpEncoder(nn.Module):
 
         Returns:
             As :meth:`forward`, with B = 1, on the device of the encoder (``high_res`` where ``allocate`` puts it); a
-            list in the order given for a list.
+            list in the order given for a list. ``image_size`` is that of the picture before it is scaled, so that
+            ``at`` takes its pixels.
 
         Raises:
             DataError: For a file that is missing, damaged or of pixels that are not read.
@@ -368,10 +371,10 @@ class SharpEncoder(nn.Module):
                 for row, index in enumerate(group):
                     # Views would keep the memory of the whole batch.
                     one = (None if x is None else x[row : row + 1].clone() for x in out)
-                    results[index] = UpsampleFeatures(*one)  # type: ignore[arg-type]
+                    results[index] = UpsampleFeatures(*one).of_picture(prepared[index].image_size)  # type: ignore[arg-type]
             return [results[index] for index in range(len(prepared))]
         pixels, low_res_size, image_size = self.prepare_image(image, size)
-        return self(
+        out = self(
             self._whiten(pixels),
             denormalize=denormalize,
             return_summary=return_summary,
@@ -379,6 +382,7 @@ class SharpEncoder(nn.Module):
             output_size=image_size if output_size == "pixels" else output_size,
             allocate=allocate,
         )
+        return out.of_picture(image_size)
 
     def prepare_image(self, image: "Picture", size: tuple[int, int] | None = None) -> PreparedImage:
         """Read and scale a picture as :meth:`encode_image` does; safe in threads beside the encoder's work."""

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
-from featsharp.builder import create_encoder, load_model_state, model_state
+from featsharp.builder import SharpEncoder, create_encoder, load_model_state, model_state
 from featsharp.checkpoint import read_tensors
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, unknown_name
-from featsharp.model import SharpEncoder
 from featsharp.weights.published import PUBLISHED, fetch_published
 
 # Keys under which a file may have its tensors, if not at the top.
@@ -69,8 +68,8 @@ def load_published(
     Args:
         kind: See the table.
         path: A PyTorch file (a state dict, or a Lightning checkpoint) or a .safetensors file; or "naf_release",
-            "loftup-dinov2s" or another name of ``featsharp.weights.published.PUBLISHED``: that file is fetched once,
-            and its address, licence and hash are logged.
+            "loftup-dinov2s" or another name of ``featsharp ls weights``: that file is fetched once; its authors,
+            licence and address are logged before, its hash after that.
         backbone: A name of ``list_backbones()`` or a backbone.
         factor: In each direction; see the table.
         final_fixup: Only for "featup": whether the convolution after the last level is used. It was trained after the

@@ -37,6 +37,7 @@ def train(config: "RunConfig") -> "Trainer":
     Raises:
         Terminated: On SIGTERM, after everything is saved.
     """
+    from featsharp.device import deterministic_algorithms
     from featsharp.training.distributed import object_from_main, start_world
     from featsharp.training.resume import read_earlier
     from featsharp.training.setup import build, expand_path, fit_before_training, open_writer
@@ -46,12 +47,14 @@ def train(config: "RunConfig") -> "Trainer":
     if config.train_data_dir is None:
         raise ConfigError("which images? Set train_data_dir=FOLDER (images or tars), or the variable FEATSHARP_DATA")
     folder = expand_path(config.output_root)
-    world = start_world(config.device, config.distributed_timeout)
-    object_from_main(lambda: check_writable(folder), world)
-    earlier = object_from_main(lambda: read_earlier(folder / LAST, config), world)
-    parts = build(config, world)
-    validate = ValidationSamples(config.val_data_dir, config.viz.num_images) if world.is_main else None
     with contextlib.ExitStack() as stack:
+        if config.deterministic:
+            stack.enter_context(deterministic_algorithms())
+        world = start_world(config.device, config.distributed_timeout)
+        object_from_main(lambda: check_writable(folder), world)
+        earlier = object_from_main(lambda: read_earlier(folder / LAST, config), world)
+        parts = build(config, world)
+        validate = ValidationSamples(config.val_data_dir, config.viz.num_images) if world.is_main else None
         skipped: list[tuple[str, str]] = []
         if earlier is None:
             writer = stack.enter_context(open_writer(config, folder, world))

@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 # Beside the extras that are used: what runs the tests.
 EXTRAS = ("timm", "hf", "open_clip", "train", "viz", "eval", "focus", "video", "zarr", "test")
 # Tested apart, with versions of today: their oldest ones lack wheels for Python 3.11 or other oldest versions here.
-APART = ("ray", "wandb")
+APART = ("gradio", "playwright", "ray", "wandb")
 
 
 def main() -> None:

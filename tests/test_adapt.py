@@ -79,7 +79,6 @@ def test_too_few_photographs_are_refused(tmp_path):
         adapt(create_backbone("toy-vit"), tmp_path)
 
 
-@pytest.mark.slow
 def test_the_command_says_what_was_gained_and_writes_only_then(photos, tmp_path, capsys):
     output = tmp_path / "student.safetensors"
     arguments = ["adapt", "--backbone", "toy-vit", "--data", str(photos), "--minutes", "1", "-o", str(output)]

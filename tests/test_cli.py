@@ -182,7 +182,6 @@ def test_the_level_of_messages(flags, level, capsys):
     assert "vits14-focus/featsharp-2x" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_training_takes_the_flags_of_messages_among_its_overrides(tmp_path, capsys):
     """Its usual level is INFO."""
     overrides = ["+model=toy-vit", "dry_run=true", f"train_data_dir={tmp_path}", "+upsampler=bilinear-2x"]
@@ -209,7 +208,7 @@ def test_ls_prints_every_name_with_a_description(capsys, monkeypatch):
     assert run("ls") == 0
     text = capsys.readouterr().out
     lines = text.splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(len(line) for line in lines if not line.lstrip().startswith("https:")) <= 100  # an address stays whole
     names = [*list_backbones(), *UPSAMPLERS.names(), *NORMALIZERS.names()]
     names += [f"+model={n}" for n in options_of("model")] + [f"+upsampler={n}-FACTORx" for n in options_of("upsampler")]
     names += [f"objective={n}" for n in options_of("objective")]

@@ -86,6 +86,13 @@ def test_a_large_image_at_4x():
 
 
 @pytest.mark.slow
+def test_a_4k_picture_at_2x_in_2_gib():
+    """3840 x 2160 pixels, a pass of 77 x 137 tokens, under 2 GiB beside weights and result."""
+    result = encode_under_limit("bilinear", 2, 2160, 3840, "2GiB", "")
+    assert result.stdout.strip() == "(1, 384, 154, 274)", result.stderr[-2000:]
+
+
+@pytest.mark.slow
 def test_an_output_4096_wide_goes_to_a_file_much_larger_than_the_limit(tmp_path: Path):
     file = tmp_path / "features.npy"
     result = encode_under_limit("featup", 16, 112, 3584, "128MiB", file)

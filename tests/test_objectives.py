@@ -66,7 +66,7 @@ def test_every_objective_has_a_file_and_every_file_an_objective():
 
 @pytest.mark.parametrize("name", options_of("objective"))
 def test_defaults_of_the_files_are_those_of_the_classes(name):
-    given = {"store": "targets"} if name == "regression" else {}
+    given = {"regression": {"store": "targets"}, "loftup": {"masks": "masks"}}.get(name, {})
     settings = compose([*BASE, f"objective={name}", *(f"objective.{key}={value}" for key, value in given.items())])
     assert settings.objective == config_type(name)(**given)
     content = yaml.safe_load((CONFIGS / "objective" / f"{name}.yaml").read_text())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
@@ -173,8 +174,8 @@ def test_wheel_metadata(wheel):
     assert always == {"torch", "numpy", "pillow", "safetensors"}
     assert facts["Requires-Python"] == ">=3.11"
     assert facts["License-Expression"] == "Apache-2.0"
-    extras = {"timm", "hf", "open-clip", "train", "viz", "wandb", "focus", "eval", "video", "zarr", "ray"}
-    extras |= {"all", "test", "dev"}
+    extras = {"timm", "hf", "open-clip", "train", "viz", "wandb", "focus", "eval", "video", "zarr", "ray", "demo"}
+    extras |= {"onnx", "hub", "all", "test", "docs", "dev"}
     assert set(facts.get_all("Provides-Extra", [])) == extras
     assert "featsharp = featsharp.cli.main:main" in wheel.read(f"{folder}/entry_points.txt").decode()
     assert {f"{folder}/licenses/LICENSE", f"{folder}/licenses/NOTICE"} <= set(wheel.namelist())
@@ -184,6 +185,12 @@ def test_versions_agree():
     assert PROJECT["version"] == featsharp.__version__
     assert f"version: {featsharp.__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"## {featsharp.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    recipe = yaml.safe_load((ROOT / "packaging" / "conda" / "recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["context"]["version"] == featsharp.__version__
+    packages = {"torch": "pytorch"}
+    names = [Requirement(line) for line in PROJECT["dependencies"]]
+    needed = [f"{packages.get(each.name, each.name)} {each.specifier}" for each in names]
+    assert recipe["requirements"]["run"] == [f"python {PROJECT['requires-python']}", *needed]
 
 
 def test_constraints_pin_every_declared_dependency():
@@ -222,7 +229,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 class TestMakefile:
     def test_help_lists_the_targets(self):
         listed = re.findall(r"make ([a-z-]+)", make("help").stdout)
-        expected = "help install test test-slow test-oldest test-full lint format demo gpu clean"
+        expected = "help install test test-slow test-oldest test-full lint format docs demo gpu clean"
         assert listed == expected.split()
 
     def test_old_python_is_refused(self, tmp_path):

@@ -17,6 +17,7 @@ from featsharp.builder import create_encoder, load_from_file, save_checkpoint, s
 from featsharp.checkpoint import read_tensors
 from featsharp.cli.main import main
 from featsharp.data.entries import is_stream, parse_data_dir
+from featsharp.device import best_device, find_device, has_mps, to_double
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.evaluation.layouts.objects import open_labels
 from featsharp.evaluation.layouts.pairs import list_pairs
@@ -285,3 +286,15 @@ def test_a_training_in_a_folder_whose_name_is_no_text(folder, caplog):
         assert main(["train", *settings, *paths, f"num_training_steps={steps}"]) == 0
     assert [record.message for record in caplog.records if record.levelname != "INFO"] == []
     assert "caf\\udce9" in (folder / "run/config.yaml").read_text(encoding="utf-8")
+
+
+def test_auto_is_the_fastest_device_that_is_there():
+    assert [best_device(cuda, mps) for cuda in (True, False) for mps in (True, False)] == ["cuda", "cuda", "mps", "cpu"]
+    assert find_device("auto").type == best_device(torch.cuda.is_available(), has_mps())
+    assert to_double(torch.ones(2)).dtype == torch.float64
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="has an Apple GPU")
+def test_mps_is_refused_in_one_line_where_it_is_not():
+    with pytest.raises(ConfigError, match=r"device 'mps' cannot be used here \(.*\); use auto or cpu"):
+        find_device("mps")

@@ -579,12 +579,15 @@ def test_results_as_published_are_asked_for(tmp_path):
 
 def test_a_file_that_is_fetched_keeps_the_hash_that_it_came_with(tmp_path, caplog):
     torch.save(STATES["naf"](), tmp_path / "there.pth")
-    file = PublishedFile("naf", (tmp_path / "there.pth").as_uri(), "Apache-2.0", "any")
+    file = PublishedFile("naf", (tmp_path / "there.pth").as_uri(), "Apache-2.0", "any", "me")
     with caplog.at_level("WARNING"):
         path = fetch_published("name", file, tmp_path / "cache")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert path.read_bytes() == (tmp_path / "there.pth").read_bytes()
-    assert f"licence Apache-2.0, sha256 {digest} (recorded now" in caplog.text
+    # Licence and authors are said first, the hash when it is known.
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0].startswith("name: weights by me for backbone any, licence Apache-2.0, from file:")
+    assert said[1] == f"name: sha256 {digest} (recorded now: nobody has stated one)"
     caplog.clear()
     (tmp_path / "there.pth").unlink()
     assert fetch_published("name", file, tmp_path / "cache") == path  # nothing is fetched again

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featsharp.configs.compose import compose
 from featsharp.train import main
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
@@ -61,8 +60,3 @@ def test_several_processes_find_modules_of_the_working_folder(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = (tmp_path / "outputs" / "toy-vit" / "64" / "scalars.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows if "loss/total" in row] == ["1", "2"]
-
-
-@pytest.mark.parametrize("command", re.findall(r"^(?:python|torchrun).* -m featsharp.train (.*)$", PAGE, re.MULTILINE))
-def test_commands_compose(command):
-    compose(command.replace('"', "").replace("'", "").split())

@@ -123,13 +123,13 @@ def register_family(prefix: str, family: Family) -> None:
 def register_prefix(prefix: str, description: str) -> Callable[[PrefixFactory], PrefixFactory]:
     """Decorator: make ``create_backbone("prefix:REST")`` call the decorated factory with ``"prefix:REST"``.
 
-    Deprecated for :func:`register_family`, which parses the options; it goes in version 0.2.
+    Deprecated for :func:`register_family`, which parses the options; it goes in version 0.3.
 
     Args:
         prefix: The part before the colon.
         description: One line for ``featsharp ls``: the form of a name, a space, what it is.
     """
-    warnings.warn("register_prefix is now register_family; it goes in version 0.2", DeprecationWarning, stacklevel=2)
+    warnings.warn("register_prefix is now register_family; it goes in version 0.3", DeprecationWarning, stacklevel=2)
     form, _, text = description.partition(" ")
 
     def add(factory: PrefixFactory) -> PrefixFactory:

@@ -25,8 +25,8 @@ import featsharp.ops.local_filter  # noqa: F401
 from featsharp.backbones.base import Backbone
 from featsharp.bench.measure import find_failure, noise
 from featsharp.bench.workloads import backbone_passes, is_foreign
+from featsharp.builder import SharpEncoder
 from featsharp.errors import ConfigError, FeatSharpError
-from featsharp.model import SharpEncoder
 from featsharp.upsamplers.base import Upsampler
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone
-from featsharp.builder import content_key, create_encoder, load_from_file
+from featsharp.builder import SharpEncoder, content_key, create_encoder, load_from_file
 from featsharp.errors import ConfigError, FeatSharpError
-from featsharp.model import SharpEncoder
 from featsharp.names import is_function_name, parse_upsampler, plain_value, split_label
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.tiling import window_starts

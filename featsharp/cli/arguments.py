@@ -24,7 +24,7 @@ def add_backbone(parser: argparse.ArgumentParser, text: str = "default: the chec
     )
 
 
-def add_device(parser: argparse.ArgumentParser, text: str = "auto, cpu, cuda, ...") -> None:
+def add_device(parser: argparse.ArgumentParser, text: str = "auto, cpu, cuda, mps, ...") -> None:
     """Add the flag --device."""
     parser.add_argument("--device", default="auto", help=text)
 

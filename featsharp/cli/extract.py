@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool", choices=("mean", "max"), help="one vector a picture in place of a map")
     parser.add_argument("--pca", type=parse_count, metavar="N", help="reduce to N principal components of a sample")
     parser.add_argument("--every", type=parse_count, default=1, metavar="N", help="every N-th picture or frame only")
+    parser.add_argument("--limit", type=parse_count, metavar="N", help="the first N of these only")
     parser.add_argument(
         "--shard-size", type=parse_count, metavar="N", help="pictures that are written as one (about 128 MiB of them)"
     )
@@ -117,6 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         pool=arguments.pool,
         pca=arguments.pca,
         every=arguments.every,
+        limit=arguments.limit,
         shard_size=arguments.shard_size,
     )
     how = {"batch": arguments.batch, "workers": arguments.workers}

@@ -3,7 +3,7 @@
 featsharp ls                         everything
 featsharp ls backbones               with whether the weights are on this machine; --markdown for the table of the docs
 featsharp ls upsamplers              with what each one needs, keeps and costs; --markdown for the table of the docs
-featsharp ls weights                 trained weights that come with the package
+featsharp ls weights                 trained weights: ours, in the package, and those that authors of methods published
 featsharp ls models                  values of +model= for training; likewise: configs, objectives
 
 Column of backbones: "weights", whether they are found here without a network ("?": only building it can tell).
@@ -53,6 +53,10 @@ def _lines(kind: str) -> Iterator[str]:
         facts = [(row[0], *row[2:7]) for row in (COLUMNS, *rows)]
         texts = [""] * len(facts)
         notes = ["", *(f"{does} ({source}); needs {needs}".replace(" (-)", "") for _, needs, *_, does, source in rows)]
+    elif kind == "weights":
+        weights = list(_weights())
+        facts = [(name,) for name, *_ in weights]
+        texts, notes = [text for _, text, _ in weights], [note for *_, note in weights]
     else:
         facts = [(name,) for name, _ in _rows(kind)]
         texts = [text for _, text in _rows(kind)]
@@ -61,7 +65,10 @@ def _lines(kind: str) -> Iterator[str]:
     indent = 4 + max(map(len, heads))
     for head, text, note in zip(heads, texts, notes, strict=True):
         yield from wrap(text, f"  {head}", indent) or [f"  {head}"]
-        yield from wrap(note, indent=6)
+        if note.startswith("https:"):  # addresses and hashes stay whole
+            yield from (f"      {line}" for line in note.splitlines())
+        else:
+            yield from wrap(note, indent=6)
 
 
 def backbone_rows() -> Iterable[tuple[str, ...]]:
@@ -110,16 +117,6 @@ def _rows(kind: str) -> Iterable[tuple[str, str]]:
         from featsharp.normalizers import NORMALIZERS
 
         yield from ((entry.name, entry.description) for entry in NORMALIZERS.entries())
-    elif kind == "weights":
-        from featsharp.bench.choice import choose_upsampler
-        from featsharp.weights import list_weights
-
-        for name in list_weights():
-            chosen = name == choose_upsampler(name.partition("/")[0])
-            yield (
-                name,
-                "comes with the package" + (", what featsharp upsample takes for its backbone" if chosen else ""),
-            )
     else:
         from featsharp.configs.compose import options_of
 
@@ -129,3 +126,21 @@ def _rows(kind: str) -> Iterable[tuple[str, str]]:
             "objectives": ("objective", "objective={}"),
         }[kind]
         yield from ((form.format(name), description) for name, description in options_of(group).items())
+
+
+def _weights() -> Iterable[tuple[str, str, str]]:
+    """Yield name, text and address of weights: ours with their size, those of others with licence and hash."""
+    from featsharp.bench.choice import choose_upsampler
+    from featsharp.weights import HOME, list_weights
+    from featsharp.weights.published import PUBLISHED, is_fetched, known_hash
+
+    for name in list_weights():
+        chosen = name == choose_upsampler(name.partition("/")[0])
+        size = (HOME / f"{name}.safetensors").stat().st_size / 2**20
+        text = f"comes with the package, {size:.1f} MiB, Apache-2.0"
+        yield name, text + (", what featsharp upsample takes for its backbone" if chosen else ""), ""
+    for name, file in PUBLISHED.items():
+        place = "here" if is_fetched(name) else "fetched when loaded"
+        digest = known_hash(name) or "not known before the first download"
+        text = f"{file.kind} for {file.backbone}, by {file.authors}, {file.licence}; {place}"
+        yield name, text, f"{file.address}\nsha256 {digest}"

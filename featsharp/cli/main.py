@@ -18,6 +18,8 @@ from featsharp.terminal import add_verbosity, flush_output, say, set_up_terminal
 COMMANDS = {
     "upsample": "sharp features of images: PCA pictures and raw features",
     "extract": "features of many pictures, in files with random access",
+    "video": "sharp features of a video: PCA side by side, or features in files",
+    "demo": "a page on this machine: upload a picture, look at its features",
     "fit": "sharp features of one image by a network fitted to it (FeatUp's implicit upsampler)",
     "adapt": "fit a linear student to a backbone in minutes, and say what it gains",
     "train": "train an upsampler (arguments as for python -m featsharp.train)",

@@ -1,5 +1,6 @@
 """Files of features of a picture, as the sub-commands write them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,12 +10,9 @@ from torch import Tensor
 from featsharp.data.images import image_to_tensor
 from featsharp.evaluation.features import check_finite
 from featsharp.extraction.mapped import MappedFeatures
-from featsharp.ops.resize import resize
-from featsharp.visualization.panels import panel, save_picture
+from featsharp.visualization.panels import compare_maps, save_picture
 from featsharp.visualization.pca import FeaturePCA
-
-# Longer side of one picture of the PNG, in pixels.
-PICTURE_SIDE = 448
+from featsharp.visualization.similarity import cosine_map, similarity_picture
 
 
 def metadata_of(image: Image.Image) -> dict[str, str]:
@@ -30,10 +28,17 @@ def save_features(path: Path, image: Image.Image, low_res: Tensor, high_res: Ten
         file.allocate(low_res.float(), tuple(high_res.shape), torch.float32).copy_(high_res)
 
 
-def save_comparison(path: Path, image: Image.Image, low_res: Tensor, high_res: Tensor, label: str) -> None:
+def save_comparison(
+    path: Path,
+    image: Image.Image,
+    low_res: Tensor,
+    high_res: Tensor,
+    label: str,
+    texts: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write image, low-resolution and sharp features side by side as PNG, in the PCA basis of the first map.
 
-    Of several maps stacked on the channel axis (S2) the last one, of the largest scale, is drawn.
+    A row for each text shows how similar both are to it, from the least to the most similar low-resolution feature.
 
     Args:
         path: Of the PNG.
@@ -41,22 +46,19 @@ def save_comparison(path: Path, image: Image.Image, low_res: Tensor, high_res: T
         low_res: [1, C, h, w].
         high_res: [1, n * C, H, W].
         label: Caption of the sharp features, beside their size.
+        texts: Embeddings [C] of texts in the space of the features.
 
     Raises:
         InputError: For too few features for a PCA.
     """
-    scale = PICTURE_SIDE / max(image.size)
-    shape = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))
-    colours = FeaturePCA(low_res)
-    photo = resize(image_to_tensor(image)[None], shape)[0]
-    # Cells that the picture has no room for are left out first: a map with a cell per pixel may exceed the memory.
-    down, right = (max(1, cells // side) for cells, side in zip(high_res.shape[2:], shape, strict=True))
-    shown = high_res[:, -low_res.shape[1] :, down // 2 :: down, right // 2 :: right]
-    pictures = [photo, colours(low_res)[0], colours(shown)[0]]
-    captions = ["image", f"low resolution {size_text(low_res)}", f"{label} {size_text(high_res)}"]
-    save_picture(panel(pictures, shape, captions), path)
+    photo = image_to_tensor(image)
+    rows = [compare_maps(photo, low_res, high_res, FeaturePCA(low_res), label)]
+    for text, vector in (texts or {}).items():
+        at_low_res = cosine_map(low_res, vector[None])
+        least, most = at_low_res.min().item(), at_low_res.max().item()
 
+        def colour(features: Tensor, vector: Tensor = vector, limits: tuple[float, float] = (least, most)) -> Tensor:
+            return similarity_picture(cosine_map(features, vector[None])[0, 0], limits)[None]
 
-def size_text(features: Tensor) -> str:
-    """Format the size of a map [..., h, w] as ``hxw``."""
-    return "x".join(map(str, features.shape[-2:]))
+        rows.append(compare_maps(photo, low_res, high_res, colour, label, f"{text} ({least:.2f} to {most:.2f})"))
+    save_picture(torch.cat(rows, 1), path)

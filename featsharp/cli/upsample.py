@@ -18,10 +18,12 @@ tokens as at the backbone's native size; the line printed for each image says ho
 has. For more tokens and cells give --size: the image's size in pixels keeps every detail. --output-size changes the
 cells alone: "pixels" makes one for each pixel of the image, chunk by chunk into the file (4 bytes per channel and
 pixel), within 2GiB or --max-memory.
+
+With a backbone of open_clip, --text "a photo of a dog" adds a row to the picture: how similar each feature is to it.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,8 @@ from featsharp.files import check_writable, free_name
 from featsharp.terminal import say
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from featsharp.model import OutputSize, SharpEncoder
 
 # Limit for a cell per pixel: of 384 channels, the map of a 12-megapixel picture has 18 GiB.
@@ -68,31 +72,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="AMOUNT",
         help=f"most memory to encode in, for example 2GiB; features go straight to disk; for pixels: {PIXELS_MEMORY}",
     )
+    parser.add_argument(
+        "--text",
+        action="append",
+        metavar="TEXT",
+        help="a row of the picture with the similarity to this text, for backbones of open_clip; may be repeated",
+    )
     add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     check_inputs(arguments.images, filter(None, [arguments.checkpoint]))
     check_writable(arguments.output)
-    from featsharp.bench.choice import choose_upsampler
-    from featsharp.builder import load_from_file
-    from featsharp.device import find_device
+    from featsharp.backbones.open_clip_text import project_to_text
+    from featsharp.cli.loading import embed_texts, load_encoder
     from featsharp.memory import keep_freed_memory
     from featsharp.upsamplers.chunked import works_in_chunks
 
     if arguments.max_memory is None:
         keep_freed_memory()
-    backbone, checkpoint = arguments.backbone, arguments.checkpoint
-    if checkpoint is None:
-        backbone = backbone or DEFAULT_BACKBONE
-        checkpoint = choose_upsampler(backbone)
-        say(f"featsharp upsample: {backbone} with {checkpoint}; --help says how to get more", error=True)
-    encoder = load_from_file(
-        checkpoint,
-        featurizer=backbone,
-        max_memory=arguments.max_memory,
-        allow_functions=arguments.allow_functions,
-    ).to(find_device(arguments.device))
+    if arguments.text and arguments.backbone is not None:
+        arguments.backbone = project_to_text(arguments.backbone)
+    encoder = load_encoder(arguments, "upsample", max_memory=arguments.max_memory)
+    texts = dict(zip(arguments.text, embed_texts(encoder, arguments.text), strict=True)) if arguments.text else None
     if arguments.output_size == "pixels" and encoder.max_memory is None and works_in_chunks(encoder.upsampler):
         encoder.max_memory = PIXELS_MEMORY
     problems: list[tuple[str, str]] = []
@@ -106,7 +108,9 @@ def run(arguments: argparse.Namespace) -> int:
     hint = "  (for more: --size HxW)" if arguments.size is None else ""
     for number, (source, target) in enumerate(jobs):
         try:
-            grids = upsample_file(encoder, source, target, size=arguments.size, output_size=arguments.output_size)
+            grids = upsample_file(
+                encoder, source, target, size=arguments.size, output_size=arguments.output_size, texts=texts
+            )
         except (DataError, InputError) as error:
             # One bad image never ends the work on the others.
             say(f"featsharp upsample: {source}: {str(error).removeprefix(f'{source}: ')}", error=True)
@@ -136,12 +140,14 @@ def upsample_file(
     *,
     size: tuple[int, int] | None = None,
     output_size: "OutputSize | None" = None,
+    texts: "Mapping[str, Tensor] | None" = None,
 ) -> str:
     """Write ``target``.safetensors and ``target``.png for one image file; returns the sizes of image and maps."""
-    from featsharp.cli.results import metadata_of, save_comparison, save_features, size_text
+    from featsharp.cli.results import metadata_of, save_comparison, save_features
     from featsharp.data.images import decode_image
     from featsharp.evaluation.features import check_finite
     from featsharp.extraction.mapped import MappedFeatures
+    from featsharp.visualization.panels import size_text
 
     image = decode_image(source)
     picture_file, features_file = _results(target)
@@ -154,7 +160,7 @@ def upsample_file(
             check_finite(out.high_res)
     try:
         low_res = out.low_res.to(out.high_res.device)  # a file is mapped on the CPU
-        save_comparison(picture_file, image, low_res, out.high_res, encoder.caption)
+        save_comparison(picture_file, image, low_res, out.high_res, encoder.caption, texts)
     except InputError as error:
         raise InputError(f"{features_file} is written, but there is no picture: {error}") from error
     return f"{image.height}x{image.width} pixels -> {size_text(out.low_res)} tokens -> {size_text(out.high_res)} cells"

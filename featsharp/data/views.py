@@ -79,11 +79,26 @@ def sample_views(image: Image.Image, size: tuple[int, int], config: ViewConfig, 
     Returns:
         Views without the batch axis: canvas [3, ...], mask [1, ...], homographies [n, 3, 3].
     """
-    base_zoom = _uniform(rng, config.zoom)
-    offset = rng.uniform(size=2)
-    canvas, mask = cut_canvas(image, size, base_zoom, (float(offset[0]), float(offset[1])))
+    canvas, mask = cut_canvas(image, size, *draw_crop(config, rng))
     homographies = np.stack([sample_homography(size, config, rng) for _ in range(config.num_views)])
     return Views(canvas, mask, torch.from_numpy(homographies).float())
+
+
+def draw_crop(config: ViewConfig, rng: np.random.Generator) -> tuple[float, tuple[float, float]]:
+    """Draw the zoom and the offset of a base view, the first numbers that :func:`sample_views` draws."""
+    zoom = _uniform(rng, config.zoom)
+    row, column = rng.uniform(size=2)
+    return zoom, (float(row), float(column))
+
+
+def cut_values(values: np.ndarray, size: tuple[int, int], zoom: float, offset: tuple[float, float]) -> np.ndarray:
+    """Crop the base view of :func:`cut_canvas` out of values [H, W] of a picture's pixels, the nearest: [h, w]."""
+    scale = min(given / wanted for given, wanted in zip(values.shape, size, strict=True)) / zoom
+    rows, columns = (
+        ((np.arange(wanted) + 0.5) * scale + place * (given - scale * wanted)).astype(int).clip(0, given - 1)
+        for given, wanted, place in zip(values.shape, size, offset, strict=True)
+    )
+    return values[rows[:, None], columns]
 
 
 def cut_canvas(

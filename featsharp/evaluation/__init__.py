@@ -4,6 +4,8 @@ runner       the contract of a task, and the loop that runs one: progress, bad i
 estimates    numbers over images with bootstrap intervals
 features     the features that tasks compare
 head         linear heads trained on frozen features, which are cached on disk
+protocol_head  the head of the protocol that papers share, without features of the size of labels
+papers       what papers report by that protocol
 images       tasks that need images and nothing else
 keys         cache keys of encoders and files
 layouts/     readers of data sets

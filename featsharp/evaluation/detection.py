@@ -13,6 +13,7 @@ within a table only.
 """
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from featsharp.checkpoint import read_tensors
-from featsharp.errors import DataError, MissingDependencyError
+from featsharp.errors import DataError, FeatSharpError, MissingDependencyError
 from featsharp.evaluation.average_precision import score_detections
 from featsharp.evaluation.detector import MASK_CELLS, Detector, Objects, crop, detect, fit_detector
 from featsharp.evaluation.features import find_low_res_size, shown_size
@@ -46,6 +47,8 @@ from featsharp.files import write_file
 from featsharp.memory import parse_memory
 from featsharp.model import SharpEncoder
 from featsharp.settings import setting
+
+logger = logging.getLogger(__name__)
 
 # Samples per cell and side of a mask's target, whose mean is the share that the object covers.
 _SAMPLES = 4
@@ -167,7 +170,10 @@ class DetectionTask(Task):
                 )
                 images = len(pairs)
                 state = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
-                write_file(path, save(state, {"about": json.dumps([categories, images, skipped])}))
+                try:
+                    write_file(path, save(state, {"about": json.dumps([categories, images, skipped])}))
+                except FeatSharpError as error:
+                    logger.warning("the detector is not kept, a stopped evaluation will train it again: %s", error)
             if self.cache_dir is None:
                 shutil.rmtree(cache.folder, ignore_errors=True)  # the limit is for each encoder
         return DetectionHead(cache, grid, detector, categories, images, skipped, key)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from featsharp.checkpoint import read_tensors
 from featsharp.errors import DataError, FeatSharpError, InputError
 from featsharp.evaluation.features import ScalePicture, check_finite, whitened_picture
-from featsharp.evaluation.keys import digest, encoder_key, file_key
-from featsharp.evaluation.layouts.frames import Frame, decode_labelled
+from featsharp.evaluation.keys import digest, encoder_key
+from featsharp.evaluation.layouts.frames import Frame
 from featsharp.evaluation.layouts.labels import LabelledImage
 from featsharp.files import write_file
 from featsharp.memory import format_memory
@@ -172,20 +172,28 @@ class FeatureCache:
         self._full = False
 
     def get(self, pair: LabelledImage, frame: Frame) -> Tensor:
-        """Read or compute the features of the image of a pair whose labels lie on the pixels ``frame``.
-
-        Returns:
-            [C, h, w] on the CPU, in half precision where its range allows.
+        """:meth:`read` the features of the image of a pair whose labels lie on the pixels ``frame``.
 
         Raises:
             DataError, InputError: When that fails: see ``decode_labelled`` and :class:`FeatureReader`.
         """
-        path = self.folder / f"{digest(self.key, file_key(pair.root, pair.image), frame)}.safetensors"
+        return self.read((pair.keys()[0], frame), lambda: pair.decode(frame))
+
+    def read(self, key: Sequence[object], decode: Callable[[], Image]) -> Tensor:
+        """Read the features of a picture, or compute them.
+
+        Args:
+            key: JSON values that change with the picture.
+            decode: Reads it.
+
+        Returns:
+            [C, h, w] on the CPU, in half precision where its range allows.
+        """
+        path = self.folder / f"{digest(self.key, *key)}.safetensors"
         cached = _load_features(path)
         if cached is not None:
             return cached
-        image = decode_labelled(pair.root / pair.image, pair.image, frame)
-        features = self.reader.read(image, self.map_name)[0].cpu()
+        features = self.reader.read(decode(), self.map_name)[0].cpu()
         half = features.half()
         computed = half if half.isfinite().all() else features
         self._store(path, computed)
@@ -314,7 +322,7 @@ def train_head(
     with ExitStack() as stack:
         folder = cache_dir or scratch or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="featsharp-")))
         cache = FeatureCache(reader, map_name, folder / "features", cache_limit)
-        files = [[file_key(pair.root, pair.image), file_key(pair.root, pair.label)] for pair in data.pairs]
+        files = [pair.keys() for pair in data.pairs]
         name = digest(cache.key, files, *data.key, asdict(schedule))
         path = folder / "heads" / f"{name}.safetensors"
         cached = load_probe(path, reader.encoder.device)

@@ -33,8 +33,7 @@ from featsharp.errors import ConfigError, DataError
 from featsharp.evaluation.estimates import bootstrap_sums
 from featsharp.evaluation.features import find_low_res_size, shown_size, stretched_picture, whitened_picture
 from featsharp.evaluation.head import FeatureReader, Head, MapName, Schedule, TrainingData, fit_probe, train_head
-from featsharp.evaluation.keys import file_key
-from featsharp.evaluation.layouts.frames import Frame, decode_labelled
+from featsharp.evaluation.layouts.frames import Frame
 from featsharp.evaluation.layouts.labels import VOID, FolderOptions, LabelCode, LabelledImage
 from featsharp.evaluation.layouts.segmentation import LAYOUTS, SegmentationData, open_segmentation
 from featsharp.evaluation.protocol import QUICK, check_protocol, protocol_setting
@@ -169,7 +168,7 @@ class SegmentationTask(Task):
     def measure(self, encoder: SharpEncoder, item: Item, head: Head) -> Row:
         pair: LabelledImage = item.data
         truth, frame = self.dataset.code.read(pair.root / pair.label, pair.label)
-        image = decode_labelled(pair.root / pair.image, pair.image, frame)
+        image = pair.decode(frame)
         if (truth == VOID).all():
             raise DataError(f"{pair.label}: all pixels are void")
         classes = len(self.dataset.code.classes)
@@ -201,8 +200,7 @@ class SegmentationTask(Task):
     # Cache keys
 
     def item_key(self, item: Item) -> object:
-        pair: LabelledImage = item.data
-        return [file_key(pair.root, pair.image), file_key(pair.root, pair.label)]
+        return item.data.keys()
 
     def head_key(self, head: Head) -> str:
         return head.key

@@ -7,10 +7,8 @@ are given.
 """
 
 import base64
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,16 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featsharp.data.sources import open_source
 from featsharp.errors import DataError
 from featsharp.evaluation.estimates import estimate_ratio
 from featsharp.evaluation.features import sharp_features
-from featsharp.evaluation.layouts.frames import decode_labelled
-from featsharp.evaluation.layouts.objects import open_labels
-from featsharp.evaluation.runner import Item, Row, Summary, Task
+from featsharp.evaluation.objects import ObjectTask
+from featsharp.evaluation.runner import Item, Row, Summary
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
-from featsharp.settings import setting
 
 # Areas in pixels from the first number up to the second, COCO's.
 SIZES = {
@@ -39,34 +34,13 @@ SIZES = {
 
 
 @dataclass
-class SmallObjectTask(Task):
+class SmallObjectTask(ObjectTask):
     """Accuracy of classifying objects by the features inside their outline, by size."""
 
     name: ClassVar[str] = "small-objects"
 
-    data: Path = setting(Path("."), "images: a folder or tars", type=Path, metavar="DIR", required=True)
-    labels: Path = setting(
-        Path("."), "COCO's instances_*.json, or a folder of YOLO's .txt", type=Path, metavar="PATH", required=True
-    )
-    limit: int | None = setting(None, "only the first N images with objects", type="count", metavar="N")
-    low_res_size: tuple[int, int] | None = setting(
-        None, "size of the low-resolution pass; default: the backbone's native one", type="size", metavar="HxW"
-    )
-
-    def items(self) -> Iterator[Item]:
-        source, labels = open_source(self.data), open_labels(self.labels)
-        known = [index for index in range(len(source)) if labels.knows(source.name(index))]
-        if not known:
-            raise DataError(f"no image of {self.data} has objects in {self.labels}; images and labels go by one name")
-        for index in known[: self.limit]:
-            yield Item(source.name(index), (source, index, labels))
-
     def measure(self, encoder: SharpEncoder, item: Item, head: Any) -> Row:
-        source, index, labels = item.data
-        image = decode_labelled(source.read(index), item.name, labels.frame(item.name))
-        objects = labels.read(item.name, (image.height, image.width))
-        if not objects:
-            raise DataError(f"{item.name}: there is no object in it")
+        image, objects = self.read(item)
         features = sharp_features(encoder, image, self.low_res_size)[0]
         masks = torch.from_numpy(np.stack([one.mask for one in objects])).to(features)
         vectors = F.normalize(pool_masks(features, masks), dim=1)
@@ -76,10 +50,6 @@ class SmallObjectTask(Task):
             "_areas": [one.area for one in objects],
             "_vectors": _pack(vectors),
         }
-
-    def item_key(self, item: Item) -> object:
-        source, index, labels = item.data
-        return [hashlib.sha256(source.read(index)).hexdigest(), labels.key(item.name)]
 
     def score(self, rows: Sequence[Row], head: Any) -> Summary:
         image = np.repeat(np.arange(len(rows)), [row["objects"] for row in rows])

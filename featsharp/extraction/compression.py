@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from featsharp.device import to_double
 from featsharp.errors import DataError
 from featsharp.files import write_file
 
@@ -71,5 +72,5 @@ def fit_pca(path: Path, count: int, sample: Callable[[int], Iterator[Tensor]]) -
 def _cells(features: Tensor) -> Tensor:
     """Features [1, C, ...] of cells spread over a map, [N, C] float64, without those that are not finite."""
     cells = features[0].flatten(1).T if features.ndim > 2 else features
-    cells = cells[:: -(-len(cells) // SAMPLE_CELLS)].double()
+    cells = to_double(cells[:: -(-len(cells) // SAMPLE_CELLS)])
     return cells[cells.isfinite().all(1)]

@@ -67,6 +67,7 @@ class Options:
         pool: "mean" or "max" over the map, for one vector a picture; None: the map.
         pca: Components that features are reduced to; the basis is fitted once and saved as pca.safetensors.
         every: Takes every n-th picture or frame only.
+        limit: Takes the first so many of these only; None: all.
         shard_size: Pictures that are made and written as one; None: so many as have about 128 MiB.
     """
 
@@ -79,6 +80,7 @@ class Options:
     pool: str | None = None
     pca: int | None = None
     every: int = 1
+    limit: int | None = None
     shard_size: int | None = None
 
 
@@ -120,7 +122,7 @@ class Extraction:
         self.output = Path(output)
         self._sink = check_format(options.format, options.dtype)
         self._check_options()
-        self.pictures = open_pictures(source, options.every)
+        self.pictures = open_pictures(source, options.every, options.limit)
         check_writable(self.output)
         keys = [self.pictures.key(index) for index in range(len(self.pictures))]
         self._doubles = find_doubles(keys)

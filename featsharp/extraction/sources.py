@@ -8,11 +8,9 @@ import glob
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -20,6 +18,7 @@ from featsharp.data._tar import index_tar, is_compressed_name, leads_outside, re
 from featsharp.data.images import decode_image, is_image_name
 from featsharp.data.sources import ImageSource, open_source
 from featsharp.errors import ConfigError, DataError, MissingDependencyError
+from featsharp.extraction.video import Video
 from featsharp.files import list_files, path_in_list, read_lines
 from featsharp.urls import is_url, redact_setting
 
@@ -50,7 +49,7 @@ class Pictures(Protocol):
         """Read an RGB picture; raises DataError where that fails."""
 
 
-def open_pictures(source: str | os.PathLike[str], every: int = 1) -> Pictures:
+def open_pictures(source: str | os.PathLike[str], every: int = 1, limit: int | None = None) -> Pictures:
     """List the pictures of a source.
 
     Args:
@@ -58,6 +57,7 @@ def open_pictures(source: str | os.PathLike[str], every: int = 1) -> Pictures:
             path or URL a line, relative to the list; a pattern for :mod:`glob`; a video; or a URL that fsspec knows,
             of a picture, folder, pattern, tar or video.
         every: Takes every n-th picture only, of a video every n-th frame.
+        limit: Takes the first so many of these only.
 
     Raises:
         DataError: For a source that is missing or holds no picture.
@@ -66,7 +66,7 @@ def open_pictures(source: str | os.PathLike[str], every: int = 1) -> Pictures:
     """
     text = os.fspath(source)
     pictures = _open_url(text) if is_url(text) else _open_path(Path(text))
-    return pictures if every == 1 else _EveryNth(pictures, every)
+    return pictures if every == 1 and limit is None else _Some(pictures, range(0, len(pictures), every)[:limit])
 
 
 class _Files:
@@ -86,9 +86,9 @@ class _Files:
         return decode_image(self.files.read(index), name=self.files.name(index))
 
 
-class _EveryNth:
-    def __init__(self, pictures: Pictures, n: int) -> None:
-        self.pictures, self.numbers = pictures, range(0, len(pictures), n)
+class _Some:
+    def __init__(self, pictures: Pictures, numbers: range) -> None:
+        self.pictures, self.numbers = pictures, numbers
         self.skipped = pictures.skipped
 
     def __len__(self) -> int:
@@ -116,7 +116,7 @@ def _open_path(path: Path) -> Pictures:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; the source is {_EXPECTED}")
     if name.endswith(VIDEO_ENDINGS):
-        return _Video(path.name, path)
+        return Video(path.name, path)
     if name.endswith(LIST_ENDINGS):
         return _open_list(path)
     return _Files(_local_files([str(path)]))
@@ -229,7 +229,7 @@ def _open_url(url: str) -> Pictures:
     shown = redact_setting(url)
     try:
         if path.lower().endswith(VIDEO_ENDINGS):
-            return _Video(os.path.basename(path), lambda: filesystem.open(path, "rb"))
+            return Video(os.path.basename(path), lambda: filesystem.open(path, "rb"))
         if glob.has_magic(path):
             found = filesystem.glob(path)
             root = os.path.dirname(path[: _MAGIC.search(path).start()])  # type: ignore[union-attr]
@@ -265,87 +265,3 @@ def _find_filesystem(url: str) -> tuple[Any, str]:
     except Exception as error:
         raise ConfigError(f"{redact_setting(url)}: fsspec cannot open it ({type(error).__name__}: {error})") from error
     return filesystem, str(path)
-
-
-# Videos
-
-
-class _Video:
-    """Frames of a video, decoded one after the other: reading them in order costs one decoding each.
-
-    Keys are ``clip.mp4/000123``.
-    """
-
-    KEPT = 64  # frames that were passed on the way to a later one, for threads that come a little late
-
-    def __init__(self, name: str, source: "Path | Any") -> None:
-        self.name, self._source = name, source
-        self.skipped: list[tuple[str, str]] = []
-        self._lock = Lock()
-        self._frames: Iterator[Any] = iter(())
-        self._next = 0
-        self._passed: dict[int, Image.Image] = {}
-        self._block = ExitStack()
-        self._count = self._count_frames()
-
-    def __len__(self) -> int:
-        return self._count
-
-    def key(self, index: int) -> str:
-        return f"{self.name}/{index:06d}"
-
-    def picture(self, index: int) -> Image.Image:
-        with self._lock:
-            if index in self._passed:
-                return self._passed.pop(index)
-            if index < self._next or not self._next:
-                self._open()
-            try:
-                while self._next < index:
-                    frame = next(self._frames)
-                    if index - self._next < self.KEPT:
-                        self._passed[self._next] = frame.to_image()
-                    self._next += 1
-                self._next += 1
-                image: Image.Image = next(self._frames).to_image()
-            except StopIteration:
-                raise DataError(f"{self.key(index)}: the video ends before it") from None
-            except Exception as error:
-                raise DataError(f"{self.key(index)}: cannot be decoded ({type(error).__name__}: {error})") from error
-            while len(self._passed) > self.KEPT:
-                del self._passed[min(self._passed)]
-            return image
-
-    def _container(self, block: ExitStack) -> Any:
-        try:
-            import av
-        except ImportError as error:
-            raise MissingDependencyError('videos need: pip install "featsharp[video]"') from error
-        file: str | IO[bytes] = (
-            str(self._source) if isinstance(self._source, Path) else block.enter_context(self._source())
-        )
-        try:
-            container = block.enter_context(av.open(file))
-        except Exception as error:
-            raise DataError(f"{self.name}: cannot be opened as a video ({type(error).__name__}: {error})") from error
-        if not container.streams.video:
-            raise DataError(f"{self.name}: has no pictures, only {len(container.streams)} other streams")
-        return container
-
-    def _count_frames(self) -> int:
-        with ExitStack() as block:
-            container = self._container(block)
-            try:
-                count = sum(packet.size > 0 for packet in container.demux(video=0))
-            except Exception as error:
-                raise DataError(f"{self.name}: cannot be read ({type(error).__name__}: {error})") from error
-        if not count:
-            raise DataError(f"{self.name}: a video without a frame")
-        return count
-
-    def _open(self) -> None:
-        self._block.close()
-        container = self._container(self._block)
-        container.streams.video[0].thread_type = "AUTO"
-        self._frames, self._next = container.decode(video=0), 0
-        self._passed.clear()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from featsharp.device import to_double
 from featsharp.errors import InputError
 
 
@@ -33,7 +34,7 @@ class Projection(nn.Module):
         Raises:
             InputError: When the features hold NaN or infinite values.
         """
-        rows = features.movedim(1, -1).flatten(0, -2).double()
+        rows = to_double(features.movedim(1, -1).flatten(0, -2))
         if not torch.isfinite(rows).all():
             raise InputError("the backbone's features hold NaN or infinite values; nothing can be fitted to them")
         mean = rows.mean(0)
@@ -45,7 +46,7 @@ class Projection(nn.Module):
         scale = variances.flip(0)[:kept].clamp(min=0).mean().sqrt()
         # Constant features have no scale.
         scale = torch.where(scale > 1e-6, scale, 1.0)
-        return cls(mean.float(), basis.float(), scale.float())
+        return cls(*(part.float().to(features.device) for part in (mean, basis, scale)))
 
     def project(self, features: Tensor) -> Tensor:
         """Project [B, C, h, w] to [B, K, h, w]."""

@@ -19,7 +19,8 @@ def shrink_guidance(image: Tensor, size: tuple[int, int], scale: float | None) -
     """Shrink an image larger than ``scale`` times a grid of ``size`` (h, w) to that; None: leave it as it is."""
     if scale is None:
         return image
-    height, width = (max(1, round(scale * side)) for side in size)
+    # Lengths that a graph leaves open stay whole numbers.
+    height, width = (max(1, int(scale) * side if scale == int(scale) else round(scale * side)) for side in size)
     return resize(image, (min(image.shape[2], height), min(image.shape[3], width)))
 
 

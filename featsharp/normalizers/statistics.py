@@ -9,6 +9,7 @@ Shapes: B batch, C channels, (H, W) token grid, N vectors.
 import torch
 from torch import Tensor
 
+from featsharp.device import to_double
 from featsharp.errors import InputError
 
 
@@ -63,7 +64,7 @@ class FeatureStatistics:
         if features.ndim not in (2, 4) or features.shape[1] != self.embed_dim:
             c = self.embed_dim
             raise InputError(f"statistics take features [B, {c}, H, W] or [N, {c}]; got {tuple(features.shape)}")
-        rows = features.movedim(1, -1).reshape(-1, self.embed_dim).double()
+        rows = to_double(features.movedim(1, -1).reshape(-1, self.embed_dim))
         if not len(rows):
             return
         bad = int((~rows.isfinite()).sum())

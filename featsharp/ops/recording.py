@@ -27,6 +27,15 @@ def is_open(*lengths: int) -> bool:
     return is_recording() and any(isinstance(length, torch.SymInt) for length in lengths)
 
 
+def is_same(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether two sizes are equal whatever lengths the graph being recorded leaves open; it is not narrowed."""
+    if not is_open(*size, *other):
+        return tuple(size) == tuple(other)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return all(statically_known_true(a == b) for a, b in zip(size, other, strict=True))
+
+
 def split_length(length: int, images: int, numbers: int, limit: int) -> list[slice]:
     """Split items so that a piece holds at most ``limit`` numbers.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from featsharp.errors import InputError
 from featsharp.memory import register_scratch
 from featsharp.ops.boxes import Box, whole
-from featsharp.ops.recording import is_open, is_tracing
+from featsharp.ops.recording import is_open, is_same, is_tracing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,9 +62,9 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if x.ndim != 4 or size[0] < 1 or size[1] < 1:
         raise InputError(f"resize takes a [B, C, H, W] tensor and a size of at least 1x1; got {tuple(x.shape)}, {size}")
+    if is_same(size_of(x), size):
+        return x
     if not is_open(*size, *size_of(x)):
-        if size_of(x) == tuple(size):
-            return x
         shrinks = size[0] < x.shape[-2] or size[1] < x.shape[-1]
         if not shrinks:
             return F.interpolate(x, size, mode="bilinear", align_corners=False)
@@ -74,14 +74,15 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 def resample(x: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"]) -> Tensor:
     """Resize [B, C, H, W] with antialias: [B, C, h, w] in the dtype of ``x``."""
     full = x.float() if x.dtype.itemsize < 4 else x  # on a CPU there is no kernel for half types
-    if is_tracing():  # nor an operator of ONNX
+    if is_tracing() or full.device.type == "mps":  # nor an operator of ONNX, nor in every torch one for MPS
         return _weigh_axes(full, size, partial(_antialias_weights, mode=mode)).to(x.dtype)
     return F.interpolate(full, size, mode=mode, align_corners=False, antialias=True).to(x.dtype)
 
 
 def average(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Average [B, C, H, W] over the cells of a grid (h, w), as ``F.adaptive_avg_pool2d`` does: [B, C, h, w]."""
-    if is_tracing() and size_of(x) != tuple(size):  # ONNX has no operator for sides that do not divide
+    # ONNX and MPS have no operator for sides that do not divide.
+    if (is_tracing() or x.device.type == "mps") and size_of(x) != tuple(size):
         return _weigh_axes(x, size, _average_weights)
     return F.adaptive_avg_pool2d(x, size)
 

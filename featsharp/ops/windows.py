@@ -43,7 +43,7 @@ def border_cells(position: Tensor, length: int, border: str, window: int = 1) ->
     inside = (position >= 0) & (position < length)
     if border == "reflect" and length > 1:
         period = 2 * (length - 1)
-        position = position.remainder(period)
+        position = position.remainder(torch.full_like(position, period))  # ONNX has none by an open length
         position = torch.minimum(position, period - position)
     if border in ("reflect", "replicate"):
         inside = torch.ones_like(inside)

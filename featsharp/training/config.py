@@ -108,6 +108,7 @@ class LoopConfig:
     val_frequency: int = key(1000, least=0, free=True)
     checkpoint_frequency: int = key(500, least=0, free=True)
     seed: int = key(0, least=0)
+    deterministic: bool = key(False, free=True)
     device: str = key("auto", free=True)
     distributed_timeout: float = key(600.0, least=1, free=True)
     compile_model: bool = key(False, free=True)

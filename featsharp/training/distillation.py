@@ -102,7 +102,7 @@ class DistillConfig(LoopConfig):
 
 
 class Target(NamedTuple):
-    """Map and summary that a head learns of a batch, or gives."""
+    """Features of a batch that a head learns, or gives."""
 
     spatial: Tensor  # [B, C, h, w]
     summary: Tensor | None  # [B, C_s]

@@ -12,15 +12,17 @@ Convention:
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from featsharp.device import check_autocast
 from featsharp.errors import ConfigError, InputError
 from featsharp.ops.resize import check_size, resize, size_of
+from featsharp.ops.warp import sample
 
 # Factors that the mathematics of a method allows.
 Factors = Literal["any", "whole", "powers of two", "one"]
@@ -53,16 +55,84 @@ class StridedEncode(Protocol):
     def __call__(self, images: Tensor, /, *, patch_stride: int = ...) -> tuple[Tensor, Tensor | None]: ...
 
 
-class UpsampleFeatures(NamedTuple):
-    """Features of a sharp encoder; the summary is the backbone's, from the low-resolution pass, unchanged."""
-
+class _Features(NamedTuple):
     low_res: Tensor  # [B, C, h, w]
     high_res: Tensor  # [B, C, H, W]: factor * h, factor * w, or the requested size
     summary: Tensor | None = None  # [B, C_s]
 
 
+class UpsampleFeatures(_Features):
+    """Features of a sharp encoder, a tuple of three: ``low_res``, ``high_res`` and ``summary``.
+
+    The summary is the backbone's, from the low-resolution pass, unchanged.
+
+    Attributes:
+        image_size: (h, w) in pixels of the picture that both maps cover, before it was scaled for the backbone; None
+            where it is not known, as after functions of torch that build named tuples anew. It may be set.
+    """
+
+    # No fourth field, since callers unpack three; and no __new__, which torch.compile does not follow.
+    image_size: tuple[int, int] | None = None
+
+    def of_picture(self, image_size: tuple[int, int] | None) -> Self:
+        """Set :attr:`image_size`; returns these features."""
+        self.image_size = image_size
+        return self
+
+    def at(self, xy: Tensor | Sequence[Any]) -> Tensor:
+        """Read ``high_res`` at points of the picture, bilinearly between the centres of its cells.
+
+        Args:
+            xy: Points (x, y), x to the right and y down, in pixels of the picture as it was given (an EXIF orientation
+                applied), of which pixel (column i, row j) is centred at (i + 0.5, j + 0.5): one [2], the same [N, 2]
+                for all pictures of the batch, or [B, N, 2]; a tensor, an array or numbers. Beyond the centres of the
+                outermost cells features stay as they are there.
+
+        Returns:
+            [B, C], or [B, N, C], of the type and on the device of ``high_res``, with gradients to it and to ``xy``.
+
+        Raises:
+            InputError: For points outside of the picture (x from 0 to its width and y from 0 to its height are
+                inside), points of another shape, and features without :attr:`image_size`.
+        """
+        if self.image_size is None:
+            raise InputError("these features do not know the size of their picture; set image_size = (height, width)")
+        (height, width), batch = self.image_size, len(self.high_res)
+        exact = torch.promote_types(self.high_res.dtype, torch.float32)
+        points = torch.as_tensor(xy, device=self.high_res.device).to(exact)
+        last = points.new_tensor((width, height))
+        if points.shape[-1:] != (2,) or points.ndim > 3 or (points.ndim == 3 and len(points) != batch):
+            raise InputError(
+                f"points are (x, y): [2], [N, 2] or, for this batch, [{batch}, N, 2]; got {tuple(points.shape)}"
+            )
+        inside = ((points >= 0) & (points <= last)).all(-1)
+        if not inside.all():
+            x, y = points[~inside][0].tolist()
+            raise InputError(
+                f"the point (x, y) = ({x:g}, {y:g}) lies outside of the picture: x is from 0 to {width}, y from 0 to "
+                f"{height}"
+            )
+        grid = torch.atleast_2d(2 * points / last - 1).expand(batch, -1, 2)
+        read = sample(self.high_res, grid[:, None], padding_mode="border")[:, :, 0].mT
+        return read[:, 0] if points.ndim == 1 else read
+
+    def _replace(self, **fields: Any) -> Self:
+        return super()._replace(**fields).of_picture(self.image_size)
+
+
+# Versions of torch up to 2.5 know named tuples without subclasses only.
+register_pytree_node(
+    UpsampleFeatures,
+    lambda features: (list(features), features.image_size),
+    lambda parts, image_size: UpsampleFeatures(*parts).of_picture(image_size),
+    serialized_type_name="featsharp.UpsampleFeatures",
+)
+
+
 def join_features(batch: Sequence[UpsampleFeatures], **unused: object) -> UpsampleFeatures:
     """Join features of one size to one batch, for the items of a ``DataLoader``, whose default does the same.
+
+    ``image_size`` is that of all pictures, None where they have several.
 
     Raises:
         InputError: For maps of several sizes.
@@ -76,7 +146,9 @@ def join_features(batch: Sequence[UpsampleFeatures], **unused: object) -> Upsamp
         )
     low_res, high_res = (torch.cat([one[part] for one in batch]) for part in (0, 1))  # type: ignore[misc]
     summaries = [one.summary for one in batch if one.summary is not None]
-    return UpsampleFeatures(low_res, high_res, torch.cat(summaries) if len(summaries) == len(batch) else None)
+    joined = UpsampleFeatures(low_res, high_res, torch.cat(summaries) if len(summaries) == len(batch) else None)
+    pictures = {one.image_size for one in batch}
+    return joined.of_picture(pictures.pop() if len(pictures) == 1 else None)
 
 
 # As torch documents it for types of one's own; theirs refuses a tuple with a None, a missing summary.

@@ -113,7 +113,9 @@ class LoftUp(ChunkedGuidedUpsampler):
 
     def describe(self, colours: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
         """Describe the cells ``box`` of the output: stretched colours [B, 3, *box.size] to [B, 203, *box.size]."""
-        places = self.positions(box, size, colours.device).expand(len(colours), -1, -1, -1)
+        places = self.positions(box, size, colours.device).expand(
+            colours.shape[0], -1, -1, -1
+        )  # len() would fix it in a graph
         return torch.cat([self.image_phases(torch.cat([places, colours], 1)), colours], 1)
 
     def encode_cells(self, described: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from featsharp.backbones.base import Backbone
-    from featsharp.model import SharpEncoder
+    from featsharp.builder import SharpEncoder
 
 DEFAULT_BACKBONE = "vits14-focus"
 LOW_RES = "low resolution"
@@ -46,7 +46,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let a checkpoint import functions that it names; runs their code",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
 
 
 def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:

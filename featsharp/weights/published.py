@@ -2,20 +2,29 @@
 
 import hashlib
 import logging
+import os
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
-from featsharp.errors import CheckpointError
-from featsharp.files import cache_folder, replacing
+from featsharp.errors import CheckpointError, MissingDependencyError
+from featsharp.files import cache_folder, replacing, write_file
 from featsharp.urls import redact_url
+from featsharp.weights.hub import fetch_file, find_file
 
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 2**20
 TIMEOUT = 60.0  # seconds without a byte
 
-LOFTUP = "https://huggingface.co/haiwen/{}/resolve/main/pytorch_model.bin"
+RELEASE = "https://github.com/{}/releases/download/{}/{}"
+HUB = "https://huggingface.co/"
+HUB_FILE = HUB + "{}/resolve/main/{}"
+FEATUP = (
+    "https://marhamilresearch4.blob.core.windows.net/feature-upsampling-public/pretrained/{}_jbu_stack_cocostuff.ckpt"
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class PublishedFile:
         address: To fetch it from.
         licence: Of the weights.
         backbone: That it is for, in words.
+        authors: Whom to name, as the owner of the repository.
         sha256: Hex digest of its bytes; None where nobody has stated one: then the first download is recorded.
     """
 
@@ -34,15 +44,27 @@ class PublishedFile:
     address: str
     licence: str
     backbone: str
+    authors: str = ""
     sha256: str | None = None
 
 
-PUBLISHED = {
-    "naf_release": PublishedFile(
-        "naf", "https://github.com/valeoai/NAF/releases/download/model/naf_release.pth", "Apache-2.0", "any"
-    )
-} | {
-    name: PublishedFile("loftup", LOFTUP.format(name), "MIT", backbone)
+def _published() -> Iterator[tuple[str, PublishedFile]]:
+    """Yield name and file; the order is that of ``featsharp ls weights``."""
+    for name, tag in (("anyup_paper", "checkpoint"), ("anyup_multi_backbone", "checkpoint_v2")):
+        address = RELEASE.format("wimmerth/anyup", tag, f"{name}.pth")
+        yield name, PublishedFile("anyup", address, "CC-BY-4.0", "any", "wimmerth/anyup")
+    for model, backbone in {
+        "vit_base_patch16_224.dino": "DINO ViT-B/16",
+        "vit_base_patch16_224": "ViT-B/16",
+        "vit_small_patch14_dinov2.lvd142m": "DINOv2 ViT-S/14",
+        "vit_base_patch14_dinov2.lvd142m": "DINOv2 ViT-B/14",
+        "vit_small_patch14_reg4_dinov2": "DINOv2 ViT-S/14 with registers",
+        "vit_base_patch16_clip_384": "CLIP ViT-B/16, 384 pixels",
+        "vit_base_patch16_siglip_512.v2_webli": "SigLIP 2 ViT-B/16, 512 pixels",
+        "vit_small_plus_patch16_dinov3.lvd1689m": "DINOv3 ViT-S+/16",
+    }.items():
+        address = RELEASE.format("PaulCouairon/JAFAR", "Weights", f"{model}.pth")
+        yield f"jafar-{model}", PublishedFile("jafar", address, "Apache-2.0", backbone, "PaulCouairon/JAFAR")
     for name, backbone in {
         "loftup-dinov2s": "DINOv2 ViT-S/14",
         "loftup-dinov2s_reg": "DINOv2 ViT-S/14 with registers",
@@ -51,55 +73,138 @@ PUBLISHED = {
         "loftup-clip": "CLIP ViT-B/16, projected dense tokens",
         "loftup-siglip": "SigLIP ViT-B/16",
         "loftup-siglip2": "SigLIP 2 ViT-B/16",
-    }.items()
-}
+    }.items():
+        address = HUB_FILE.format(f"haiwen/{name}", "pytorch_model.bin")
+        yield name, PublishedFile("loftup", address, "MIT", backbone, f"haiwen/{name}")
+    address = RELEASE.format("valeoai/NAF", "model", "naf_release.pth")
+    yield "naf_release", PublishedFile("naf", address, "Apache-2.0", "any", "valeoai/NAF")
+    for name, backbone in {"uplift_dinov2-s14": "DINOv2 ViT-S/14", "uplift_dinov3-splus16": "DINOv3 ViT-S+/16"}.items():
+        repository = f"UPLiFT-upsampler/{name}"
+        address = HUB_FILE.format(repository, f"{name}.safetensors")
+        yield name, PublishedFile("uplift", address, "MIT", backbone, repository)
+    for model, backbone in {
+        "dino16": "DINO ViT-S/16",
+        "dinov2": "DINOv2 ViT-S/14",
+        "clip": "CLIP ViT-B/16",
+        "vit": "ViT-S/16",
+        "resnet50": "ResNet-50",
+    }.items():
+        for name, path in ((f"featup-{model}", model), (f"featup-{model}-no-norm", f"no_norm/{model}")):
+            yield name, PublishedFile("featup", FEATUP.format(path), "MIT", backbone, "mhamilton723/FeatUp")
+
+
+PUBLISHED = dict(_published())
 
 
 def fetch_published(name: str, file: PublishedFile, folder: Path | None = None) -> Path:
     """Fetch a file unless it is there already, and check its hash.
 
-    At the first download the hash is written beside the file and logged with the address and the licence; from then on
-    the file has to have it.
+    Address, licence and authors are logged before anything is fetched. Files of the Hub go to its cache, through
+    huggingface_hub; others to torch.hub's, under another name until they are whole. At the first download the hash is
+    logged and written to ``published`` in the cache folder of this package; from then on the file has to have it.
+    What was put there by hand comes first. Under HF_HUB_OFFLINE nothing is fetched from anywhere.
 
     Args:
-        name: Of the file in the folder.
+        name: Of the file in the folder, and of the record of its hash.
         file: Where to get it.
-        folder: To keep it in; None: ``published`` in the cache folder of this package.
+        folder: To keep file and record in; None: as above.
 
     Raises:
         CheckpointError: When it cannot be fetched, or has another hash than the stated or recorded one.
+        MissingDependencyError: For a file of the Hub, without huggingface_hub.
     """
-    path = (cache_folder() / "published" if folder is None else folder) / name
-    record = path.with_name(f"{name}.sha256")
-    recorded = record.read_text(encoding="ascii").strip() if record.is_file() else None
-    expected = file.sha256 or recorded
-    if path.is_file():
-        _check(path, _digest(path), expected)
+    known = _known_hash(name, file, folder)
+    path = _find(name, file, folder)
+    if path is not None:
+        _check(path, _digest(path), known)
         return path
+    logger.warning(
+        "%s: weights by %s for backbone %s, licence %s, from %s",
+        *(name, file.authors or "others", file.backbone, file.licence, redact_url(file.address)),
+    )
+    if folder is None and file.address.startswith(HUB):
+        path = fetch_file(**_in_repository(file.address))
+    else:
+        path = _place(name, file, folder)
+        _fetch(file.address, path, known)
+    digest = _digest(path)
+    _check(path, digest, known)
+    if known is None:
+        write_file(_record(name, folder), f"{digest}\n".encode())
+    logger.warning("%s: sha256 %s%s", name, digest, "" if known else " (recorded now: nobody has stated one)")
+    return path
+
+
+def is_fetched(name: str) -> bool:
+    """Return whether a published file is on this machine."""
     try:
-        with urllib.request.urlopen(file.address, timeout=TIMEOUT) as source, replacing(path) as target:
-            digest = hashlib.sha256()
+        return _find(name, PUBLISHED[name], None) is not None
+    except MissingDependencyError:
+        return False
+
+
+def known_hash(name: str) -> str | None:
+    """Return the SHA-256 of a published file, stated or recorded at its first download here; None: not known yet."""
+    return _known_hash(name, PUBLISHED[name], None)
+
+
+def _known_hash(name: str, file: PublishedFile, folder: Path | None) -> str | None:
+    record = _record(name, folder)
+    return file.sha256 or (record.read_text(encoding="ascii").strip() if record.is_file() else None)
+
+
+def _record(name: str, folder: Path | None) -> Path:
+    return (folder or cache_folder() / "published") / f"{name}.sha256"
+
+
+def _place(name: str, file: PublishedFile, folder: Path | None) -> Path:
+    """Return the path of a file that is not of the Hub; authors give several files one name, so ours are longer."""
+    if folder is not None:
+        return folder / name
+    from torch.hub import get_dir
+
+    return Path(get_dir()) / "checkpoints" / f"featsharp-{name}{Path(file.address).suffix}"
+
+
+def _find(name: str, file: PublishedFile, folder: Path | None) -> Path | None:
+    """Find a file on this machine."""
+    given = (folder or cache_folder() / "published") / name
+    if given.is_file():
+        return given
+    if folder is None and file.address.startswith(HUB):
+        return find_file(**_in_repository(file.address))
+    path = _place(name, file, folder)
+    return path if path.is_file() else None
+
+
+def _in_repository(address: str) -> dict[str, str]:
+    """Take the address of a file of the Hub apart."""
+    repository, _, rest = address.removeprefix(HUB).partition("/resolve/")
+    revision, _, name = rest.partition("/")
+    return {"repository": repository, "name": name, "revision": revision}
+
+
+def _fetch(address: str, path: Path, expected: str | None) -> None:
+    """Fetch a file, which gets its name when it is whole and right."""
+    place = redact_url(address)
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads it
+    if offline and not address.startswith("file:"):
+        raise CheckpointError(f"there is no {path}, and HF_HUB_OFFLINE forbids to fetch {place}; put the file there")
+    try:
+        with urllib.request.urlopen(address, timeout=TIMEOUT) as source, replacing(path) as target:
+            digest, size = hashlib.sha256(), 0
             while block := source.read(BLOCK_BYTES):
                 digest.update(block)
                 target.write(block)
-            # Before it gets its name.
-            _check(redact_url(file.address), digest.hexdigest(), expected)
-        if recorded is None:
-            with replacing(record) as note:
-                note.write(f"{digest.hexdigest()}\n".encode())
-    except OSError as error:
+                size += len(block)
+            announced = source.headers.get("Content-Length")
+            if announced is not None and size != int(announced):
+                raise OSError(f"connection lost after {size} of {announced} bytes")
+            _check(place, digest.hexdigest(), expected)  # before it gets its name
+    except (OSError, HTTPException) as error:
         raise CheckpointError(
-            f"cannot fetch {redact_url(file.address)} to {path} ({error}); get it in another way and give its path"
+            f"cannot fetch {place} to {path} ({error}); get it in another way and give its path"
         ) from error
-    logger.warning(
-        "fetched %s for backbone %s, licence %s, sha256 %s%s",
-        redact_url(file.address),
-        file.backbone,
-        file.licence,
-        digest.hexdigest(),
-        "" if expected else " (recorded now: nobody has stated one)",
-    )
-    return path
 
 
 def _digest(path: Path) -> str:

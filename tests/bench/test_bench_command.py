@@ -26,7 +26,6 @@ def test_the_cost_of_an_upsampler_is_that_of_its_products():
     assert count_cost(create_upsampler("tile", create_backbone("vits14-focus"), 3)).relative == pytest.approx(10)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "passes"), [(1, 2), pytest.param(2, 5, marks=pytest.mark.slow)])
 def test_bench_writes_what_it_prints(factor, passes, tmp_path, capsys):
     file = tmp_path / "new" / "ops.json"

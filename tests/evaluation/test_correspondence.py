@@ -35,6 +35,7 @@ from featsharp.evaluation.correspondence import (
 from featsharp.evaluation.features import find_low_res_size
 from featsharp.evaluation.layouts.pairs import find_layout, list_pairs
 from featsharp.evaluation.runner import Subject, evaluate
+from featsharp.evaluation.shared_protocol import ProtocolTask
 
 # Centres of patches of 8 pixels, in the source; the object moves by MOVE.
 POINTS = np.array([[12.0, 12], [28, 12], [12, 44], [36, 36], [36, 20]])
@@ -320,6 +321,17 @@ def test_all_ordered_pairs_of_a_group(tmp_path):
         save(tmp_path / f"g/{name}.png", noise(0))
         save_mat(tmp_path / f"g/{name}.mat", pts_coord=POINTS.T)
     assert [e.name for e in list_pairs(tmp_path)] == [f"{a}-{b}:g" for a in "123" for b in "123" if a != b]
+
+
+def test_the_shared_protocol_measures_pairs_as_this_task_does(tmp_path):
+    spair(tmp_path)
+    encoder = create_encoder(PatchPixels(), "tile", 2)
+    here, there = (
+        evaluate(task, [Subject("x", lambda: encoder)], progress=False)["x"]
+        for task in (CorrespondenceTask(tmp_path), ProtocolTask("spair", tmp_path, image_size=(32, 32)))
+    )
+    assert here["result"] == there["result"]
+    assert here["items"] == there["items"]
 
 
 def test_layout_lists_choose_and_order_pairs(tmp_path):

@@ -104,6 +104,22 @@ def read_val(data: SegmentationData) -> list[int]:
             [0, 10, 12, 89, 91, 181, 255],
             ["person", "fire hydrant", "stop sign", "toothbrush", "banner", "wood", None],
         ),
+        (
+            coco_stuff,
+            "coco-stuff-27",
+            [0, 10, 12, 89, 91, 118, 169, 181, 255],
+            [
+                "person",
+                "outdoor",
+                "outdoor",
+                "indoor",
+                "textile-stuff",
+                "plant-stuff",
+                "food-stuff",
+                "solid-stuff",
+                None,
+            ],
+        ),
         (camvid, "camvid", [0, 5, 10, 11, 255], ["sky", "tree", "bicyclist", None, None]),
         (folder, "folder", [0, 3, 255], ["0", "3", None]),
         (split_first, "folder", [0, 3, 255], ["0", "3", None]),
@@ -114,7 +130,7 @@ def test_labels_of_a_layout_mean_what_its_data_set_says(writer: Callable, layout
     data = open_segmentation(tmp_path, layout)
     assert [None if c == VOID else data.code.classes[c] for c in read_val(data)] == expected
     assert len(data.train) == len(data.val) == 1
-    if layout != "context60":
+    if layout not in ("context60", "coco-stuff-27"):
         assert open_segmentation(tmp_path).layout == layout
 
 
@@ -142,6 +158,33 @@ def test_coco_numbers_leave_out_what_was_never_annotated(tmp_path):
     code = open_segmentation(tmp_path).code
     # Street sign, hat, shoe, eye glasses, plate, mirror, window, desk, door, blender, hair brush: COCO ids from 1.
     assert not {number - 1 for number in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)} & code.codes.keys()
+
+
+def test_every_class_of_coco_stuff_belongs_to_one_of_27_groups(tmp_path):
+    coco_stuff(tmp_path, [0])
+    fine, coarse = (open_segmentation(tmp_path, layout).code for layout in ("coco-stuff", "coco-stuff-27"))
+    assert fine.codes.keys() == coarse.codes.keys()
+    assert {c for c in coarse.codes.values() if c != VOID} == set(range(27))
+    # Things are the first 12 groups, as COCO's 80 things are the first classes.
+    assert all((c < 80) == (coarse.codes[number] < 12) for number, c in fine.codes.items() if c != VOID)
+
+
+def test_coco_stuff_27_takes_the_pictures_of_the_lists_alone(tmp_path):
+    for split in ("train2017", "val2017"):
+        for number in (9, 11):
+            write_pair(
+                tmp_path / f"dataset/images/{split}/{number:012d}.jpg",
+                tmp_path / f"dataset/annotations/{split}/{number:012d}.png",
+                [0, 181],
+            )
+    assert len(open_segmentation(tmp_path, "coco-stuff-27").val) == 2
+    for split in ("train2017", "val2017"):
+        path = tmp_path / f"curated/{split}/Coco164kFull_Stuff_Coarse.txt"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"{11:012d}\n")
+    data = open_segmentation(tmp_path, "coco-stuff-27")
+    assert [pair.image for pair in data.train] == ["images/train2017/000000000011.jpg"]
+    assert len(data.val) == 1
 
 
 @pytest.mark.parametrize("ending", ["", "_labelTrainIds"])

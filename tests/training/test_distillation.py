@@ -15,6 +15,7 @@ from featsharp.backbones import create_backbone
 from featsharp.backbones.student import STUDENT_FILE, Shape, StudentViT, load_student
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint
 from featsharp.checkpoint import read_checkpoint, write_checkpoint
+from featsharp.cli.main import main as command
 from featsharp.configs.compose import compose_distillation
 from featsharp.data.images import image_to_tensor
 from featsharp.distill import distill, main
@@ -269,6 +270,11 @@ def test_what_cannot_be_distilled_is_said_before_anything_is_written(photos, tmp
     with pytest.raises(ConfigError, match=message):
         distill(config_of(photos, folder, **settings))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_the_command_names_what_is_missing_in_one_line(capsys):
+    assert command(["distill", "teachers=toy-vit", "train_data_dir=null"]) == 1
+    assert "which images? Set train_data_dir=FOLDER" in capsys.readouterr().err
 
 
 def test_no_photographs(tmp_path):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from featsharp.builder import create_encoder
 from featsharp.errors import InputError
@@ -154,6 +156,24 @@ def test_the_default_device_of_torch_does_not_decide_where_is_computed(name, ima
         out = [*encode(encoder, image)]
     for one, other in zip(out, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+class NoDoubles(TorchDispatchMode):
+    """Fails where a float64 tensor is made on the device meta, as on MPS, which has no such type."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            assert not (isinstance(x, torch.Tensor) and x.is_meta and x.dtype == torch.float64), function
+        return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_devices_without_float64_are_enough(name, image):
+    encoder = build(name).to("meta")
+    with NoDoubles():
+        encoder(image.to("meta"), denormalize=True)
 
 
 @pytest.mark.parametrize("name", NAMES)

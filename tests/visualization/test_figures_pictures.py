@@ -14,9 +14,10 @@ from featsharp.normalizers import FeatureStatistics
 from featsharp.visualization.encoders import LOW_RES, feature_maps
 from featsharp.visualization.figures.bias import Pattern, draw_bias, learned_pattern, mean_pattern
 from featsharp.visualization.figures.pca import PCARow, draw_pca, pca_pictures, pca_row
-from featsharp.visualization.figures.similarity import draw_similarity, self_similarity
+from featsharp.visualization.figures.similarity import draw_similarity
 from featsharp.visualization.grid import Row, picture_grid
 from featsharp.visualization.pca import FeaturePCA
+from featsharp.visualization.similarity import self_similarity
 
 
 def photo(width: int, height: int) -> Image.Image:

@@ -57,3 +57,41 @@ skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table, te
 vegetable, wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops,
 window-blind, window-other, wood
 """)
+
+# The groups of COCO-Stuff's hierarchy with their members; those of stuff end in "-stuff".
+COCO_STUFF_27 = {
+    "electronic": _names("tv, laptop, mouse, remote, keyboard, cell phone"),
+    "appliance": _names("microwave, oven, toaster, sink, refrigerator"),
+    "food": _names("banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake"),
+    "furniture": _names("chair, couch, potted plant, bed, dining table, toilet"),
+    "indoor": _names("book, clock, vase, scissors, teddy bear, hair drier, toothbrush"),
+    "kitchen": _names("bottle, wine glass, cup, fork, knife, spoon, bowl"),
+    "accessory": _names("backpack, umbrella, handbag, tie, suitcase"),
+    "animal": _names("bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe"),
+    "outdoor": _names("traffic light, fire hydrant, stop sign, parking meter, bench"),
+    "person": ("person",),
+    "sports": _names(
+        "frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, "
+        "tennis racket"
+    ),
+    "vehicle": _names("bicycle, car, motorcycle, airplane, bus, train, truck, boat"),
+    "ceiling-stuff": _names("ceiling-other, ceiling-tile"),
+    "floor-stuff": _names("carpet, floor-marble, floor-other, floor-stone, floor-tile, floor-wood"),
+    "food-stuff": _names("food-other, fruit, salad, vegetable"),
+    "furniture-stuff": _names(
+        "cabinet, counter, cupboard, desk-stuff, door-stuff, furniture-other, light, mirror-stuff, shelf, stairs, table"
+    ),
+    "raw-material-stuff": _names("cardboard, metal, paper, plastic"),
+    "textile-stuff": _names("banner, blanket, cloth, clothes, curtain, mat, napkin, pillow, rug, textile-other, towel"),
+    "wall-stuff": _names("wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood"),
+    "window-stuff": _names("window-blind, window-other"),
+    "building-stuff": _names("bridge, building-other, house, roof, skyscraper, tent"),
+    "ground-stuff": _names(
+        "dirt, gravel, ground-other, mud, pavement, platform, playingfield, railroad, road, sand, snow"
+    ),
+    "plant-stuff": _names("branch, bush, flower, grass, leaves, moss, plant-other, straw, tree"),
+    "sky-stuff": _names("clouds, sky-other"),
+    "solid-stuff": _names("hill, mountain, rock, solid-other, stone, wood"),
+    "structural-stuff": _names("cage, fence, net, railing, structural-other"),
+    "water-stuff": _names("fog, river, sea, water-other, waterdrops"),
+}

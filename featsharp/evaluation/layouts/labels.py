@@ -7,10 +7,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
+from PIL.Image import Image
 
 from featsharp.data.images import is_image_name
 from featsharp.errors import DataError
-from featsharp.evaluation.layouts.frames import Frame
+from featsharp.evaluation.keys import file_key
+from featsharp.evaluation.layouts.frames import Frame, decode_labelled
 from featsharp.evaluation.layouts.label_files import COLOUR, SUFFIXES, ranges, read_label_file, spell
 from featsharp.files import list_files
 
@@ -34,6 +36,14 @@ class LabelledImage(NamedTuple):
     root: Path
     image: str
     label: str
+
+    def decode(self, frame: Frame) -> Image:
+        """Decode the RGB picture, whose labels lie on the pixels ``frame``; DataError as of ``decode_labelled``."""
+        return decode_labelled(self.root / self.image, self.image, frame)
+
+    def keys(self) -> list[object]:
+        """Return JSON values that change with the picture, and with its label."""
+        return [file_key(self.root, self.image), file_key(self.root, self.label)]
 
 
 @dataclass(frozen=True)

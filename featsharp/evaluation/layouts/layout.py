@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from PIL.Image import Image
+
 from featsharp.errors import DataError, unknown_name
 
 AUTO = "auto"
@@ -21,6 +24,22 @@ class Layout(NamedTuple):
     expected: str
     fits: Callable[[Path], bool]
     read: Callable[..., Any]
+
+
+class Sample(NamedTuple):
+    """A picture with a value for each of its pixels, neither of them read yet; both readers raise DataError.
+
+    Attributes:
+        name: Unique within the data set.
+        key: JSON values that change with the content.
+        read_image: Reads the RGB picture.
+        read_target: Reads the values [H, W] of its pixels: classes, or depth.
+    """
+
+    name: str
+    key: object
+    read_image: Callable[[], Image]
+    read_target: Callable[[], np.ndarray]
 
 
 def choose_layout(

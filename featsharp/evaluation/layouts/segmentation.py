@@ -16,12 +16,15 @@ LAYOUTS: dict[str, Layout] = {
     "voc": voc.LAYOUT,
     "cityscapes": cityscapes.LAYOUT,
     "coco-stuff": coco_stuff.LAYOUT,
+    "coco-stuff-27": coco_stuff.LAYOUT_27,
     "camvid": camvid.LAYOUT,
     "folder": folder.LAYOUT,
 }
 
 # Folders that archives unpack to, in which a data set is detected when their parent is given.
-_ARCHIVE_ROOTS = (".", "ADEChallengeData2016", "VOCdevkit/VOC2012", "VOC2012", "VOCdevkit/VOC2010", "VOC2010")
+_ARCHIVE_ROOTS = (
+    ".", "ADEChallengeData2016", "VOCdevkit/VOC2012", "VOC2012", "VOCdevkit/VOC2010", "VOC2010", "dataset"
+)  # fmt: skip
 
 _DEFAULTS = FolderOptions()
 

@@ -8,7 +8,13 @@ from typing import Any
 
 from featsharp.device import usual_defaults
 from featsharp.model import SharpEncoder
-from featsharp.training.objectives import jafar, multi_view, reconstruction, regression  # noqa: F401  (registers them)
+from featsharp.training.objectives import (  # noqa: F401  (registers them)
+    jafar,
+    loftup,
+    multi_view,
+    reconstruction,
+    regression,
+)
 from featsharp.training.objectives.base import OBJECTIVES, Losses, Objective, ObjectiveConfig, register_objective
 
 __all__ = [
@@ -31,6 +37,7 @@ def create_objective(encoder: SharpEncoder, config: ObjectiveConfig) -> Objectiv
     """
     objective = OBJECTIVES[config.name].factory(encoder.embed_dim, encoder.factor, config)
     objective.check(encoder)
+    objective.begin(encoder)
     return objective.to(encoder.device)
 
 

