@@ -109,7 +109,7 @@ def shown_commands() -> Iterator[tuple[str, list[str]]]:
                 with contextlib.suppress(ValueError):  # a quotation over several lines
                     for separator, command in itertools.groupby(words, lambda word: word in (";", "|", "&&")):
                         if not separator:  # what a variable of the block stands for is not looked up
-                            yield name, [word for word in command if "$" not in word]
+                            yield name, [word for word in command if not re.fullmatch(r"\$\w+", word)]
 
 
 COMMANDS = list(shown_commands())
