@@ -205,8 +205,8 @@ def load_from_file(
         path: A checkpoint file, or an upsampler that needs no training with its factor and options: ``"tile-2x"``,
             ``"bilinear-1.5x"`` (``"bilinear"`` is 2x), ``"views-2x?passes=4"``, or your function
             ``"package.module:function-2x"`` (see :func:`featsharp.upsamplers.from_function`), which is imported.
-            Weights that come with the package have names such as ``"vits14-focus/featsharp-2x"``;
-            ``featsharp.weights.list_weights()`` has them all.
+            Weights that come with the package have names such as ``"vits14-focus/featsharp-2x"``, beside its backbone
+            ``"featsharp-2x"``; ``featsharp.weights.list_weights()`` has them all.
         featurizer: The backbone. Needed for pseudo-paths and for checkpoints of a backbone that cannot be built by
             name; otherwise the checkpoint's backbone is built. One that the checkpoint was not trained for is refused.
         max_memory: Limit of the memory that encoding takes, in bytes or as "2GiB"; see ``SharpEncoder.max_memory``.
@@ -221,6 +221,8 @@ def load_from_file(
         CheckpointError: When the file is missing, damaged or unsafe, or its tensors do not fit.
         BackboneMismatchError: When ``featurizer`` is not the backbone that the checkpoint was trained for.
     """
+    if isinstance(featurizer, str) and f"{featurizer}/{path}" in list_weights():
+        path = f"{featurizer}/{path}"
     text, options = split_options(str(path)) if not Path(path).exists() else (str(path), {})
     name, factor = parse_upsampler(text, UPSAMPLERS)
     if (name in UPSAMPLERS or (is_function_name(name) and factor is not None)) and not Path(path).exists():

@@ -124,3 +124,10 @@ def test_paths_are_checked_before_names(tmp_path, monkeypatch, encoder):
     Path("vits14-focus").mkdir()
     save_checkpoint(encoder, "vits14-focus/featsharp-2x")
     assert load_from_file("vits14-focus/featsharp-2x").backbone.name == "toy-vit"
+
+
+def test_beside_its_backbone_weights_need_no_folder():
+    encoder = load_from_file("featsharp-2x", featurizer="vits14-focus")
+    named = load_from_file("vits14-focus/featsharp-2x")
+    assert encoder.recipe == named.recipe
+    assert all(torch.equal(one, other) for one, other in zip(encoder.parameters(), named.parameters(), strict=True))

@@ -26,7 +26,7 @@ HOST, PORT, MAX_UPLOAD = "127.0.0.1", 7860, 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone", nargs="+", metavar="NAME", default=[DEFAULT_BACKBONE, "mobilenetv2"],
-        help="backbones to choose from; default: %(default)s",
+        help=f"backbones to choose from; default: {DEFAULT_BACKBONE} mobilenetv2",
     )  # fmt: skip
     parser.add_argument("--host", default=HOST, help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=parse_count, default=PORT, metavar="N", help="port (%(default)s)")

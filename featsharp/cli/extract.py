@@ -125,25 +125,24 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.engine == "ray":
         from featsharp.extraction.ray_engine import extract_with_ray
 
-        build = functools.partial(load_encoder, arguments)
+        build = functools.partial(_load_encoder, arguments)
         actors = arguments.ranks or 1
         store = extract_with_ray(build, source, arguments.output, options, actors=actors, gpus=arguments.gpus, **how)
     else:
-        encoder = load_encoder(arguments, arguments.device, local)
+        encoder = _load_encoder(arguments, arguments.device, local)
         store = extract(encoder, source, arguments.output, options, rank=rank, ranks=ranks, **how)
     if rank or (arguments.ranks and ranks > 1):  # whoever started the ranks sees more of the store at their end
         return 0
     return _report(store)
 
 
-def load_encoder(arguments: argparse.Namespace, device: str, local_rank: int = 0) -> "SharpEncoder":
+def _load_encoder(arguments: argparse.Namespace, device: str, local_rank: int = 0) -> "SharpEncoder":
     """Load the encoder that --backbone, --upsampler, --factor and --layer name to a device."""
     from featsharp.backbones import create_backbone
     from featsharp.builder import load_from_file
     from featsharp.device import autocast_dtype, find_device
     from featsharp.names import parse_upsampler
     from featsharp.upsamplers import UPSAMPLERS
-    from featsharp.weights import list_weights
 
     place = find_device(device, local_rank)
     name, backbone = arguments.upsampler or "identity", arguments.backbone
@@ -151,8 +150,6 @@ def load_encoder(arguments: argparse.Namespace, device: str, local_rank: int = 0
         if parse_upsampler(name, UPSAMPLERS)[1] is not None or name.endswith(CHECKPOINT_ENDINGS):
             raise ConfigError(f"--factor and the factor of {name!r} cannot both be given; leave one out")
         name = f"{name}-{arguments.factor:g}x"
-    if f"{backbone}/{name}" in list_weights():
-        name = f"{backbone}/{name}"
     if arguments.layer is not None:
         if backbone is None:
             raise ConfigError("--layer needs --backbone, the name of the backbone whose layer it is")

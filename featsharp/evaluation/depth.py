@@ -32,6 +32,7 @@ from featsharp.evaluation.features import find_low_res_size, shown_size
 from featsharp.evaluation.head import FeatureReader, Head, Schedule, TrainingData, train_head
 from featsharp.evaluation.layouts.depth import LAYOUTS, DepthData, open_depth
 from featsharp.evaluation.layouts.frames import Frame
+from featsharp.evaluation.layouts.layout import spread
 from featsharp.evaluation.runner import Item, Row, Run, Subject, Summary, Task
 from featsharp.memory import parse_memory
 from featsharp.model import SharpEncoder
@@ -83,9 +84,8 @@ class DepthTask(Task):
     def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> Head:
         low_res = find_low_res_size(encoder, self.low_res_size)
         size, train, farthest = self._label_size(encoder), self.dataset.train, self.dataset.farthest
-        count = min(self.train_limit or len(train), len(train), self.steps * self.batch)
         data = TrainingData(
-            [train[number * len(train) // count] for number in range(count)],
+            spread(train, self.train_limit, self.steps * self.batch),
             partial(_sample_depth, data=self.dataset, size=size),
             lambda output, truth: log_error(to_depth(output, farthest), truth),
             1 if self.head == "linear" else BINS,
@@ -151,10 +151,13 @@ def to_depth(output: Tensor, farthest: float) -> Tensor:
 
 
 def log_error(depth: Tensor, truth: Tensor) -> Tensor:
-    """Compute the scale-invariant error of depth [B, 1, h, w] against truth [B, h, w], without its zeros."""
+    """Compute the scale-invariant error of depth [B, 1, h, w] against truth [B, h, w], without its zeros.
+
+    It is sqrt(var + 0.15 mean^2) of the difference of logarithms (DINOv2, arXiv 2304.07193).
+    """
     known = truth > 0
     g = depth[:, 0][known].log() - truth[known].log()
-    return (g.var() + _MEAN * g.mean().square() + 1e-12).sqrt()
+    return (g.var(correction=0) + _MEAN * g.mean().square()).clamp(min=1e-12).sqrt()
 
 
 def fit_scale(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -40,6 +40,7 @@ from featsharp.evaluation.keys import digest, file_key
 from featsharp.evaluation.layouts.detection import LAYOUTS, DetectionData, DetectionSplit, open_detection
 from featsharp.evaluation.layouts.frames import Frame, decode_labelled
 from featsharp.evaluation.layouts.labels import LabelledImage
+from featsharp.evaluation.layouts.layout import spread
 from featsharp.evaluation.layouts.outlines import ObjectBox
 from featsharp.evaluation.runner import Item, Row, Run, Subject, Summary, Task
 from featsharp.evaluation.tables import detection_table
@@ -117,8 +118,7 @@ class DetectionTask(Task):
     def training_pairs(self) -> list[LabelledImage]:
         """Pictures to train on, at most as many as the steps take."""
         pairs = self.dataset.train.pairs
-        count = min(self.train_limit or len(pairs), len(pairs), self.steps * self.batch)
-        return [pairs[number * len(pairs) // count] for number in range(count)]
+        return spread(pairs, self.train_limit, self.steps * self.batch)
 
     @property
     def measured(self) -> DetectionSplit:

@@ -35,6 +35,7 @@ from featsharp.evaluation.features import find_low_res_size, shown_size, stretch
 from featsharp.evaluation.head import FeatureReader, Head, MapName, Schedule, TrainingData, fit_probe, train_head
 from featsharp.evaluation.layouts.frames import Frame
 from featsharp.evaluation.layouts.labels import VOID, FolderOptions, LabelCode, LabelledImage
+from featsharp.evaluation.layouts.layout import spread
 from featsharp.evaluation.layouts.segmentation import LAYOUTS, SegmentationData, open_segmentation
 from featsharp.evaluation.protocol import QUICK, check_protocol, protocol_setting
 from featsharp.evaluation.quick_head import LABEL_SIZE, QuickSchedule, fit_heads
@@ -116,12 +117,8 @@ class SegmentationTask(Task):
     def training_data(self, label_size: tuple[int, int]) -> TrainingData:
         """Choose pictures to train the head on, at most as many as its steps take."""
         pairs, code = self.dataset.train, self.dataset.code
-        count = min(self.train_limit or len(pairs), len(pairs))
-        if self.protocol != QUICK:
-            count = min(count, self.steps * self.batch)
-        chosen = [pairs[number * len(pairs) // count] for number in range(count)]
         return TrainingData(
-            chosen,
+            spread(pairs, self.train_limit, None if self.protocol == QUICK else self.steps * self.batch),
             partial(_sample_labels, code=code, size=label_size),
             lambda logits, labels: F.cross_entropy(logits, labels.long(), ignore_index=VOID),
             len(code.classes),

@@ -38,6 +38,7 @@ from featsharp.backbones.wrapped import WrappedBackbone
 from featsharp.builder import create_encoder
 from featsharp.errors import DataError, unknown_name
 from featsharp.evaluation.correspondence import CorrespondenceTask
+from featsharp.evaluation.depth import depth_scores, log_error
 from featsharp.evaluation.estimates import Estimate, estimate_mean
 from featsharp.evaluation.features import find_low_res_size, whitened_crop
 from featsharp.evaluation.head import FeatureCache, FeatureReader, MapName
@@ -45,7 +46,7 @@ from featsharp.evaluation.keys import file_key
 from featsharp.evaluation.layouts.depth import DepthData, open_depth
 from featsharp.evaluation.layouts.frames import Frame, decode_labelled
 from featsharp.evaluation.layouts.labels import VOID, LabelCode, LabelledImage
-from featsharp.evaluation.layouts.layout import Sample
+from featsharp.evaluation.layouts.layout import Sample, spread
 from featsharp.evaluation.layouts.segmentation import open_segmentation
 from featsharp.evaluation.papers import papers_of
 from featsharp.evaluation.protocol_head import KitHead, KitSchedule, Training, read_target, train_kit_head
@@ -174,7 +175,7 @@ class ProtocolTask(Task):
     def items(self) -> list[Item]:
         if self._other is not None:
             return list(self._other.items())
-        return [Item(sample.name, sample) for sample in _spread(self.dataset.val, self.limit)]
+        return [Item(sample.name, sample) for sample in spread(self.dataset.val, self.limit)]
 
     @cached_property
     def _other(self) -> Task | None:
@@ -233,7 +234,7 @@ class ProtocolTask(Task):
 
         classes = len(self.dataset.classes)
         training = Training(
-            _spread(self.dataset.train, self.train_limit),
+            spread(self.dataset.train, self.train_limit),
             features,
             maps.sizes,
             classes or BINS,
@@ -383,20 +384,16 @@ def expected_depth(logits: Tensor) -> Tensor:
 
 
 def depth_loss(logits: Tensor, depth: Tensor) -> Tensor:
-    """Compute the scale-invariant logarithmic loss sqrt(var + 0.15 mean^2) of log depth (DINOv2, arXiv 2304.07193)."""
-    valid = _measurable(depth)
-    if not valid.any():
-        return logits.sum() * 0
-    error = expected_depth(logits)[valid].log() - depth[valid].log()
-    return (error.var(correction=0) + 0.15 * error.mean().square()).clamp(min=1e-12).sqrt()
+    """Compute the scale-invariant error of logits against depth [B, H, W], of which nothing may be known."""
+    known = torch.where(_measurable(depth), depth, 0)
+    return log_error(expected_depth(logits)[:, None], known) if known.any() else logits.sum() * 0
 
 
 def score_depth(prediction: np.ndarray, truth: np.ndarray) -> Row:
     """Score depth [H, W] in metres: "d1", the share of pixels within a factor of 1.25, and "rmse" in metres."""
     valid = _measurable(truth)
-    predicted, true = prediction[valid].astype(np.float64), truth[valid].astype(np.float64)
-    ratio = np.maximum(predicted / true, true / predicted)
-    return {"d1": float((ratio < 1.25).mean()), "rmse": float(np.sqrt(np.square(predicted - true).mean()))}
+    scores = depth_scores(prediction[valid].astype(np.float64), truth[valid].astype(np.float64))
+    return {"d1": scores["d1"], "rmse": scores["rmse"]}
 
 
 def _measurable(depth: Any) -> Any:
@@ -426,9 +423,3 @@ def _coarse_encoder(encoder: SharpEncoder) -> SharpEncoder:
     coarse.normalizer, coarse.bias_buffer = encoder.normalizer, encoder.bias_buffer
     coarse.recipe |= {"normalizer": encoder.recipe.get("normalizer"), "bias_buffer": encoder.bias_buffer is not None}
     return coarse.to(encoder.device).eval()
-
-
-def _spread(samples: list[Sample], limit: int | None) -> list[Sample]:
-    """Choose at most ``limit`` samples, spread evenly."""
-    count = min(limit or len(samples), len(samples))
-    return [samples[number * len(samples) // count] for number in range(count)]

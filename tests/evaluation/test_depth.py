@@ -100,7 +100,9 @@ def test_bins_and_the_error():
     assert to_depth(torch.full((1, 1, 1, 1), math.log(3)), 10).item() == pytest.approx(3)
     depth, truth = torch.tensor([1.0, 2, 4]).view(1, 1, 1, 3), torch.tensor([[[1.0, 1, 0]]])
     g = torch.tensor([0, math.log(2)])
-    assert log_error(depth, truth).item() == pytest.approx(math.sqrt(g.var() + 0.15 * g.mean() ** 2))
+    assert log_error(depth, truth).item() == pytest.approx(math.sqrt(g.var(correction=0) + 0.15 * g.mean() ** 2))
+    one = log_error(depth[..., :1], truth[..., :1] * 2)  # a single known pixel has no spread
+    assert one.item() == pytest.approx(math.sqrt(0.15) * math.log(2))
 
 
 def test_pictures_without_depth_are_counted(tmp_path):

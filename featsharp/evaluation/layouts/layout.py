@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL.Image import Image
 
 from featsharp.errors import DataError, unknown_name
+
+E = TypeVar("E")
 
 AUTO = "auto"
 
@@ -74,3 +76,9 @@ def choose_layout(
 def has_folders(*folders: str) -> Callable[[Path], bool]:
     """Make a check that a folder has others in it."""
     return lambda root: all((root / folder).is_dir() for folder in folders)
+
+
+def spread(entries: Sequence[E], *limits: int | None) -> list[E]:
+    """Choose as many entries of a split as the smallest limit says, evenly; None is no limit."""
+    count = min(len(entries), *(limit or len(entries) for limit in limits))
+    return [entries[number * len(entries) // count] for number in range(count)]
