@@ -16,7 +16,8 @@ from PIL import Image
 from featsharp.builder import create_encoder, load_from_file
 from featsharp.cli.main import main
 from featsharp.errors import ConfigError, ExportError
-from featsharp.export import OPSET, export_encoder, size_step
+from featsharp.export import OPSET, _compare, _Maps, export_encoder, size_step
+from featsharp.layers.tiles import compute_details
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.backends import use_backend
 from featsharp.upsamplers import list_upsamplers
@@ -42,7 +43,7 @@ ONE_SIZE = ("views", "learned-views")
 QUICK = ("bilinear",)
 # What they do follows from others.
 FULL = ("identity", "custom", "s2-pooled", "native-highres", "super-resolution", "resfu-tiled", "featsharp-progressive")
-# Largest error in standard deviations of the map; rounding grows in the two, see featsharp.export.TOLERANCE.
+# Largest error in standard deviations of the map; in the two the last bits of the pixels change as much.
 MOST, MOST_OF = 1e-4, {"anyup": 0.02, "loftup": 0.005}
 
 
@@ -107,6 +108,45 @@ def test_onnx_runtime_gives_the_encoders_maps_on_other_batches_and_sizes(name, t
     assert json.loads(metadata["patch_size"]) == 8
     assert (metadata["space"], json.loads(metadata["outputs"])) == ("backbone", ["low_res", "high_res", "summary"])
     check_parity(str(path), encoder, size_step(encoder), most)
+
+
+class Details(torch.nn.Module):
+    def forward(self, tiles):
+        return compute_details(tiles)
+
+
+@NEEDS_ONNX
+def test_means_of_odd_maps_hold_for_open_sizes():
+    """Where cells do not divide a side, which ONNX has no operator for, and in whose quotients it rounds towards 0."""
+    import onnxruntime
+
+    rows, columns = (torch.export.Dim(name, min=3, max=128) for name in ("rows", "columns"))
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64), 2: rows, 3: columns},)
+    program = torch.export.export(Details(), (torch.randn(2, 3, 4, 5),), dynamic_shapes=shapes, strict=False)
+    content = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, input_names=["tiles"])
+    session = onnxruntime.InferenceSession(content.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for height, width in ((3, 5), (5, 4), (8, 7)):
+        tiles = torch.randn(3, 3, height, width)
+        blur = F.adaptive_avg_pool2d(tiles, ((height + 1) // 2, (width + 1) // 2))
+        expected = tiles - F.interpolate(blur, (height, width), mode="bilinear")
+        found = torch.from_numpy(session.run(None, {"tiles": tiles.numpy()})[0])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_more_error_is_allowed_only_where_the_last_bits_of_the_pixels_change_as_much():
+    images = torch.randn(2, 3, 48, 64)
+
+    def check(name, error):
+        encoder = build(name)
+        module = _Maps(encoder, None).eval()
+        return _compare(module, lambda images: [x + error * x.std() for x in module(images)], images, encoder)
+
+    assert check("bilinear", 5e-4) == pytest.approx(5e-4, rel=0.2)
+    assert check("anyup", 4e-3) == pytest.approx(4e-3, rel=0.2)
+    for name, error in (("bilinear", 2e-3), ("anyup", 0.5), ("bilinear", float("nan"))):
+        with pytest.raises(ExportError, match=rf"{name} 2x differs from the encoder by .* nothing was written"):
+            check(name, error)
 
 
 @NEEDS_ONNX

@@ -27,7 +27,7 @@ def keep_tiles(tiles: Tensor) -> Tensor:
 
 def compute_details(tiles: Tensor) -> Tensor:
     """Subtract from every tile [N, C, h, w] its blur: the means of 2 x 2 cells, enlarged again."""
-    half = -(-tiles.shape[-2] // 2), -(-tiles.shape[-1] // 2)
+    half = (tiles.shape[-2] + 1) // 2, (tiles.shape[-1] + 1) // 2  # ONNX rounds a negative quotient up
     return tiles - resize(average(tiles, half), size_of(tiles))
 
 

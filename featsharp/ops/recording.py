@@ -36,6 +36,13 @@ def is_same(size: tuple[int, int], other: tuple[int, int]) -> bool:
     return all(statically_known_true(a == b) for a, b in zip(size, other, strict=True))
 
 
+def is_multiple(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether a size is a multiple of another whatever lengths the graph being recorded leaves open."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return all(statically_known_true(a % b == 0) for a, b in zip(size, other, strict=True))
+
+
 def split_length(length: int, images: int, numbers: int, limit: int) -> list[slice]:
     """Split items so that a piece holds at most ``limit`` numbers.
 

@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,7 @@ from torch import Tensor
 from featsharp.errors import InputError
 from featsharp.memory import register_scratch
 from featsharp.ops.boxes import Box, whole
-from featsharp.ops.recording import is_open, is_same, is_tracing
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    FloatArray = npt.NDArray[np.float64]
+from featsharp.ops.recording import is_multiple, is_open, is_same, is_tracing
 
 MAX_SIDE = 10**9  # of a size that is asked for; products of larger ones overflow
 
@@ -81,31 +75,30 @@ def resample(x: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubi
 
 def average(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Average [B, C, H, W] over the cells of a grid (h, w), as ``F.adaptive_avg_pool2d`` does: [B, C, h, w]."""
-    # ONNX and MPS have no operator for sides that do not divide.
-    if (is_tracing() or x.device.type == "mps") and size_of(x) != tuple(size):
-        return _weigh_axes(x, size, _average_weights)
-    return F.adaptive_avg_pool2d(x, size)
+    # ONNX and MPS have no operator for sides that do not divide; torch unrolls one for those of recorded images.
+    if is_tracing() or x.device.type == "mps":
+        fits = size_of(x) == tuple(size)
+    else:
+        fits = not is_open(*size, *size_of(x)) or is_multiple(size_of(x), size)
+    return F.adaptive_avg_pool2d(x, size) if fits else _weigh_axes(x, size, _average_weights)
 
 
-def _weigh_axes(x: Tensor, size: tuple[int, int], weights: Callable[[int, int], "FloatArray"]) -> Tensor:
+def _weigh_axes(x: Tensor, size: tuple[int, int], weights: Callable[[int, int], Tensor]) -> Tensor:
     """Multiply both axes of [B, C, H, W] by matrices, of ``weights(source, target)``: [B, C, *size]."""
-    rows, columns = (
-        torch.from_numpy(weights(*sides)).to(device=x.device, dtype=x.dtype)
-        for sides in zip(size_of(x), size, strict=True)
-    )
-    return rows @ x @ columns.T
+    rows, columns = (weights(*sides).to(x) for sides in zip(size_of(x), size, strict=True))
+    maps = x.flatten(0, 1)  # of three axes: from four, torch.matmul chooses by lengths that a graph may leave open
+    return (torch.bmm(rows.expand(maps.shape[0], -1, -1), maps) @ columns.T).unflatten(0, x.shape[:2])
 
 
-def _average_weights(source: int, target: int) -> "FloatArray":
+def _average_weights(source: int, target: int) -> Tensor:
     """Matrix [target, source] of means over the cells of an axis, parts of which overlap where they do not divide."""
-    import numpy as np
+    cell, position = torch.arange(target, device="cpu")[:, None], torch.arange(source, device="cpu")
+    inside = ((position + 1) * target > cell * source) & (position * target < (cell + 1) * source)
+    weights = inside.double()
+    return weights / weights.sum(1, keepdim=True)
 
-    cell, position = np.arange(target)[:, None], np.arange(source)
-    inside = (position >= cell * source // target) & (position < -(-(cell + 1) * source // target))
-    return inside / inside.sum(1, keepdims=True)
 
-
-def _antialias_weights(source: int, target: int, mode: str) -> "FloatArray":
+def _antialias_weights(source: int, target: int, mode: str) -> Tensor:
     """Matrix [target, source] of antialiased resizing along one axis."""
     import numpy as np
 
@@ -116,7 +109,7 @@ def _antialias_weights(source: int, target: int, mode: str) -> "FloatArray":
         weights = np.clip(1 - x, 0, None)
     else:  # Keys' cubic with a = -0.5
         weights = np.where(x < 1, (1.5 * x - 2.5) * x**2 + 1, np.where(x < 2, ((2.5 - 0.5 * x) * x - 4) * x + 2, 0))
-    return weights / weights.sum(1, keepdims=True)
+    return torch.from_numpy(weights / weights.sum(1, keepdims=True))
 
 
 def enlarge(x: Tensor, size: tuple[int, int], box: Box) -> Tensor:
