@@ -104,8 +104,9 @@ RUNS = {
     "anyup": ("anyup-2x", ("objective=jafar",)),
 }
 for _label, (_name, _overrides) in RUNS.items():
-    # AnyUp's gradients differ by 1.3e-3 between two processors at one commit, 7da81e2.
-    add(f"train/{_label}", train, _name, _overrides, tolerance=3 * TRAINED if _label == "anyup" else TRAINED)
+    # AnyUp amplifies rounding: at one commit, 7da81e2, the gradient norm of its second step differs by .9 % between
+    # processors with AVX2 and with AVX512.
+    add(f"train/{_label}", train, _name, _overrides, tolerance=20 * TRAINED if _label == "anyup" else TRAINED)
 
 
 # Evaluation
