@@ -14,7 +14,7 @@ mean, std, size, step = (json.loads(about[key]) for key in ("mean", "std", "inpu
 image = Image.open(photo).convert("RGB")
 if step:  # sides are open: about the native area in the aspect ratio of the picture
     scale = (size[0] * size[1] / (image.width * image.height)) ** 0.5
-    size = [max(2, round(side * scale / step)) * step for side in (image.height, image.width)]
+    size = [max(3, round(side * scale / step)) * step for side in (image.height, image.width)]
 pixels = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR), np.float32) / 255
 images = ((pixels - mean) / std).transpose(2, 0, 1)[None].astype(np.float32)
 low_res, high_res = session.run(["low_res", "high_res"], {about["input"]: images})

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 INPUT = "images"
 OPSET = 20  # of ONNX; the first with antialiased resizing by all modes that is common
 INSTALL = 'pip install "featsharp[onnx]"'
-MOST_STEPS = 128  # of a side
+FEWEST_STEPS, MOST_STEPS = 3, 128  # of a side; torch records lengths of one by rules of their own, as half of two
 MOST_BYTES = 2**31 - 2**20  # of a protocol buffer
 # Largest error allowed when a program is run, in standard deviations of the map; a graph of one size is off by about 1.
 TOLERANCE = 1e-3
@@ -82,7 +82,7 @@ def export_encoder(
     fixed = None if dynamic else check_size("size", size or encoder.input_size, "pixels")
     about = describe(encoder, form, fixed)
     module = _Maps(encoder, fixed).eval()
-    samples = [(2, (4 * step, 3 * step)), (1, (3 * step, 5 * step)), (3, (5 * step, 2 * step))]
+    samples = [(2, (4 * step, 3 * step)), (1, (3 * step, 5 * step)), (3, (5 * step, 3 * step))]
     if fixed is not None:
         samples = [(2, fixed), (1, fixed), (3, fixed)]
     images = [torch.randn(batch, 3, *side, generator=torch.Generator().manual_seed(0)) for batch, side in samples]
@@ -157,9 +157,12 @@ def _record(module: nn.Module, images: Tensor, step: int | None, caption: str) -
 
     axes: dict[int, Any] = {0: Dim("batch", min=1, max=1024)}
     if step is not None:
-        axes |= {axis: step * Dim(name, min=2, max=MOST_STEPS) for axis, name in ((2, "rows"), (3, "columns"))}
+        steps = {"min": FEWEST_STEPS, "max": MOST_STEPS}
+        axes |= {axis: step * Dim(name, **steps) for axis, name in ((2, "rows"), (3, "columns"))}
     try:
         program = export(module, (images,), dynamic_shapes=(axes,), strict=False)
+    except ConfigError as error:  # of a method that has one size
+        raise ConfigError(f"{caption} cannot be recorded: {error}") from error
     except FeatSharpError:
         raise
     except Exception as error:  # of many classes, for all that a graph cannot say

@@ -86,8 +86,10 @@ def average(x: Tensor, size: tuple[int, int]) -> Tensor:
 def _weigh_axes(x: Tensor, size: tuple[int, int], weights: Callable[[int, int], Tensor]) -> Tensor:
     """Multiply both axes of [B, C, H, W] by matrices, of ``weights(source, target)``: [B, C, *size]."""
     rows, columns = (weights(*sides).to(x) for sides in zip(size_of(x), size, strict=True))
-    maps = x.flatten(0, 1)  # of three axes: from four, torch.matmul chooses by lengths that a graph may leave open
-    return (torch.bmm(rows.expand(maps.shape[0], -1, -1), maps) @ columns.T).unflatten(0, x.shape[:2])
+    maps = x.flatten(0, 1)
+    # Not @, which reshapes by rules that depend on lengths that a graph may leave open.
+    rows, columns = (matrix.expand(maps.shape[0], -1, -1) for matrix in (rows, columns.T))
+    return torch.bmm(torch.bmm(rows, maps), columns).unflatten(0, x.shape[:2])
 
 
 def _average_weights(source: int, target: int) -> Tensor:
