@@ -220,15 +220,14 @@ def test_an_exported_program_says_what_it_takes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [pytest.param("onnx", marks=NEEDS_ONNX), "torch-export"])
 @pytest.mark.parametrize("name", ONE_SIZE)
-def test_a_method_of_one_size_says_so_and_keeps_an_open_batch(name, form, tmp_path):
+def test_a_method_of_one_size_says_so_and_keeps_an_open_batch(name, tmp_path):
     path, encoder = tmp_path / "sharp", build(name)
     path.write_bytes(b"earlier")
     with pytest.raises(ConfigError, match=rf"{name} 2x cannot be recorded: .* export it for one height and width"):
-        export_encoder(encoder, path, form)
+        export_encoder(encoder, path, "torch-export")
     assert path.read_bytes() == b"earlier"
-    assert export_encoder(encoder, path, form, dynamic=False, size=(64, 48))["error"] <= MOST
+    assert export_encoder(encoder, path, "torch-export", dynamic=False, size=(64, 48))["error"] <= 1e-3
 
 
 def test_encoders_that_no_program_can_say(tmp_path):
