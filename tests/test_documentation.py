@@ -69,10 +69,12 @@ def test_every_block_of_python_compiles(name):
         assert mark != "not run" or len(said.split()) > 1, "say why it is not run"
 
 
-@pytest.mark.slow
+# trials.md tries dozens of cases, each in a process of its own.
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(any(find_spec(name) is None for name in EXTRAS), reason="needs the extras all and test")
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if "trials" in name else pytest.mark.slow) for name in RUNS]
+)
 def test_the_python_of_a_page_runs(name, tmp_path):
     folder = tmp_path / "page"
     folder.mkdir()
