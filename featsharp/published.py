@@ -404,7 +404,8 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} was not loaded: it is damaged, or holds objects beside tensors, which could run code"
-            f"{_unsafe_names(path)}. If you trust it, write its tensors to a file of their own: "
+            f"{_unsafe_names(path)}. Only if you trust its authors like those of a script that you run, and best in a "
+            "sandbox without network and secrets, write its tensors to a file of their own: "
             f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'tensors.pth')"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, SafetensorError) as error:

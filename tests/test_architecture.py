@@ -311,6 +311,14 @@ def test_imports_are_absolute_and_point_downward():
     assert layering_problems(PACKAGE) == []
 
 
+def test_contributing_shows_the_levels():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```text\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    start = block.index("the command featsharp")  # the column of explanations
+    shown = [set(line[:start].split()) for line in block.splitlines()]
+    assert shown == [set(units) for units in reversed(LEVELS)]
+
+
 def test_optional_packages_are_imported_when_used():
     assert optional_import_problems(PACKAGE, hard_dependencies()) == []
 
