@@ -36,6 +36,8 @@ TOLERANCE = 1e-3
 # Where rounding grows (anyup divides by small deviations, loftup has high frequencies) more is allowed: so many times
 # what the encoder's own maps change when every pixel changes by its last bit.
 LAST_BITS = 10
+# Methods of which ONNX Runtime computes something else, and why.
+NO_ONNX = {"anyup": "it divides by small deviations, by which rounding grows to .04 standard deviations of the map"}
 METADATA = "featsharp.json"  # in a file of torch.export
 
 Program = Callable[[Tensor], list[Tensor]]
@@ -70,6 +72,9 @@ def export_encoder(
     if form not in ("onnx", "torch-export"):
         raise ConfigError(f"unknown form {form!r} of programs; use 'onnx' or 'torch-export'")
     _check_packages(form)
+    reason = NO_ONNX.get(str(encoder.recipe.get("upsampler"))) if form == "onnx" else None
+    if reason is not None:
+        raise ExportError(f"{encoder.caption} is not written as ONNX: {reason}; use --format torch-export")
     if encoder.max_memory is not None:
         raise ConfigError("a program has no limit on memory; set max_memory to None before exporting")
     if dynamic and not encoder.backbone.flexible:

@@ -16,7 +16,7 @@ from PIL import Image
 from featsharp.builder import create_encoder, load_from_file
 from featsharp.cli.main import main
 from featsharp.errors import ConfigError, ExportError
-from featsharp.export import OPSET, _compare, _Maps, export_encoder, size_step
+from featsharp.export import NO_ONNX, OPSET, _compare, _Maps, export_encoder, size_step
 from featsharp.layers.tiles import compute_details
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.backends import use_backend
@@ -90,6 +90,7 @@ def check_parity(program, encoder, step, most):
     [
         pytest.param(name, marks=[] if name in QUICK else pytest.mark.full if name in FULL else pytest.mark.slow)
         for name in NAMES
+        if name not in NO_ONNX
     ],
 )
 def test_onnx_runtime_gives_the_encoders_maps_on_other_batches_and_sizes(name, tmp_path):
@@ -146,6 +147,13 @@ def test_means_of_odd_maps_hold_for_open_sizes():
         expected = tiles - F.interpolate(blur, (height, width), mode="bilinear")
         found = torch.from_numpy(session.run(None, {"tiles": tiles.numpy()})[0])
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@NEEDS_ONNX
+def test_what_onnx_cannot_compute_is_refused_by_name(tmp_path):
+    with pytest.raises(ExportError, match=r"anyup 2x is not written as ONNX: .* --format torch-export"):
+        export_encoder(build("anyup"), tmp_path / "sharp.onnx", "onnx")
+    assert not list(tmp_path.iterdir())
 
 
 @torch.no_grad()
