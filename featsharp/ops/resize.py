@@ -86,8 +86,10 @@ def average(x: Tensor, size: tuple[int, int]) -> Tensor:
 def _weigh_axes(x: Tensor, size: tuple[int, int], weights: Callable[[int, int], Tensor]) -> Tensor:
     """Multiply both axes of [B, C, H, W] by matrices, of ``weights(source, target)``: [B, C, *size]."""
     rows, columns = (weights(*sides).to(x) for sides in zip(size_of(x), size, strict=True))
+    if is_tracing():
+        return rows @ x @ columns.T
     maps = x.flatten(0, 1)
-    # Not @, which reshapes by rules that depend on lengths that a graph may leave open.
+    # Not @, which reshapes by rules that depend on lengths that a graph of torch.export may leave open.
     rows, columns = (matrix.expand(maps.shape[0], -1, -1) for matrix in (rows, columns.T))
     return torch.bmm(torch.bmm(rows, maps), columns).unflatten(0, x.shape[:2])
 
