@@ -58,7 +58,7 @@ FULL = (
     "uplift",
     "linear",
 )
-# What torch's translation to ONNX has no words for at open sizes: rounding of lengths, convolutions whose sides depend on it.
+# What torch cannot translate to ONNX at open sizes: rounding of lengths, convolutions whose sides depend on it.
 UNTRANSLATED = ("resfu", "resfu-tiled", "s2", "s2-pooled")
 # Largest error in standard deviations of the map; in the two the last bits of the pixels change as much.
 MOST, MOST_OF = 1e-4, {"anyup": 0.02, "loftup": 0.005}
