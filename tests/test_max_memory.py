@@ -85,7 +85,7 @@ def test_a_large_image_at_4x():
     assert result.stdout.strip() == "(1, 384, 148, 148)", result.stderr[-2000:]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_4k_picture_at_2x_in_2_gib():
     """3840 x 2160 pixels, a pass of 77 x 137 tokens, under 2 GiB beside weights and result."""
     result = encode_under_limit("bilinear", 2, 2160, 3840, "2GiB", "")
