@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 import featsharp
 from featsharp.cli import extract as extract_command
 from featsharp.cli.main import main
+from featsharp.device import find_device
 from featsharp.errors import ConfigError, DataError
 from featsharp.extraction import FeatureStore, Options, extract
 from featsharp.extraction.compression import fit_pca
@@ -387,7 +388,7 @@ def test_ranks_are_those_of_torchrun_and_of_tasks_of_srun(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the error of a machine without a GPU names the device")
 def test_a_rank_takes_a_gpu_that_it_sees() -> None:
     with pytest.raises(ConfigError, match="device 'cuda:0' cannot be used here"):
-        extract_command.load_encoder(argparse.Namespace(), "cuda", 5)
+        find_device("cuda", 5)
 
 
 @pytest.mark.parametrize(
