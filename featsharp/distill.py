@@ -6,13 +6,10 @@
 ``featsharp distill -h`` describes arguments and results.
 """
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from featsharp.errors import ConfigError
-from featsharp.files import check_writable
 from featsharp.training.command import run_command
 
 if TYPE_CHECKING:
@@ -43,41 +40,25 @@ def distill(config: "DistillConfig") -> "StudentTrainer":
 
     from featsharp.backbones.student import STUDENT_FILE
     from featsharp.data.loader import ViewDataset, check_repeatable
-    from featsharp.device import deterministic_algorithms
     from featsharp.training.distillation import Distillation, Student, StudentTrainer, open_teachers
-    from featsharp.training.distributed import object_from_main, start_world
-    from featsharp.training.resume import read_earlier
-    from featsharp.training.setup import expand_path, fit_normalizer, open_mixture, open_writer
-    from featsharp.training.trainer import LAST
+    from featsharp.training.setup import fit_normalizer, open_mixture, start_run
 
-    if config.train_data_dir is None:
-        raise ConfigError("which images? Set train_data_dir=FOLDER (images or tars), or the variable FEATSHARP_DATA")
-    folder = expand_path(config.output_root)
-    with contextlib.ExitStack() as stack:
-        if config.deterministic:
-            stack.enter_context(deterministic_algorithms())
-        world = start_world(config.device, config.distributed_timeout)
-        object_from_main(lambda: check_writable(folder), world)
-        earlier = object_from_main(lambda: read_earlier(folder / LAST, config, STUDENT_FILE), world)
+    with start_run(config, STUDENT_FILE) as run:
         mixture = open_mixture(config.train_data_dir, config)
         if config.feature_cache.samples:
             check_repeatable(mixture)
-        teachers = open_teachers(config, world)
+        teachers = open_teachers(config, run.world)
         torch.manual_seed(config.seed)
-        student = Student(config.student, teachers).to(world.device)
-        objective = Distillation(teachers, config).to(world.device)
+        student = Student(config.student, teachers).to(run.world.device)
+        objective = Distillation(teachers, config).to(run.world.device)
         dataset = ViewDataset(mixture, student.trunk.input_size, config.views, config.seed)
-        validate = HeldOut(config) if world.is_main else None
-        if earlier is None:
-            writer = stack.enter_context(open_writer(config, folder, world))
+        validate = HeldOut(config) if run.world.is_main else None
+        if run.earlier is None:
+            run.open_writer()
             for teacher, normalizer in zip(teachers, objective.normalizers, strict=True):
-                fit_normalizer(normalizer, teacher.backbone, teacher.encoder.input_conditioner, config, world)
-        trainer = StudentTrainer(student, objective, dataset, config, folder, world, validate=validate)
-        if earlier is not None:
-            trainer.restore(earlier, folder / LAST)
-            writer = stack.enter_context(open_writer(config, folder, world, trainer.step))
-        del earlier
-        trainer.run(writer)
+                fit_normalizer(normalizer, teacher.backbone, teacher.encoder.input_conditioner, config, run.world)
+        trainer = StudentTrainer(student, objective, dataset, config, run.folder, run.world, validate=validate)
+        run.train(trainer)
     return trainer
 
 

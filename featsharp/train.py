@@ -6,13 +6,10 @@
 ``featsharp train -h`` describes arguments and results.
 """
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from featsharp.errors import ConfigError
-from featsharp.files import check_writable
 from featsharp.training.command import run_command
 
 if TYPE_CHECKING:
@@ -37,36 +34,28 @@ def train(config: "RunConfig") -> "Trainer":
     Raises:
         Terminated: On SIGTERM, after everything is saved.
     """
-    from featsharp.device import deterministic_algorithms
-    from featsharp.training.distributed import object_from_main, start_world
-    from featsharp.training.resume import read_earlier
-    from featsharp.training.setup import build, expand_path, fit_before_training, open_writer
-    from featsharp.training.trainer import LAST, Trainer
+    from featsharp.training.setup import build, fit_before_training, start_run
+    from featsharp.training.trainer import Trainer
     from featsharp.validation import ValidationSamples
 
-    if config.train_data_dir is None:
-        raise ConfigError("which images? Set train_data_dir=FOLDER (images or tars), or the variable FEATSHARP_DATA")
-    folder = expand_path(config.output_root)
-    with contextlib.ExitStack() as stack:
-        if config.deterministic:
-            stack.enter_context(deterministic_algorithms())
-        world = start_world(config.device, config.distributed_timeout)
-        object_from_main(lambda: check_writable(folder), world)
-        earlier = object_from_main(lambda: read_earlier(folder / LAST, config), world)
-        parts = build(config, world)
-        validate = ValidationSamples(config.val_data_dir, config.viz.num_images) if world.is_main else None
+    with start_run(config) as run:
+        parts = build(config, run.world)
+        validate = ValidationSamples(config.val_data_dir, config.viz.num_images) if run.world.is_main else None
         skipped: list[tuple[str, str]] = []
-        if earlier is None:
-            writer = stack.enter_context(open_writer(config, folder, world))
-            skipped = fit_before_training(parts, config, world)
+        if run.earlier is None:
+            run.open_writer()
+            skipped = fit_before_training(parts, config, run.world)
         trainer = Trainer(
-            parts.encoder, parts.objective, parts.dataset, config, folder, world, validate=validate, skipped=skipped
+            parts.encoder,
+            parts.objective,
+            parts.dataset,
+            config,
+            run.folder,
+            run.world,
+            validate=validate,
+            skipped=skipped,
         )
-        if earlier is not None:
-            trainer.restore(earlier, folder / LAST)
-            writer = stack.enter_context(open_writer(config, folder, world, trainer.step))
-        del earlier
-        trainer.run(writer)
+        run.train(trainer)
     return trainer
 
 

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,24 +15,27 @@ from torch import Tensor
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
 from featsharp.builder import create_encoder
+from featsharp.checkpoint import ENCODER_FILE, FileKind
 from featsharp.data.filters import ImageFilter
 from featsharp.data.loader import Batch, S, SampleDataset, StepSampler, ViewDataset, check_repeatable, load_batches
 from featsharp.data.mixture import ImageMixture
 from featsharp.data.sources import ImageSource
 from featsharp.data.views import ViewConfig, base_view
-from featsharp.device import autocast_dtype, usual_defaults
-from featsharp.errors import DataError
-from featsharp.files import remove_leftovers, write_file
+from featsharp.device import autocast_dtype, deterministic_algorithms, usual_defaults
+from featsharp.errors import ConfigError, DataError
+from featsharp.files import check_writable, remove_leftovers, write_file
 from featsharp.model import SharpEncoder
 from featsharp.normalizers import FeatureStatistics, StatisticsKey, fit_with_cache
 from featsharp.normalizers.base import Normalizer
 from featsharp.terminal import with_progress
 from featsharp.training.config import LoopConfig, RunConfig, public_form, to_yaml
-from featsharp.training.distributed import World, copy_from_main, merge_statistics
+from featsharp.training.distributed import World, copy_from_main, merge_statistics, object_from_main, start_world
 from featsharp.training.feature_cache import CachedBackbone
 from featsharp.training.least_squares import check_linear_fit, fit_linear
 from featsharp.training.loggers import NullWriter, VizWriter, get_visualizer
 from featsharp.training.objectives import Objective, create_objective
+from featsharp.training.resume import read_earlier
+from featsharp.training.trainer import LAST, Loop
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +102,60 @@ def fit_before_training(parts: Parts, config: RunConfig, world: World) -> list[t
     steps, batches = first_samples(parts.dataset, config.linear_fit.samples, config.batch_size, config, world)
     shown = with_progress(batches, "linear fit", config.progress and world.is_main, total=steps, unit="batch")
     return fit_linear(encoder, parts.objective, shown, config.linear_fit.ridge, encoder.backbone.input_size, world)
+
+
+@dataclass
+class Start:
+    """A run before its first step.
+
+    Attributes:
+        config: Of the run.
+        folder: Of its results, writable.
+        world: Rank of this process.
+        earlier: Content of the checkpoint that it goes on from, on every process; None: it is new.
+        stack: Closes what the run opens.
+        writer: Opened once nothing of the configuration can be wrong any more.
+    """
+
+    config: LoopConfig
+    folder: Path
+    world: World
+    earlier: dict[str, Any] | None
+    stack: contextlib.ExitStack
+    writer: VizWriter | None = None
+
+    def open_writer(self, step: int = 0) -> None:
+        """Open the writer of a run that starts or resumes after ``step``; see :func:`open_writer`."""
+        self.writer = self.stack.enter_context(open_writer(self.config, self.folder, self.world, step))
+
+    def train(self, trainer: Loop[Any]) -> None:
+        """Train to the end, from the earlier checkpoint where there is one."""
+        if self.earlier is not None:
+            trainer.restore(self.earlier, self.folder / LAST)
+            self.earlier = None  # its memory
+            self.open_writer(trainer.step)
+        assert self.writer is not None
+        trainer.run(self.writer)
+
+
+@contextlib.contextmanager
+def start_run(config: LoopConfig, kind: FileKind = ENCODER_FILE) -> Iterator[Start]:
+    """Start the processes of a run, and read the checkpoint of an earlier one in its folder.
+
+    Raises:
+        ConfigError: Without ``train_data_dir``, or for an earlier run that ``resume=false`` would overwrite.
+        CheckpointError: For an earlier run with another configuration.
+    """
+    if config.train_data_dir is None:
+        raise ConfigError("which images? Set train_data_dir=FOLDER (images or tars), or the variable FEATSHARP_DATA")
+    folder = expand_path(config.output_root)
+    with contextlib.ExitStack() as stack:
+        if config.deterministic:
+            stack.enter_context(deterministic_algorithms())
+        world = start_world(config.device, config.distributed_timeout)
+        object_from_main(lambda: check_writable(folder), world)
+        earlier = object_from_main(lambda: read_earlier(folder / LAST, config, kind), world)
+        yield Start(config, folder, world, earlier, stack)
 
 
 @contextlib.contextmanager
