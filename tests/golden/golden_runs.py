@@ -64,6 +64,8 @@ def train(upsampler: str, overrides: tuple[str, ...], folder: Path) -> Values:
         f"output_base={folder / 'outputs'}",
         "batch_size=2",
         "num_workers=0",
+        # Adam turns the rounding of tiny gradients, which is the processor's, into steps as large as the others.
+        "optim.learning_rate=1e-4",
         "num_training_steps=3",
         "log_frequency=1",
         "val_frequency=3",
@@ -104,9 +106,8 @@ RUNS = {
     "anyup": ("anyup-2x", ("objective=jafar",)),
 }
 for _label, (_name, _overrides) in RUNS.items():
-    # AnyUp amplifies rounding: at one commit, 7da81e2, the gradient norm of its second step differs by .9 % between
-    # processors with AVX2 and with AVX512.
-    add(f"train/{_label}", train, _name, _overrides, tolerance=20 * TRAINED if _label == "anyup" else TRAINED)
+    # AnyUp amplifies rounding: its first gradient differs by .08 % between AVX2 and AVX512, its third by .2 %.
+    add(f"train/{_label}", train, _name, _overrides, tolerance=5 * TRAINED if _label == "anyup" else TRAINED)
 
 
 # Evaluation
