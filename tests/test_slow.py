@@ -13,11 +13,11 @@ from featsharp.train import train
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photographs of shared/data are not here")
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_a_short_training_joins_the_consistency_of_bilinear_and_the_detail_of_tiles(tmp_path):
     names = sorted(path.name for path in PHOTOS.glob("*.jpg"))
     for folder, chosen in (("train", names[:60]), ("heldout", names[-8:])):
