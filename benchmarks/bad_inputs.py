@@ -11,6 +11,8 @@ tries again what failed. Counts are inputs of all kinds together.
 
 import argparse
 import contextlib
+import gc
+import importlib
 import json
 import os
 import resource
@@ -78,6 +80,8 @@ def main() -> int:
             one = try_input(bases[kind], kind, int(number), *options)
             print(json.dumps(one._asdict(), indent=1))
             return int(failed(one))
+        gc.collect()
+        gc.freeze()  # children that collect would copy every page
         noted = arguments.output.with_suffix(".rows.jsonl")
         done = read_rows(noted, arguments.seed)
         # What failed may have been mended since.
@@ -108,10 +112,15 @@ class Base:
         self.expected.mkdir()
         if os.waitpid(fork(self._fill), 0)[1]:
             raise RuntimeError(f"no base for {kind.__name__}: {(folder / 'log').read_text()[-3000:]}")
+        # What commands import when they run would be imported again by each trial, most of its time.
+        for name in (folder / "modules").read_text().split():
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
 
     def _fill(self) -> None:
         enter(self.folder, self.folder.parent / "log")
         self.kind(self.expected).prepare()
+        (self.folder.parent / "modules").write_text("\n".join(sorted(sys.modules)))
 
 
 def fork(function: Callable[..., object], *arguments: Any) -> int:
