@@ -111,19 +111,19 @@ class _Block(nn.Module):
 
 
 def _fill_seeded(module: nn.Module, seed: int) -> None:
-    """Move a module off the meta device and draw its weights: norms at identity, the rest scaled by the fan-in."""
+    """Draw the weights of a module on the meta device: norms at identity, the rest scaled by the fan-in."""
     generator = torch.Generator().manual_seed(seed)
-    module.to_empty(device="cpu")
-    with torch.no_grad():
-        for part in module.modules():
-            for name, value in part.named_parameters(recurse=False):
-                if isinstance(part, nn.LayerNorm):
-                    value.fill_(1.0 if name == "weight" else 0.0)
-                elif isinstance(part, nn.Conv2d) and name == "weight":
-                    value.copy_(_smooth_filters(value.shape, generator))
-                else:
-                    fan_in = value[0].numel() if name == "weight" else EMBED_DIM
-                    value.copy_(torch.randn(value.shape, generator=generator) / math.sqrt(fan_in))
+    for part in module.modules():
+        for name, value in list(part.named_parameters(recurse=False)):
+            if isinstance(part, nn.LayerNorm):
+                drawn = torch.full(value.shape, float(name == "weight"), device="cpu")
+            elif isinstance(part, nn.Conv2d) and name == "weight":
+                drawn = _smooth_filters(value.shape, generator)
+            else:
+                fan_in = value[0].numel() if name == "weight" else EMBED_DIM
+                drawn = torch.randn(value.shape, generator=generator, device="cpu") / math.sqrt(fan_in)
+            # Not Module.to_empty: its first call on the meta device imports SymPy, half a second.
+            setattr(part, name, nn.Parameter(drawn.to(value.dtype)))
 
 
 def _smooth_filters(shape: torch.Size, generator: torch.Generator) -> Tensor:
