@@ -266,12 +266,13 @@ NOT_TRAINED = {"custom", "super-resolution", "s2", "s2-pooled"}
 
 # The other upsamplers differ in their forward pass alone, and tests/golden has steps of theirs.
 QUICK = {"featsharp-linear", "featup-published", "lift"}
+SLOW = {"anyup", "featsharp-progressive", "learned-views", "loftup", "naf", "uplift"}
 
 
 @pytest.mark.parametrize(
     "upsampler",
     [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow if name in SLOW else pytest.mark.full)
         for name in sorted(options_of("upsampler").keys() - NOT_TRAINED)
     ],
 )

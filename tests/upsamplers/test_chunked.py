@@ -103,10 +103,14 @@ def test_chunks_of_any_shape_see_the_tiles_around_them(chunk):
     torch.testing.assert_close(in_chunks(encoder, images, chunk, 3).high_res, expected, atol=3e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "factor", "options"),
-    [pytest.param(*case, marks=[] if case == ("tile", 3, {}) else pytest.mark.slow) for case in CASES],
-)
+def tier(name, factor, options):
+    """The slow tests have each method once."""
+    return (
+        [] if (name, factor) == ("tile", 3) else pytest.mark.slow if (factor, options) == (2, {}) else pytest.mark.full
+    )
+
+
+@pytest.mark.parametrize(("name", "factor", "options"), [pytest.param(*case, marks=tier(*case)) for case in CASES])
 def test_memory_stays_below_the_limit_and_the_least_that_works_works(name, factor, options):
     encoder = build(name, factor, options)
     k = encoder.upsampler.input_upsample_factor

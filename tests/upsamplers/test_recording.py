@@ -27,9 +27,10 @@ def enlarge(images):
 OPTIONS = {"custom": {"function": nearest}, "super-resolution": {"enlarge": enlarge}, "anyup": {"guidance_scale": 2.0}}
 # One that cuts tiles, one with local operations, and all others in the slow tests.
 QUICK = ("tile", "featup")
-# All upsamplers with patches of 14 pixels take minutes, and what they do follows from their part and the backbone's; at
-# factor 2 the progressive one is the other.
-MARKS = {("tile", 8): [], ("bilinear", 14): pytest.mark.slow, ("featsharp-progressive", 8): pytest.mark.full}
+# All upsamplers take minutes, and what they do follows from their parts and the backbone's.
+MARKS = {("tile", 8): []} | dict.fromkeys(
+    [*((name, 8) for name in ("featsharp", "jafar", "resfu", "uplift")), ("bilinear", 14)], pytest.mark.slow
+)
 NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in list_upsamplers()]
 
 
@@ -61,9 +62,7 @@ def check(program, model, images):
 @pytest.mark.parametrize(
     ("name", "backbone", "patch"),
     [
-        pytest.param(
-            name, backbone, patch, marks=MARKS.get((name, patch), pytest.mark.slow if patch == 8 else pytest.mark.full)
-        )
+        pytest.param(name, backbone, patch, marks=MARKS.get((name, patch), pytest.mark.full))
         for name in list_upsamplers()
         for backbone, patch in (("toy-vit", 8), ("vits14-focus", 14))
         if (name, patch) != ("anyup", 14)  # rounding of resampled positions comes out larger, see below
