@@ -183,9 +183,10 @@ def _open(data: Picture) -> Image.Image:
         return array_to_image(check_array(data))
     if isinstance(data, (bytes, bytearray, memoryview)):
         if isinstance(data, memoryview) and (data.ndim != 1 or data.itemsize != 1):
+            shape = " x ".join(map(str, data.shape or ()))
             raise InputError(
-                f"a memoryview of {' x '.join(map(str, data.shape))} items of {data.itemsize} bytes is no content of a "
-                "file; give pixels as the array that it views"
+                f"a memoryview of {shape} items of {data.itemsize} bytes is no content of a file; give pixels as the "
+                "array that it views"
             )
         return _open_file(bytes(data))
     if isinstance(data, (str, os.PathLike)):
@@ -296,7 +297,7 @@ def _refuse_unknown_pixels(image: Image.Image) -> None:
     elif isinstance(image, TiffImagePlugin.TiffImageFile):
         reason = _refuse_tiff(image.tag_v2)
         tile = image.tile[0] if image.tile and image.tag_v2.get(_PHOTOMETRIC) == 6 else None
-        if not reason and tile and (tile[0], tile[3][0]) == ("raw", "RGBX"):  # four bytes a pixel, before Pillow 13
+        if not reason and tile and tile[0] == "raw" and "RGBX" in (tile[3] or ()):  # four bytes a pixel, before 13
             reason = f"a TIFF of uncompressed YCbCr, which Pillow before 13 misreads; {_STORE_RGB}"
     elif isinstance(image, JpegImagePlugin.JpegImageFile) and image.mode == "CMYK" and "adobe" not in image.info:
         reason = "a CMYK JPEG without Adobe's marker; that says whether 0 is no ink or all of it, store it as RGB"
@@ -318,11 +319,11 @@ def _load(image: Image.Image, header: Image.Image) -> Image.Image:
     step = {"1": 255, "L;2": 85, "L;4": 17}.get(raw_mode, 1)
     image.load()
     key = image.info.get("transparency")
-    if image.mode == "L" and image.format in ("PNG", None) and not raw_mode and key in range(1, 16):
+    if image.mode == "L" and image.format in ("PNG", None) and not raw_mode and isinstance(key, int) and 0 < key < 16:
         levels = np.unique(np.asarray(image))
         if not (levels % 17).any() and {17 * key, 85 * key} & set(levels.tolist()):  # or 8 bits, nothing transparent
             raise DataError(f"a picture of few grey levels with a transparent one; {_LOST}")
-    if step > 1 and key is not None:
+    if step > 1 and isinstance(key, int):
         image = image.copy()
         image.info["transparency"] = min(255, key * step)
     return image
