@@ -5,8 +5,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-# Beside the extras that are used: what runs the tests. Not onnx, whose exporter needs a later torch than the oldest, nor
-# hub: the tests of both run with what other libraries bring.
+# Beside the extras that are used: what runs the tests. Not onnx, whose exporter needs a later torch than the oldest,
+# nor hub: tests of both run with what other libraries bring.
 EXTRAS = ("timm", "hf", "open_clip", "train", "viz", "eval", "focus", "video", "zarr", "test")
 # Tested with versions of today alone: their oldest ones lack wheels for Python 3.11 or other oldest versions here.
 APART = ("gradio", "playwright", "ray", "wandb")

@@ -228,9 +228,8 @@ class Extraction:
             return self.encoder.prepare_image(self.pictures.picture(index), self.options.size)
         except (DataError, InputError) as error:
             text = str(error).removeprefix(f"{key}: ")
-            return (
-                text.partition(f"/{key}: ")[2] or text
-            )  # without the place, which the same command may spell otherwise
+            # Without the place, which the same command may spell otherwise next time.
+            return text.partition(f"/{key}: ")[2] or text
 
     def _make(
         self, shards: Iterable[int], prepared: Iterator[PreparedImage | str], on_picture: Callable[[str], object]
@@ -356,8 +355,8 @@ def extract(
     with progress_bar("extract", count, unit="picture", wanted=progress and rank == 0) as advance:
         work.run(todo, advance)
     store = FeatureStore(output)
-    if store.complete and ranks > 1:  # nobody writes any more
-        remove_unfinished(work.output, options.format)
+    if store.complete and ranks > 1:  # nobody writes shards any more; a process that starts now may check the folder
+        remove_unfinished(work.output, options.format, older_than=1)
     return store
 
 

@@ -227,6 +227,8 @@ class _RemoteFiles:
         files = cls(filesystem, os.path.commonpath([os.path.dirname(path) for path in paths]))
         for path in paths:
             files.add(path)
+        if not len(files):
+            raise DataError(f"no pictures in {redact_setting(urls[0])} and the other tars of the list")
         return files
 
     def __len__(self) -> int:
@@ -254,8 +256,11 @@ class _RemoteFiles:
         if not path.lower().endswith(".tar"):
             self._append(path, size=size)
             return
-        with self.filesystem.open(path, "rb") as file:
-            members, skipped, _ = index_tar(path, file)
+        try:
+            with self.filesystem.open(path, "rb") as file:
+                members, skipped, _ = index_tar(path, file)
+        except Exception as error:  # a server may answer later: what it has is not left out
+            raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
         self.skipped += skipped
         for member in members:
             self._append(path, member.name, member.offset, member.size)

@@ -232,8 +232,14 @@ def test_tars_are_read_alike_however_they_are_named(photos, tmp_path, encoder):
         with pytest.raises(DataError, match=r"s3\.tar\.gz: compressed tar files cannot be read at random"):
             open_pictures(source)
     (tmp_path / "empty.tar").write_bytes(bytes(10240))
-    with pytest.raises(DataError, match="no pictures in its tars"):
-        open_pictures(tmp_path / "e*.tar")
+    (tmp_path / "empty.txt").write_text("empty.tar")
+    (tmp_path / "url.txt").write_text(f"file://{tmp_path}/empty.tar")
+    for name in ("e*.tar", "empty.tar", "empty.txt", "url.txt"):
+        with pytest.raises(DataError, match=r"no (pictures|images)"):
+            open_pictures(tmp_path / name)
+    (tmp_path / "url.txt").write_text(f"file://{tmp_path}/none.tar")
+    with pytest.raises(DataError, match=r"none\.tar: cannot be read"):
+        open_pictures(tmp_path / "url.txt")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need privileges on Windows")
@@ -334,7 +340,9 @@ def test_processes_share_the_shards_without_overlap(photos, tmp_path, encoder):
         extract(encoder, photos, tmp_path / "two", options, rank=rank, ranks=2, progress=False)
         written.append(set(content(tmp_path / "two")) - before)
         if not rank:
-            (tmp_path / "two" / "index" / ".000000.json.123.tmp").write_bytes(b"{")  # of one that was killed
+            unfinished = tmp_path / "two" / "index" / ".000000.json.123.tmp"  # of one that was killed
+            unfinished.write_bytes(b"{")
+            os.utime(unfinished, (time.time() - 60, time.time() - 60))
     assert all("index/000001.json" not in files for files in written[:1])
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
