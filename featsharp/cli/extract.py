@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--summary", action="store_true", help="store the backbone's summary (CLS or pooled token), too"
     )
     parser.add_argument("--pool", choices=("mean", "max"), help="one vector a picture in place of a map")
-    parser.add_argument("--pca", type=parse_count, metavar="N", help="reduce to N principal components of a sample")
+    parser.add_argument("--pca", type=parse_count, metavar="N", help="reduce to N principal components, after --pool")
     parser.add_argument("--every", type=parse_count, default=1, metavar="N", help="every N-th picture or frame only")
     parser.add_argument("--limit", type=parse_count, metavar="N", help="the first N of these only")
     parser.add_argument(
