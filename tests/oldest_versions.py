@@ -5,9 +5,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-# Beside the extras that are used: what runs the tests.
+# Beside the extras that are used: what runs the tests. Not onnx, whose exporter needs a later torch than the oldest,
+# nor hub: tests of both run with what other libraries bring.
 EXTRAS = ("timm", "hf", "open_clip", "train", "viz", "eval", "focus", "video", "zarr", "test")
-# Tested apart, with versions of today: their oldest ones lack wheels for Python 3.11 or other oldest versions here.
+# Tested with versions of today alone: their oldest ones lack wheels for Python 3.11 or other oldest versions here.
 APART = ("gradio", "playwright", "ray", "wandb")
 
 

@@ -38,7 +38,7 @@ SHOWN = 10  # skipped pictures that are listed at the end
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="pictures, see above")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the store")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the store")
     parser.add_argument(
         "--upsampler",
         metavar="NAME",
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--summary", action="store_true", help="store the backbone's summary (CLS or pooled token), too"
     )
     parser.add_argument("--pool", choices=("mean", "max"), help="one vector a picture in place of a map")
-    parser.add_argument("--pca", type=parse_count, metavar="N", help="reduce to N principal components of a sample")
+    parser.add_argument("--pca", type=parse_count, metavar="N", help="reduce to N principal components, after --pool")
     parser.add_argument("--every", type=parse_count, default=1, metavar="N", help="every N-th picture or frame only")
     parser.add_argument("--limit", type=parse_count, metavar="N", help="the first N of these only")
     parser.add_argument(
@@ -100,8 +100,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.engine == "ray" and arguments.device != "auto":
         raise ConfigError("--device is for --engine local; --gpus X gives each actor of Ray GPUs, without it the CPU")
     source = arguments.source
-    if not (is_url(source) or set("*?[{") & set(source) or Path(source).exists()):
-        raise DataError(f"{source} does not exist")
+    if not source or not (is_url(source) or set("*?[{") & set(source) or Path(source).exists()):
+        raise DataError(
+            f"{source!r} does not exist; give a picture, a folder, a list, a pattern, a tar, a video or a URL"
+        )
     import torch
 
     from featsharp.extraction import Options, extract
@@ -185,7 +187,11 @@ def _find_rank() -> tuple[int, int, int]:
 
 def _start_ranks(arguments: argparse.Namespace) -> int:
     """Run this command in several processes that share its work; returns the worst of their exit statuses."""
-    count = arguments.ranks
+    count, output = arguments.ranks, Path(arguments.output)
+    if (output / "store.json").exists():
+        from featsharp.extraction.sinks import remove_unfinished
+
+        remove_unfinished(output, arguments.format)  # before any of them writes
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
     command = [sys.executable, "-m", "featsharp", *arguments.argv]
     processes = [
@@ -200,4 +206,4 @@ def _start_ranks(arguments: argparse.Namespace) -> int:
         return status
     from featsharp.extraction import FeatureStore
 
-    return _report(FeatureStore(arguments.output))
+    return _report(FeatureStore(output))

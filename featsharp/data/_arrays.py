@@ -22,9 +22,13 @@ def check_array(data: NDArray[Any] | Tensor) -> NDArray[Any]:
     """Check the pixels of a picture, and return them as [H, W, c] of grey, RGB or RGBA, in native byte order."""
     given = f"{describe(data)} is no picture"
     if isinstance(data, Tensor):
+        nowhere = InputError(f"{given}: it has no pixels in memory; {TAKEN}")
         if data.layout != torch.strided or data.is_meta or data.is_quantized or data.is_nested:
-            raise InputError(f"{given}: it has no pixels in memory; {TAKEN}")
-        data = (data.float() if data.is_floating_point() else data).numpy(force=True)
+            raise nowhere
+        try:
+            data = (data.float() if data.is_floating_point() else data).numpy(force=True)
+        except RuntimeError as error:  # a tensor of a trace
+            raise nowhere from error
     if np.ma.is_masked(data):
         raise InputError(f"{given}: some of its pixels are masked; give them a value with filled(...)")
     data = np.asarray(data)

@@ -235,7 +235,7 @@ def _cut_inside(name: str) -> str:
 
 
 def _not_a_tar(error: BaseException, images: int) -> str:
-    return f"not readable as a tar file ({error}; {images} images before that)"
+    return f"not readable as a tar file ({getattr(error, 'strerror', None) or error}; {images} images before that)"
 
 
 def _is_compressed(path: Path | str, file: IO[bytes] | None) -> bool:

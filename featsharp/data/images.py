@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from featsharp.data._arrays import BACKGROUND, TAKEN, array_to_image, check_array, composite, describe, to_8_bits
@@ -48,6 +48,7 @@ def decode_image(data: Picture, *, name: str | None = None, upright: bool = True
             RGB or RGBA, with uint8 0..255, uint16 0..65535, bool or floating point in [0, 1]. It is left unchanged.
         name: Of the picture in errors; the path when there is one, else "image".
         upright: False leaves the EXIF orientation alone: labels and points belong to the pixels as they are stored.
+            A TIFF that Pillow loaded from an open file, not a path, stays as Pillow turned it.
 
     Returns:
         A new Pillow image of mode RGB.
@@ -55,18 +56,19 @@ def decode_image(data: Picture, *, name: str | None = None, upright: bool = True
     Raises:
         DataError: The file is missing, empty, truncated, damaged, no image, larger than ``PIL.Image.MAX_IMAGE_PIXELS``,
             or of a pixel format without a known range (floating point, 32 bits; a Pillow image of mode I beyond 65535)
-            or that is not read, which is named. Damaged EXIF data alone is no error: the image counts as upright, as
-            in viewers.
+            or that is not read, which is named; or a loaded Pillow image no longer tells which format its file had.
+            Damaged EXIF data alone is no error: the image counts as upright, as in viewers.
         InputError: The object is no picture: a URL, a batch, floats outside of [0, 1], a closed image, None ...
     """
     name = name or _name_of(data)
     try:
         image = _open(data)
         _check_size(image)
-        _refuse_unknown_pixels(image)
-        tags = getattr(image, "tag_v2", None)
+        header = _find_header(image)
+        _refuse_unknown_pixels(header)
+        tags = getattr(header, "tag_v2", None)
         stored_as = tags.get(ExifTags.Base.Orientation) if tags and not upright else None
-        image = _load(image)
+        image = _load(image, header)
         if upright:
             image = _upright(image)
         elif stored_as in _TO_STORED:  # Pillow turns a TIFF while it loads it
@@ -137,6 +139,7 @@ def is_image_name(name: str) -> bool:
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
 _STORE = "store it with 8 or 16 bits per channel"
 _STORE_RGB = "store it as RGB with 8 or 16 bits per channel"
+_LOST = "loaded already, it no longer tells the depth of its file; give the file or its bytes"
 _FLOAT = f"floating-point pixels have no known range; {_STORE}"
 
 Tags: TypeAlias = TiffImagePlugin.ImageFileDirectory_v2
@@ -179,6 +182,12 @@ def _open(data: Picture) -> Image.Image:
     if isinstance(data, (np.ndarray, Tensor)):
         return array_to_image(check_array(data))
     if isinstance(data, (bytes, bytearray, memoryview)):
+        if isinstance(data, memoryview) and (data.ndim != 1 or data.itemsize != 1):
+            shape = " x ".join(map(str, data.shape or ()))
+            raise InputError(
+                f"a memoryview of {shape} items of {data.itemsize} bytes is no content of a file; give pixels as the "
+                "array that it views"
+            )
         return _open_file(bytes(data))
     if isinstance(data, (str, os.PathLike)):
         return _open_file(_read_path(os.fsdecode(data)))
@@ -266,6 +275,20 @@ def _open_file(encoded: bytes) -> Image.Image:
         return image
 
 
+def _find_header(image: Image.Image) -> Image.Image:
+    """Open the file of a loaded image again, as loading forgets the depth; without a file returns the image."""
+    path = os.fsdecode(getattr(image, "filename", ""))
+    if getattr(image, "tile", None) or image.format not in ("PNG", "TIFF", "JPEG2000") or not os.path.isfile(path):
+        return image
+    try:
+        header = _open_file(_read_path(path))
+        if image.format == "TIFF":
+            header.seek(image.tell())
+    except Exception:  # the file has changed
+        return image
+    return header if (header.format, header.mode) == (image.format, image.mode) else image
+
+
 def _refuse_unknown_pixels(image: Image.Image) -> None:
     """Raise DataError for an opened image whose pixels have no known meaning, or that Pillow would misread."""
     reason = None
@@ -273,26 +296,36 @@ def _refuse_unknown_pixels(image: Image.Image) -> None:
         reason = _FLOAT
     elif isinstance(image, TiffImagePlugin.TiffImageFile):
         reason = _refuse_tiff(image.tag_v2)
+        tile = image.tile[0] if image.tile and image.tag_v2.get(_PHOTOMETRIC) == 6 else None
+        if not reason and tile and tile[0] == "raw" and "RGBX" in (tile[3] or ()):  # four bytes a pixel, before 13
+            reason = f"a TIFF of uncompressed YCbCr, which Pillow before 13 misreads; {_STORE_RGB}"
     elif isinstance(image, JpegImagePlugin.JpegImageFile) and image.mode == "CMYK" and "adobe" not in image.info:
         reason = "a CMYK JPEG without Adobe's marker; that says whether 0 is no ink or all of it, store it as RGB"
-    elif isinstance(image, PngImagePlugin.PngImageFile) and image.mode == "RGB":
-        key = image.info.get("transparency", ())
-        if key and (max(key) > 255 or _raw_mode(image) == "RGB;16B"):
+    elif image.mode == "RGB" and isinstance(key := image.info.get("transparency"), tuple):
+        if max(key) > 255 or _raw_mode(image) == "RGB;16B":
             reason = "a PNG with a transparent colour of 16 bits per channel (tRNS); store it with an alpha channel"
+        elif image.format == "PNG" and not _raw_mode(image):
+            reason = f"a PNG with a transparent colour; {_LOST}"
     elif image.format == "JPEG2000":
         reason = _refuse_jpeg2000(image)
     if reason:
         raise DataError(reason)
 
 
-def _load(image: Image.Image) -> Image.Image:
+def _load(image: Image.Image, header: Image.Image) -> Image.Image:
     """Load the pixels; where the transparent level of a PNG has other units than they have, returns a mended copy."""
     # Pillow spreads grey of 1, 2 and 4 bits over 0..255, and leaves the transparent level as it was (1 bit: before 11).
-    step = {"1": 255, "L;2": 85, "L;4": 17}.get(_raw_mode(image), 1)
+    raw_mode = _raw_mode(header) or ("1" if image.mode == "1" else "")
+    step = {"1": 255, "L;2": 85, "L;4": 17}.get(raw_mode, 1)
     image.load()
-    if step > 1 and "transparency" in image.info:
+    key = image.info.get("transparency")
+    if image.mode == "L" and image.format in ("PNG", None) and not raw_mode and isinstance(key, int) and 0 < key < 16:
+        levels = np.unique(np.asarray(image))
+        if not (levels % 17).any() and {17 * key, 85 * key} & set(levels.tolist()):  # or 8 bits, nothing transparent
+            raise DataError(f"a picture of few grey levels with a transparent one; {_LOST}")
+    if step > 1 and isinstance(key, int):
         image = image.copy()
-        image.info["transparency"] = min(255, image.info["transparency"] * step)
+        image.info["transparency"] = min(255, key * step)
     return image
 
 
@@ -360,8 +393,8 @@ def _refuse_tiff(tags: Tags) -> str | None:
 def _refuse_jpeg2000(image: Image.Image) -> str | None:
     """Refuse depths that Pillow scales wrongly: white overflows to black from 9 bits on, and is grey below 8."""
     file = getattr(image, "fp", None)
-    if file is None:  # loaded already
-        return None
+    if file is None:
+        return None if image.mode.startswith("I") else f"a JPEG 2000; {_LOST}"
     file.seek(0)
     header = file.read(1 << 16)
     file.seek(0)
@@ -422,4 +455,7 @@ def _describe_file(encoded: bytes) -> str:
     for start, what in _FOREIGN.items():
         if encoded.startswith(start):
             return f"{what} is not read; convert it to JPEG or PNG"
+    text = os.fsdecode(encoded[:4096]).strip()
+    if PurePosixPath(text).suffix.lower() in IMAGE_EXTENSIONS or ("\0" not in text and os.path.exists(text)):
+        return "not the content of an image file but a path; give a path as a str or Path"
     return f"not an image that can be read; known are {', '.join(_known_formats())}"

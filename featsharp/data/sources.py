@@ -56,10 +56,19 @@ class ImageSource:
 
     @classmethod
     def of_files(cls, folder: Path, names: Iterable[str]) -> "ImageSource":
-        """Make the source of these files of a folder, by relative names; they are not looked at."""
+        """Make the source of these files of a folder, by relative names; only tars are looked at.
+
+        Raises:
+            DataError: For a compressed tar.
+        """
         source = cls(folder)
         for name in names:
-            source._append(name)
+            if is_compressed_name(name):
+                raise refuse_compressed(folder / name)
+            if name.lower().endswith(".tar"):
+                source._append_tar(folder / name, f"{name}/")
+            else:
+                source._append(name)
         return source
 
     @property
@@ -79,6 +88,16 @@ class ImageSource:
         self._check(index)
         start = self._name_ends[index - 1] if index else 0
         return bytes(self._names[start : self._name_ends[index]]).decode(*_NAME_CODE)
+
+    def size(self, index: int) -> int:
+        """Bytes of an encoded image; -1 for a file that cannot be found (any more)."""
+        self._check(index)
+        if self._shard_of[index] != _PLAIN_FILE:
+            return self._sizes[index]
+        try:
+            return os.stat(self.path / self.name(index)).st_size
+        except (OSError, ValueError):
+            return -1
 
     def read(self, index: int) -> bytes:
         """Encoded bytes of an image; raises DataError when the file cannot be read (any more)."""

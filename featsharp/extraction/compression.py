@@ -15,6 +15,7 @@ from featsharp.files import write_file
 
 SAMPLE_PICTURES = 64
 SAMPLE_CELLS = 1024  # of each picture
+SAMPLE_VECTORS = 10  # pooled ones, for each component
 
 
 class PCA(NamedTuple):
@@ -36,13 +37,13 @@ class PCA(NamedTuple):
         return torch.einsum("bn...,nc->bc...", projected, components) + mean.view(1, -1, *[1] * (projected.ndim - 2))
 
 
-def fit_pca(path: Path, count: int, sample: Callable[[int], Iterator[Tensor]]) -> PCA:
+def fit_pca(path: Path, count: int, sample: Callable[[], Iterator[Tensor]]) -> PCA:
     """Load the basis of a store, or fit and save it.
 
     Args:
         path: Of its file. Processes that fit it at the same time fit the same one.
         count: Components N.
-        sample: Yields features [1, C, H, W] or [1, C] of so many pictures.
+        sample: Yields features [1, C, H, W] or [1, C] of pictures.
 
     Raises:
         DataError: For a damaged file, or fewer features than components.
@@ -53,9 +54,12 @@ def fit_pca(path: Path, count: int, sample: Callable[[int], Iterator[Tensor]]) -
             return PCA(**{name: tensor.clone() for name, tensor in load_file(path).items()})
         except (OSError, SafetensorError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error}); use another folder for the store") from error
-    cells = torch.cat([_cells(features) for features in sample(SAMPLE_PICTURES)])
+    cells = torch.cat([torch.empty(0), *map(_cells, sample())])
     if len(cells) <= count:
-        raise DataError(f"{count} principal components need more than {len(cells)} features; give more pictures")
+        raise DataError(
+            f"{count} principal components need more than the {len(cells)} features of these pictures; give more "
+            "pictures, or take fewer components"
+        )
     mean = cells.mean(0)
     covariance = (cells - mean).T @ (cells - mean) / len(cells)
     values, vectors = torch.linalg.eigh(covariance)

@@ -11,7 +11,8 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from featsharp.builder import content_key
 from featsharp.errors import ConfigError, DataError, InputError
-from featsharp.extraction.compression import PCA, fit_pca
+from featsharp.extraction.compression import PCA, SAMPLE_PICTURES, SAMPLE_VECTORS, fit_pca
 from featsharp.extraction.sinks import check_format, file_names, remove_unfinished, save_shard
-from featsharp.extraction.sources import open_pictures
+from featsharp.extraction.sources import check_count, check_path, open_pictures
 from featsharp.extraction.store import (
     FEATURES,
     SUMMARY,
@@ -36,6 +37,7 @@ from featsharp.extraction.store import (
 from featsharp.files import check_writable
 from featsharp.model import PreparedImage, SharpEncoder
 from featsharp.names import dtype_name
+from featsharp.ops.resize import check_size
 from featsharp.terminal import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ SHARD_BYTES = 1 << 27
 SHARD_PICTURES = (16, 1024)
 # Unfinished files of this age, in seconds, are of processes that were killed.
 SHARED_AGE = 3600
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda features: features.mean((-2, -1)),
     "max": lambda features: features.amax((-2, -1)),
@@ -59,20 +62,21 @@ class Options:
 
     Attributes:
         format: "safetensors", "npy", "zarr" or "webdataset".
-        dtype: Of the stored numbers: torch.float16, bfloat16 or float32.
+        dtype: Of the stored numbers: torch.float16, bfloat16 or float32, or its name.
         size: (h, w) in pixels that pictures are scaled to; None: as for :meth:`SharpEncoder.encode_image`.
         output_size: (H, W) of the map in cells; None: by the factor.
         normalized: Whether features stay in PHI-S space.
         summary: Whether the backbone's summary is stored, too.
         pool: "mean" or "max" over the map, for one vector a picture; None: the map.
-        pca: Components that features are reduced to; the basis is fitted once and saved as pca.safetensors.
+        pca: Components that features are reduced to, after pooling; the basis is fitted once to the features of some
+            pictures, as they would be stored, and saved as pca.safetensors.
         every: Takes every n-th picture or frame only.
         limit: Takes the first so many of these only; None: all.
         shard_size: Pictures that are made and written as one; None: so many as have about 128 MiB.
     """
 
     format: str = "safetensors"
-    dtype: torch.dtype = torch.float16
+    dtype: torch.dtype | str = torch.float16
     size: tuple[int, int] | None = None
     output_size: tuple[int, int] | None = None
     normalized: bool = False
@@ -104,6 +108,7 @@ class Extraction:
         workers: Threads that read and scale pictures.
 
     Raises:
+        InputError: For an argument or option of another kind or range.
         ConfigError: For options that do not go together, or a store with others.
         DataError: For a source without pictures.
     """
@@ -118,17 +123,22 @@ class Extraction:
         batch: int = 8,
         workers: int = 2,
     ) -> None:
-        self.encoder, self.options, self.batch, self.workers = encoder, options, batch, workers
-        self.output = Path(output)
-        self._sink = check_format(options.format, options.dtype)
-        self._check_options()
+        check_count("batch", batch)
+        check_count("workers", workers)
+        self.encoder, self.batch, self.workers = encoder, batch, workers
+        self.output = Path(check_path("output", output))
+        self.options = options = check_options(options)
+        self.dtype = find_dtype(options.dtype)
+        self._sink = check_format(options.format, self.dtype)
+        self._check_encoder()
         self.pictures = open_pictures(source, options.every, options.limit)
         check_writable(self.output)
         keys = [self.pictures.key(index) for index in range(len(self.pictures))]
         self._doubles = find_doubles(keys)
         self._names = file_names(keys, options.format)
         self.shard_size = self._find_shard_size()
-        names = hashlib.sha256("\n".join(keys).encode(errors="surrogateescape"))
+        names = hashlib.sha256("\n".join(keys).encode(errors="surrogatepass"))
+        sizes = hashlib.sha256(" ".join(str(self.pictures.size(index)) for index in range(len(keys))).encode())
         start_store(
             self.output,
             {
@@ -137,11 +147,12 @@ class Extraction:
                     "weights": content_key(encoder)[:16],
                     "autocast": encoder.backbone.autocast_dtype and dtype_name(encoder.backbone.autocast_dtype),
                     **asdict(options),
-                    "dtype": dtype_name(options.dtype),
+                    "dtype": dtype_name(self.dtype),
                     "shard_size": self.shard_size,
                 },
                 "pictures": len(keys),
                 "names": names.hexdigest()[:16],
+                "sizes": sizes.hexdigest()[:16],
                 "skipped": self.pictures.skipped,
             },
         )
@@ -175,7 +186,7 @@ class Extraction:
         if self.options.pca is not None and shards:
             self._pca = fit_pca(self.output / "pca.safetensors", self.options.pca, self._sample)
         pictures = (index for shard in shards for index in self.indices(shard))
-        with ThreadPoolExecutor(max(1, self.workers)) as readers, ThreadPoolExecutor(1) as writer:
+        with ThreadPoolExecutor(self.workers) as readers, ThreadPoolExecutor(1) as writer:
             prepared = prefetch(readers, self._prepare, pictures, self.workers + 2 * self.batch)
             made = self._make(shards, prepared, on_picture)
             try:
@@ -184,12 +195,10 @@ class Extraction:
             finally:
                 readers.shutdown(wait=False, cancel_futures=True)
 
-    def _check_options(self) -> None:
+    def _check_encoder(self) -> None:
         options = self.options
-        if options.pool is not None and options.pool not in POOLS:
-            raise ConfigError(f"unknown pool {options.pool!r}; use {' or '.join(POOLS)}")
         channels = self.encoder.embed_dim * self.encoder.upsampler.num_maps
-        if options.pca is not None and not 1 <= options.pca <= channels:
+        if options.pca is not None and options.pca > channels:
             raise ConfigError(f"pca takes 1 to {channels} components; got {options.pca}")
         if options.output_size and self.encoder.upsampler.factors == "one":
             raise ConfigError(
@@ -206,7 +215,7 @@ class Extraction:
         native = self.encoder.backbone.grid_size(self.encoder.backbone.input_size)
         grid = self.options.output_size or tuple(round(side * self.encoder.factor) for side in native)
         channels = self.options.pca or self.encoder.embed_dim * self.encoder.upsampler.num_maps
-        size = channels * self.options.dtype.itemsize * (1 if self.options.pool else prod(grid))
+        size = channels * self.dtype.itemsize * (1 if self.options.pool else prod(grid))
         least, most = SHARD_PICTURES
         return min(max(SHARD_BYTES // size, least), most)
 
@@ -218,7 +227,9 @@ class Extraction:
         try:
             return self.encoder.prepare_image(self.pictures.picture(index), self.options.size)
         except (DataError, InputError) as error:
-            return str(error).removeprefix(f"{key}: ")
+            text = str(error).removeprefix(f"{key}: ")
+            # Without the place, which the same command may spell otherwise next time.
+            return text.partition(f"/{key}: ")[2] or text
 
     def _make(
         self, shards: Iterable[int], prepared: Iterator[PreparedImage | str], on_picture: Callable[[str], object]
@@ -257,7 +268,7 @@ class Extraction:
             if all(tensor.isfinite().all() for tensor in tensors.values()):
                 shard.entries[index] = Entry(self.pictures.key(index), one.image_size, tensors)
             else:
-                kind = dtype_name(self.options.dtype)
+                kind = dtype_name(self.dtype)
                 shard.skipped[index] = f"the features are NaN or infinite, or too large for {kind}"
 
     @torch.no_grad()
@@ -272,20 +283,23 @@ class Extraction:
             output_size=options.output_size,
         )
         features = out.high_res
-        if self._pca is not None:
-            features = self._pca(features)
         if options.pool is not None:
             features = POOLS[options.pool](features)
-        summary = None if out.summary is None else out.summary.to("cpu", options.dtype)
-        return features.to("cpu", options.dtype), summary
+        if self._pca is not None:
+            features = self._pca(features)
+        summary = None if out.summary is None else out.summary.to("cpu", self.dtype)
+        return features.to("cpu", self.dtype), summary
 
-    def _sample(self, count: int) -> Iterator[Tensor]:
-        """Yield the features of ``count`` pictures, spread over the list, without those that cannot be read."""
-        total = len(self.pictures)
+    def _sample(self) -> Iterator[Tensor]:
+        """Yield the features to fit a basis to, of pictures spread over the list but those that will be skipped."""
+        total, count = len(self.pictures), SAMPLE_PICTURES
+        if self.options.pool is not None:  # one vector of each
+            count = max(count, SAMPLE_VECTORS * (self.options.pca or 0))
         for index in dict.fromkeys(number * total // count for number in range(count)):
             one = self._prepare(index)
-            if not isinstance(one, str):
-                yield self._features(one.pixels, one.low_res_size)[0]
+            with suppress(InputError):
+                if not isinstance(one, str):
+                    yield self._features(one.pixels, one.low_res_size)[0]
 
     def _write(self, shard: _Shard) -> None:
         entries = [shard.entries[index] for index in sorted(shard.entries)]
@@ -326,17 +340,57 @@ def extract(
         The store, with the shards of other processes where they have finished.
 
     Raises:
+        InputError: For an argument or option of another kind or range.
         ConfigError: For options that do not go together, or a store that was made with others.
         DataError: For a source without pictures.
         FeatSharpError: When the store cannot be written.
     """
+    check_count("ranks", ranks)
+    if rank not in range(ranks):
+        raise InputError(f"rank takes 0 to {ranks - 1}, as there are {ranks} ranks; got {rank!r}")
     work = Extraction(encoder, source, output, options, batch=batch, workers=workers)
     remove_unfinished(work.output, options.format, older_than=0 if ranks == 1 else SHARED_AGE)
     todo = [shard for shard in work.missing if shard % ranks == rank]
     count = sum(len(work.indices(shard)) for shard in todo)
     with progress_bar("extract", count, unit="picture", wanted=progress and rank == 0) as advance:
         work.run(todo, advance)
-    return FeatureStore(output)
+    store = FeatureStore(output)
+    if store.complete and ranks > 1:  # nobody writes shards any more; a process that starts now may check the folder
+        remove_unfinished(work.output, options.format, older_than=1)
+    return store
+
+
+def check_options(options: Options) -> Options:
+    """Check what can be checked without an encoder; returned are sizes as tuples.
+
+    Raises:
+        InputError: For a value of another kind or range.
+        ConfigError: For an unknown way to pool.
+    """
+    for name in ("pca", "limit", "shard_size"):
+        if getattr(options, name) is not None:
+            check_count(name, getattr(options, name))
+    check_count("every", options.every)
+    for name in ("normalized", "summary"):
+        if not isinstance(getattr(options, name), bool):
+            raise InputError(f"{name} is True or False; got {getattr(options, name)!r}")
+    sizes = {}
+    for name, unit in (("size", "pixels"), ("output_size", "cells")):
+        if getattr(options, name) is not None:
+            sizes[name] = check_size(name, getattr(options, name), unit)
+            if min(sizes[name]) < 1:
+                raise InputError(f"{name} has sides of at least 1; got {getattr(options, name)!r}")
+    if options.pool is not None and options.pool not in POOLS:
+        raise ConfigError(f"unknown pool {options.pool!r}; use {' or '.join(POOLS)}")
+    return replace(options, size=sizes.get("size"), output_size=sizes.get("output_size"))
+
+
+def find_dtype(given: torch.dtype | str) -> torch.dtype:
+    """Return the type that :class:`Options` names; InputError for another one."""
+    name = str(given).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InputError(f"dtype takes {', '.join(DTYPES)}, of torch or by name; got {given!r}")
+    return DTYPES[name]
 
 
 def find_doubles(keys: Sequence[str]) -> set[int]:

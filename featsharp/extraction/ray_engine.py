@@ -13,6 +13,7 @@ from typing import Any
 
 from featsharp.errors import ConfigError, FeatSharpError, MissingDependencyError
 from featsharp.extraction.pipeline import Extraction, Options
+from featsharp.extraction.sinks import remove_unfinished
 from featsharp.extraction.store import FeatureStore
 from featsharp.model import SharpEncoder
 
@@ -53,7 +54,9 @@ def extract_with_ray(
         import ray
     except ImportError as error:
         raise MissingDependencyError('the engine ray needs: pip install "featsharp[ray]"') from error
-    missing = Extraction(build("cpu"), source, output, options).missing
+    work = Extraction(build("cpu"), source, output, options, batch=batch, workers=workers)
+    missing = work.missing
+    remove_unfinished(work.output, options.format)
     if not missing:
         return FeatureStore(output)
     if not ray.is_initialized():
@@ -82,6 +85,7 @@ def extract_with_ray(
         made.materialize()
     except ray.exceptions.RayError as error:
         raise FeatSharpError(f"the cluster could not finish {output}: {error}") from error
+    remove_unfinished(work.output, options.format)  # of actors that were lost
     return FeatureStore(output)
 
 

@@ -1,11 +1,12 @@
 """Formats of a store: where the tensors of a shard go. All keep them as plain bytes, as they are in memory.
 
-safetensors: shards/000012.safetensors, tensors by the picture's key. npy: NAME.npy a picture. zarr: an array a picture
-in features.zarr. webdataset: shards/000012.tar with NAME.features.npy and NAME.json. A second tensor, the summary, is
-KEY.summary, NAME.summary.npy and so on.
+safetensors: shards/000012.safetensors, tensors by the picture's key (or a name like it where that cannot be one).
+npy: NAME.npy a picture. zarr: an array a picture in features.zarr. webdataset: shards/000012.tar with NAME.features.npy
+and NAME.json. A second tensor, the summary, is KEY.summary, NAME.summary.npy and so on.
 """
 
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
@@ -42,28 +43,47 @@ def check_format(name: str, dtype: torch.dtype) -> Sink:
 
 
 def file_names(keys: Sequence[str], format: str) -> dict[str, str]:
-    """Choose the name of each picture's files without their ending; none where a format has no such files."""
+    """Choose the name of each picture's files without their ending; of tensors in shards those that are not the key."""
     if format == "safetensors":
-        return {}
+        return _tensor_names(keys)
     taken: set[str] = set()
+    # zarr takes a backslash for a slash.
+    targets = {key: Path(key.replace("\\", "_") if format == "zarr" else key) for key in keys}
     if format == "zarr":  # an array cannot be a group, too: x.jpg beside a folder x
-        taken.update(caseless(folder) for folder in {folder for key in keys for folder in Path(key).parents})
+        taken.update(caseless(folder) for folder in {folder for path in targets.values() for folder in path.parents})
         taken.update(folder.removesuffix(f".{SUMMARY}") for folder in list(taken))
     names = {}
-    for key in keys:
-        target = Path(key)
+    for key, target in targets.items():
         if format == "webdataset":  # takes all before the first dot for the key of a sample
             target = target.with_name(target.stem.replace(".", "_") or "_")
-        elif target.stem.casefold().endswith((f".{SUMMARY}", "zarr.json")):  # of another picture, or of zarr itself
+        # Of another picture, or of zarr itself.
+        while any(name.casefold().endswith((f".{SUMMARY}", "zarr.json")) for name in (target.stem, target.name)):
             target = target.with_name(f"{target.name}.{FEATURES}")
         names[key] = free_name(target, taken, f".{FEATURES}.npy").as_posix()
     return names
 
 
+def _tensor_names(keys: Sequence[str]) -> dict[str, str]:
+    """Choose names in place of keys that are no text, have a meaning in the format, or are those of a summary."""
+    taken, names = set(keys), {}
+    for key in keys:
+        name = readable(key)
+        if name == "__metadata__" or name.endswith(f".{SUMMARY}"):
+            name = f"{name}.{FEATURES}"
+        if name != key:
+            numbered = (f"{name}-{number}" for number in itertools.count(2))
+            names[key] = next(free for free in itertools.chain([name], numbered) if free not in taken)
+            taken.add(names[key])
+    return names
+
+
 def _save_safetensors(root: Path, shard: int, entries: Sequence[Entry], names: Mapping[str, str]) -> list[Record]:
     file = _shard_file(shard, ".safetensors")
-    tensors = {readable(_join(entry.key, kind)): tensor for entry in entries for kind, tensor in entry.tensors.items()}
-    sizes = {readable(entry.key): "x".join(map(str, entry.image_size)) for entry in entries}
+    names = {entry.key: names.get(entry.key, entry.key) for entry in entries}
+    tensors = {_join(names[entry.key], kind): tensor for entry in entries for kind, tensor in entry.tensors.items()}
+    if len(tensors) < sum(len(entry.tensors) for entry in entries):
+        raise DataError(f"two pictures of shard {shard} have one name; rename one of them")
+    sizes = {names[entry.key]: "x".join(map(str, entry.image_size)) for entry in entries}
     header, offsets, _ = safetensors_layout(
         {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()},
         {"image_size": json.dumps(sizes), "layout": "CHW"},
@@ -72,9 +92,7 @@ def _save_safetensors(root: Path, shard: int, entries: Sequence[Entry], names: M
         out.write(header)
         for key in sorted(offsets, key=offsets.__getitem__):
             out.write(as_bytes(tensors[key]))
-    return _record(
-        entries, lambda entry, kind, tensor: _placed(file, offsets[readable(_join(entry.key, kind))], tensor)
-    )
+    return _record(entries, lambda entry, kind, tensor: _placed(file, offsets[_join(names[entry.key], kind)], tensor))
 
 
 def _save_npy(root: Path, shard: int, entries: Sequence[Entry], names: Mapping[str, str]) -> list[Record]:
@@ -154,7 +172,7 @@ def save_shard(sink: Sink, root: Path, shard: int, entries: Sequence[Entry], nam
         ) from error
 
 
-def remove_unfinished(root: Path, format: str, older_than: float) -> None:
+def remove_unfinished(root: Path, format: str, older_than: float = 0) -> None:
     """Delete from a store what writers left that were killed at least ``older_than`` seconds ago."""
     everywhere = format in ("npy", "zarr")
     for folder in (root, *root.rglob("*/")) if everywhere else (root, root / "index", root / "shards"):

@@ -179,13 +179,14 @@ def start_store(path: Path, plan: Mapping[str, Any]) -> None:
         return
     flat = ({**p["options"], **{key: value for key, value in p.items() if key != "options"}} for p in (there, plan))
     old, new = flat
-    changed = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)]
-    if changed == [f"names {old.get('names')!r} -> {new['names']!r}"]:
-        changed = ["as many pictures of other names"]
+    differ = [key for key in new | old if old.get(key) != new.get(key)]
+    changed = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in differ if key not in ("names", "sizes")]
+    if "pictures" not in differ and {"names", "sizes"} & set(differ):
+        changed.append("pictures of other names" if "names" in differ else "files of the same names have other sizes")
     if changed:
         raise ConfigError(
-            f"{path} was made with other options ({'; '.join(changed)}); give the same ones to go on with it, or "
-            "choose another place with -o"
+            f"{path} was made with other options or pictures ({'; '.join(changed)}); give the same ones to go on with "
+            "it, or choose another place with -o"
         )
 
 

@@ -110,6 +110,9 @@ class Video:
     def key(self, index: int) -> str:
         return f"{self.name}/{index:06d}"
 
+    def size(self, index: int) -> int:
+        return self._source.stat().st_size if isinstance(self._source, Path) else -1
+
     def picture(self, index: int) -> Image.Image:
         with self._lock:
             frame = self._passed.pop(index, None) or self._decode(index)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses import FakeTensorMode
 
 from featsharp import create_encoder
 from featsharp.data import decode_image, picture_to_tensor
@@ -162,6 +163,11 @@ def left_lazy() -> Image.Image:
         return image
 
 
+def fake() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.rand(3, H, W)
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "None": (lambda: None, "None is no picture; a picture is a path"),
     "number": (lambda: 3, "an object of type int is no picture; a picture is"),
@@ -192,6 +198,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "infinite": (lambda: np.full((H, W), np.inf), r"these are inf\.\.inf"),
     "masked": (lambda: np.ma.masked_less(RGB, 9), r"some of its pixels are masked; .* filled"),
     "meta": (lambda: torch.empty(3, H, W, device="meta"), "has no pixels in memory"),
+    "fake": (fake, "has no pixels in memory"),
     "sparse": (lambda: torch.eye(W).to_sparse(), "has no pixels in memory"),
     "nested": (
         lambda: torch.nested.nested_tensor([torch.rand(3, H)], layout=torch.jagged),
@@ -204,6 +211,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "file": (lambda: "file:///tmp/a.jpg", "file: addresses are not read; give the path alone"),
     "data": (lambda: "data:image/png;base64," + base64.b64encode(PNG).decode(), "a data: URI is not read; give its"),
     "bytes in a string": (lambda: PNG.decode("latin-1"), "null characters is no path"),
+    "view of an array": (lambda: memoryview(RGB), "a memoryview of 40 x 56 x 3 items .* as the array that it views"),
+    "view of words": (lambda: memoryview(np.zeros(9, np.uint16)), "a memoryview of 9 items of 2 bytes"),
     "text file": (lambda: io.StringIO("x"), "str instead of bytes; open it with 'rb'"),
     "closed file": (closed_file, "the file is closed"),
     "file for writing": (lambda: io.BufferedWriter(io.BytesIO()), "open for writing alone; open it with 'rb'"),
@@ -231,6 +240,8 @@ def test_files_that_cannot_be_used(tmp_path: Path, encoder: SharpEncoder) -> Non
         (io.BytesIO(b"x"), "not an image that can be read"),
         (b"", "the file is empty"),
         (tmp_path / "a.jpg", r"a\.jpg: not an image that can be read"),
+        (b"/nowhere/x.jpg", "not the content of an image file but a path; give a path as a str or Path"),
+        (os.fsencode(tmp_path), "a path; give a path as a str"),
         (tmp_path, "a folder; give a file, or a list of files"),
         (tmp_path / "absent.jpg", r"absent\.jpg: no such file"),
         (tmp_path / "a.jpg" / "b.jpg", r"b\.jpg: cannot be read \(Not a directory\)"),

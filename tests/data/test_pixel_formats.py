@@ -547,6 +547,71 @@ def test_a_pixel_format_is_decoded_or_refused_by_name(kind: Kind) -> None:
     assert count
 
 
+# Of these, a loaded image without a file may be one that is refused.
+AMBIGUOUS = (png_grey_key, png_rgb_key, png_rgb_key_16, others, jpeg2000_refused)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.cases.__name__)
+def test_a_pixel_format_is_the_same_once_pillow_has_loaded_it(kind: Kind, tmp_path: Path) -> None:
+    for picture, expected in kind.cases():
+        if not isinstance(picture, bytes):
+            continue
+        (tmp_path / "picture").write_bytes(picture)
+        for opened in (tmp_path / "picture", io.BytesIO(picture)):
+            try:
+                image = Image.open(opened)
+                image.load()
+            except Exception:  # nobody can have it loaded
+                continue
+            try:
+                got, said = np.asarray(decode_image(image)).astype(float), ""
+            except DataError as error:
+                got, said = None, str(error)
+            if "give the file or its bytes" in said:
+                assert kind.cases in AMBIGUOUS
+                assert isinstance(opened, io.BytesIO)
+            elif expected is None:
+                assert kind.outcome in said
+            else:
+                assert got is not None, said
+                assert np.abs(got - expected).max() <= kind.tolerance
+
+
+def test_a_loaded_image_counts_with_its_pixels_of_now_and_a_copy_as_far_as_it_is_plain(tmp_path: Path) -> None:
+    values = levels(2)
+    (tmp_path / "a.png").write_bytes(png(values, 2, 0, tRNS=struct.pack(">H", 3)))
+    image = Image.open(tmp_path / "a.png")
+    image.paste(170, (0, 0, W, 5))  # which loads it
+    expected = np.where(values == 3, GREY, colours(values, 2))
+    expected[:5] = 170
+    assert np.abs(np.asarray(decode_image(image)).astype(float) - expected).max() <= 1
+    with pytest.raises(DataError, match="give the file or its bytes"):
+        decode_image(image.copy())
+    plain = Image.fromarray(levels(8)[..., 0])
+    plain.info["transparency"] = 14  # of 8 bits, as other levels show
+    assert np.array_equal(np.asarray(decode_image(plain))[..., :1], np.where(levels(8) == 14, GREY, levels(8)))
+
+
+def test_a_loaded_tiff_is_turned_back_to_how_it_is_stored(tmp_path: Path) -> None:
+    values = levels(8, 3)
+    (tmp_path / "a.tif").write_bytes(tiff(values, "rgb", extratags=[(274, "H", 1, 6, True)]))
+    image = Image.open(tmp_path / "a.tif")
+    image.load()
+    assert np.array_equal(np.asarray(decode_image(image, upright=False)), values)
+    assert np.array_equal(np.asarray(decode_image(image)), np.rot90(values, -1))
+
+
+def test_a_ycbcr_tiff_is_decoded_or_refused_by_name() -> None:
+    for data, expected in tiff_ycbcr():
+        try:
+            off, said = np.abs(np.asarray(decode_image(data)).astype(float) - expected).max(), ""
+        except DataError as error:
+            off, said = 0, str(error)
+        assert off <= 8
+        assert not said or "a TIFF of uncompressed YCbCr, which Pillow before 13 misreads" in said
+
+
 def test_the_table_of_the_docs_is_that_of_the_tests() -> None:
     """Made anew with ``python tests/data/test_pixel_formats.py``."""
     assert table() in PAGE.read_text(encoding="utf-8")

@@ -23,10 +23,10 @@ import featsharp
 from featsharp.cli import extract as extract_command
 from featsharp.cli.main import main
 from featsharp.device import find_device
-from featsharp.errors import ConfigError, DataError
+from featsharp.errors import ConfigError, DataError, InputError
 from featsharp.extraction import FeatureStore, Options, extract
 from featsharp.extraction.compression import fit_pca
-from featsharp.extraction.pipeline import POOLS
+from featsharp.extraction.pipeline import DTYPES, POOLS
 from featsharp.extraction.sinks import SINKS, file_names
 from featsharp.extraction.sources import open_pictures
 
@@ -130,11 +130,44 @@ def test_principal_components_are_those_of_numpy(photos, tmp_path, encoder):
         np.testing.assert_allclose(store[key].numpy(), expected, atol=2e-3)
 
 
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_a_basis_of_pooled_features_is_fitted_to_enough_of_them(tmp_path, pool):
+    """More components than the pictures that a basis of maps is fitted to; pooled first."""
+    photos = paint(tmp_path / "photos", [(32, 32)] * 80)
+    tokens = torch.nn.PixelUnshuffle(8)  # of 192 channels
+    encoder = featsharp.create_encoder(featsharp.backbones.from_callable(tokens, input_size=(32, 32)), "identity")
+    pooled = extract(encoder, photos, tmp_path / "a", Options(pool=pool, dtype="float32"), progress=False)
+    store = extract(encoder, photos, tmp_path / "b", Options(pool=pool, dtype="float32", pca=70), progress=False)
+    vectors = np.stack([pooled[key].numpy() for key in pooled]).astype(np.float64)
+    _, _, basis = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+    basis = basis[:70] * np.sign(np.take_along_axis(basis[:70], np.abs(basis[:70]).argmax(1)[:, None], 1))
+    expected = (vectors - vectors.mean(0)) @ basis.T
+    np.testing.assert_allclose(np.stack([store[key].numpy() for key in store]), expected, atol=2e-3)
+    with pytest.raises(DataError, match="need more than the 80 features of these pictures"):
+        extract(encoder, photos, tmp_path / "c", Options(pool=pool, pca=80), progress=False)
+
+
+def test_an_odd_picture_is_skipped_with_principal_components_too(tmp_path, encoder):
+    photos = paint(tmp_path / "photos", [(64, 64), (64, 64), (64, 640)])
+    (photos / "bad.png").write_bytes(b"")
+    skipped = []
+    for pca in (None, 3):
+        options = Options(output_size=(16, 16), pca=pca)
+        store = extract(encoder, photos, tmp_path / f"{pca}", options, progress=False)
+        assert list(store) == ["0.png", "1.png"]
+        skipped.append(store.skipped)
+    assert skipped[0] == skipped[1]
+    assert [name for name, _ in skipped[0]] == ["2.png", "bad.png"]
+    (tmp_path / "list.txt").write_text("photos/2.png")
+    with pytest.raises(DataError, match="need more than the 0 features"):
+        extract(encoder, tmp_path / "list.txt", tmp_path / "none", Options(output_size=(16, 16), pca=3))
+
+
 def test_a_loaded_basis_projects_to_the_same_bits(tmp_path):
     generator = torch.Generator().manual_seed(0)
     for count in range(1, 9):
         sample = [torch.randn(1, 32, 8, 8, generator=generator) for _ in range(2)]
-        fitted, loaded = (fit_pca(tmp_path / f"{count}", count, lambda _: iter(sample)) for _ in range(2))  # noqa: B023
+        fitted, loaded = (fit_pca(tmp_path / f"{count}", count, lambda: iter(sample)) for _ in range(2))  # noqa: B023
         features = torch.randn(1, 32, 9, 9, generator=generator)
         assert torch.equal(fitted(features), loaded(features))
 
@@ -169,6 +202,44 @@ def test_lists_patterns_tars_and_single_pictures(photos, tmp_path, encoder):
     }
     for number, (source, keys) in enumerate(expected.items()):
         assert list(extract(encoder, source, tmp_path / f"out{number}", progress=False)) == keys
+
+
+def test_tars_are_read_alike_however_they_are_named(photos, tmp_path, encoder):
+    for number in (1, 2):
+        with tarfile.open(tmp_path / f"s{number}.tar", "w") as tar:
+            tar.add(photos / f"{number}.png", "x.png")
+    (tmp_path / ".hidden.tar").write_bytes(b"")
+    (tmp_path / "local.txt").write_text("s1.tar\ns2.tar\nphotos/3.png\n")
+    (tmp_path / "urls.txt").write_text(f"file://{tmp_path}/s1.tar\nfile://{tmp_path}/s2.tar\n")
+    keys = ["s1.tar/x.png", "s2.tar/x.png"]
+    for number, (source, more) in enumerate(
+        {
+            tmp_path / "s*.tar": [],
+            f"file://{tmp_path}/s*.tar": [],
+            tmp_path / "s{1..2}.tar": [],
+            tmp_path / "urls.txt": [],
+            tmp_path / "local.txt": ["photos/3.png"],
+            tmp_path / "**": [f"photos/{number}.png" for number in range(7)],
+            tmp_path: [f"photos/{number}.png" for number in range(7)],
+        }.items()
+    ):
+        store = extract(encoder, source, tmp_path.parent / f"{tmp_path.name}-{number}", progress=False)
+        assert sorted(store) == sorted([*keys, *more])
+        one = encoder.encode_image(photos / "2.png").high_res[0]
+        torch.testing.assert_close(store["s2.tar/x.png"], one.half(), rtol=1e-2, atol=1e-2)
+    (tmp_path / "s3.tar.gz").write_bytes(b"")
+    for source in (tmp_path / "s*", tmp_path, f"file://{tmp_path}", f"file://{tmp_path}/s*"):
+        with pytest.raises(DataError, match=r"s3\.tar\.gz: compressed tar files cannot be read at random"):
+            open_pictures(source)
+    (tmp_path / "empty.tar").write_bytes(bytes(10240))
+    (tmp_path / "empty.txt").write_text("empty.tar")
+    (tmp_path / "url.txt").write_text(f"file://{tmp_path}/empty.tar")
+    for name in ("e*.tar", "empty.tar", "empty.txt", "url.txt"):
+        with pytest.raises(DataError, match=r"no (pictures|images)"):
+            open_pictures(tmp_path / name)
+    (tmp_path / "url.txt").write_text(f"file://{tmp_path}/none.tar")
+    with pytest.raises(DataError, match=r"none\.tar: cannot be read"):
+        open_pictures(tmp_path / "url.txt")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need privileges on Windows")
@@ -268,6 +339,10 @@ def test_processes_share_the_shards_without_overlap(photos, tmp_path, encoder):
         before = set(content(tmp_path / "two"))
         extract(encoder, photos, tmp_path / "two", options, rank=rank, ranks=2, progress=False)
         written.append(set(content(tmp_path / "two")) - before)
+        if not rank:
+            unfinished = tmp_path / "two" / "index" / ".000000.json.123.tmp"  # of one that was killed
+            unfinished.write_bytes(b"{")
+            os.utime(unfinished, (time.time() - 60, time.time() - 60))
     assert all("index/000001.json" not in files for files in written[:1])
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
@@ -279,12 +354,77 @@ def test_other_options_or_pictures_are_refused(photos, tmp_path, encoder):
         extract(encoder, photos, tmp_path / "out", Options(dtype=torch.float32))
     with pytest.raises(ConfigError, match="encoder 'bilinear 2x on toy-vit' -> 'tile 2x on toy-vit'"):
         extract(featsharp.create_encoder("toy-vit", "tile", 2), photos, tmp_path / "out")
+    (photos / "6.png").write_bytes((photos / "5.png").read_bytes() + b"more")
+    with pytest.raises(ConfigError, match="files of the same names have other sizes"):
+        extract(encoder, photos, tmp_path / "out")
     (photos / "6.png").unlink()
     with pytest.raises(ConfigError, match="pictures 7 -> 6"):
         extract(encoder, photos, tmp_path / "out")
     with pytest.raises(ConfigError, match="is no store of features"):
         extract(encoder, photos, photos)
     assert content(tmp_path / "out") == before
+
+
+def test_the_source_may_be_spelled_otherwise_later(photos, tmp_path, encoder, monkeypatch):
+    (photos / "bad.tar").write_bytes(b"x" * 1024)
+    (photos / "none.png").symlink_to("nothing")
+    monkeypatch.chdir(tmp_path)
+    first = extract(encoder, photos, tmp_path / "out", progress=False)
+    assert [name for name, _ in first.skipped] == ["bad.tar", "none.png"]
+    written = content(tmp_path / "out")
+    for number, source in enumerate(["photos", "./photos/", "photos/../photos"]):
+        extract(encoder, source, tmp_path / "out", progress=False)
+        extract(encoder, source, tmp_path / f"{number}", progress=False)
+        assert content(tmp_path / f"{number}") == written
+    monkeypatch.chdir(photos)
+    extract(encoder, ".", tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"shard_size": 0}, "shard_size takes a whole number of at least 1; got 0"),
+        ({"shard_size": 2.5}, "shard_size takes a whole number"),
+        ({"every": 0}, "every takes a whole number"),
+        ({"every": -1}, "every takes a whole number"),
+        ({"every": None}, "every takes a whole number"),
+        ({"limit": 0}, "limit takes a whole number"),
+        ({"limit": -1}, "limit takes a whole number"),
+        ({"pca": 2.5}, "pca takes a whole number"),
+        ({"pca": True}, "pca takes a whole number"),
+        ({"output_size": 5}, r"output_size is \(height, width\), two whole numbers of cells; got 5"),
+        ({"size": 448}, r"size is \(height, width\), two whole numbers of pixels; got 448"),
+        ({"size": (0, 64)}, "size has sides of at least 1"),
+        ({"dtype": torch.float64}, "dtype takes float16, bfloat16, float32.*; got torch.float64"),
+        ({"dtype": np.float16}, "dtype takes float16"),
+        ({"normalized": "no"}, "normalized is True or False; got 'no'"),
+    ],
+)
+def test_values_of_another_kind_are_refused_before_anything_is_written(photos, tmp_path, encoder, options, said):
+    with pytest.raises(InputError, match=said):
+        extract(encoder, photos, tmp_path / "out", Options(**options))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"source": ["a.png", "b.png"]}, "source takes a picture, a folder.* write many paths into a list.*got a list"),
+        ({"source": Image.new("RGB", (64, 64))}, "give opened pictures to encoder.encode_image; got a Image"),
+        ({"source": np.zeros((9, 9, 3))}, "got a ndarray"),
+        ({"source": None}, "got None"),
+        ({"source": ""}, "source takes .*; got ''"),
+        ({"output": ""}, "output takes a path; got ''"),
+        ({"batch": 0}, "batch takes a whole number"),
+        ({"workers": 1.5}, "workers takes a whole number"),
+        ({"ranks": 0}, "ranks takes a whole number"),
+        ({"rank": 2, "ranks": 2}, "rank takes 0 to 1"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(photos, tmp_path, encoder, arguments, said):
+    with pytest.raises(InputError, match=said):
+        extract(encoder, **{"source": photos, "output": tmp_path / "out", **arguments})
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -357,14 +497,17 @@ def test_the_command_line(photos, tmp_path, capsys):
     ):
         assert main([*arguments, "--factor", "1.5", *wrong]) == 1
         assert said in capsys.readouterr().err
-    assert main(["extract", str(tmp_path / "none"), "-o", str(tmp_path / "x"), "--backbone", "toy-vit"]) == 1
-    assert "does not exist" in capsys.readouterr().err
+    for source in (str(tmp_path / "none"), ""):
+        assert main(["extract", source, "-o", str(tmp_path / "x"), "--backbone", "toy-vit"]) == 1
+        assert f"{source!r} does not exist" in capsys.readouterr().err
+    assert main(["extract", str(photos), "-o", "", "--backbone", "toy-vit"]) == 1
+    assert "output takes a path" in capsys.readouterr().err
 
 
 def test_tables_of_the_command_are_those_of_the_library():
     """Its help names them without importing torch."""
     assert tuple(SINKS) == extract_command.FORMATS
-    assert {getattr(torch, name) for name in extract_command.DTYPES} == {torch.float16, torch.bfloat16, torch.float32}
+    assert tuple(DTYPES) == extract_command.DTYPES
     parser = argparse.ArgumentParser()
     extract_command.add_arguments(parser)
     (pool,) = (action for action in parser._actions if action.dest == "pool")
@@ -431,6 +574,31 @@ def test_names_that_a_format_gives_a_meaning_of_its_own(tmp_path, encoder, forma
         torch.testing.assert_close(store.tensor(key, "summary"), one.summary[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are text there")
+@pytest.mark.parametrize("format", list(SINKS))
+def test_names_that_come_to_the_same_text(tmp_path, encoder, format):
+    """Bytes that are no text and what they are escaped to; a summary and a picture of its name; words of a format."""
+    bytes_and_text = ["\udcff.png", "\\udcff.png", "\\udcff.png.jpg", "a\udcff/x.png", "a\\udcff/x.png"]
+    words = ["__metadata__", "__metadata__.features", "__metadata__.features.summary", "\udcfe.summary"]
+    words += ["x.png", "x.png.summary", "x.png.summary.features", "x.png.summary.features-2"]
+    options = Options(format=format, dtype="float32", summary=True)
+    for name, keys in (("folder", bytes_and_text), ("list.txt", words)):
+        for number, key in enumerate(keys):
+            Image.new("RGB", (64, 64), (25 * number, 0, 0)).save(tmp_path / "a.png")
+            (tmp_path / "folder" / key).parent.mkdir(exist_ok=True, parents=True)
+            (tmp_path / "a.png").rename(tmp_path / "folder" / key)
+        (tmp_path / "list.txt").write_bytes(b"\n".join(os.fsencode(f"folder/{key}") for key in keys))
+        store = extract(encoder, tmp_path / name, tmp_path / f"{name}-out", options, progress=False)
+        assert sorted(store) == sorted(keys)
+        for key in keys:
+            one = encoder.encode_image((tmp_path / "folder" / key).read_bytes(), return_summary=True)
+            torch.testing.assert_close(store[key], one.high_res[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(store.tensor(key, "summary"), one.summary[0], rtol=1e-5, atol=1e-5)
+        for shard in (store.path / "shards").glob("*.safetensors"):
+            with safe_open(shard, "np") as opened:
+                assert len(list(opened.keys())) == 2 * len(keys)
+
+
 def test_a_second_picture_of_one_name_is_counted_and_what_leads_outside_is_not_written(photos, tmp_path, encoder):
     with tarfile.open(tmp_path / "twice.tar", "w") as tar:
         for number in (0, 1, 2):
@@ -450,37 +618,42 @@ def test_a_second_picture_of_one_name_is_counted_and_what_leads_outside_is_not_w
 # Kills
 
 
-def kill_and_resume(tmp_path: Path, kills: int, pictures: int) -> int:
+def kill_and_resume(tmp_path: Path, kills: int, pictures: int, format: str = "safetensors") -> int:
     """Kill the command ``kills`` times, and compare with an uninterrupted run; returns the shards that kills left."""
     photos = paint(tmp_path / "photos", [(64, 64), (64, 80), (80, 64)] * (pictures // 3))
-    command = [sys.executable, "-m", "featsharp", "extract", str(photos), "--backbone", "toy-vit"]
-    command += ["--pca", "5", "--shard-size", "4", "-o"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    left = 0
+    arguments = ["extract", str(photos), "--backbone", "toy-vit", "--pca", "5", "--shard-size", "4"]
+    arguments += ["--format", format, "-o"]
+    killed = tmp_path / "killed"
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
     rng = np.random.default_rng(0)
     for _ in range(kills):
         process = subprocess.Popen(
-            [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "featsharp", *arguments, str(killed)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        shards = len(list((tmp_path / "killed" / "index").glob("*.json")))
-        while process.poll() is None and len(list((tmp_path / "killed" / "index").glob("*.json"))) == shards:
+        shards = len(list((killed / "index").glob("*.json")))
+        while process.poll() is None and len(list((killed / "index").glob("*.json"))) == shards:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        left = len(list((tmp_path / "killed" / "index").glob("[0-9]*.json")))
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    left = len(list((killed / "index").glob("[0-9]*.json")))
+    assert main([*arguments, str(killed)]) == 0
+    assert content(killed) == content(tmp_path / "whole")
     return left
 
 
 @pytest.mark.slow
-def test_five_kills_leave_no_trace(tmp_path):
-    assert 0 < kill_and_resume(tmp_path, 5, 300) < 75
+@pytest.mark.parametrize(
+    ("format", "kills", "pictures"), [("safetensors", 5, 300), ("npy", 2, 150), ("zarr", 1, 90), ("webdataset", 1, 150)]
+)
+def test_kills_leave_no_trace(tmp_path, format, kills, pictures):
+    assert 0 < kill_and_resume(tmp_path, kills, pictures, format) < pictures // 4
 
 
 @pytest.mark.full
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(600)  # a start of the command each
 def test_fifty_kills_leave_no_trace(tmp_path):
     assert 0 < kill_and_resume(tmp_path, 50, 900) < 225
 
@@ -489,6 +662,9 @@ def test_fifty_kills_leave_no_trace(tmp_path):
 def test_ranks_of_the_command_line(tmp_path):
     photos = paint(tmp_path / "photos", [(64, 64)] * 9)
     assert run_cli(photos, "-o", tmp_path / "one", "--shard-size", 3).returncode == 0
+    (tmp_path / "two" / "index").mkdir(parents=True)
+    shutil.copy(tmp_path / "one" / "store.json", tmp_path / "two")
+    (tmp_path / "two" / "index" / ".000000.json.123.tmp").write_bytes(b"{")  # of a rank that was killed just now
     out = run_cli(photos, "-o", tmp_path / "two", "--ranks", 2, "--shard-size", 3)
     assert out.returncode == 0, out.stderr
     assert "9 of 9 pictures, 0 skipped" in out.stdout  # of both together, once
