@@ -644,9 +644,12 @@ def kill_and_resume(tmp_path: Path, kills: int, pictures: int, format: str = "sa
     return left
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("format", "kills", "pictures"), [("safetensors", 5, 300), ("npy", 2, 150), ("zarr", 1, 90), ("webdataset", 1, 150)]
+    ("format", "kills", "pictures"),
+    [
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("safetensors", 5, 300), ("npy", 1, 90))),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in (("zarr", 3, 210), ("webdataset", 3, 210))),
+    ],
 )
 def test_kills_leave_no_trace(tmp_path, format, kills, pictures):
     assert 0 < kill_and_resume(tmp_path, kills, pictures, format) < pictures // 4
