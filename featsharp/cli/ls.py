@@ -21,7 +21,7 @@ from typing import Any
 from featsharp.terminal import align, say, wrap
 
 KINDS = ("backbones", "upsamplers", "weights", "normalizers", "models", "configs", "objectives")
-BACKBONE_COLUMNS = ("name", "what it is", "stands for", "why these options")
+BACKBONE_COLUMNS = ("name", "what it is", "licence", "stands for", "why these options")
 COLUMNS = ("name", "needs", "trained", "keeps space", "factors", "parameters", "cost", "what it does", "source")
 
 
@@ -46,8 +46,9 @@ def _lines(kind: str) -> Iterator[str]:
     if kind == "backbones":
         rows = list(backbone_rows())
         facts = [("name", "weights"), *((name, _weights_text(name)) for name, *_ in rows)]
-        texts = ["what it is (= what the name stands for)", *(description for _, description, *_ in rows)]
-        notes = ["", *("" if target == "-" else f"= {target}" for _, _, target, _ in rows)]
+        texts = ["what it is; licence of the weights (= what it stands for)"]
+        texts += [text if licence == "-" else f"{text}; {licence}" for _, text, licence, *_ in rows]
+        notes = ["", *("" if target == "-" else f"= {target}" for *_, target, _ in rows)]
     elif kind == "upsamplers":
         rows = list(upsampler_rows())
         facts = [(row[0], *row[2:7]) for row in (COLUMNS, *rows)]
@@ -76,9 +77,9 @@ def backbone_rows() -> Iterable[tuple[str, ...]]:
     from featsharp.backbones import FAMILIES, MODELS
 
     for name, model in sorted(MODELS.items()):
-        yield name, model.description, model.target or "-", model.source or "-"
+        yield name, model.description, model.licence or "-", model.target or "-", model.source or "-"
     for _, family in sorted(FAMILIES.items()):
-        yield family.form, family.description, "-", "-"
+        yield family.form, family.description, "-", "-", "-"
 
 
 def upsampler_rows() -> Iterable[tuple[str, ...]]:
