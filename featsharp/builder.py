@@ -12,7 +12,7 @@ import torch
 
 from featsharp.backbones import create_backbone, runs_code
 from featsharp.backbones.base import Backbone
-from featsharp.card import write_card
+from featsharp.card import MADE, write_card
 from featsharp.checkpoint import ENCODER_FILE, WEIGHTS_SUFFIX, read_checkpoint, restoring, write_checkpoint
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, unknown_name
 from featsharp.files import write_file
@@ -85,7 +85,7 @@ class SharpEncoder(Model):
         """Write weights as :func:`save_weights` does, ``config.json``, and a model card from what is known of them.
 
         Args:
-            folder: Is made; files in it of these names are replaced. A card of other text stays.
+            folder: Is made; files in it of these names are replaced, but for a card that was not made here.
             licence: SPDX identifier of the weights, such as "apache-2.0", for the card.
             sections: Text of the card below headings such as "Data", "Recipe" and "Figures". What the file that this
                 encoder was loaded from says of its training is there already.
@@ -99,7 +99,7 @@ class SharpEncoder(Model):
         config = {"library": "featsharp", "version": ENCODER_FILE.version, **_describe(self)}
         write_file(folder / hub.CONFIG_FILE, f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode())
         card = folder / hub.CARD_FILE
-        if not card.exists() or licence or sections:
+        if not card.exists() or MADE.encode() in card.read_bytes():
             write_file(card, write_card(self, self.facts, sections or {}, licence=licence).encode())
 
     def push_to_hub(
