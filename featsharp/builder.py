@@ -24,8 +24,8 @@ from featsharp.normalizers import NORMALIZERS
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import Upsampler
 from featsharp.upsamplers.registration import create_upsampler, default_factor, read_trait, resolve_upsampler
-from featsharp.weights import HOME as WEIGHTS
-from featsharp.weights import hub, list_weights
+from featsharp.weights import HOME, hub, list_weights
+from featsharp.weights.published import refuse_published
 
 
 class SharpEncoder(Model):
@@ -268,7 +268,7 @@ def _read_facts(content: Mapping[str, Any], path: str | PathLike[str]) -> dict[s
     """Collect what a file says of its training."""
     facts = {"config": content["config"], "step": (content["training"] or {}).get("step")}
     card = Path(path).with_suffix(".md")
-    if WEIGHTS in Path(path).parents and card.is_file():
+    if HOME in Path(path).parents and card.is_file():
         facts["card"] = card.read_text(encoding="utf-8")
     return {key: value for key, value in facts.items() if value is not None}
 
@@ -277,10 +277,11 @@ def _find_file(path: str | PathLike[str]) -> str | PathLike[str]:
     """Return the path itself, or that of shipped weights of this name."""
     if Path(path).is_file():
         return path
-    shipped = WEIGHTS / f"{path}{WEIGHTS_SUFFIX}"
+    shipped = HOME / f"{path}{WEIGHTS_SUFFIX}"
     if shipped.is_file():
         return shipped
     if Path(path).suffix not in (".pth", WEIGHTS_SUFFIX):
+        refuse_published(str(path))
         unknown = unknown_name("upsampler", parse_upsampler(str(path))[0], [*UPSAMPLERS, *list_weights()])
         raise CheckpointError(f"checkpoint {path} does not exist; {unknown}")
     return path

@@ -1,5 +1,6 @@
 """Encoders and files from and to the Hub, against a stand-in on the loopback device; weights by name; hubconf.py."""
 
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from featsharp.builder import SharpEncoder, create_encoder, load_from_file, save
 from featsharp.card import MADE
 from featsharp.cli.main import main
 from featsharp.errors import CheckpointError, ConfigError
+from featsharp.weights import HOME, list_weights
 from featsharp.weights.hub import fetch_file, find_file, push_folder
 from featsharp.weights.published import PUBLISHED, PublishedFile, fetch_published
 
@@ -236,7 +238,10 @@ def test_weights_are_listed_with_address_licence_and_hash(tmp_path, monkeypatch,
         assert file.address in printed
         assert file.licence in printed
     assert "ab" * 32 in printed
-    assert "vits14-focus/student-2x" in printed
+    for name in list_weights():
+        path = HOME / f"{name}.safetensors"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert f"featsharp/weights/{name}.safetensors sha256 {digest}" in printed
     kinds = {file.kind for file in PUBLISHED.values()}
     assert kinds == {"anyup", "jafar", "loftup", "naf", "uplift", "featup"}
 
