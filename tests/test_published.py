@@ -620,6 +620,12 @@ def test_a_file_that_is_fetched_keeps_the_hash_that_it_came_with(tmp_path, caplo
     ):
         fetch_published("name", file, tmp_path / "cache")
     assert [x.name for x in (tmp_path / "cache").iterdir()] == ["name.sha256"]
+    # Where no record can be written the file is used all the same.
+    record.unlink()
+    record.mkdir()
+    caplog.clear()
+    assert fetch_published("name", file, tmp_path / "cache").read_bytes() == b"other"
+    assert "is not recorded: cannot write" in caplog.text
 
 
 def test_names_of_published_files(tmp_path, monkeypatch):
