@@ -5,13 +5,13 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 program, photo, result = sys.argv[1:]
 session = onnxruntime.InferenceSession(program, providers=["CPUExecutionProvider"])
 about = session.get_modelmeta().custom_metadata_map  # what featsharp wrote into the file
 mean, std, size, step = (json.loads(about[key]) for key in ("mean", "std", "input_size", "size_step"))
-image = Image.open(photo).convert("RGB")
+image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")  # upright, as it is shown
 if step:  # sides are open: about the native area in the aspect ratio of the picture
     scale = (size[0] * size[1] / (image.width * image.height)) ** 0.5
     size = [max(3, round(side * scale / step)) * step for side in (image.height, image.width)]

@@ -12,7 +12,7 @@ import torch
 
 from featsharp.backbones import create_backbone, runs_code
 from featsharp.backbones.base import Backbone
-from featsharp.card import write_card
+from featsharp.card import MADE, write_card
 from featsharp.checkpoint import ENCODER_FILE, WEIGHTS_SUFFIX, read_checkpoint, restoring, write_checkpoint
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, unknown_name
 from featsharp.files import write_file
@@ -24,8 +24,8 @@ from featsharp.normalizers import NORMALIZERS
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import Upsampler
 from featsharp.upsamplers.registration import create_upsampler, default_factor, read_trait, resolve_upsampler
-from featsharp.weights import HOME as WEIGHTS
-from featsharp.weights import hub, list_weights
+from featsharp.weights import HOME, hub, list_weights
+from featsharp.weights.published import refuse_published
 
 
 class SharpEncoder(Model):
@@ -85,7 +85,7 @@ class SharpEncoder(Model):
         """Write weights as :func:`save_weights` does, ``config.json``, and a model card from what is known of them.
 
         Args:
-            folder: Is made; files in it of these names are replaced. A card of other text stays.
+            folder: Is made; files in it of these names are replaced, but for a card that was not made here.
             licence: SPDX identifier of the weights, such as "apache-2.0", for the card.
             sections: Text of the card below headings such as "Data", "Recipe" and "Figures". What the file that this
                 encoder was loaded from says of its training is there already.
@@ -99,7 +99,7 @@ class SharpEncoder(Model):
         config = {"library": "featsharp", "version": ENCODER_FILE.version, **_describe(self)}
         write_file(folder / hub.CONFIG_FILE, f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode())
         card = folder / hub.CARD_FILE
-        if not card.exists() or licence or sections:
+        if not card.exists() or MADE.encode() in card.read_bytes():
             write_file(card, write_card(self, self.facts, sections or {}, licence=licence).encode())
 
     def push_to_hub(
@@ -268,7 +268,7 @@ def _read_facts(content: Mapping[str, Any], path: str | PathLike[str]) -> dict[s
     """Collect what a file says of its training."""
     facts = {"config": content["config"], "step": (content["training"] or {}).get("step")}
     card = Path(path).with_suffix(".md")
-    if WEIGHTS in Path(path).parents and card.is_file():
+    if HOME in Path(path).parents and card.is_file():
         facts["card"] = card.read_text(encoding="utf-8")
     return {key: value for key, value in facts.items() if value is not None}
 
@@ -277,10 +277,11 @@ def _find_file(path: str | PathLike[str]) -> str | PathLike[str]:
     """Return the path itself, or that of shipped weights of this name."""
     if Path(path).is_file():
         return path
-    shipped = WEIGHTS / f"{path}{WEIGHTS_SUFFIX}"
+    shipped = HOME / f"{path}{WEIGHTS_SUFFIX}"
     if shipped.is_file():
         return shipped
     if Path(path).suffix not in (".pth", WEIGHTS_SUFFIX):
+        refuse_published(str(path))
         unknown = unknown_name("upsampler", parse_upsampler(str(path))[0], [*UPSAMPLERS, *list_weights()])
         raise CheckpointError(f"checkpoint {path} does not exist; {unknown}")
     return path

@@ -7,6 +7,8 @@ from typing import Any
 
 from featsharp.model import SharpEncoder
 
+# Marks a card as made here, which the next one may replace.
+MADE = "<!-- Made by featsharp, which replaces this text when it saves here again; without this line it stays. -->"
 # Keys of a run's configuration that a card shows. Folders and names of runs stay private.
 SHOWN = ("num_training_steps", "batch_size", "accumulation_steps", "seed", "spectral", "objective", "optim")
 USE = """```python
@@ -32,7 +34,7 @@ def write_card(
     header += [f"license: {licence.lower()}"] if licence else []
     header += ["tags:", "- feature-upsampling", "---"]
     rows = [f"| {name} | {_cell(text)} |" for name, text in _facts(encoder, training).items() if text]
-    body = [f"# {encoder.caption} for {encoder.backbone.name}", "", "| | |", "|---|---|", *rows]
+    body = [MADE, "", f"# {encoder.caption} for {encoder.backbone.name}", "", "| | |", "|---|---|", *rows]
     texts = {"Use": USE}
     if "card" in training:
         texts["Training"] = training["card"]

@@ -201,7 +201,10 @@ def _to_onnx(program: Any, about: dict[str, Any], caption: str) -> tuple[bytes, 
             verbose=False,
         ).model_proto  # type: ignore[union-attr]
     except Exception as error:
-        raise _cannot(caption, "translated to ONNX", error) from error
+        is_open = about["size_step"] is not None
+        what = "translated to ONNX" + (" with open height and width" if is_open else "")
+        advice = "write one size (--size, without --dynamic), or " if is_open else ""
+        raise _cannot(caption, what, error, f"; {advice}use --format torch-export") from error
     for name, value in about.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = name, value if isinstance(value, str) else json.dumps(value)
@@ -267,13 +270,14 @@ def _distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return torch.stack(differences).max().item()
 
 
-def _cannot(caption: str, what: str, error: Exception) -> ExportError:
+def _cannot(caption: str, what: str, error: Exception, advice: str = "") -> ExportError:
     """Make the error for an encoder that cannot be exported, with the innermost reason in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reasons = [line for line in lines if line.startswith("<class ")] or lines or [type(error).__name__]
-    return ExportError(
-        f"{caption} cannot be {what}: {reasons[-1 if len(reasons) > 1 and reasons is not lines else 0][:300]}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # Torch's exporter lists causes, the innermost first.
+    reason = next(
+        (line.partition(">: ")[2] for line in lines if line.startswith("<class ") and ">: " in line), lines[0]
     )
+    return ExportError(f"{caption} cannot be {what}: {reason[:200]}{advice}")
 
 
 def _check_packages(form: str) -> None:

@@ -11,6 +11,7 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -369,9 +370,16 @@ def _length(tensors: Mapping[str, Tensor], key: str, dim: int) -> int | None:
 
 def _find_file(kind: str, path: str | PathLike[str]) -> str | PathLike[str]:
     """Fetch a file that is named instead of given; a file of that name comes first."""
-    known = PUBLISHED.get(str(path))
-    if known is None or Path(path).exists():
+    if Path(path).is_file():
         return path
+    known = PUBLISHED.get(str(path))
+    if known is None:
+        names = [name for name, file in PUBLISHED.items() if file.kind == kind]
+        near = get_close_matches(str(path), names, n=1)
+        raise CheckpointError(
+            f"there is no file {path}{f' (did you mean {near[0]!r}?)' if near else ''}; get it from the authors of the "
+            + (f"method, or name one that is fetched: {', '.join(names)}" if names else "method")
+        )
     if known.kind != kind:
         raise ConfigError(f"{path} has weights of kind {known.kind!r}; got {kind!r}, use {known.kind!r}")
     return fetch_published(str(path), known)
@@ -380,8 +388,6 @@ def _find_file(kind: str, path: str | PathLike[str]) -> str | PathLike[str]:
 def _read_tensors(path: str | PathLike[str]) -> dict[str, Tensor]:
     """Read the named tensors of a file to the CPU, without running code."""
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}; get it from the authors of the method")
     content = _load(path)
     for name in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(name), Mapping):

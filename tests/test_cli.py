@@ -20,8 +20,10 @@ from safetensors import safe_open
 from featsharp import __version__
 from featsharp.backbones import list_backbones
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint
+from featsharp.cli.doctor import _states
 from featsharp.cli.main import COMMANDS, main
 from featsharp.configs.compose import options_of
+from featsharp.device import has_mps
 from featsharp.errors import InputError
 from featsharp.normalizers import NORMALIZERS, FeatureStatistics
 from featsharp.training.downsamplers import create_downsampler
@@ -247,8 +249,14 @@ def test_doctor_lists_backends_with_reasons(capsys):
     text = capsys.readouterr().out
     assert re.search(r"local_attention blocked +taken by default", text)
     assert re.search(r'local_attention reference +runs when asked for: backend="reference"', text)
+    assert re.search(r"^  gradio +(not )?installed$", text, re.M)
+    devices = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": has_mps()}
+    assert f"devices: {', '.join(name for name, here in devices.items() if here)}; --device auto takes" in text
     if not torch.cuda.is_available():
         assert re.search(r"local_attention triton +cannot run: needs a CUDA device; got cpu", text)
+    on_mps = dict(_states("local_attention", "mps"))
+    assert on_mps["blocked"].startswith("taken by default")
+    assert on_mps["triton"].startswith("cannot run: needs a CUDA device; got mps")
 
 
 def test_pack_round_trip(photos, tmp_path, capsys, caplog):

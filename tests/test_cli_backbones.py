@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from safetensors import SafetensorError
 
 from featsharp.backbones import MODELS, Model, create_backbone, list_backbones
 from featsharp.backbones.local_weights import has_local_weights
 from featsharp.cli.main import main
+from featsharp.errors import MissingDependencyError
 from featsharp.evaluation.position_bias import position_bias
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "backbones.md"
@@ -79,6 +81,19 @@ def test_code_of_torch_hub_and_what_nobody_can_tell(caches, tmp_path):
     assert has_local_weights("toy-vit") is True
 
 
+def test_the_licence_is_said_before_weights_are_fetched(caches, caplog):
+    pytest.importorskip("timm")
+    with pytest.raises(MissingDependencyError):  # the tests are offline
+        create_backbone("dino-s16?layer=3")
+    assert "timm:vit_small_patch16_224.dino: weights of licence Apache-2.0, which are not" in caplog.text
+    caplog.clear()
+    create_backbone("dino-s16?pretrained=false&img_size=32")
+    cached(caches, "timm/vit_small_patch16_224.dino", "model.safetensors", "damaged")
+    with pytest.raises(SafetensorError):
+        create_backbone("dino-s16")
+    assert "licence" not in caplog.text
+
+
 # featsharp ls backbones
 
 
@@ -106,7 +121,7 @@ def test_the_table_in_the_documentation_is_the_one_of_the_command(caches, capsys
     assert capsys.readouterr().out == table
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
     assert {row[0] for row in rows} >= set(list_backbones())
-    assert ["dfn-clip", MODELS["dfn-clip"].description, MODELS["dfn-clip"].target, "-"] in rows
+    assert ["dfn-clip", MODELS["dfn-clip"].description, "apple-ascl", MODELS["dfn-clip"].target, "-"] in rows
 
 
 # featsharp doctor --backbone

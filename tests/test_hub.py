@@ -1,5 +1,6 @@
 """Encoders and files from and to the Hub, against a stand-in on the loopback device; weights by name; hubconf.py."""
 
+import hashlib
 import json
 import os
 import re
@@ -13,8 +14,10 @@ from hub_server import serve
 
 import featsharp
 from featsharp.builder import SharpEncoder, create_encoder, load_from_file, save_checkpoint
+from featsharp.card import MADE
 from featsharp.cli.main import main
 from featsharp.errors import CheckpointError, ConfigError
+from featsharp.weights import HOME, list_weights
 from featsharp.weights.hub import fetch_file, find_file, push_folder
 from featsharp.weights.published import PUBLISHED, PublishedFile, fetch_published
 
@@ -58,7 +61,9 @@ def test_offline_says_what_is_missing(tmp_path):
     """The tests are offline, as conftest says."""
     pytest.importorskip("huggingface_hub")
     assert find_file("nobody/nothing", "model.safetensors") is None
-    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set and the file is not in the cache"):
+    with pytest.raises(
+        CheckpointError, match="no folder of that name; HF_HUB_OFFLINE is set and the file is not in the cache"
+    ):
         fetch_file("nobody/nothing", "model.safetensors")
     with pytest.raises(CheckpointError, match=r"cannot push to nobody/nothing .*HF_HUB_OFFLINE is set"):
         push_folder(tmp_path, "nobody/nothing", message="first", private=None, token=None)
@@ -146,14 +151,21 @@ def test_a_folder_is_written_and_read_without_the_hub(tmp_path):
         torch.testing.assert_close(again(image).high_res, encoder(image).high_res, atol=2e-3, rtol=2e-3)
     card = tmp_path / "sharp" / "README.md"
     assert "Not stated by those who made these weights" in card.read_text(encoding="utf-8")
-    card.write_text("my own", encoding="utf-8")
-    encoder.save_pretrained(tmp_path / "sharp")
-    assert card.read_text(encoding="utf-8") == "my own"
+    create_encoder("toy-vit", "jafar", 4).save_pretrained(tmp_path / "sharp", licence="MIT")
+    made = card.read_text(encoding="utf-8")
+    assert "# jafar 4x for toy-vit" in made
+    assert "featup" not in made
+    card.write_text(made.replace(MADE, "my own"), encoding="utf-8")
+    encoder.save_pretrained(tmp_path / "sharp", licence="apache-2.0", sections={"Data": "none"})
+    assert card.read_text(encoding="utf-8") == made.replace(MADE, "my own")
     with pytest.raises(CheckpointError, match="was built from an upsampler object"):
         create_encoder("toy-vit", encoder.upsampler).save_pretrained(tmp_path / "object")
     assert not (tmp_path / "object").exists()
     with pytest.raises(CheckpointError, match=r"model.safetensors does not exist"):
         SharpEncoder.from_pretrained(tmp_path)
+    for name in ("./nothere", "nothere", str(tmp_path / "nothere"), "~/runs/a"):
+        with pytest.raises(CheckpointError, match=rf"^there is no folder {re.escape(name)}; .*save_pretrained"):
+            SharpEncoder.from_pretrained(name)
 
 
 def test_torch_hub_finds_the_entries(tmp_path):
@@ -226,7 +238,10 @@ def test_weights_are_listed_with_address_licence_and_hash(tmp_path, monkeypatch,
         assert file.address in printed
         assert file.licence in printed
     assert "ab" * 32 in printed
-    assert "vits14-focus/student-2x" in printed
+    for name in list_weights():
+        path = HOME / f"{name}.safetensors"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert f"featsharp/weights/{name}.safetensors sha256 {digest}" in printed
     kinds = {file.kind for file in PUBLISHED.values()}
     assert kinds == {"anyup", "jafar", "loftup", "naf", "uplift", "featup"}
 

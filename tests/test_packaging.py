@@ -205,6 +205,29 @@ def test_constraints_pin_every_declared_dependency():
     assert pinned.keys() == {canonicalize_name(requirement.name) for requirement in declared()} | apart
 
 
+def test_what_runs_before_a_commit_is_what_ci_runs():
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    (hook,) = repository["hooks"]
+    # Local and of the system: nothing is fetched. On the whole tree, whatever the commit holds.
+    assert (repository["repo"], hook["language"]) == ("local", "system")
+    assert (hook["entry"], hook["pass_filenames"], hook["always_run"]) == ("make lint", False, True)
+    assert "\nmake lint\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_text_ends_in_one_newline_and_lines_in_no_space():
+    folders = (".ci", ".github", "docs", "examples", "featsharp", "packaging", "tests")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.*") if "venv" not in str(path)]
+    paths = [path for path in (*paths, *ROOT.glob("*.*")) if path.suffix in (".md", ".py", ".toml", ".yaml", ".yml")]
+    assert len(paths) > 300
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml") and path.name != "mkdocs.yml":  # that one names Python objects
+            yaml.safe_load(text)
+        lines = text.split("\n")
+        assert lines == [line.rstrip() for line in lines], path
+        assert not text or (lines[-1] == "" and lines[-2] != ""), path
+
+
 @pytest.mark.parametrize(
     "name", ["pyproject.toml", "constraints.txt", "Makefile", ".ci/run", ".pre-commit-config.yaml"]
 )

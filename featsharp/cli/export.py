@@ -73,4 +73,6 @@ def _find_format(arguments: argparse.Namespace) -> str:
         raise ConfigError(f"the file{f' of {form}' if form else ''} ends in {wanted}; got {arguments.output.name}")
     if form == "safetensors" and (arguments.dynamic or arguments.size):
         raise ConfigError("--dynamic and --size are for onnx and torch-export; weights take any size")
+    if arguments.dynamic and arguments.size:
+        raise ConfigError("--size is for a program of one size, --dynamic for one of any; leave out one of them")
     return form

@@ -21,7 +21,7 @@ from typing import Any
 from featsharp.terminal import align, say, wrap
 
 KINDS = ("backbones", "upsamplers", "weights", "normalizers", "models", "configs", "objectives")
-BACKBONE_COLUMNS = ("name", "what it is", "stands for", "why these options")
+BACKBONE_COLUMNS = ("name", "what it is", "licence", "stands for", "why these options")
 COLUMNS = ("name", "needs", "trained", "keeps space", "factors", "parameters", "cost", "what it does", "source")
 
 
@@ -46,8 +46,9 @@ def _lines(kind: str) -> Iterator[str]:
     if kind == "backbones":
         rows = list(backbone_rows())
         facts = [("name", "weights"), *((name, _weights_text(name)) for name, *_ in rows)]
-        texts = ["what it is (= what the name stands for)", *(description for _, description, *_ in rows)]
-        notes = ["", *("" if target == "-" else f"= {target}" for _, _, target, _ in rows)]
+        texts = ["what it is; licence of the weights (= what it stands for)"]
+        texts += [text if licence == "-" else f"{text}; {licence}" for _, text, licence, *_ in rows]
+        notes = ["", *("" if target == "-" else f"= {target}" for *_, target, _ in rows)]
     elif kind == "upsamplers":
         rows = list(upsampler_rows())
         facts = [(row[0], *row[2:7]) for row in (COLUMNS, *rows)]
@@ -65,7 +66,7 @@ def _lines(kind: str) -> Iterator[str]:
     indent = 4 + max(map(len, heads))
     for head, text, note in zip(heads, texts, notes, strict=True):
         yield from wrap(text, f"  {head}", indent) or [f"  {head}"]
-        if note.startswith("https:"):  # addresses and hashes stay whole
+        if kind == "weights":  # addresses and hashes stay whole
             yield from (f"      {line}" for line in note.splitlines())
         else:
             yield from wrap(note, indent=6)
@@ -76,9 +77,9 @@ def backbone_rows() -> Iterable[tuple[str, ...]]:
     from featsharp.backbones import FAMILIES, MODELS
 
     for name, model in sorted(MODELS.items()):
-        yield name, model.description, model.target or "-", model.source or "-"
+        yield name, model.description, model.licence or "-", model.target or "-", model.source or "-"
     for _, family in sorted(FAMILIES.items()):
-        yield family.form, family.description, "-", "-"
+        yield family.form, family.description, "-", "-", "-"
 
 
 def upsampler_rows() -> Iterable[tuple[str, ...]]:
@@ -132,15 +133,16 @@ def _weights() -> Iterable[tuple[str, str, str]]:
     """Yield name, text and address of weights: ours with their size, those of others with licence and hash."""
     from featsharp.bench.choice import choose_upsampler
     from featsharp.weights import HOME, list_weights
-    from featsharp.weights.published import PUBLISHED, is_fetched, known_hash
+    from featsharp.weights.published import PUBLISHED, hash_file, is_fetched, known_hash
 
     for name in list_weights():
         chosen = name == choose_upsampler(name.partition("/")[0])
-        size = (HOME / f"{name}.safetensors").stat().st_size / 2**20
-        text = f"comes with the package, {size:.1f} MiB, Apache-2.0"
-        yield name, text + (", what featsharp upsample takes for its backbone" if chosen else ""), ""
+        path = HOME / f"{name}.safetensors"
+        text = f"comes with the package, {path.stat().st_size / 2**20:.1f} MiB, Apache-2.0"
+        text += ", what featsharp upsample takes for its backbone" if chosen else ""
+        yield name, text, f"{path.relative_to(HOME.parents[1]).as_posix()}\nsha256 {hash_file(path)}"
     for name, file in PUBLISHED.items():
         place = "here" if is_fetched(name) else "fetched when loaded"
-        digest = known_hash(name) or "not known before the first download"
+        digest = known_hash(name) or "not known before the first use"
         text = f"{file.kind} for {file.backbone}, by {file.authors}, {file.licence}; {place}"
         yield name, text, f"{file.address}\nsha256 {digest}"

@@ -40,8 +40,9 @@ class Cost(NamedTuple):
 
 
 class Exploration(NamedTuple):
-    """Features of a picture: both maps [1, C, h, w] in the backbone's space, on the CPU, float32, and their costs."""
+    """Features of a picture: both maps [1, C, h, w] in the named backbone's space, on the CPU, float32; their costs."""
 
+    backbone: str
     image: Image
     low_res: Tensor
     high_res: Tensor
@@ -62,7 +63,8 @@ def explore(encoder: SharpEncoder, image: Image) -> Exploration:
     (low_res, high_res), high_res_cost = measure(
         lambda: [one.float().cpu() for one in encoder.encode_image(image)[:2]]  # waits for a GPU
     )
-    return Exploration(image, low_res, high_res[:, -encoder.embed_dim :], low_res_cost, high_res_cost)
+    high_res = high_res[:, -encoder.embed_dim :]
+    return Exploration(encoder.backbone.name, image, low_res, high_res, low_res_cost, high_res_cost)
 
 
 def measure(function: Callable[[], Result]) -> tuple[Result, Cost]:

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from featsharp.backbones import resolve_backbone
+from featsharp.backbones import check_name, create_backbone, resolve_backbone
 from featsharp.backbones.open_clip_text import TextTower, project_to_text
 from featsharp.bench.choice import choose_upsampler
 from featsharp.bench.workloads import list_ready
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 PCA, SIMILARITY, CLUSTERS, TEXT = "PCA", "similarity", "clusters", "text"
 FACTORS = (2, 4, 8)
 ENCODERS = 2  # that are kept loaded
-SIDE = 640  # in pixels, of the pictures on the page
+LARGEST, SIDE = 2048, 640  # longer sides in pixels, of what is computed with and of the pictures on the page
 STATE_SECONDS = 1800  # until the features of a page that nobody uses are dropped
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: 0 auto !important}
@@ -116,12 +116,17 @@ class Demo:
     Args:
         backbones: Names to choose from; a page never loads others, nor files.
         device: For the encoders.
+
+    Raises:
+        ConfigError: For an unknown backbone.
     """
 
     def __init__(self, backbones: Sequence[str], device: Any) -> None:
+        for name in backbones:
+            check_name(name)
         self.backbones, self.device, self.examples = list(backbones), device, list_examples()
         self._encoder = functools.lru_cache(ENCODERS)(self._load)
-        self._text = functools.lru_cache(1)(lambda backbone: TextTower(self._encoder_of(backbone).backbone))
+        self._text = functools.lru_cache(1)(lambda backbone: TextTower(create_backbone(backbone)))
 
     def read_example(self, name: str) -> tuple[Any, ...]:
         """Read an example; returns picture, no features, and text."""
@@ -142,12 +147,12 @@ class Demo:
             f"{size_text(features.low_res)} features of `{backbone}` in {features.low_res_cost}; "
             f"{size_text(features.high_res)} by `{method}` {factor:g}x in {features.high_res_cost}, backbone included"
         )
-        return features, self._slider(features, pca_pictures(features)), PCA, text
+        view = import_gradio().update(choices=list_views(backbone), value=PCA)
+        return features, self._slider(features, pca_pictures(features)), view, text
 
     def look(
-        self, features: Exploration | None, view: str, point: tuple[float, float] | None, count: int, text: str,
-        backbone: str,
-    ) -> tuple[Any, Any]:  # fmt: skip
+        self, features: Exploration | None, view: str, point: tuple[float, float] | None, count: int, text: str
+    ) -> tuple[Any, Any]:
         """Draw features; returns slider and text."""
         if features is None:
             raise InputError("there are no features yet; press Compute")
@@ -159,7 +164,7 @@ class Demo:
         elif view == CLUSTERS:
             pair, words = cluster_pictures(features, int(count)), f"{count} clusters of the coarse features (k-means)."
         elif view == TEXT:
-            vector = self._text(backbone)([text])[0]
+            vector = self._text(features.backbone)([text])[0]
             pair, (least, most) = vector_pictures(features, vector)
             words = f"Cosine with “{text}”: dark {least:.3f}, bright {most:.3f}."
         else:
@@ -168,14 +173,11 @@ class Demo:
 
     def _take(self, content: bytes, name: str) -> tuple[Any, ...]:
         image = decode_image(content, name=name)
-        image.thumbnail((2048, 2048))
-        return (
-            to_pixels(image_to_tensor(image)),
-            None,
-            None,
-            None,
-            f"{image.width} x {image.height} pixels. Press Compute.",
-        )
+        text = f"{image.width} x {image.height} pixels"
+        if max(image.size) > LARGEST:
+            image.thumbnail((LARGEST, LARGEST))
+            text += f", scaled down to {image.width} x {image.height} for this page"
+        return to_pixels(image_to_tensor(image)), None, None, None, f"{text}. Press Compute."
 
     def _load(self, backbone: str, method: str, factor: float) -> SharpEncoder:
         if backbone not in self.backbones:
@@ -186,9 +188,6 @@ class Demo:
         encoder = load_from_file(name, featurizer=project_to_text(backbone)).to(self.device).eval()
         explore(encoder, Image.new("RGB", encoder.backbone.input_size[::-1]))  # the first time takes longer
         return encoder
-
-    def _encoder_of(self, backbone: str) -> SharpEncoder:
-        return self._encoder(backbone, "bilinear", FACTORS[0])
 
     def _slider(self, features: Exploration, pair: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
         low_res, high_res = (to_pixels(show(picture, features.image, SIDE)) for picture in pair)
@@ -239,11 +238,11 @@ def build_page(demo: Demo, *, max_upload: str) -> Any:
                     format="png",
                 )
                 status = gr.Markdown(elem_id="status")
-                view = gr.Radio(list_views(first), value=PCA, label="Show", elem_id="view")
+                view = gr.Radio([PCA, SIMILARITY, CLUSTERS], value=PCA, label="Show", elem_id="view")
                 with gr.Row():
                     count = gr.Slider(2, len(COLOURS), value=6, step=1, label="Clusters", min_width=200, visible=False)
                     words = gr.Textbox(label="Text", min_width=200, visible=False, elem_id="text", submit_btn="Look")
-        shown = [features, view, point, count, words, backbone]
+        shown = [features, view, point, count, words]
         # One computation at a time: each takes all cores, or the GPU.
         work = {"concurrency_limit": 1, "concurrency_id": "work", "api_visibility": "private"}
         light = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
@@ -271,11 +270,11 @@ def build_page(demo: Demo, *, max_upload: str) -> Any:
 
         picture.select(click, picture, [point, view], **light).then(**drawn)
 
-        def choose(name: str, times: float, old: str) -> tuple[Any, ...]:
+        def choose(name: str, times: float, old: str) -> Any:
             names = list_methods(name, times)
             value = old if old in names else choose_method(name, times)
-            return gr.update(choices=names, value=value), gr.update(choices=list_views(name), value=PCA)
+            return gr.update(choices=names, value=value)
 
         for part in (backbone, factor):
-            part.input(choose, [backbone, factor, method], [method, view], **light)
+            part.input(choose, [backbone, factor, method], method, **light)
     return page

@@ -1,9 +1,12 @@
 """The Hugging Face Hub: files fetched through its cache and pushed to it; nothing here knows encoders.
 
 The library reads HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME itself, when it is imported; no
-telemetry is sent by this package.
+telemetry is sent by this package. Encoders have methods of their own in place of the library's ModelHubMixin: as a base
+class it would be needed to import this package, and it rebuilds a model from the arguments of its constructor, while
+ours is rebuilt from names, and its backbone, of which only the hash is saved, is checked.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,10 @@ def fetch_file(repository: str, name: str, **options: Any) -> Path:
         MissingDependencyError: Without huggingface_hub.
         CheckpointError: When it cannot be had, with the reason.
     """
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
+        raise CheckpointError(
+            f"there is no folder {repository}; give one that save_pretrained wrote, or 'owner/name' of the Hub"
+        )
     library = _library()
     try:
         return Path(library.hf_hub_download(repository, name, **options))
@@ -35,7 +42,8 @@ def fetch_file(repository: str, name: str, **options: Any) -> Path:
             "check the name, the network and, for a private repository, the token"
         )  # fmt: skip
         raise CheckpointError(
-            f"cannot fetch {name} of {repository} from the Hub ({_first_line(error)}); {hint}"
+            f"cannot fetch {name} of {repository} from the Hub ({_first_line(error)}), and there is no folder of that "
+            f"name; {hint}"
         ) from error
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from featsharp.errors import CheckpointError, MissingDependencyError
+from featsharp.errors import CheckpointError, FeatSharpError, MissingDependencyError
 from featsharp.files import cache_folder, replacing, write_file
 from featsharp.urls import redact_url
 from featsharp.weights.hub import fetch_file, find_file
@@ -37,7 +37,7 @@ class PublishedFile:
         licence: Of the weights.
         backbone: That it is for, in words.
         authors: Whom to name, as the owner of the repository.
-        sha256: Hex digest of its bytes; None where nobody has stated one: then the first download is recorded.
+        sha256: Hex digest of its bytes; None where nobody has stated one: that of the first use is recorded.
     """
 
     kind: str
@@ -100,7 +100,7 @@ def fetch_published(name: str, file: PublishedFile, folder: Path | None = None) 
     """Fetch a file unless it is there already, and check its hash.
 
     Address, licence and authors are logged before anything is fetched. Files of the Hub go to its cache, through
-    huggingface_hub; others to torch.hub's, under another name until they are whole. At the first download the hash is
+    huggingface_hub; others to torch.hub's, under another name until they are whole. At the first use the hash is
     logged and written to ``published`` in the cache folder of this package; from then on the file has to have it.
     What was put there by hand comes first. Under HF_HUB_OFFLINE nothing is fetched from anywhere.
 
@@ -113,25 +113,30 @@ def fetch_published(name: str, file: PublishedFile, folder: Path | None = None) 
         CheckpointError: When it cannot be fetched, or has another hash than the stated or recorded one.
         MissingDependencyError: For a file of the Hub, without huggingface_hub.
     """
-    known = _known_hash(name, file, folder)
+    known, record = _known_hash(name, file, folder), _record(name, folder)
     path = _find(name, file, folder)
-    if path is not None:
-        _check(path, _digest(path), known)
-        return path
-    logger.warning(
-        "%s: weights by %s for backbone %s, licence %s, from %s",
-        *(name, file.authors or "others", file.backbone, file.licence, redact_url(file.address)),
-    )
-    if folder is None and file.address.startswith(HUB):
-        path = fetch_file(**_in_repository(file.address))
-    else:
-        path = _place(name, file, folder)
-        _fetch(file.address, path, known)
-    digest = _digest(path)
-    _check(path, digest, known)
+    fetched = path is None
+    if path is None:
+        logger.warning(
+            "%s: weights by %s for backbone %s, licence %s, from %s",
+            *(name, file.authors or "others", file.backbone, file.licence, redact_url(file.address)),
+        )
+        if folder is None and file.address.startswith(HUB):
+            path = fetch_file(**_in_repository(file.address))
+        else:
+            path = _place(name, file, folder)
+            _fetch(file.address, path, known, record)
+    digest = hash_file(path)
+    # The Hub's cache has links, which would be made anew without a download.
+    _check(path.resolve(), digest, known, f"delete it{'' if file.sha256 else f' and its record {record}'}")
     if known is None:
-        write_file(_record(name, folder), f"{digest}\n".encode())
-    logger.warning("%s: sha256 %s%s", name, digest, "" if known else " (recorded now: nobody has stated one)")
+        try:
+            write_file(record, f"{digest}\n".encode())
+        except FeatSharpError as error:
+            logger.warning("%s: sha256 %s is not recorded: %s", name, digest, error)
+            return path
+    if known is None or fetched:
+        logger.warning("%s: sha256 %s%s", name, digest, "" if known else " (recorded now: nobody has stated one)")
     return path
 
 
@@ -144,8 +149,24 @@ def is_fetched(name: str) -> bool:
 
 
 def known_hash(name: str) -> str | None:
-    """Return the SHA-256 of a published file, stated or recorded at its first download here; None: not known yet."""
+    """Return the SHA-256 of a published file, stated or recorded at its first use here; None: not known yet."""
     return _known_hash(name, PUBLISHED[name], None)
+
+
+def refuse_published(name: str) -> None:
+    """Raise CheckpointError with the way to load it for a name of published weights, which no checkpoint has."""
+    if name in PUBLISHED:
+        kind = PUBLISHED[name].kind
+        raise CheckpointError(
+            f"{name} is no checkpoint but weights of {PUBLISHED[name].authors}: in Python, load_published({kind!r}, "
+            f"{name!r}, BACKBONE) loads them, and save_checkpoint(encoder, FILE) makes a checkpoint for commands"
+        )
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _known_hash(name: str, file: PublishedFile, folder: Path | None) -> str | None:
@@ -184,7 +205,7 @@ def _in_repository(address: str) -> dict[str, str]:
     return {"repository": repository, "name": name, "revision": revision}
 
 
-def _fetch(address: str, path: Path, expected: str | None) -> None:
+def _fetch(address: str, path: Path, expected: str | None, record: Path) -> None:
     """Fetch a file, which gets its name when it is whole and right."""
     place = redact_url(address)
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads it
@@ -200,21 +221,16 @@ def _fetch(address: str, path: Path, expected: str | None) -> None:
             announced = source.headers.get("Content-Length")
             if announced is not None and size != int(announced):
                 raise OSError(f"connection lost after {size} of {announced} bytes")
-            _check(place, digest.hexdigest(), expected)  # before it gets its name
+            _check(place, digest.hexdigest(), expected, f"delete the record {record}")  # before it gets its name
     except (OSError, HTTPException) as error:
         raise CheckpointError(
             f"cannot fetch {place} to {path} ({error}); get it in another way and give its path"
         ) from error
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check(place: object, digest: str, expected: str | None) -> None:
+def _check(place: object, digest: str, expected: str | None, advice: str) -> None:
     if expected is not None and digest != expected:
         raise CheckpointError(
-            f"{place} has sha256 {digest} instead of {expected}; it was changed or damaged. Delete the file and the "
-            "one with .sha256 behind its name to fetch it anew"
+            f"{place} has sha256 {digest} instead of {expected}; it was changed or damaged. To take what is "
+            f"published now, {advice}"
         )

@@ -1,12 +1,14 @@
 """Text beside features: embeddings are the library's own, and a map is the cosine of each place with them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
 from featsharp.backbones import create_backbone
 from featsharp.cli.main import main
@@ -27,8 +29,6 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random model with both towers, as open_clip lays it out for a hub."""
-    from safetensors.torch import save_file
-
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("clip")
     model = open_clip.CLIP(**CONFIG).eval().requires_grad_(False)
@@ -106,3 +106,27 @@ def test_the_command_draws_a_row_for_each_text(folder, tmp_path, capsys):
     capsys.readouterr()
     assert main([*base, "toy-vit", "-o", str(tmp_path / "none"), "--text", "a dog"]) == 1
     assert "text needs a backbone of open_clip" in capsys.readouterr().err
+
+
+def test_the_demo_compares_text_and_features_of_one_backbone(folder, tmp_path):
+    """Features of one model, then another one with channels of that number is chosen and computed with."""
+    pytest.importorskip("gradio")
+    from featsharp.visualization.explore import vector_pictures
+    from featsharp.visualization.page import SIDE, TEXT, Demo, show, to_pixels
+
+    path, model = folder
+    other = shutil.copytree(path, tmp_path / "other")
+    torch.manual_seed(4)
+    save_file(open_clip.CLIP(**CONFIG).state_dict(), other / "open_clip_model.safetensors")
+    names = [f"open_clip:{path}", f"open_clip:{other}"]
+    demo = Demo(names, torch.device("cpu"))
+    pixels = np.random.default_rng(0).integers(0, 256, (56, 70, 3), np.uint8)
+    first, _, view, _ = demo.compute(pixels, names[0], "bilinear", 2)
+    assert TEXT in view["choices"]
+    second = demo.compute(pixels, names[1], "bilinear", 2)[0]
+    drawn = [demo.look(features, TEXT, None, 4, "a dog")[0][1] for features in (first, second, first)]
+    vector = model.encode_text(open_clip.get_tokenizer("ViT-B-32")(["a dog"]))[0]
+    (_, high_res), _ = vector_pictures(first, vector)
+    np.testing.assert_array_equal(drawn[0], to_pixels(show(high_res, first.image, SIDE)))
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    assert not np.array_equal(drawn[0], drawn[1])

@@ -172,6 +172,7 @@ def test_timm_knows_the_weights_and_the_facts_of_the_description(name):
     assert model_name in timm.list_pretrained(model_name)
     config = timm.get_pretrained_cfg(model_name)
     assert config.hf_hub_id == f"timm/{model_name}"  # where has_local_weights looks
+    assert config.license == MODELS[name].licence.lower()
     side = int(query.removeprefix("img_size=") or 0)
     with torch.device("meta"):
         model = timm.create_model(model_name, pretrained=False, num_classes=0, **({"img_size": side} if side else {}))

@@ -1,5 +1,6 @@
 """Videos of features: times, turning, one basis, broken frames, and memory that does not grow."""
 
+import gc
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import featsharp
 from featsharp.cli.main import main
@@ -146,6 +148,23 @@ def test_frames_are_decoded_as_they_are_wanted(tmp_path):
         frames = decode_frames(container)
         assert isinstance(next(frames), Frame)
         assert file.tell() < 0.8 * (tmp_path / "clip.mov").stat().st_size
+
+
+@pytest.mark.slow
+def test_a_long_video_holds_no_more_frames_than_a_short_one(tmp_path, encoder):
+    def count_alive() -> int:
+        return sum(type(one) is Image.Image for one in gc.get_objects())
+
+    def count_at_the_end(frames: int) -> int:
+        film(tmp_path / "clip.mov", even(frames))
+        calls, alive = iter(range(frames)), []
+        options = {"batch": 3, "on_frame": lambda _: alive.append(count_alive()) if next(calls) == frames - 2 else None}
+        write_comparison_video(encoder, tmp_path / "clip.mov", tmp_path / "out.mp4", **options)
+        return alive[0]
+
+    gc.collect()
+    before = count_alive()
+    assert before + 3 <= count_at_the_end(6) == count_at_the_end(30) < before + 8  # about a batch
 
 
 def test_what_is_no_video_is_refused(tmp_path, encoder):
