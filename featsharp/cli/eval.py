@@ -242,7 +242,7 @@ def find_subjects(
 
 
 def image_quality(images: Path, limit: int) -> "Callable[[SharpEncoder], dict[str, float]]":
-    """Make a measure of encoders for a recommendation: zoom cosine and fidelity on the first images of a folder."""
+    """Make a measure of encoders for a recommendation: zoom cosine and fidelity on some images of a folder."""
     from featsharp.evaluation.measures import PhotoTask
     from featsharp.evaluation.runner import Subject, evaluate
 

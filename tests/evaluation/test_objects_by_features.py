@@ -13,7 +13,7 @@ from torch import Tensor
 from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
 from featsharp.cli.main import main
-from featsharp.errors import DataError
+from featsharp.errors import DataError, InputError
 from featsharp.evaluation.cam import CamTask, class_map, fit_classifier, remove
 from featsharp.evaluation.discovery import DiscoveryTask, connected, find_object, second_eigenvector
 from featsharp.evaluation.objects import mask_box, overlap
@@ -88,6 +88,23 @@ def test_the_cut_is_that_of_a_dense_solver():
     assert numbers[0] == pytest.approx(0, abs=1e-9)
     expected, found = dense[:, 1], second_eigenvector(weights)
     assert abs(found @ expected) / np.linalg.norm(found) / np.linalg.norm(expected) == pytest.approx(1)
+
+
+def test_a_cut_that_is_not_found_is_an_error_of_its_picture():
+    """A chain, whose largest eigenvalues lie too close together."""
+    pytest.importorskip("scipy")
+    places = np.arange(400)
+    with pytest.raises(InputError, match="normalised cut of 400 cells was not found"):
+        second_eigenvector(np.where(np.abs(places[:, None] - places) <= 1, 1.0, 1e-5))
+
+
+def test_maps_of_too_many_cells_are_refused_and_tau_is_a_setting(tmp_path):
+    pytest.importorskip("scipy")
+    data = write_objects(tmp_path, 2)
+    with pytest.raises(DataError, match=r"map of 96x96 cells .* at most 8192: give a smaller --low-res-size"):
+        measure(DiscoveryTask(*data, low_res_size=(48, 48)), Pixels())
+    # No cosine is above 1: without an edge nothing is set apart.
+    assert values(measure(DiscoveryTask(*data, tau=1.0), Pixels()))["corloc_tokencut"] == 0
 
 
 def test_lost_is_what_loops_find():
