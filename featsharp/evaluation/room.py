@@ -10,7 +10,9 @@ Points. For each pair 400 pixels are drawn, off the border; those count that hav
 seen by the second frame, off its border and at the depth that they should have there to 4 centimetres, so that nothing
 stands before them. Pairs of fewer than 30 points are skipped. Frames are paired with the next and the one after.
 
-The depths are those of integer pixel positions, of which intrinsics speak; features are read at the pixels' centres.
+The depths are those of integer pixel positions, of which intrinsics speak; features are read at the pixels' centres. So
+a target lies half a pixel up and left of where a match of the source's centre would be, and its depth is read in the
+pixel that it is rounded down to: kept, so that numbers stay comparable with earlier ones.
 """
 
 from collections.abc import Sequence

@@ -61,6 +61,7 @@ def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:
     from featsharp.backbones import create_backbone
     from featsharp.builder import load_from_file
     from featsharp.device import find_device
+    from featsharp.model import SharpEncoder
 
     names: list[str] = arguments.backbone or []
     wanted = names[0] if len(names) == 1 else None
@@ -69,8 +70,10 @@ def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:
     trained: defaultdict[str, Encoders] = defaultdict(dict)
     for text in arguments.checkpoint or []:
         label, path = split_label(text)
-        encoder = load_from_file(path, featurizer=wanted, allow_functions=arguments.allow_functions)
-        encoder.backbone = backbones.setdefault(encoder.backbone.name, encoder.backbone)
+        loaded = load_from_file(path, featurizer=wanted, allow_functions=arguments.allow_functions)
+        backbone = backbones.setdefault(loaded.backbone.name, loaded.backbone)
+        encoder = SharpEncoder(backbone, loaded.upsampler, loaded.normalizer, loaded.bias_buffer).eval()
+        encoder.recipe = loaded.recipe
         _add(trained[encoder.backbone.name], label, encoder)
     encoders: dict[str, Encoders] = {}
     for name in dict.fromkeys([*names, *trained] or [DEFAULT_BACKBONE]):
