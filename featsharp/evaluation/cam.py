@@ -121,11 +121,10 @@ class CamTask(ObjectTask):
             for series in remove(picture, shown, self.steps)
         )
         points = []
-        for one in areas:
-            place = class_map(features, head.weight[head.classes.index(one)])
-            points.append(
-                point_at(place, [mask_box(each.mask) for each in objects if each.category == one], image.size)
-            )
+        for present in areas:
+            boxes = [mask_box(one.mask) for one in objects if one.category == present]
+            of_class = class_map(features, head.weight[head.classes.index(present)])
+            points.append(point_at(of_class, boxes, image.size))
         pointing, chance = np.mean(points, axis=0).tolist()
         return {
             "average_drop": max(0.0, full - explained) / max(full, 1e-12),

@@ -17,6 +17,7 @@ The flow is trusted where it comes back: forward and then backward it ends less 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -118,7 +119,7 @@ class FlickerTask(Task):
         many = len(clips) > 1
         return {
             **{
-                name: bootstrap(pooled, lambda some, name=name: _ratios(some.sum(0))[name]) if many else value
+                name: bootstrap(pooled, partial(_pool_clips, name=name)) if many else value
                 for name, value in _ratios(pooled.sum(0)).items()
                 if np.isfinite(value)
             },
@@ -186,6 +187,11 @@ def follow(first: np.ndarray, second: np.ndarray) -> _Motion:
     back = sample_points(torch.from_numpy(backward).permute(2, 0, 1)[None].float(), places.reshape(-1, 2))
     missed = np.linalg.norm(forward + back.view(backward.shape).numpy(), axis=-1)
     return _Motion(places.astype(np.float32), (missed < TRUSTED) & ((places > 0) & (places < 1)).all(-1))
+
+
+def _pool_clips(sums: np.ndarray, name: str) -> float:
+    """Compute one of :data:`RATIOS` from the sums of clips [clips, 4]."""
+    return _ratios(sums.sum(0))[name]
 
 
 def _ratios(sums: np.ndarray) -> dict[str, float]:

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
-from featsharp.builder import create_encoder, load_from_file
+from featsharp.builder import SharpEncoder, create_encoder, load_from_file
 from featsharp.errors import ConfigError
 from featsharp.implicit.fit import FitConfig, Fitter
-from featsharp.model import SharpEncoder
 from featsharp.names import parse_upsampler, split_options
 from featsharp.ops.resize import resize
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler

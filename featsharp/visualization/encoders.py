@@ -62,9 +62,9 @@ def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:
         ConfigError: For a backbone without encoders, and two encoders of one label.
     """
     from featsharp.backbones import create_backbone
+    from featsharp.builder import SharpEncoder
     from featsharp.device import find_device
     from featsharp.implicit import load_encoder
-    from featsharp.model import SharpEncoder
 
     names: list[str] = arguments.backbone or []
     wanted = names[0] if len(names) == 1 else None
