@@ -32,8 +32,9 @@ LEVELS = (
     ("builder",),
     ("published", "testing", "extraction", "export"),
     ("training", "evaluation", "bench"),
+    ("implicit",),
     ("visualization",),
-    ("configs", "validation", "implicit", "adapt"),
+    ("configs", "validation", "adapt"),
     ("train", "distill"),
     ("cli",),
 )

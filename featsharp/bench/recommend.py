@@ -63,7 +63,7 @@ class RecommendTask(PlainTask):
     memory: str | None = setting(None, "most that one picture may take, such as 2GiB; default: no limit", metavar="M")
     checkpoint: Sequence[str] | None = setting(None, "trained files to compare", nargs="+", metavar="[LABEL=]FILE")
     data: Path | None = setting(None, "images to measure quality on: a folder or tars", type=Path, metavar="DIR")
-    limit: int = setting(8, "only the first N images", type="count", metavar="N")
+    limit: int = setting(8, "only N images, spread evenly over their list", type="count", metavar="N")
     repeat: int = setting(10, "most runs of a candidate; slow ones get fewer, at least 2", type="count", metavar="N")
 
     @property

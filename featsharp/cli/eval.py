@@ -242,7 +242,7 @@ def find_subjects(
 
 
 def image_quality(images: Path, limit: int) -> "Callable[[SharpEncoder], dict[str, float]]":
-    """Make a measure of encoders for a recommendation: zoom cosine and fidelity on the first images of a folder."""
+    """Make a measure of encoders for a recommendation: zoom cosine and fidelity on some images of a folder."""
     from featsharp.evaluation.measures import PhotoTask
     from featsharp.evaluation.runner import Subject, evaluate
 
@@ -279,7 +279,10 @@ def load_downsampler(checkpoint: str, encoder: "SharpEncoder") -> "nn.Module | N
 def _add_encoders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", nargs="+", metavar="[LABEL=]FILE", help="trained files")
     parser.add_argument(
-        "--upsampler", nargs="+", metavar="[LABEL=]NAME-FACTORx", help="training-free upsamplers, such as bilinear-2x"
+        "--upsampler",
+        nargs="+",
+        metavar="[LABEL=]NAME-FACTORx",
+        help="training-free upsamplers, such as bilinear-2x; implicit-2x?steps=400 is fitted to each picture",
     )
     add_backbone(parser, "default: the checkpoint's own, else vits14-focus")
 
@@ -314,13 +317,13 @@ def _subject(
     dtype: "torch.dtype | None",
 ) -> "Subject":
     from featsharp.bench.encode import measure_cost
-    from featsharp.builder import load_from_file
     from featsharp.evaluation.runner import Subject
+    from featsharp.implicit import load_encoder
 
     backbone = arguments.backbone or (DEFAULT_BACKBONE if free else None)
 
     def load() -> "SharpEncoder":
-        encoder = load_from_file(name, featurizer=backbone, allow_functions=arguments.allow_functions).to(device)
+        encoder = load_encoder(name, featurizer=backbone, allow_functions=arguments.allow_functions).to(device)
         encoder.backbone.autocast_dtype = dtype
         return encoder.eval()
 

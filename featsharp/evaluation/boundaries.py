@@ -35,6 +35,7 @@ from featsharp.evaluation.features import sharp_features, stretched_picture
 from featsharp.evaluation.keys import file_key
 from featsharp.evaluation.layouts.boundaries import Picture, find_pictures, read_boundaries
 from featsharp.evaluation.layouts.frames import decode_labelled
+from featsharp.evaluation.layouts.layout import spread
 from featsharp.evaluation.protocol import QUICK, check_protocol, protocol_setting
 from featsharp.evaluation.runner import Item, Row, Summary, Task
 from featsharp.model import SharpEncoder
@@ -53,7 +54,7 @@ class BoundaryTask(Task):
 
     data: Path = setting(Path("."), "BSDS500 or its like", type=Path, metavar="DIR", required=True)
     split: str | None = setting(None, "train, val or test, where the data set has several", metavar="NAME")
-    limit: int | None = setting(None, "only the first N pictures", type="count", metavar="N")
+    limit: int | None = setting(None, "only N pictures, spread evenly over their list", type="count", metavar="N")
     low_res_size: tuple[int, int] | None = setting(
         None, "size of the low-resolution pass; default: the backbone's native one", type="size", metavar="HxW"
     )
@@ -67,8 +68,12 @@ class BoundaryTask(Task):
         check_protocol(self, "tolerance", "thresholds")
 
     def items(self) -> Iterator[Item]:
-        for picture in find_pictures(self.data, self.split)[: self.limit]:
+        for picture in spread(self.find_pictures(), self.limit):
             yield Item(picture.image.name, picture)
+
+    def find_pictures(self) -> list[Picture]:
+        """List the pictures of the split."""
+        return find_pictures(self.data, self.split)
 
     def measure(self, encoder: SharpEncoder, item: Item, head: Any) -> Row:
         picture: Picture = item.data

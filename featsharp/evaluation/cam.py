@@ -4,7 +4,10 @@ A linear classifier of averaged features, w_c . mean of f(x) + b_c, is trained o
 pictures that are measured (the question is where a class is seen, not how well it is told), by logistic loss, one yes
 or no per class. Its class activation map is w_c . f(x) (arXiv 1512.04150), which for such a head is Grad-CAM (arXiv
 1610.02391) times the number of cells; as there, what is negative becomes 0, and the largest value 1. All encoders of a
-backbone share the classifier: those of sharp maps are asked without any training.
+backbone share the classifier: those of sharp maps are asked without any training. How well classes are told at all is
+``classifier_map``: the mean over classes of two pictures or more of the average precision on pictures that were left
+out of the fit, a fifth at a time; ``classifier_map_seen`` is that of the classifier on the pictures that it was fitted
+to.
 
 Of each picture, for the class that covers most of it, with y the classifier's probability:
 
@@ -12,6 +15,9 @@ Of each picture, for the class that covers most of it, with y the classifier's p
     average_increase      whether y' > y
     deletion, insertion   area under y while the pixels of the largest values are replaced by the mean colour first, or
                           alone come back (arXiv 1806.07421): the lower and the higher, the better
+
+For every class of the picture, as their mean:
+
     pointing              whether the largest value is in a box of the class, or 15 pixels beside it (arXiv 1608.00507);
                           pointing_chance is the share of the picture that would count
 """
@@ -39,14 +45,17 @@ from featsharp.terminal import with_progress
 MARGIN = 15
 # Of the classifier: updates of L-BFGS, and the weight of the squared weights in its loss.
 _UPDATES, _DECAY = 100, 1e-4
+# Parts of the pictures, each of which is left out once.
+_PARTS = 5
 
 
 class Classifier(NamedTuple):
-    """A linear classifier of features: numbers of its classes, weights [K, C] and biases [K]."""
+    """A linear classifier of features: numbers of its classes, weights [K, C] and biases [K], mAP left out and seen."""
 
     classes: list[int]
     weight: Tensor
     bias: Tensor
+    precision: dict[str, float]
 
     def __call__(self, features: Tensor) -> Tensor:
         """Compute the probabilities [B, K] of maps [B, C, h, w]."""
@@ -77,8 +86,17 @@ class CamTask(ObjectTask):
                 f"no picture of {self.data} can be used; the first problem is said by the task small-objects"
             )
         classes = sorted(set().union(*present))
-        wanted = torch.tensor([[float(one in some) for one in classes] for some in present])
-        return Classifier(classes, *fit_classifier(torch.stack(vectors), wanted.to(vectors[0])))
+        inputs = torch.stack(vectors)
+        wanted = torch.tensor([[float(one in some) for one in classes] for some in present]).to(inputs)
+        weight, bias = fit_classifier(inputs, wanted)
+        scores = {"classifier_map": left_out_scores(inputs, wanted), "classifier_map_seen": inputs @ weight.T + bias}
+        several = wanted.sum(0) > 1  # of others nothing is left to learn from
+        precision = {
+            name: mean_average_precision(one[:, several], wanted[:, several])
+            for name, one in scores.items()
+            if several.any()
+        }
+        return Classifier(classes, weight, bias, precision)
 
     def measure(self, encoder: SharpEncoder, item: Item, head: Classifier) -> Row:
         image, objects = self.read(item)
@@ -102,27 +120,24 @@ class CamTask(ObjectTask):
             float(torch.trapezoid(probability(series), dx=1 / self.steps))
             for series in remove(picture, shown, self.steps)
         )
-        boxes = [mask_box(one.mask) for one in objects if one.category == category]
-        counted = np.zeros((image.height, image.width), dtype=bool)
-        for top, bottom, left, right in boxes:
-            counted[max(0, top - MARGIN) : bottom + MARGIN, max(0, left - MARGIN) : right + MARGIN] = True
-        place = np.unravel_index(int(cam.argmax()), cam.shape)
-        y, x = (
-            int((at + 0.5) * (pixels / cells))
-            for at, pixels, cells in zip(place, counted.shape, cam.shape, strict=True)
-        )
+        points = []
+        for present in areas:
+            boxes = [mask_box(one.mask) for one in objects if one.category == present]
+            of_class = class_map(features, head.weight[head.classes.index(present)])
+            points.append(point_at(of_class, boxes, image.size))
+        pointing, chance = np.mean(points, axis=0).tolist()
         return {
             "average_drop": max(0.0, full - explained) / max(full, 1e-12),
             "average_increase": float(explained > full),
             "deletion": deletion,
             "insertion": insertion,
-            "pointing": float(counted[y, x]),
-            "pointing_chance": float(counted.mean()),
+            "pointing": pointing,
+            "pointing_chance": chance,
         }
 
     def score(self, rows: Sequence[Row], head: Classifier) -> Summary:
         estimates = {name: estimate_mean([row[name] for row in rows]) for name in rows[0]}
-        return {**estimates, "classes": len(head.classes)}
+        return {**estimates, **head.precision, "classes": len(head.classes)}
 
     def head_key(self, head: Classifier) -> object:
         return [head.classes, head.weight.double().sum().item(), head.bias.double().sum().item()]
@@ -132,6 +147,42 @@ def class_map(features: Tensor, weight: Tensor) -> Tensor:
     """Compute the map of a class [h, w], 0 to 1, from features [1, C, h, w] and the weights of its score [C]."""
     cam = torch.einsum("chw,c->hw", features[0], weight).relu()
     return cam / cam.max().clamp(min=1e-12)
+
+
+def point_at(cam: Tensor, boxes: Sequence[np.ndarray], size: tuple[int, int]) -> tuple[float, float]:
+    """Return whether the largest value of a map [h, w] is in a box, or beside it, and the share of the picture that is.
+
+    Args:
+        cam: Of the whole picture.
+        boxes: (top, bottom, left, right) in pixels.
+        size: (W, H) of the picture.
+    """
+    counted = np.zeros(size[::-1], dtype=bool)
+    for top, bottom, left, right in boxes:
+        counted[max(0, top - MARGIN) : bottom + MARGIN, max(0, left - MARGIN) : right + MARGIN] = True
+    place = np.unravel_index(int(cam.argmax()), cam.shape)
+    y, x = (
+        int((at + 0.5) * (pixels / cells)) for at, pixels, cells in zip(place, counted.shape, cam.shape, strict=True)
+    )
+    return float(counted[y, x]), float(counted.mean())
+
+
+def left_out_scores(vectors: Tensor, wanted: Tensor) -> Tensor:
+    """Score every picture [N, K] by a classifier of :func:`fit_classifier` that was fitted without it."""
+    scores = torch.zeros_like(wanted)
+    part = torch.arange(len(vectors), device=vectors.device) % _PARTS
+    for one in part.unique():
+        if (part != one).any():
+            weight, bias = fit_classifier(vectors[part != one], wanted[part != one])
+            scores[part == one] = vectors[part == one] @ weight.T + bias
+    return scores
+
+
+def mean_average_precision(scores: Tensor, wanted: Tensor) -> float:
+    """Average over classes the precision at each picture of the class, of scores and answers [N, K]."""
+    ranked = wanted.gather(0, scores.argsort(dim=0, descending=True, stable=True))
+    places = torch.arange(1, len(wanted) + 1, device=wanted.device)[:, None]
+    return float(((ranked.cumsum(0) / places * ranked).sum(0) / ranked.sum(0)).mean())
 
 
 def remove(picture: Tensor, cam: Tensor, steps: int) -> tuple[Tensor, Tensor]:

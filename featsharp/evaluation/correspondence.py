@@ -42,6 +42,7 @@ from featsharp.evaluation.estimates import Estimate, bootstrap, estimate_mean, e
 from featsharp.evaluation.features import check_finite, find_low_res_size, predict_raw
 from featsharp.evaluation.keys import file_key
 from featsharp.evaluation.layouts.keypoints import SPLITS, Entry, Pair, PairOptions, check_points
+from featsharp.evaluation.layouts.layout import spread
 from featsharp.evaluation.layouts.pairs import LAYOUTS, find_layout, list_pairs
 from featsharp.evaluation.matching import CACHE_BYTES, NearestCell, PointMatcher, sample_points
 from featsharp.evaluation.protocol import QUICK, check_protocol, protocol_setting
@@ -88,7 +89,7 @@ class CorrespondenceTask(Task):
         type="count",
         metavar="N",
     )
-    limit: int | None = setting(None, "only the first N pairs", type="count", metavar="N")
+    limit: int | None = setting(None, "only N pairs, spread evenly over their list", type="count", metavar="N")
     seed: int = setting(0, "of the draw", type=int, metavar="N")
 
     def __post_init__(self) -> None:
@@ -104,7 +105,7 @@ class CorrespondenceTask(Task):
         entries = list_pairs(self.data, self.layout, PairOptions(self.split, self.pair_list))
         if self.pairs_per_category is not None:
             entries = draw_pairs(entries, self.pairs_per_category, self.seed)
-        return [Item(entry.name, entry) for entry in _unique(entries[: self.limit])]
+        return [Item(entry.name, entry) for entry in _unique(spread(entries, self.limit))]
 
     # The rule
 

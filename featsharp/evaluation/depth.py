@@ -11,11 +11,13 @@ The head (see :mod:`featsharp.evaluation.head`) is a 1x1 convolution, trained by
 Scores are of each picture, over its pixels with a depth, then the mean over pictures: RMSE in metres, AbsRel, and d1 to
 d3, the shares of pixels that are wrong by less than a factor of 1.25, 1.25^2 and 1.25^3. Those named "free" are the
 same after the scale and the shift that fit the picture best in least squares, as in Probe3D (arXiv 2404.08636): they
-judge the shape of a scene alone.
+judge the shape of a scene alone. Those named "constant" are of one depth for every pixel, the median of the training
+pictures, which knows nothing of a picture: what a head adds is the difference. Intervals are over pictures; where all
+are frames of one camera in one room, they say nothing about other rooms.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,8 +40,11 @@ from featsharp.memory import parse_memory
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize
 from featsharp.settings import setting
+from featsharp.terminal import align
 
 BINS = 256
+# Training pictures that the constant is the median of.
+CONSTANT_PICTURES = 100
 NEAREST = 1e-3  # metres
 # Weight of the squared mean in the error.
 _MEAN = 0.15
@@ -63,7 +68,9 @@ class DepthTask(Task):
     train_limit: int | None = setting(
         None, "only N training pictures, spread evenly over their list", type="count", metavar="N"
     )
-    limit: int | None = setting(None, "only the first N validation pictures", type="count", metavar="N")
+    limit: int | None = setting(
+        None, "only N validation pictures, spread evenly over their list", type="count", metavar="N"
+    )
     seed: int = setting(0, "of the order of training pictures", type=int, metavar="N")
     cache_dir: Path | None = setting(
         None,
@@ -79,7 +86,7 @@ class DepthTask(Task):
         return open_depth(self.data, self.layout)
 
     def items(self) -> list[Item]:
-        return [Item(picture.image, picture) for picture in self.dataset.val[: self.limit]]
+        return [Item(picture.image, picture) for picture in spread(self.dataset.val, self.limit)]
 
     def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> Head:
         low_res = find_low_res_size(encoder, self.low_res_size)
@@ -114,8 +121,13 @@ class DepthTask(Task):
         predicted = resize(depth, truth.shape)[0, 0].cpu().numpy()
         valid = truth > 0
         predicted, truth = predicted[valid].astype(np.float64), truth[valid]
-        scaled = fit_scale(predicted, truth)
-        shown = {"": predicted, "free_": scaled}
+        constant = np.full_like(truth, self.constant)
+        shown = {
+            "": predicted,
+            "free_": fit_scale(predicted, truth),
+            "constant_": constant,
+            "constant_free_": fit_scale(constant, truth),
+        }
         return {
             prefix + name: value
             for prefix, one in shown.items()
@@ -125,6 +137,7 @@ class DepthTask(Task):
     def score(self, rows: Sequence[Row], head: Head) -> Summary:
         return {
             **{name: estimate_mean([row[name] for row in rows]) for name in rows[0]},
+            "constant": self.constant,
             "layout": self.dataset.layout,
             "train_images": head.images,
             "train_skipped": [list(entry) for entry in head.skipped],
@@ -133,8 +146,36 @@ class DepthTask(Task):
     def item_key(self, item: Item) -> object:
         return item.data.keys()
 
-    def head_key(self, head: Head) -> str:
-        return head.key
+    def head_key(self, head: Head) -> object:
+        return [head.key, self.constant]
+
+    def table(self, encoders: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Format the scores of the constant and of the encoders, and say how far their intervals reach."""
+        results = {label: one["result"] for label, one in encoders.items() if "result" in one}
+        first = next(iter(results.values()))
+        named = {f"constant, {first['constant']:.2f} m": ("constant_", first)}
+        named |= {label: ("", result) for label, result in results.items()}
+        columns = [free + name for free in ("", "free_") for name in ("rmse", "abs_rel", "d1")]
+        rows = [
+            [label, *(f"{result[prefix + name]['value']:.3f}" for name in columns)]
+            for label, (prefix, result) in named.items()
+        ]
+        note = ["intervals are over frames of one scene, not over scenes"] if first["layout"] == "rgbd" else []
+        return [*align(["depth", *columns], rows), *note]
+
+    @cached_property
+    def constant(self) -> float:
+        """Median depth in metres of the training pictures, of at most 100 that are spread over their list."""
+        depths = []
+        for picture in spread(self.dataset.train, self.train_limit, CONSTANT_PICTURES):
+            try:
+                depth = _read_depth(picture, self.dataset)
+            except DataError:
+                continue  # said where it is trained on
+            depths.append(depth[depth > 0].astype(np.float32))
+        if not depths:
+            raise DataError(f"{self.data}: no training picture has a depth")
+        return float(np.median(np.concatenate(depths)))
 
     def _label_size(self, encoder: SharpEncoder) -> tuple[int, int]:
         height, width = encoder.backbone.grid_size(find_low_res_size(encoder, self.low_res_size))

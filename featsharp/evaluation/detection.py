@@ -5,7 +5,8 @@ The protocol, the same for every encoder of a table:
 - Every picture is scaled to max(2, ceil(factor)) times the size of the low-resolution pass, without its aspect ratio,
   so that encoders get the same picture, and its features are computed once.
 - A detector (see :mod:`featsharp.evaluation.detector`) of three levels, of 4, 2 and 1 cells per low-resolution token
-  and side whatever the factor is, is trained on the features of the training split, without augmentation.
+  and side, is trained on the features of the training split, without augmentation. It has the same layers and weights
+  whatever the factor is.
 - Average precision on the validation split is that of faster-coco-eval, its intervals are over pictures.
 
 The paper trains by Detectron2 on COCO 2017 (118,000 pictures), on features of RADIOv2.5-L and SigLIP2; numbers compare
@@ -97,7 +98,9 @@ class DetectionTask(Task):
     train_limit: int | None = setting(
         None, "only N training images, spread evenly over their list", type="count", metavar="N"
     )
-    limit: int | None = setting(None, "only the first N images to measure on", type="count", metavar="N")
+    limit: int | None = setting(
+        None, "only N images to measure on, spread evenly over their list", type="count", metavar="N"
+    )
     seed: int = setting(0, "of the detector's weights and of the order of images", type=int, metavar="N")
     cache_dir: Path | None = setting(
         None,
@@ -128,7 +131,7 @@ class DetectionTask(Task):
         return self.dataset.val
 
     def items(self) -> list[Item]:
-        return [Item(pair.image, pair) for pair in self.measured.pairs[: self.limit]]
+        return [Item(pair.image, pair) for pair in spread(self.measured.pairs, self.limit)]
 
     # The head
 
@@ -143,7 +146,7 @@ class DetectionTask(Task):
             folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="featsharp-")))
             cache = FeatureCache(reader, "high_res", folder / "features", parse_memory(self.cache_limit))
             files = [[file_key(pair.root, pair.image), file_key(pair.root, pair.label)] for pair in pairs]
-            key = digest("detector", cache.key, files, asdict(schedule), self.masks)
+            key = digest("detector 2", cache.key, files, asdict(schedule), self.masks)
             path = folder / "heads" / f"{key}.safetensors"
             loaded = _load(path, encoder, self.masks)
             if loaded is not None:
@@ -158,7 +161,7 @@ class DetectionTask(Task):
                 channels = len(cache.get(pairs[0], frames[0]))
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(self.seed)
-                    detector = Detector(channels, len(categories), float(encoder.factor), masks=self.masks)
+                    detector = Detector(channels, len(categories), masks=self.masks)
                 fit_detector(
                     lambda number: cache.get(pairs[number], frames[number]),
                     targets,
@@ -236,7 +239,7 @@ class DetectionTask(Task):
         }
 
     def table(self, encoders: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """Format average precision by size, and the gain over the first encoder."""
+        """Format average precision by size, and the gain over the backbone itself."""
         return detection_table({label: [one["result"]] for label, one in encoders.items() if "result" in one})
 
     # Cache keys
@@ -305,7 +308,7 @@ def _load(path: Path, encoder: SharpEncoder, masks: bool) -> tuple[Detector, Any
     try:
         state, texts = read_tensors(path)
         about = json.loads(texts["about"])
-        detector = Detector(len(state["mean"]), len(about[0]), float(encoder.factor), masks=masks)
+        detector = Detector(len(state["mean"]), len(about[0]), masks=masks)
         detector.load_state_dict(state)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
         return None

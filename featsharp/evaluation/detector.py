@@ -1,10 +1,11 @@
-"""A detector on frozen features: ViTDet's simple feature pyramid and a dense head without anchors.
+"""A detector on frozen features: a simple feature pyramid and a dense head without anchors.
 
-The pyramid makes three levels of one map by transposed convolutions and max pooling (Li et al. 2022, ViTDet, without
-its further convolutions). The head says at each point of each level the class, how well its box fits, and the box (Tian
-et al. 2019, FCOS; the fit takes the place of centreness, and boxes are centre and size, so that an object smaller than
-a cell has one as well). The mask head is that of Mask R-CNN (He et al. 2017) at the boxes that were found. Nothing but
-torch is needed.
+The pyramid makes three levels of one map, as ViTDet's does (Li et al. 2022), but learns nothing: every map is brought
+to the grid of the finest level and pooled. With transposed convolutions the detector of a small map would have learned
+upsampling of its own, that of a large one none, and their difference would be part of every gain. The head says at each
+point of each level the class, how well its box fits, and the box (Tian et al. 2019, FCOS; the fit takes the place of
+centreness, and boxes are centre and size, so that an object smaller than a cell has one as well). The mask head is that
+of Mask R-CNN (He et al. 2017) at the boxes that were found. Nothing but torch is needed.
 
 B pictures, K classes, N points of all levels. Boxes are (left, top, right, bottom) in fractions of the picture, so they
 do not depend on its size.
@@ -85,9 +86,8 @@ class Detector(nn.Module):
     """Detector from features [B, channels, h, w].
 
     Args:
-        channels: Of the features.
+        channels: Of the features, of any number of cells.
         classes: K.
-        factor: Cells of the features per low-resolution token and side.
         masks: Whether there is a mask head.
         width: Channels of all convolutions.
     """
@@ -95,14 +95,12 @@ class Detector(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, channels: int, classes: int, factor: float, *, masks: bool = False, width: int = 64) -> None:
+    def __init__(self, channels: int, classes: int, *, masks: bool = False, width: int = 64) -> None:
         super().__init__()
         self.classes = classes
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("deviation", torch.ones(channels))
-        self.base = min(LEVELS, key=lambda cells: abs(math.log2(cells / factor)))
         self.reduce = _conv(channels, width, 1)
-        self.pyramid = nn.ModuleList(self._level(cells, width) for cells in LEVELS)
         self.tower = nn.Sequential(*(_conv(width, width, 3) for _ in range(2)))
         self.predict = nn.Conv2d(width, classes + 5, 3, padding=1)
         self.mask = _mask_head(width) if masks else None
@@ -119,8 +117,8 @@ class Detector(nn.Module):
             grid: (h, w) of the low-resolution map.
         """
         standard = (features.float() - self.mean[:, None, None]) / self.deviation[:, None, None]
-        shared = resize(self.reduce(standard), (grid[0] * self.base, grid[1] * self.base))
-        levels = [level(shared) for level in self.pyramid]
+        finest = resize(self.reduce(standard), (grid[0] * LEVELS[0], grid[1] * LEVELS[0]))
+        levels = [F.max_pool2d(finest, LEVELS[0] // cells) for cells in LEVELS]
         outputs = [self.predict(self.tower(level)).flatten(2).mT for level in levels]
         return levels, torch.cat(outputs, 1)
 
@@ -129,11 +127,6 @@ class Detector(nn.Module):
         assert self.mask is not None
         logits: Tensor = self.mask(crop(finest, boxes, MASK_CELLS))[:, 0]
         return logits
-
-    def _level(self, cells: int, width: int) -> nn.Sequential:
-        steps = round(math.log2(cells / self.base))
-        up = [nn.Sequential(nn.ConvTranspose2d(width, width, 2, 2), _norm(width), nn.GELU()) for _ in range(steps)]
-        return nn.Sequential(*up, *(nn.MaxPool2d(2) for _ in range(-steps)))
 
 
 def make_points(levels: Sequence[Tensor]) -> Points:

@@ -8,12 +8,16 @@ next. With f(t) the sharp map of a frame and u the flow, over the cells where it
     pixel_change       the same of the colours of the picture that the encoder is given
     flicker            their ratio: how much more the features change than the picture does
 
+Intervals are over clips, whose pairs of frames are much alike; of one clip there are none.
+
 The flow is trusted where it comes back: forward and then backward it ends less than a pixel from where it began.
 ``motion="none"`` is for cameras that stand still: then no flow is needed, and places are compared with themselves.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,18 +27,24 @@ from torch import Tensor
 
 from featsharp.data.images import decode_image
 from featsharp.errors import DataError, MissingDependencyError
-from featsharp.evaluation.estimates import bootstrap, estimate_mean, estimate_ratio
+from featsharp.evaluation.estimates import bootstrap
 from featsharp.evaluation.features import find_low_res_size, predict_raw, shown_size, whitened_picture
 from featsharp.evaluation.keys import file_key
 from featsharp.evaluation.layouts.davis import find_clips
+from featsharp.evaluation.layouts.layout import spread
 from featsharp.evaluation.matching import sample_points
 from featsharp.evaluation.runner import Item, Row, Summary, Task
+from featsharp.memory import parse_memory
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import average, size_of
 from featsharp.settings import setting
+from featsharp.terminal import align
 
 # Pixels that the flow may miss its beginning by, forward and backward.
 TRUSTED = 1.0
+
+
+RATIOS = ("feature_change", "pixel_change", "flicker")
 
 
 class _Frame(NamedTuple):
@@ -43,10 +53,15 @@ class _Frame(NamedTuple):
 
 
 class _Motion(NamedTuple):
-    """Places of a frame in the next: [H, W, 2] (x, y) in parts of the picture, and whether to trust it."""
+    """Places of a frame in the next: [H, W, 2] float32 (x, y) in parts of the picture, and whether to trust it."""
 
     places: np.ndarray
     trusted: np.ndarray
+
+    @property
+    def bytes(self) -> int:
+        """Size in memory."""
+        return self.places.nbytes + self.trusted.nbytes
 
 
 @dataclass
@@ -66,7 +81,8 @@ class FlickerTask(Task):
         "flow", "how places are followed: by optical flow, or not at all, for still cameras", choices=("flow", "none")
     )
     every: int = setting(1, "only every N-th pair of frames of each clip", type="count", metavar="N")
-    limit: int | None = setting(None, "only the first N pairs", type="count", metavar="N")
+    limit: int | None = setting(None, "only N pairs, spread evenly over their list", type="count", metavar="N")
+    flow_limit: str = setting("1GiB", "memory for flows that the next encoder uses again", metavar="SIZE")
     _motions: dict[Any, _Motion] = field(default_factory=dict, init=False, repr=False)
 
     def items(self) -> list[Item]:
@@ -75,7 +91,7 @@ class FlickerTask(Task):
             for clip in find_clips(self.data)
             for first, second in list(zip(clip.frames, clip.frames[1:], strict=False))[:: self.every]
         ]
-        return pairs[: self.limit]
+        return spread(pairs, self.limit)
 
     def prepare(self, encoder: SharpEncoder, subject: Any, run: Any) -> dict[Path, _Frame]:
         return {}  # the last frames
@@ -89,6 +105,7 @@ class FlickerTask(Task):
             _change(a, b, motion) for a, b in ((first.features, second.features), (first.colours, second.colours))
         )
         return {
+            "clip": item.name.rpartition("/")[0],
             "feature_change": of_features[0] / max(of_features[1], 1e-12),
             "pixel_change": of_colours[0] / max(of_colours[1], 1e-12),
             "trusted": float(motion.trusted.mean()),
@@ -96,20 +113,31 @@ class FlickerTask(Task):
         }
 
     def score(self, rows: Sequence[Row], head: Any) -> Summary:
-        sums = np.array([row["_sums"] for row in rows])
-
-        def ratio(some: np.ndarray) -> float:
-            change, variance, pixels, contrast = some.sum(0)
-            return float(change / variance / (pixels / contrast)) if variance * pixels * contrast else np.nan
-
-        moving = sums[:, 2].any() and sums[:, 1].any() and sums[:, 3].any()
+        clips = list(dict.fromkeys(row["clip"] for row in rows))
+        sums = {clip: np.sum([row["_sums"] for row in rows if row["clip"] == clip], axis=0) for clip in clips}
+        pooled = np.array(list(sums.values()))
+        many = len(clips) > 1
         return {
-            "feature_change": estimate_ratio(sums[:, 0], sums[:, 1]),
-            "pixel_change": estimate_ratio(sums[:, 2], sums[:, 3]),
-            **({"flicker": bootstrap(sums, ratio)} if moving else {}),
-            "trusted": estimate_mean([row["trusted"] for row in rows]),
+            **{
+                name: bootstrap(pooled, partial(_pool_clips, name=name)) if many else value
+                for name, value in _ratios(pooled.sum(0)).items()
+                if np.isfinite(value)
+            },
+            "by_clip": {clip: {k: v for k, v in _ratios(one).items() if np.isfinite(v)} for clip, one in sums.items()},
+            "trusted": float(np.mean([row["trusted"] for row in rows])),
+            "clips": len(clips),
             "pairs": len(rows),
         }
+
+    def table(self, encoders: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Format each clip, where there are several."""
+        results = {label: one["result"]["by_clip"] for label, one in encoders.items() if "result" in one}
+        rows = [
+            [label, clip, *(f"{ratios[name]:.4f}" if name in ratios else "-" for name in RATIOS)]
+            for label, clips in results.items()
+            for clip, ratios in clips.items()
+        ]
+        return align(["encoder", "clip", *RATIOS], rows) if len(rows) > len(results) else []
 
     def item_key(self, item: Item) -> object:
         return [file_key(path.parent, path.name) for path in item.data]
@@ -129,7 +157,10 @@ class FlickerTask(Task):
         key = (paths, size_of(first))  # one flow for all encoders
         if key not in self._motions:
             frames = [x[0].mean(0).cpu().numpy() for x in (first, second)]
-            self._motions[key] = still(size_of(first)) if self.motion == "none" else follow(*frames)
+            motion = still(size_of(first)) if self.motion == "none" else follow(*frames)
+            if sum(one.bytes for one in self._motions.values()) + motion.bytes > parse_memory(self.flow_limit):
+                return motion
+            self._motions[key] = motion
         return self._motions[key]
 
 
@@ -137,7 +168,7 @@ def still(size: tuple[int, int]) -> _Motion:
     """Return places (h, w) that are where they were."""
     height, width = size
     y, x = np.mgrid[:height, :width] + 0.5
-    return _Motion(np.stack([x / width, y / height], -1), np.ones(size, dtype=bool))
+    return _Motion(np.stack([x / width, y / height], -1).astype(np.float32), np.ones(size, dtype=bool))
 
 
 def follow(first: np.ndarray, second: np.ndarray) -> _Motion:
@@ -155,7 +186,20 @@ def follow(first: np.ndarray, second: np.ndarray) -> _Motion:
     places = still(first.shape).places + forward / size
     back = sample_points(torch.from_numpy(backward).permute(2, 0, 1)[None].float(), places.reshape(-1, 2))
     missed = np.linalg.norm(forward + back.view(backward.shape).numpy(), axis=-1)
-    return _Motion(places, (missed < TRUSTED) & ((places > 0) & (places < 1)).all(-1))
+    return _Motion(places.astype(np.float32), (missed < TRUSTED) & ((places > 0) & (places < 1)).all(-1))
+
+
+def _pool_clips(sums: np.ndarray, name: str) -> float:
+    """Compute one of :data:`RATIOS` from the sums of clips [clips, 4]."""
+    return _ratios(sums.sum(0))[name]
+
+
+def _ratios(sums: np.ndarray) -> dict[str, float]:
+    """Compute :data:`RATIOS` from the sums of both changes and variances [4]; NaN where nothing varies."""
+    change, variance, pixels, contrast = sums
+    features = change / variance if variance else math.nan
+    picture = pixels / contrast if contrast else math.nan
+    return dict(zip(RATIOS, map(float, (features, picture, features / picture if picture else math.nan)), strict=True))
 
 
 def _change(first: Tensor, second: Tensor, motion: _Motion) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from featsharp.data.images import decode_image, try_decode
 from featsharp.data.sources import open_source
 from featsharp.errors import DataError
+from featsharp.evaluation.layouts.layout import spread
 from featsharp.evaluation.runner import Item, Row, Task
 from featsharp.model import SharpEncoder
 from featsharp.settings import setting
@@ -73,12 +74,12 @@ class ImageTask(Task):
     data: Path = setting(Path("."), "images: a folder or tars", type=Path, metavar="DIR", required=True)
     skip: int = setting(0, "without the first N images", type="count", metavar="N")
     every: int = setting(1, "of the others only every N-th, from the first on", type="count", metavar="N")
-    limit: int | None = setting(None, "of these only the first N", type="count", metavar="N")
+    limit: int | None = setting(None, "of these only N, spread evenly over their list", type="count", metavar="N")
     seed: int = setting(0, "of everything random", type=int, metavar="N")
 
     def items(self) -> Iterator[Item]:
         source = open_source(self.data)
-        for number, index in enumerate(range(len(source))[self.skip :: self.every][: self.limit]):
+        for number, index in enumerate(spread(range(len(source))[self.skip :: self.every], self.limit)):
             yield Item(source.name(index), (source, index, number))
         for problem in source.problems:
             yield Item(problem, None)

@@ -24,6 +24,7 @@ from featsharp.evaluation.estimates import Estimate, estimate_mean
 from featsharp.evaluation.features import encode_crop
 from featsharp.evaluation.fidelity import FidelityMeter, pool_fidelity
 from featsharp.evaluation.images import ImageTask
+from featsharp.evaluation.layouts.boundaries import Picture
 from featsharp.evaluation.protocol import QUICK
 from featsharp.evaluation.room import RoomTask
 from featsharp.evaluation.runner import Item, Row, Run, Subject, Summary, Task, from_json
@@ -92,6 +93,14 @@ class PhotoTask(ImageTask):
 
 
 @dataclass
+class FirstBoundaryTask(BoundaryTask):
+    """Boundaries of the first 24 pictures."""
+
+    def find_pictures(self) -> list[Picture]:
+        return super().find_pictures()[:BOUNDARY_PICTURES]
+
+
+@dataclass
 class AllTask(Task):
     """Fidelity, zoom cosine, keypoints, real views, boundaries and segmentation, in one table of all encoders.
 
@@ -109,7 +118,9 @@ class AllTask(Task):
     )
     skip: int = setting(0, "without the first N of photos", type="count", metavar="N")
     every: int = setting(1, "of the other photos only every N-th, from the first on", type="count", metavar="N")
-    limit: int | None = setting(None, "only the first N items of each measure", type="count", metavar="N")
+    limit: int | None = setting(
+        None, "only N items of each measure, spread evenly over their list", type="count", metavar="N"
+    )
 
     def __post_init__(self) -> None:
         for name in self.measures:
@@ -128,12 +139,11 @@ class AllTask(Task):
                     "there, or choose others (--measures)"
                 )
         root, limit = self.data, self.limit
-        pictures = min(limit or BOUNDARY_PICTURES, BOUNDARY_PICTURES)
         tasks: dict[str, Task] = {
             "photos": PhotoTask(root / "photos", skip=self.skip, every=self.every, limit=limit),
             "correspondence": CorrespondenceTask(root / "pf_willow", protocol=QUICK, alphas=(0.05, 0.1), limit=limit),
             "room": RoomTask(root / "room_depth", limit=limit),
-            "boundaries": BoundaryTask(root / "bsds", protocol=QUICK, limit=pictures),
+            "boundaries": FirstBoundaryTask(root / "bsds", protocol=QUICK, limit=limit),
             "segmentation": SegmentationTask(root / "camvid", protocol=QUICK, limit=limit),
         }
         return {name: task for name, task in tasks.items() if name in self.measures}

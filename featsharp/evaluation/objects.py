@@ -11,6 +11,7 @@ from PIL.Image import Image
 from featsharp.data.sources import open_source
 from featsharp.errors import DataError
 from featsharp.evaluation.layouts.frames import decode_labelled
+from featsharp.evaluation.layouts.layout import spread
 from featsharp.evaluation.layouts.objects import open_labels
 from featsharp.evaluation.layouts.outlines import ObjectMask
 from featsharp.evaluation.runner import Item, Task
@@ -28,7 +29,9 @@ class ObjectTask(Task):
     labels: Path = setting(
         Path("."), "COCO's instances_*.json, or a folder of YOLO's .txt", type=Path, metavar="PATH", required=True
     )
-    limit: int | None = setting(None, "only the first N images with objects", type="count", metavar="N")
+    limit: int | None = setting(
+        None, "only N images with objects, spread evenly over their list", type="count", metavar="N"
+    )
     low_res_size: tuple[int, int] | None = setting(
         None, "size of the low-resolution pass; default: the backbone's native one", type="size", metavar="HxW"
     )
@@ -38,7 +41,7 @@ class ObjectTask(Task):
         known = [index for index in range(len(source)) if labels.knows(source.name(index))]
         if not known:
             raise DataError(f"no image of {self.data} has objects in {self.labels}; images and labels go by one name")
-        for index in known[: self.limit]:
+        for index in spread(known, self.limit):
             yield Item(source.name(index), (source, index, labels))
 
     def read(self, item: Item) -> tuple[Image, list[ObjectMask]]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from featsharp.data.sources import ImageSource
 from featsharp.errors import DataError
+from featsharp.evaluation.layouts.layout import spread
 from featsharp.evaluation.measures import COLUMNS, AllTask, PhotoTask
 from featsharp.evaluation.runner import Item, Row, Run, Subject, Summary, Task, from_json
 from featsharp.model import SharpEncoder
@@ -45,7 +46,7 @@ class PackagePhotoTask(PhotoTask):
         found = [(source, index) for source, names in sources for index in range(len(names))]
         if not found:
             raise DataError("no package with photographs is installed; give --data, or pip install scikit-image")
-        for number, (source, index) in enumerate(found[self.skip :: self.every][: self.limit]):
+        for number, (source, index) in enumerate(spread(found[self.skip :: self.every], self.limit)):
             yield Item(source.name(index), (source, index, number))
 
 

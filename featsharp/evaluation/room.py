@@ -10,7 +10,9 @@ Points. For each pair 400 pixels are drawn, off the border; those count that hav
 seen by the second frame, off its border and at the depth that they should have there to 4 centimetres, so that nothing
 stands before them. Pairs of fewer than 30 points are skipped. Frames are paired with the next and the one after.
 
-The depths are those of integer pixel positions, of which intrinsics speak; features are read at the pixels' centres.
+The depths are those of integer pixel positions, of which intrinsics speak; features are read at the pixels' centres. So
+a target lies half a pixel up and left of where a match of the source's centre would be, and its depth is read in the
+pixel that it is rounded down to: kept, so that numbers stay comparable with earlier ones.
 """
 
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from featsharp.evaluation.estimates import estimate_ratio
 from featsharp.evaluation.features import find_low_res_size
 from featsharp.evaluation.keys import file_key
 from featsharp.evaluation.layouts.frames import Frame
+from featsharp.evaluation.layouts.layout import spread
 from featsharp.evaluation.layouts.rgbd import (
     INTRINSICS,
     RgbdFrame,
@@ -79,7 +82,7 @@ class RoomTask(Task):
     low_res_size: tuple[int, int] | None = setting(
         None, "size of the low-resolution pass; default: the backbone's native one", type="size", metavar="HxW"
     )
-    limit: int | None = setting(None, "only the first N pairs", type="count", metavar="N")
+    limit: int | None = setting(None, "only N pairs, spread evenly over their list", type="count", metavar="N")
     seed: int = setting(SEED, "of the points", type=int, metavar="N")
 
     def items(self) -> list[Item]:
@@ -92,7 +95,7 @@ class RoomTask(Task):
                 v, u = (rng.integers(SOURCE_BORDER, side - SOURCE_BORDER, DRAWN) for side in (height, width))
                 pairs[first, gap] = FramePair(frames[first], frames[first + gap], v, u)
         # Pairs of the same frames together, which then are encoded once.
-        chosen = [pairs[key] for key in sorted(pairs)][: self.limit]
+        chosen = spread([pairs[key] for key in sorted(pairs)], self.limit)
         return [Item(f"{pair.source.color.name}-{pair.target.color.name}", pair) for pair in chosen]
 
     def prepare(self, encoder: SharpEncoder, subject: Subject, run: Run) -> NearestCell:

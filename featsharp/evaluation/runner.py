@@ -286,7 +286,7 @@ def describe_encoder(encoder: SharpEncoder) -> dict[str, Any]:
     dtype = encoder.backbone.autocast_dtype
     return {
         "backbone": encoder.backbone.name,
-        "upsampler": encoder.recipe.get("upsampler", type(encoder.upsampler).__name__),
+        "upsampler": encoder.recipe.get("upsampler") or type(encoder.upsampler).__name__,
         "factor": encoder.factor,
         "key": content_key(encoder),
         "backbone_autocast": dtype and dtype_name(dtype),

@@ -78,7 +78,9 @@ class SegmentationTask(Task):
     train_limit: int | None = setting(
         None, "only N training images, spread evenly over their list", type="count", metavar="N"
     )
-    limit: int | None = setting(None, "only the first N validation images", type="count", metavar="N")
+    limit: int | None = setting(
+        None, "only N validation images, spread evenly over their list", type="count", metavar="N"
+    )
     seed: int = setting(0, "of the order of training images", type=int, metavar="N")
     cache_dir: Path | None = setting(
         None,
@@ -112,7 +114,7 @@ class SegmentationTask(Task):
         return open_segmentation(self.data, self.layout, FolderOptions(self.classes, self.ignore_index))
 
     def items(self) -> list[Item]:
-        return [Item(pair.image, pair) for pair in self.dataset.val[: self.limit]]
+        return [Item(pair.image, pair) for pair in spread(self.dataset.val, self.limit)]
 
     def training_data(self, label_size: tuple[int, int]) -> TrainingData:
         """Choose pictures to train the head on, at most as many as its steps take."""

@@ -60,7 +60,6 @@ from featsharp.settings import setting
 from featsharp.terminal import align
 from featsharp.upsamplers import create_upsampler
 from featsharp.upsamplers.base import Upsampler
-from featsharp.upsamplers.interpolate import Bilinear, Identity
 
 NYU, SPAIR, DAVIS = "nyu-depth", "spair", "davis"
 # Layouts of segmentation by the names of sets.
@@ -218,7 +217,8 @@ class ProtocolTask(Task):
         """Choose the smallest map whose bilinear enlargement is the method's result at the size of the labels."""
         grid = torch.empty(1, 1, *encoder.backbone.grid_size(low_res), device="meta")
         result = encoder.upsampler.high_res_grid(grid)
-        linear = isinstance(encoder.upsampler, Bilinear | Identity)
+        # What needs neither picture nor training enlarges bilinearly, if at all: the head is applied before.
+        linear = encoder.upsampler.needs == "nothing" and not encoder.upsampler.trainable
         sizes = [result, self.image_size] if linear else [self.image_size]
         stored = size_of(grid) if linear else result
         reader = FeatureReader(coarse if linear else encoder, self.image_size, low_res, whitened_crop)
@@ -358,7 +358,8 @@ def class_upsampler(encoder: SharpEncoder, classes: int) -> Upsampler | None:
     """
     recipe, upsampler = encoder.recipe, encoder.upsampler
     name = recipe.get("upsampler")
-    if name in (None, "stride") or upsampler.num_maps > 1:  # probabilities have no patches that may overlap
+    # Probabilities have no patches that may overlap.
+    if name is None or upsampler.num_maps > 1 or upsampler.needs.startswith("backbone"):
         return None
     backbone = WrappedBackbone(encoder.backbone)
     backbone.embed_dim = -(-classes // 4) * 4
@@ -419,7 +420,9 @@ def _labelled_sample(pair: LabelledImage, code: LabelCode) -> Sample:
 
 def _coarse_encoder(encoder: SharpEncoder) -> SharpEncoder:
     """Build an encoder of the low-resolution features of another, which shares its parts."""
-    coarse = create_encoder(encoder.backbone, "identity")
-    coarse.normalizer, coarse.bias_buffer = encoder.normalizer, encoder.bias_buffer
-    coarse.recipe |= {"normalizer": encoder.recipe.get("normalizer"), "bias_buffer": encoder.bias_buffer is not None}
+    identity = create_upsampler("identity", encoder.backbone, 1)
+    coarse = SharpEncoder(encoder.backbone, identity, encoder.normalizer, encoder.bias_buffer)
+    buffer = encoder.bias_buffer is not None
+    coarse.recipe = {"upsampler": "identity", "factor": 1, "options": {}, "bias_buffer": buffer}
+    coarse.recipe["normalizer"] = encoder.recipe.get("normalizer")
     return coarse.to(encoder.device).eval()

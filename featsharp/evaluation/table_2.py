@@ -35,6 +35,7 @@ class Benchmark(NamedTuple):
     task: str
     metric: str
     better: str = "higher"
+    data: str = ""  # layout: results of two data sets are no seeds of one
 
 
 # Scores of a student by benchmark, one for each seed.
@@ -47,10 +48,11 @@ def benchmarks_of(task: str, result: Mapping[str, Any]) -> list[Benchmark]:
     if task == "neighbours":
         return [Benchmark("Classification", task, "knn"), Benchmark("Retrieval", task, "map")]
     if task == "segmentation":
-        return [Benchmark("Pascal Context" if layout.startswith("context") else "Dense", task, "miou")]
+        group = "Pascal Context" if layout.startswith("context") else "Dense"
+        return [Benchmark(group, task, "miou", data=layout)]
     if task == "depth" and layout.startswith("nyu"):
-        return [Benchmark("NYUDv2", task, "rmse", "lower")]
-    return [Benchmark("Probe3D", task, "d1" if task == "depth" else "room@20")]
+        return [Benchmark("NYUDv2", task, "rmse", "lower", layout)]
+    return [Benchmark("Probe3D", task, "d1" if task == "depth" else "room@20", data=layout)]
 
 
 def collect_scores(results: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Scores]:
@@ -110,7 +112,10 @@ def table_2(scores: Mapping[str, Scores]) -> list[str]:
         pooled = [delta_m(seed) for seed in zip(*changes.values(), strict=False)]
         rows.append([name, *cells, _format(pooled) if complete else "-"])
     raw = [
-        [f"{b.group}: {b.task} {b.metric}", *(_scores(own.get(b, [])) for own in scores.values())]
+        [
+            f"{b.group}: {b.task}{b.data and ' on '}{b.data}, {b.metric}",
+            *(_scores(own.get(b, [])) for own in scores.values()),
+        ]
         for b in sorted(scores[BASELINE], key=lambda b: GROUPS.index(b.group))
     ]
     lines += ["", "ours: proxies, each column against the baseline's mean", *align(head, rows)]

@@ -86,20 +86,27 @@ class TablesTask(PlainTask):
 
 
 def detection_table(encoders: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Format average precision in per cent and the gain for small objects over the first encoder.
+    """Format average precision in per cent and the gain for small objects over :func:`find_reference`.
 
     Args:
         encoders: Results of the task ``detection`` as JSON by encoder, one for each seed.
     """
     pooled = {label: pool_seeds(results) for label, results in encoders.items()}
-    first = next(iter(pooled.values()), {})
+    if not pooled:
+        return []
+    reference = find_reference({label: results[0].get("factor") for label, results in encoders.items()})
     seeds = any(len(results) > 1 for results in encoders.values())
     rows = []
     for label, metrics in pooled.items():
         cells = [_format(estimate_from(*metrics[name])) if name in metrics else "-" for name in COLUMNS.values()]
-        gain = "" if metrics is first else _gain(metrics, first, "ap_small")
+        gain = "" if label == reference else _gain(metrics, pooled[reference], "ap_small")
         rows.append([label, *([str(len(encoders[label]))] if seeds else []), *cells, gain])
-    return align(["encoder", *(["seeds"] if seeds else []), *COLUMNS, "gain Sm"], rows)
+    return align(["encoder", *(["seeds"] if seeds else []), *COLUMNS, f"gain Sm over {reference}"], rows)
+
+
+def find_reference(factors: Mapping[str, float | None]) -> str:
+    """Return the label that gains are over: the first of factor 1, the backbone itself; without one the first."""
+    return next((label for label, factor in factors.items() if factor == 1), next(iter(factors)))
 
 
 def pool_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, np.ndarray]]:

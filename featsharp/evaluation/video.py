@@ -31,6 +31,7 @@ from featsharp.evaluation.features import sharp_features
 from featsharp.evaluation.keys import file_key
 from featsharp.evaluation.layouts.davis import VOID, Clip, find_masked_clips, read_objects
 from featsharp.evaluation.layouts.frames import decode_labelled
+from featsharp.evaluation.layouts.layout import spread
 from featsharp.evaluation.runner import Item, Row, Summary, Task
 from featsharp.model import SharpEncoder
 from featsharp.ops.resize import resize, size_of
@@ -60,10 +61,10 @@ class VideoTask(Task):
     top: int = setting(5, "most similar cells that labels come from", type="count", metavar="N")
     temperature: float = setting(0.1, "of the softmax of cosine similarity", type=float, metavar="X")
     frames: int | None = setting(None, "only the first N frames of each clip", type="count", metavar="N")
-    limit: int | None = setting(None, "only the first N clips", type="count", metavar="N")
+    limit: int | None = setting(None, "only N clips, spread evenly over their list", type="count", metavar="N")
 
     def items(self) -> list[Item]:
-        clips = find_masked_clips(self.data)[: self.limit]
+        clips = spread(find_masked_clips(self.data), self.limit)
         return [Item(clip.name, clip._replace(frames=clip.frames[: self.frames])) for clip in clips]
 
     def measure(self, encoder: SharpEncoder, item: Item, head: Any) -> Row:

@@ -2,5 +2,6 @@
 
 from featsharp.implicit.fit import FitConfig, Fitter
 from featsharp.implicit.fitted import ImplicitFeatures, load_fit
+from featsharp.implicit.upsampler import load_encoder
 
-__all__ = ["FitConfig", "Fitter", "ImplicitFeatures", "load_fit"]
+__all__ = ["FitConfig", "Fitter", "ImplicitFeatures", "load_encoder", "load_fit"]

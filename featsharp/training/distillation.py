@@ -161,10 +161,13 @@ def open_teachers(config: DistillConfig, world: World) -> list[Teacher]:
 
 def _open_teacher(name: str, upsampler: str, config: DistillConfig, world: World) -> Teacher:
     backbone = create_backbone(name)
+    backbone.autocast_dtype = autocast_dtype(config.dtype, world.device)
+    cached = config.feature_cache.samples > 0
+    source = CachedBackbone(backbone, expand_path(config.feature_cache.folder)) if cached else backbone
     if upsampler == NO_UPSAMPLER:
-        encoder = create_encoder(backbone, "identity", 1)
+        encoder = create_encoder(source, "identity", 1)
     else:
-        encoder = load_from_file(upsampler, featurizer=backbone)
+        encoder = load_from_file(upsampler, featurizer=source)
     side = config.student.size // config.student.patch_size
     if side % config.factor or encoder.factor not in (1, config.factor):
         raise ConfigError(
@@ -181,9 +184,6 @@ def _open_teacher(name: str, upsampler: str, config: DistillConfig, world: World
             f"student.patch_size and factor so that student.size / student.patch_size / factor is "
             f"{height // backbone.patch_size}"
         )
-    backbone.autocast_dtype = autocast_dtype(config.dtype, world.device)
-    if config.feature_cache.samples:
-        encoder.backbone = CachedBackbone(backbone, expand_path(config.feature_cache.folder))
     return Teacher(encoder.to(world.device).eval().requires_grad_(False), backbone, (pixels, pixels))
 
 

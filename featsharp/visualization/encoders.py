@@ -24,7 +24,10 @@ Encoders = dict[str, "SharpEncoder"]
 def add_encoders(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name encoders of a figure."""
     parser.add_argument(
-        "--upsampler", nargs="+", metavar="[LABEL=]NAME-FACTORx", help="training-free upsamplers, such as bilinear-2x"
+        "--upsampler",
+        nargs="+",
+        metavar="[LABEL=]NAME-FACTORx",
+        help="training-free upsamplers, such as bilinear-2x; implicit-2x?steps=400 is fitted to each picture",
     )
     parser.add_argument("--checkpoint", nargs="+", metavar="[LABEL=]FILE", help="trained files")
     parser.add_argument(
@@ -59,8 +62,9 @@ def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:
         ConfigError: For a backbone without encoders, and two encoders of one label.
     """
     from featsharp.backbones import create_backbone
-    from featsharp.builder import load_from_file
+    from featsharp.builder import SharpEncoder
     from featsharp.device import find_device
+    from featsharp.implicit import load_encoder
 
     names: list[str] = arguments.backbone or []
     wanted = names[0] if len(names) == 1 else None
@@ -69,8 +73,10 @@ def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:
     trained: defaultdict[str, Encoders] = defaultdict(dict)
     for text in arguments.checkpoint or []:
         label, path = split_label(text)
-        encoder = load_from_file(path, featurizer=wanted, allow_functions=arguments.allow_functions)
-        encoder.backbone = backbones.setdefault(encoder.backbone.name, encoder.backbone)
+        loaded = load_encoder(path, featurizer=wanted, allow_functions=arguments.allow_functions)
+        backbone = backbones.setdefault(loaded.backbone.name, loaded.backbone)
+        encoder = SharpEncoder(backbone, loaded.upsampler, loaded.normalizer, loaded.bias_buffer).eval()
+        encoder.recipe = loaded.recipe
         _add(trained[encoder.backbone.name], label, encoder)
     encoders: dict[str, Encoders] = {}
     for name in dict.fromkeys([*names, *trained] or [DEFAULT_BACKBONE]):
@@ -78,7 +84,7 @@ def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:
         encoders[name] = {}
         for text in arguments.upsampler or []:
             label, path = split_label(text)
-            _add(encoders[name], label, load_from_file(path, featurizer=backbone))
+            _add(encoders[name], label, load_encoder(path, featurizer=backbone))
         for label, encoder in trained.get(name, {}).items():
             _add(encoders[name], label, encoder)
         if not encoders[name]:

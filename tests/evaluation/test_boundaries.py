@@ -328,8 +328,8 @@ def test_masks_belong_to_the_longest_name(tmp_path):
     assert outcome == {"12": ["12", "12_1"], "120": ["120-2", "120_1"], "12_a": ["12_a", "12_a_1"]}
 
 
-def test_limit(twin):
-    assert list(run(twin, "tile", limit=2)["items"]) == ["0.png", "1.png"]
+def test_a_limit_is_spread_evenly(twin):
+    assert list(run(twin, "tile", limit=2)["items"]) == ["0.png", "2.png"]
 
 
 # Bad data

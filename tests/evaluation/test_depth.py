@@ -75,6 +75,17 @@ def test_random_features_leave_the_best_constant(tmp_path, head):
     assert result["free_rmse"]["value"] == pytest.approx(0.5, abs=0.02)
 
 
+def test_the_median_of_the_training_pictures_stands_beside(tmp_path):
+    """As many pixels are near as far: 1.5 metres."""
+    result = measure(write_room(tmp_path), Grey(), head="linear")["result"]
+    assert result["constant"] == 1.5
+    found = {name: value["value"] for name, value in result.items() if name.startswith("constant_")}
+    assert found["constant_rmse"] == pytest.approx(0.5)
+    assert found["constant_abs_rel"] == pytest.approx((0.5 / 1 + 0.5 / 2) / 2)
+    assert [found[f"constant_d{power}"] for power in (1, 2, 3)] == [0, 1, 1]
+    assert found["constant_free_rmse"] == pytest.approx(0.5)
+
+
 def test_scores_by_hand():
     scores = depth_scores(np.array([1.0, 2.0, 3.0, 8.0]), np.array([1.0, 2.5, 2.0, 4.0]))
     assert scores["rmse"] == pytest.approx(math.sqrt((0 + 0.25 + 1 + 16) / 4))
@@ -121,4 +132,8 @@ def test_pictures_without_depth_are_counted(tmp_path):
 def test_the_command(tmp_path, capsys):
     command = ["eval", "depth", "--data", str(write_room(tmp_path)), "--backbone", "toy-vit", "--steps", "2"]
     assert main([*command, "--upsampler", "bilinear-2x", "--json", str(tmp_path / "r" / "d.json")]) == 0
-    assert "free_abs_rel" in capsys.readouterr().out
+    *_, header, constant, encoder, note = capsys.readouterr().out.splitlines()
+    assert header.split() == ["depth", "rmse", "abs_rel", "d1", "free_rmse", "free_abs_rel", "free_d1"]
+    assert constant.split()[:4] == ["constant,", "1.50", "m", "0.500"]
+    assert encoder.startswith("bilinear-2x ")
+    assert "of one scene" in note

@@ -39,12 +39,16 @@ def random_boxes(count: int, seed: int = 0, most: int = 20) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([low, high], 1)).float()
 
 
-@pytest.mark.parametrize("factor", [1, 2, 3, 4, 8])
-def test_levels_have_the_same_sizes_whatever_the_factor(factor):
-    detector = Detector(5, 3, factor, width=8)
-    levels, outputs = detector(torch.randn(2, 5, 3 * factor, 5 * factor), (3, 5))
-    assert [level.shape for level in levels] == [(2, 8, 12, 20), (2, 8, 6, 10), (2, 8, 3, 5)]
-    assert outputs.shape == (2, 12 * 20 + 6 * 10 + 15, 3 + 5)
+def test_maps_of_all_factors_go_through_the_same_layers():
+    detector = Detector(5, 3, width=8)
+    small = torch.randn(2, 5, 3, 5)
+    for factor in (1, 2, 3, 4, 8):
+        levels, outputs = detector(torch.randn(2, 5, 3 * factor, 5 * factor), (3, 5))
+        assert [level.shape for level in levels] == [(2, 8, 12, 20), (2, 8, 6, 10), (2, 8, 3, 5)]
+        assert outputs.shape == (2, 12 * 20 + 6 * 10 + 15, 3 + 5)
+    # The same content on more cells is the same to it.
+    finer = small.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    torch.testing.assert_close(detector(finer, (3, 5))[0][2], detector.reduce(small), atol=1e-4, rtol=1e-4)
 
 
 def test_points_are_the_centres_of_cells():
@@ -145,7 +149,7 @@ def test_crops_sample_the_centres_of_their_cells():
 
 def test_the_loss_is_least_at_the_truth():
     grid, objects = (3, 4), Objects(torch.tensor([[0.2, 0.2, 0.7, 0.6], [0.6, 0.1, 0.75, 0.3]]), torch.tensor([1, 0]))
-    detector, points = Detector(4, 2, 1, width=8), points_of(grid)
+    detector, points = Detector(4, 2, width=8), points_of(grid)
     owner = assign(points, objects.boxes)
     outputs = torch.full((1, len(owner), 7), -9.0)
     for number, one in enumerate(owner.tolist()):
@@ -176,7 +180,7 @@ def test_a_picture_is_learnt_with_its_masks():
     objects = Objects(boxes, torch.tensor([0, 1]), masks)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        detector = Detector(3, 2, 2, masks=True, width=16)
+        detector = Detector(3, 2, masks=True, width=16)
     state = torch.random.get_rng_state()
     fit_detector(lambda number: features, [objects], detector, grid, Schedule(60, 4, 1e-2), torch.device("cpu"))
     assert torch.equal(state, torch.random.get_rng_state())

@@ -176,7 +176,7 @@ def test_annotated_areas_decide_the_size(twin):
 
 def test_images_without_labels_are_no_part(twin):
     (twin / "outlines" / "2.txt").unlink()
-    assert list(run(twin, limit=3)["items"]) == ["0.png", "1.png", "3.png"]
+    assert list(run(twin, limit=3)["items"]) == ["0.png", "1.png", "4.png"]
 
 
 def test_masks_that_are_no_polygons_count_by_their_box(twin):
@@ -241,8 +241,8 @@ def test_data_sets_that_cannot_be_used(twin, tmp_path):
         run(twin, "others")
     (twin / "outlines" / "0.txt").write_text("")
     assert run(twin)["skipped"] == [["0.png", "there is no object in it"]]
-    (twin / "images" / "1.png").write_bytes(b"no image")
-    assert [name for name, _ in run(twin)["skipped"]] == ["0.png", "1.png"]
+    (twin / "images" / "2.png").write_bytes(b"no image")
+    assert [name for name, _ in run(twin)["skipped"]] == ["0.png", "2.png"]
     with pytest.raises(DataError, match=r"no class of .* is in more than one image"):
         run(twin, limit=3)  # one is left
 

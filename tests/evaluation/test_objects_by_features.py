@@ -13,8 +13,8 @@ from torch import Tensor
 from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
 from featsharp.cli.main import main
-from featsharp.errors import DataError
-from featsharp.evaluation.cam import CamTask, class_map, fit_classifier, remove
+from featsharp.errors import DataError, InputError
+from featsharp.evaluation.cam import CamTask, class_map, fit_classifier, left_out_scores, mean_average_precision, remove
 from featsharp.evaluation.discovery import DiscoveryTask, connected, find_object, second_eigenvector
 from featsharp.evaluation.objects import mask_box, overlap
 from featsharp.evaluation.runner import Subject, Task, evaluate
@@ -90,6 +90,23 @@ def test_the_cut_is_that_of_a_dense_solver():
     assert abs(found @ expected) / np.linalg.norm(found) / np.linalg.norm(expected) == pytest.approx(1)
 
 
+def test_a_cut_that_is_not_found_is_an_error_of_its_picture():
+    """A chain, whose largest eigenvalues lie too close together."""
+    pytest.importorskip("scipy")
+    places = np.arange(400)
+    with pytest.raises(InputError, match="normalised cut of 400 cells was not found"):
+        second_eigenvector(np.where(np.abs(places[:, None] - places) <= 1, 1.0, 1e-5))
+
+
+def test_maps_of_too_many_cells_are_refused_and_tau_is_a_setting(tmp_path):
+    pytest.importorskip("scipy")
+    data = write_objects(tmp_path, 2)
+    with pytest.raises(DataError, match=r"map of 96x96 cells .* at most 8192: give a smaller --low-res-size"):
+        measure(DiscoveryTask(*data, low_res_size=(48, 48)), Pixels())
+    # No cosine is above 1: without an edge nothing is set apart.
+    assert values(measure(DiscoveryTask(*data, tau=1.0), Pixels()))["corloc_tokencut"] == 0
+
+
 def test_lost_is_what_loops_find():
     vectors, cells = np.random.default_rng(2).standard_normal((5 * 7, 4)), (5, 7)
     vectors[8:10] += 3
@@ -128,6 +145,7 @@ def test_maps_of_colours_point_at_their_object(tmp_path):
     assert found["average_drop"] < 0.1
     assert found["deletion"] < found["insertion"] - 0.2
     assert outcome["result"]["classes"] == 2
+    assert outcome["result"]["classifier_map"] == outcome["result"]["classifier_map_seen"] == 1
 
 
 def test_random_maps_point_by_chance(tmp_path):
@@ -135,6 +153,44 @@ def test_random_maps_point_by_chance(tmp_path):
     assert found["pointing"] == pytest.approx(found["pointing_chance"], abs=0.25)
     # What is left of noise is noise: nothing is learned by removing the map's largest values first.
     assert found["insertion"] == pytest.approx(found["deletion"], abs=0.1)
+
+
+def test_every_class_is_pointed_at(tmp_path):
+    """A green box of a ninth of the area beside the red one: the map of each class is on its own."""
+    images, labels = write_objects(tmp_path, 4)
+    content = json.loads(labels.read_text())
+    for number in range(4):
+        picture = np.full((*SIZE, 3), 128, np.uint8)
+        picture[:18, :24], picture[24:, 32:] = COLOURS[1], COLOURS[2]
+        if number == 2:
+            picture[:18, :24] = 128
+        if number == 3:
+            picture[24:, 32:] = 128
+        Image.fromarray(picture).resize((480, 360), 0).save(images / f"{number:02d}.png")
+    content["images"] = [one | {"height": 360, "width": 480} for one in content["images"]]
+    content["annotations"] = [
+        {"id": 2 * n + c, "image_id": n, "category_id": c, "bbox": box, "area": box[2] * box[3]}
+        for n in range(4)
+        for c, box in ((1, [0, 0, 240, 180]), (2, [320, 240, 160, 120]))
+        if (n, c) not in ((2, 1), (3, 2))
+    ]
+    labels.write_text(json.dumps(content))
+    outcome = measure(CamTask(images, labels), Pixels())
+    chances = [255 * 195 / (360 * 480), 175 * 135 / (360 * 480)]
+    assert outcome["items"]["00.png"]["pointing_chance"] == pytest.approx(np.mean(chances))
+    assert outcome["items"]["03.png"]["pointing_chance"] == pytest.approx(chances[0])
+    assert outcome["result"]["pointing"]["value"] == 1
+
+
+def test_a_classifier_that_learnt_by_heart_is_seen():
+    generator = torch.Generator().manual_seed(0)
+    vectors, wanted = torch.randn(40, 80, generator=generator), (torch.rand(40, 3, generator=generator) < 0.3).float()
+    weight, bias = fit_classifier(vectors, wanted)
+    assert mean_average_precision(vectors @ weight.T + bias, wanted) == 1
+    assert mean_average_precision(left_out_scores(vectors, wanted), wanted) < 0.6
+    # Ranks 1 and 3 of four, and rank 2: (1 + 2/3) / 2 and 1/2.
+    scores, answers = torch.tensor([[4.0, 3], [3, 4], [2, 2], [1, 1]]), torch.tensor([[1.0, 1], [0, 0], [1, 0], [0, 0]])
+    assert mean_average_precision(scores, answers) == pytest.approx(((1 + 2 / 3) / 2 + 1 / 2) / 2)
 
 
 def test_the_map_is_grad_cam_of_the_score():

@@ -152,10 +152,14 @@ def test_the_scores_are_what_the_rule_says(tmp_path):
 def test_choices_and_seeds(tmp_path):
     write_room(tmp_path, 8)
     assert [item.name for item in RoomTask(tmp_path).items()] == ["000.color.png-004.color.png"]
-    first, other, reseeded = (RoomTask(tmp_path, every=2, limit=n, seed=s).items() for n, s in ((3, 0), (5, 0), (3, 1)))
-    assert len(first) == 3
-    assert all(np.array_equal(a.data.u, b.data.u) for a, b in zip(first, other, strict=False))
-    assert not np.array_equal(first[0].data.u, reseeded[0].data.u)
+    some, every, reseeded = (
+        {item.name: item.data.u for item in RoomTask(tmp_path, every=2, limit=n, seed=s).items()}
+        for n, s in ((3, 0), (None, 0), (3, 1))
+    )
+    names = list(every)
+    assert list(some) == list(reseeded) == [names[0], names[1], names[3]]
+    assert all(np.array_equal(u, every[name]) for name, u in some.items())
+    assert not any(np.array_equal(u, reseeded[name]) for name, u in some.items())
 
 
 def test_a_frame_is_encoded_once(tmp_path):

@@ -562,7 +562,7 @@ def test_features_that_are_nan_are_reported(blocks):
         measure(SegmentationTask(blocks), subject(backbone=Broken()))
 
 
-def test_limits_take_the_first_and_an_even_spread(blocks):
+def test_limits_are_spread_evenly(blocks):
     task = SegmentationTask(blocks, limit=2, train_limit=2, **QUICK)
     assert [item.name for item in task.items()] == ["images/val/5.png", "images/val/6.png"]
     assert [pair.image for pair in task.training_data((16, 24)).pairs] == ["images/train/0.png", "images/train/2.png"]

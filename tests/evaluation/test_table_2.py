@@ -59,6 +59,20 @@ def test_only_whole_groups_count():
     assert changes_of({d1: [0.9], room: [0.5]}, {d1: [0.75], room: [0.5]})["Probe3D"] == pytest.approx([10])
 
 
+def test_data_sets_are_no_seeds_of_each_other():
+    results = [
+        ("segmentation", {"baseline": {"result": {"miou": {"value": value}, "layout": layout}}})
+        for value, layout in ((0.5, "camvid"), (0.3, "ade20k"), (0.4, "context"), (0.2, "context60"), (0.6, "camvid"))
+    ]
+    scores = collect_scores(results)["baseline"]
+    assert {(b.group, b.data): values for b, values in scores.items()} == {
+        ("Dense", "camvid"): [0.5, 0.6],
+        ("Dense", "ade20k"): [0.3],
+        ("Pascal Context", "context"): [0.4],
+        ("Pascal Context", "context60"): [0.2],
+    }
+
+
 def test_results_need_a_baseline_and_numbers(tmp_path):
     with pytest.raises(DataError, match=r"only sharp; name the encoder .* baseline=identity-1x"):
         collect_scores([("room", {"sharp": {"result": {"room@20": {"value": 0.5}}}})])

@@ -10,9 +10,13 @@ from featsharp.errors import DataError
 from featsharp.evaluation.tables import TABLE_1, TablesTask, detection_table, pool_seeds
 
 
-def result(value: float, draws: list[float]) -> dict:
+def result(value: float, draws: list[float], factor: float = 2) -> dict:
     """A result of one metric, for small objects."""
-    return {"ap_small": {"value": value, "low": 0.0, "high": 1.0}, "draws": {"ap_small": draws}}
+    return {
+        "ap_small": {"value": value, "low": 0.0, "high": 1.0},
+        "draws": {"ap_small": draws},
+        "factor": factor,
+    }
 
 
 def test_the_paper_gains_what_its_table_says_not_its_text():
@@ -41,9 +45,21 @@ def test_a_gain_is_that_of_the_same_resamples():
     draws = np.linspace(0.2, 0.6, 41)
     first, second = result(0.4, draws.tolist()), result(0.5, (draws + 0.1).tolist())
     lines = detection_table({"bilinear": [first], "sharp": [second]})
-    assert lines[0].split() == ["encoder", "AP", "AP50", "Sm", "Md", "Lg", "gain", "Sm"]
+    assert lines[0].split() == ["encoder", "AP", "AP50", "Sm", "Md", "Lg", "gain", "Sm", "over", "bilinear"]
     assert lines[1].split() == ["bilinear", "-", "-", "40.0", "[21.0,", "59.0]", "-", "-"]
     assert lines[2].split() == ["sharp", "-", "-", "50.0", "[31.0,", "69.0]", "-", "-", "+10.0", "[+10.0,", "+10.0]"]
+
+
+def test_gains_are_over_the_backbone_itself():
+    """Checkpoints come first on the command line, but are what gains."""
+    encoders = {"sharp": [result(0.5, [0.5])], "identity": [result(0.4, [0.4], 1)], "views": [result(0.3, [0.3])]}
+    lines = detection_table(encoders)
+    assert lines[0].endswith("gain Sm over identity")
+    assert [line.split()[-3:] for line in lines[1::2]] == [
+        ["+10.0", "[+10.0,", "+10.0]"],
+        ["-10.0", "[-10.0,", "-10.0]"],
+    ]
+    assert lines[2].split()[-2:] == ["-", "-"]
 
 
 def test_seeds_are_averaged():

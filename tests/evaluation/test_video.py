@@ -195,12 +195,31 @@ def test_frames_that_stay_do_not_flicker_and_unrelated_ones_do(tmp_path):
     outcome = measure(FlickerTask(tmp_path, motion="none"), Colours(random=True))
     # The same picture gives other random features: nothing changes but these.
     assert next(iter(outcome["items"].values()))["pixel_change"] < 1e-9
-    assert outcome["result"]["feature_change"]["value"] == pytest.approx(1, abs=0.03)
+    assert outcome["result"]["feature_change"] == pytest.approx(1, abs=0.03)
     outcome = measure(FlickerTask(tmp_path, motion="none"))
     same, unrelated, _ = outcome["items"].values()
     assert same["feature_change"] < 1e-9
     assert unrelated["feature_change"] == pytest.approx(1, abs=0.3)
-    assert outcome["result"]["trusted"]["value"] == 1
+    assert outcome["result"]["trusted"] == 1
+
+
+def test_clips_are_resampled_whole(tmp_path):
+    """Of two clips the interval reaches from one to the other, however many pairs of frames they have."""
+    one, other, last = textures(3, (48, 80))
+    slow = np.uint8(0.9 * one + 0.1 * other)
+    alone = {}
+    for name, frames in (("slow", [one, slow] * 3), ("unrelated", [one, other, last])):
+        (tmp_path / name).mkdir()
+        result = measure(FlickerTask(write_frames(tmp_path / name, frames), motion="none"))["result"]
+        alone[name] = {key: result[key] for key in ("feature_change", "pixel_change", "flicker")}
+    outcome = measure(FlickerTask(tmp_path, motion="none"))
+    result = outcome["result"]
+    assert result["by_clip"] == alone
+    assert (result["clips"], result["pairs"]) == (2, 7)
+    for name in ("feature_change", "pixel_change"):
+        assert [result[name]["low"], result[name]["high"]] == sorted(clip[name] for clip in alone.values())
+    lines = FlickerTask(tmp_path).table({"x": outcome})
+    assert [line.split()[:2] for line in lines] == [["encoder", "clip"], ["x", "slow"], ["x", "unrelated"]]
 
 
 def test_features_are_followed_along_the_motion(tmp_path):
@@ -214,10 +233,20 @@ def test_features_are_followed_along_the_motion(tmp_path):
     assert np.abs(motion.places[inside] * (80, 48) - np.stack([x + 3.5, y + 2.5], -1)[inside]).max() < 0.5
     assert motion.trusted[inside].mean() > 0.95
     followed, not_followed = (
-        measure(FlickerTask(tmp_path, motion=motion))["result"]["feature_change"]["value"]
-        for motion in ("flow", "none")
+        measure(FlickerTask(tmp_path, motion=motion))["result"]["feature_change"] for motion in ("flow", "none")
     )
     assert followed < 0.1 * not_followed
+
+
+def test_flows_are_kept_up_to_a_limit(tmp_path):
+    write_frames(tmp_path, textures(4, (48, 80)))
+    task = FlickerTask(tmp_path, motion="none")
+    kept = measure(task)
+    of_one = next(iter(task._motions.values())).bytes
+    assert len(task._motions) == 3
+    limited = FlickerTask(tmp_path, motion="none", flow_limit=f"{2 * of_one}B")
+    assert measure(limited) == kept
+    assert len(limited._motions) == 2
 
 
 def test_clips_are_found(tmp_path):

@@ -180,7 +180,7 @@ class RegressionObjective(Objective[TargetGroups]):
 
 def _check_options(store: FeatureStore, encoder: SharpEncoder) -> None:
     options, backbone = store.options, encoder.backbone.name
-    made_by = str(options.get("encoder", "")).rpartition(" on ")[2]
+    made_by = options.get("backbone") or str(options.get("encoder", "")).rpartition(" on ")[2]  # older stores
     if made_by != backbone:
         raise ConfigError(f"{store.path} has features of backbone {made_by!r}, not of {backbone!r}; extract them anew")
     changed = [name for name in ("normalized", "pool", "pca", "size") if options.get(name)]
