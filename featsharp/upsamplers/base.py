@@ -32,27 +32,15 @@ class Encode(Protocol):
     """A function from images to features, such as ``SharpEncoder.encode``.
 
     Args:
-        images: [N, 3, h*p, w*p], whitened, patches of p pixels.
+        images: [N, 3, H, W], whitened, whole patches of p pixels.
+        patch_stride: Pixels from token to token, for the upsampler "stride"; None: the patch size.
 
     Returns:
-        Features [N, C, h, w] and the summary [N, C_s], or None where the backbone has none.
+        Features [N, C, h, w], with ``1 + (H - p) // patch_stride`` tokens along an axis of H pixels, and the summary
+        [N, C_s], or None where the backbone has none.
     """
 
-    def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor | None]: ...
-
-
-class StridedEncode(Protocol):
-    """An :class:`Encode` whose patches may overlap, as the upsampler "stride" needs it.
-
-    Args:
-        images: See :class:`Encode`.
-        patch_stride: Pixels from token to token; left out for the patch size.
-
-    Returns:
-        As :class:`Encode`, with ``1 + (H - p) // patch_stride`` tokens along an axis of H pixels.
-    """
-
-    def __call__(self, images: Tensor, /, *, patch_stride: int = ...) -> tuple[Tensor, Tensor | None]: ...
+    def __call__(self, images: Tensor, /, *, patch_stride: int | None = None) -> tuple[Tensor, Tensor | None]: ...
 
 
 class _Features(NamedTuple):
