@@ -27,7 +27,7 @@ from featsharp.ops.tiling import window_starts
 from featsharp.settings import PlainTask, setting
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import check_factor, scale_length
-from featsharp.upsamplers.registration import default_factor, default_options, read_trait
+from featsharp.upsamplers.registration import default_factor, read_trait
 from featsharp.weights import list_weights
 
 DIRECT, PASSES = "direct", "passes"
@@ -80,12 +80,11 @@ class Workload:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Entries of a result: "normalizer", all "options" of the upsampler, "key"; None of a backbone alone."""
+        """Entries of a result: "normalizer", given "options" of the upsampler, "key"; None of a backbone alone."""
         if isinstance(self.module, Backbone):
             return {"normalizer": None, "options": None, "key": None}
         recipe = self.module.recipe
-        options = plain_value(default_options(recipe["upsampler"]) | recipe["options"])
-        return {"normalizer": recipe["normalizer"], "options": options, "key": self.key}
+        return {"normalizer": recipe["normalizer"], "options": plain_value(recipe["options"]), "key": self.key}
 
 
 def list_workloads(

@@ -160,6 +160,9 @@ class Upsampler(nn.Module):
             is added, "no" where the result is regressed.
         paper: Source of the method.
         num_maps: Number of maps of C channels in the result, one after the other on the channel axis.
+        options: Keyword arguments of the class, for messages.
+        backbone_facts: Further ones, "mean", "std", "patch_size" or "flexible", that :func:`create_upsampler` fills in
+            from the backbone's attributes of these names.
         function_options: Options that may name code to be imported, as "module:function".
         presets: Options worth comparing, as names are written with them ("passes=4"), the defaults ("") among them.
         window: Side in cells of the largest window of the method; None without one.
@@ -171,6 +174,8 @@ class Upsampler(nn.Module):
     keeps_space: Literal["yes", "nearly", "no"] = "yes"
     paper: str = ""
     num_maps: int = 1
+    options: tuple[str, ...] = ()
+    backbone_facts: tuple[str, ...] = ()
     function_options: tuple[str, ...] = ()
     presets: tuple[str, ...] = ("",)
     window: int | None = None

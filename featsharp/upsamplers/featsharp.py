@@ -86,6 +86,7 @@ class FeatSharp(TiledUpsampler):
     needs = "image, tiles"
     keeps_space = "nearly"
     paper = "FeatSharp, arXiv 2502.16025"
+    options = ("inputs", "window", "attention", "ffn", "layer_norm", "position", "widths", "start", "max_tile_batch")
 
     def __init__(
         self,
@@ -283,6 +284,7 @@ class ProgressiveFeatSharp(Upsampler):
     needs = "image, tiles"
     keeps_space = "nearly"
     paper = "FeatSharp, arXiv 2502.16025"
+    options = ("inputs", "window", "attention", "ffn", "layer_norm", "position", "widths", "start", "max_tile_batch")
 
     def __init__(
         self,

@@ -1,7 +1,6 @@
 """The table of upsamplers: a name, a factory (embed_dim, factor, **options) and a line for ``featsharp ls``."""
 
 from collections.abc import Mapping
-from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -39,10 +38,8 @@ def create_upsampler(
             one that differs from the name's.
     """
     name, factor = resolve_upsampler(name, factor)
-    # Upsamplers that undo the whitening need the backbone's; those that encode other pictures, which ones it takes.
-    wanted = {"mean", "std", "flexible", "patch_size"}.intersection(default_options(name))
-    known = {key: getattr(backbone, key) for key in wanted if hasattr(backbone, key)}
-    return build_upsampler(name, backbone.embed_dim, factor, known | dict(options or {}))
+    facts = {key: getattr(backbone, key) for key in read_trait(name, "backbone_facts") if hasattr(backbone, key)}
+    return build_upsampler(name, backbone.embed_dim, factor, facts | dict(options or {}))
 
 
 def resolve_upsampler(text: str, factor: float | None = None) -> tuple[str, float]:
@@ -66,25 +63,18 @@ def default_factor(name: str) -> int:
 @torch.inference_mode(False)  # tensors made in inference mode could never be trained
 def build_upsampler(name: str, embed_dim: int, factor: float, options: Mapping[str, Any]) -> Upsampler:
     """Build an upsampler by name; raises ConfigError for a name or an option that does not exist."""
-    allowed = default_options(name)
-    for option in options:
-        if option not in allowed:
-            raise unknown_name(f"option of upsampler {name!r}:", option, allowed)
     try:
         with usual_defaults() as device:
             upsampler = UPSAMPLERS[name].factory(embed_dim, factor, **plain_value(options))
         return upsampler.to(device)
-    except TypeError as error:  # an option of another type than it should be
+    except TypeError as error:  # an option that does not exist, or of another type than it should be
+        allowed = (*read_trait(name, "options"), *read_trait(name, "backbone_facts"))
+        unknown = [option for option in options if option not in allowed and repr(option) in str(error)]
+        if unknown and allowed:
+            raise unknown_name(f"option of upsampler {name!r}:", unknown[0], allowed) from error
         raise ConfigError(f"upsampler {name!r} cannot be built with {dict(options)}: {error}") from error
 
 
 def read_trait(name: str, trait: str) -> Any:
     """Read a class attribute of :class:`Upsampler` before one is built; its default for factories that are no class."""
     return getattr(UPSAMPLERS[name].factory, trait, getattr(Upsampler, trait))
-
-
-def default_options(name: str) -> dict[str, Any]:
-    """Keyword arguments that the factory of an upsampler takes, with their defaults."""
-    # A constructor states its options once, with types and defaults; a list beside it would have to repeat them.
-    parameters = signature(UPSAMPLERS[name].factory).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}

@@ -146,6 +146,8 @@ class ViewReconstruction(ChunkedUpsampler):
     keeps_space = "nearly"
     paper = "ours; see docs/experiments.md"
     presets = ("passes=2", "passes=4", "passes=5", "passes=8", "", *(f"views={name}" for name in RELATIVES))
+    options = ("passes", "views", "larger", "prior", "windows", "max_tile_batch")
+    backbone_facts = ("flexible", "patch_size")
 
     def __init__(
         self,
@@ -305,6 +307,8 @@ class LearnedViews(ViewReconstruction):
     needs = "image, views"
     keeps_space = "nearly"
     paper = "ours; block of FeatSharp, arXiv 2502.16025, figure 2"
+    options = ("passes", "window", "picture_dim", "linear", "max_tile_batch")
+    backbone_facts = ()
 
     def __init__(
         self,
