@@ -19,11 +19,11 @@ from featsharp.files import write_file
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.spectral import folded_state
 from featsharp.model import SharpEncoder as Model
-from featsharp.names import is_function_name, parse_upsampler, plain_value, split_options
+from featsharp.names import is_function_name, parse_upsampler, plain_value
 from featsharp.normalizers import NORMALIZERS
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import Upsampler
-from featsharp.upsamplers.registration import create_upsampler, default_factor, read_trait, resolve_upsampler
+from featsharp.upsamplers.registration import create_upsampler, read_trait, resolve_upsampler
 from featsharp.weights import HOME as WEIGHTS
 from featsharp.weights import hub, list_weights
 
@@ -146,8 +146,8 @@ def create_encoder(
 
     Args:
         backbone: A name of ``list_backbones()`` or a backbone (see ``from_callable`` for your own model).
-        upsampler: A name of ``list_upsamplers()``, also with its factor as "bilinear-2x", or an upsampler built for
-            that backbone.
+        upsampler: A name of ``list_upsamplers()``, also with its factor and options as "views-2x?passes=4", or an
+            upsampler built for that backbone.
         factor: Factor in each direction, at least 1, fractions for methods that allow them; None: that of the name,
             else 2 (1 for methods that have no other). Refused if it contradicts the name or the object.
         upsampler_options: Keyword arguments of the upsampler's class; only with a name.
@@ -172,7 +172,7 @@ def create_encoder(
             )
         module, name = upsampler, None
     else:
-        name, factor = resolve_upsampler(upsampler, factor)
+        name, factor, options = resolve_upsampler(upsampler, factor, options)
         module = create_upsampler(name, backbone, factor, options=options)
     grid = backbone.grid_size(backbone.input_size)
     encoder = SharpEncoder(
@@ -223,15 +223,13 @@ def load_from_file(
     """
     if isinstance(featurizer, str) and f"{featurizer}/{path}" in list_weights():
         path = f"{featurizer}/{path}"
-    text, options = split_options(str(path)) if not Path(path).exists() else (str(path), {})
-    name, factor = parse_upsampler(text, UPSAMPLERS)
-    if (name in UPSAMPLERS or (is_function_name(name) and factor is not None)) and not Path(path).exists():
+    if not Path(path).exists() and _is_upsampler(str(path)):
         if featurizer is None:
             raise ConfigError(
                 f"{path} is no file but an untrained upsampler; give it a backbone: featurizer='vits14-focus' "
                 "(--backbone on the command line)"
             )
-        return _untrained_encoder(featurizer, name, factor, options, max_memory)
+        return _untrained_encoder(featurizer, str(path), max_memory)
     if torch.get_default_device().type == "meta":
         raise ConfigError(
             f"{path} cannot be loaded under torch's default device meta, which holds no values; load it outside, or "
@@ -281,22 +279,20 @@ def _find_file(path: str | PathLike[str]) -> str | PathLike[str]:
     if shipped.is_file():
         return shipped
     if Path(path).suffix not in (".pth", WEIGHTS_SUFFIX):
-        unknown = unknown_name("upsampler", parse_upsampler(str(path))[0], [*UPSAMPLERS, *list_weights()])
+        unknown = unknown_name("upsampler", parse_upsampler(str(path)).name, [*UPSAMPLERS, *list_weights()])
         raise CheckpointError(f"checkpoint {path} does not exist; {unknown}")
     return path
 
 
-def _untrained_encoder(
-    featurizer: str | Backbone,
-    name: str,
-    factor: float | None,
-    options: dict[str, Any],
-    max_memory: int | str | None,
-) -> SharpEncoder:
+def _is_upsampler(text: str) -> bool:
+    """Return whether a pseudo-path names an upsampler, or a function with a factor."""
+    parsed = parse_upsampler(text, UPSAMPLERS)
+    return parsed.name in UPSAMPLERS or (is_function_name(parsed.name) and parsed.factor is not None)
+
+
+def _untrained_encoder(featurizer: str | Backbone, text: str, max_memory: int | str | None) -> SharpEncoder:
     """Build the encoder of a pseudo-path."""
-    if is_function_name(name):
-        name, options = "custom", {**options, "function": name}
-    factor = default_factor(name) if factor is None else factor
+    name, factor, options = resolve_upsampler(text)
     if read_trait(name, "trainable"):
         raise ConfigError(
             f"{name} has to be trained; give a checkpoint of it, or build it untrained: "

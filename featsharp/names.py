@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from featsharp.errors import ConfigError
@@ -70,42 +70,42 @@ def parse_backbone(text: str) -> BackboneName:
     Raises:
         ConfigError: For a repeated key, or options that are not ``key=value``.
     """
-    model, _, query = text.partition("?")
-    try:
-        # A plus is a plus, in paths above all, not a space.
-        pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=True) if query else []
-    except ValueError:
-        raise ConfigError(f"options of a backbone are written ?key=value&key=value; got {text!r}") from None
-    if len(dict(pairs)) < len(pairs):
-        raise ConfigError(f"an option is given twice in {text!r}; give it once")
-    return BackboneName(model, dict(pairs))
+    return BackboneName(*_split_options(text))
 
 
-def parse_upsampler(text: str, known: Container[str] = ()) -> tuple[str, float | None]:
-    """Parse ``NAME[-FACTORx]`` into the name and the factor, None without one.
+class UpsamplerName(NamedTuple):
+    """An upsampler: its name, its factor, None where none is given, and its options, values of JSON or text."""
+
+    name: str
+    factor: float | None = None
+    options: Mapping[str, Any] = {}
+
+    @property
+    def curve(self) -> str:
+        """Name with the options, without the factor: "views?passes=4"."""
+        return str(BackboneName(self.name, {key: write_value(value) for key, value in self.options.items()}))
+
+
+def parse_upsampler(text: str, known: Container[str] = ()) -> UpsamplerName:
+    """Parse ``NAME[-FACTORx][?key=value&key=value]``.
 
     Args:
         text: The name as the user wrote it.
         known: Names that stay whole, although they end like a factor.
 
-    >>> parse_upsampler("tile-1.5x"), parse_upsampler("bilinear")
-    (('tile', 1.5), ('bilinear', None))
-    """
-    match = None if text in known else _UPSAMPLER.fullmatch(text)
-    return (match["name"], float(match["factor"])) if match else (text, None)
-
-
-def split_options(text: str) -> tuple[str, dict[str, Any]]:
-    """Split the options, values of JSON or text, off the name of an upsampler.
-
     Raises:
         ConfigError: As :func:`parse_backbone`.
 
-    >>> split_options("views-2x?passes=4&views=hr-dv2")
-    ('views-2x', {'passes': 4, 'views': 'hr-dv2'})
+    >>> parse_upsampler("tile-1.5x")
+    UpsamplerName(name='tile', factor=1.5, options={})
+    >>> parse_upsampler("views?passes=4&views=hr-dv2").options
+    {'passes': 4, 'views': 'hr-dv2'}
     """
-    parsed = parse_backbone(text)
-    return parsed.model, {key: _read_value(value) for key, value in parsed.options.items()}
+    name, texts = _split_options(text)
+    options = {key: _read_value(value) for key, value in texts.items()}
+    match = None if name in known else _UPSAMPLER.fullmatch(name)
+    factor = float(match["factor"]) if match else None
+    return UpsamplerName(match["name"] if match else name, factor, options)
 
 
 def is_function_name(name: str) -> bool:
@@ -144,6 +144,24 @@ def plain_value(value: Any) -> Any:
 def dtype_name(dtype: "torch.dtype") -> str:
     """Name a type without its library: "float16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def _split_options(text: str) -> tuple[str, dict[str, str]]:
+    """Split ``NAME?key=value&key=value`` into the name and the options."""
+    name, _, query = text.partition("?")
+    try:
+        # A plus is a plus, in paths above all, not a space.
+        pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=True) if query else []
+    except ValueError:
+        raise ConfigError(f"options are written ?key=value&key=value; got {text!r}") from None
+    if len(dict(pairs)) < len(pairs):
+        raise ConfigError(f"an option is given twice in {text!r}; give it once")
+    return name, dict(pairs)
+
+
+def write_value(value: Any) -> str:
+    """Write a value of JSON so that the parser of options reads it again; text as it is where that is enough."""
+    return value if isinstance(value, str) and _read_value(value) == value else json.dumps(value)
 
 
 def _read_value(text: str) -> Any:

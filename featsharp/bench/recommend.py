@@ -27,7 +27,7 @@ from featsharp.data import open_source
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.memory import format_memory, parse_memory
 from featsharp.model import SharpEncoder
-from featsharp.names import dtype_name
+from featsharp.names import dtype_name, parse_upsampler
 from featsharp.settings import PlainTask, Quality, setting
 from featsharp.terminal import align, with_progress
 from featsharp.upsamplers import UPSAMPLERS
@@ -178,11 +178,12 @@ class RecommendTask(PlainTask):
     def _candidates(self, backbone: Backbone) -> dict[str, tuple[str, Callable[[], SharpEncoder]]]:
         """List kind and builder by name: upsamplers, shipped weights, checkpoints."""
         candidates: dict[str, tuple[str, Callable[[], SharpEncoder]]] = {}
-        names = (resolve_upsampler(text, self.factor)[0] for text in self.upsampler or UPSAMPLERS.names())
-        for name in sorted(names):
-            if not needs_function(name) and (self.factor == 1 or default_factor(name) != 1):
+        for text in sorted(self.upsampler or UPSAMPLERS.names()):
+            name, _, options = resolve_upsampler(text, self.factor)
+            if (options or not needs_function(name)) and (self.factor == 1 or default_factor(name) != 1):
                 kind = NEEDS_TRAINING if needs_training(name) else READY
-                candidates[name] = kind, partial(build_encoder, backbone, name, self.factor)
+                label = parse_upsampler(text, UPSAMPLERS).curve
+                candidates[label] = kind, partial(build_encoder, backbone, label, self.factor)
         for name in shipped_weights(self.backbone, self.factor):
             candidates[name] = SHIPPED, partial(load_from_file, name, featurizer=backbone)
         for name, path in label_files(self.checkpoint or ()).items():

@@ -27,7 +27,7 @@ from featsharp.ops.tiling import window_starts
 from featsharp.settings import PlainTask, setting
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import check_factor, scale_length
-from featsharp.upsamplers.registration import default_factor, read_trait
+from featsharp.upsamplers.registration import default_factor, read_trait, resolve_upsampler
 from featsharp.weights import list_weights
 
 DIRECT, PASSES = "direct", "passes"
@@ -65,7 +65,7 @@ class CurvesTask(PlainTask):
 class Workload:
     """A point of a curve, not yet measured."""
 
-    curve: str  # DIRECT, PASSES, the name of an upsampler or the label of a checkpoint
+    curve: str  # DIRECT, PASSES, the name of an upsampler with its options, or the label of a checkpoint
     factor: float
     module: Backbone | SharpEncoder
     input_shape: tuple[int, ...]  # [B, 3, H, W] of the images
@@ -101,8 +101,8 @@ def list_workloads(
 
     Args:
         backbone: Shared by all.
-        curves: :data:`DIRECT`, :data:`PASSES`, names of upsamplers, ``module:function`` for a custom one; each measured
-            at ``factors``, or with -FACTORx after its name at that one.
+        curves: :data:`DIRECT`, :data:`PASSES`, names of upsamplers, also with options, ``module:function`` for a custom
+            one; each measured at ``factors``, or with -FACTORx after its name at that one.
         factors: In each direction; checkpoints have their own.
         device: Of backbone and encoders.
         checkpoints: ``[LABEL=]FILE`` each, trained for that backbone.
@@ -114,13 +114,13 @@ def list_workloads(
         CheckpointError: For a file that cannot be read, or was trained for another backbone.
     """
     named = [parse_upsampler(curve, UPSAMPLERS) for curve in curves]
-    curves = [name for name, _ in named]
+    curves = [one.curve for one in named]
     at = [
-        (name, check_factor(f, "any", "a curve of cost"))
-        for name, fixed in named
-        for f in ([fixed] if fixed else factors)
+        (one.curve, check_factor(f, "any", "a curve of cost"))
+        for one in named
+        for f in ([one.factor] if one.factor else factors)
     ]
-    for name in curves:
+    for name, _, _ in named:
         if not is_function_name(name) and name not in (DIRECT, PASSES):
             UPSAMPLERS[name]  # unknown ones are refused before anything is measured
     points, skipped = [], []
@@ -161,12 +161,11 @@ def build_encoder(
 
     Args:
         backbone: Name or object.
-        upsampler: Name, or ``module:function`` for a custom one.
+        upsampler: Name, also with options, or ``module:function`` for a custom one.
         factor: In each direction.
         normalizer: Name; None: PHI-S, the default of training, for a trainable upsampler, otherwise none.
     """
-    options = {"function": upsampler} if is_function_name(upsampler) else {}
-    name = "custom" if options else upsampler
+    name, factor, options = resolve_upsampler(upsampler, factor)
     if normalizer is None:
         normalizer = TRAINING_NORMALIZER if needs_training(name) else "none"
     encoder = create_encoder(backbone, name, factor, upsampler_options=options, normalizer=normalizer)

@@ -1,13 +1,13 @@
 """The table of upsamplers: a name, a factory (embed_dim, factor, **options) and a line for ``featsharp ls``."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from featsharp.device import usual_defaults
 from featsharp.errors import ConfigError, unknown_name
-from featsharp.names import parse_upsampler, plain_value
+from featsharp.names import is_function_name, parse_upsampler, plain_value
 from featsharp.registry import Registry
 from featsharp.upsamplers.base import Upsampler
 
@@ -27,7 +27,7 @@ def create_upsampler(
     """Build an untrained upsampler for a backbone.
 
     Args:
-        name: One of :func:`list_upsamplers`, also with its factor: "bilinear-2x".
+        name: One of :func:`list_upsamplers`, also with its factor and options: "views-2x?passes=4".
         backbone: Anything with ``embed_dim``.
         factor: In each direction, at least 1, one of the method's ``factors``; None: that of the name, else
             :func:`default_factor`.
@@ -37,22 +37,39 @@ def create_upsampler(
         ConfigError: For an unknown name, an option that this upsampler does not have, a factor that it cannot have, or
             one that differs from the name's.
     """
-    name, factor = resolve_upsampler(name, factor)
+    name, factor, options = resolve_upsampler(name, factor, options)
     facts = {key: getattr(backbone, key) for key in read_trait(name, "backbone_facts") if hasattr(backbone, key)}
-    return build_upsampler(name, backbone.embed_dim, factor, facts | dict(options or {}))
+    return build_upsampler(name, backbone.embed_dim, factor, facts | options)
 
 
-def resolve_upsampler(text: str, factor: float | None = None) -> tuple[str, float]:
-    """Resolve ``NAME[-FACTORx]`` and a factor beside it into the name and the factor.
+class ResolvedUpsampler(NamedTuple):
+    """All that :func:`build_upsampler` needs beside the channels."""
+
+    name: str
+    factor: float
+    options: dict[str, Any]
+
+
+def resolve_upsampler(
+    text: str, factor: float | None = None, options: Mapping[str, Any] | None = None
+) -> ResolvedUpsampler:
+    """Resolve ``NAME[-FACTORx][?key=value]`` and a factor and options beside it.
+
+    A function ``module:function`` is the option of the upsampler "custom".
 
     Raises:
-        ConfigError: For two different factors, or none and an unknown name.
+        ConfigError: For two different factors, or none and an unknown name, and for an option that is given twice.
     """
-    name, named = parse_upsampler(text, UPSAMPLERS)
+    name, named, written = parse_upsampler(text, UPSAMPLERS)
+    if is_function_name(name):
+        name, written = "custom", {**written, "function": name}
     if named is not None and factor is not None and named != factor:
         raise ConfigError(f"{text!r} has factor {named:g}, but factor={factor:g} is given too; leave one of them out")
+    for key in options or {}:
+        if key in written:
+            raise ConfigError(f"option {key} of upsampler {text!r} is given twice; give it once")
     factor = named if factor is None else factor
-    return name, default_factor(name) if factor is None else factor
+    return ResolvedUpsampler(name, default_factor(name) if factor is None else factor, {**written, **(options or {})})
 
 
 def default_factor(name: str) -> int:
