@@ -13,8 +13,15 @@ import torch
 from featsharp.backbones import create_backbone, runs_code
 from featsharp.backbones.base import Backbone
 from featsharp.card import write_card
-from featsharp.checkpoint import ENCODER_FILE, WEIGHTS_SUFFIX, read_checkpoint, restoring, write_checkpoint
-from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, unknown_name
+from featsharp.checkpoint import (
+    ENCODER_FILE,
+    WEIGHTS_SUFFIX,
+    describe_mismatch,
+    read_checkpoint,
+    restoring,
+    write_checkpoint,
+)
+from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, shorten, unknown_name
 from featsharp.files import write_file
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.spectral import folded_state
@@ -433,29 +440,17 @@ def content_key(encoder: Model) -> str:
 def load_model_state(encoder: Model, state: Mapping[str, torch.Tensor], source: object) -> None:
     """Load :func:`model_state` into an encoder; missing, surplus, misshapen and NaN tensors are errors."""
     expected = {key: value for key, value in encoder.state_dict().items() if not key.startswith("backbone.")}
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & state.keys())
-        if expected[key].shape != state[key].shape
-    ]
+    if problems := describe_mismatch(state, expected):
+        raise CheckpointError(f"checkpoint {source} {problems}")
     types = [
         f"{key} {state[key].dtype} instead of {expected[key].dtype}"
-        for key in sorted(expected.keys() & state.keys())
+        for key in sorted(state)
         if expected[key].is_floating_point() != state[key].is_floating_point()
     ]
     diverged = [key for key, value in sorted(state.items()) if not value.isfinite().all()]
-    for problem, keys in (
-        ("lacks", missing),
-        ("has unknown", unexpected),
-        ("has other shapes:", shapes),
-        ("has other types:", types),
-        ("holds NaN or infinite values in", diverged),
-    ):
+    for problem, keys in (("has other types:", types), ("holds NaN or infinite values in", diverged)):
         if keys:
-            raise CheckpointError(
-                f"checkpoint {source} {problem} {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
-            )
+            raise CheckpointError(f"checkpoint {source} {problem} {shorten(keys)}")
     encoder.load_state_dict(state, strict=False)
 
 

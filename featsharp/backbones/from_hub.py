@@ -31,15 +31,14 @@ from featsharp.backbones.loading import (
     cannot_fetch,
     fill,
     find_weights,
-    first_line,
     pair,
-    read_state,
     seeded_weights,
     square_patch,
     whole_patches,
 )
 from featsharp.backbones.options import Options
-from featsharp.errors import ConfigError, MissingDependencyError, unknown_name
+from featsharp.checkpoint import read_state_dict
+from featsharp.errors import ConfigError, MissingDependencyError, first_line, unknown_name
 from featsharp.ops.resize import size_of
 
 DEFAULT_SIZE = (224, 224)  # for modules that do not say theirs
@@ -82,7 +81,7 @@ def build(name: str, spec: str, options: Options) -> Backbone:
         raise ConfigError(f"hub:{spec} is a RADIO model, which takes its checkpoint as ?version=FILE, not as weights")
     if options.weights is not None:
         path = find_weights(options.weights, ("model.safetensors", "model.pth"))
-        fill(model, read_state(path), f"{path} is not a checkpoint of hub:{spec}")
+        fill(model, read_state_dict(path), f"{path} is not a checkpoint of hub:{spec}")
     if is_radio:
         return RadioBackbone(name, model, options)
     # Transformers of timm share some of these methods.

@@ -35,7 +35,6 @@ from featsharp.backbones.loading import (
     cannot_fetch,
     fill,
     find_weights,
-    first_line,
     import_optional,
     seeded_weights,
     square_patch,
@@ -43,7 +42,7 @@ from featsharp.backbones.loading import (
 )
 from featsharp.backbones.options import Options
 from featsharp.backbones.preprocessing import choose_whitening
-from featsharp.errors import CheckpointError, ConfigError, unknown_name
+from featsharp.errors import CheckpointError, ConfigError, first_line, unknown_name
 from featsharp.ops.resize import size_of
 
 INSTALL_OPEN_CLIP = 'pip install "featsharp[open_clip]"'

@@ -14,9 +14,9 @@ from torch import Tensor
 from featsharp.backbones import resolve_backbone
 from featsharp.backbones.base import Backbone
 from featsharp.backbones.from_open_clip import DIRECTORY, INSTALL_OPEN_CLIP, _download, _find
-from featsharp.backbones.loading import first_line, import_optional, seeded_weights
+from featsharp.backbones.loading import import_optional, seeded_weights
 from featsharp.backbones.options import Options
-from featsharp.errors import ConfigError, InputError, MissingDependencyError
+from featsharp.errors import ConfigError, InputError, MissingDependencyError, first_line
 from featsharp.names import parse_backbone
 
 

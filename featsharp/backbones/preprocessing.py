@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD
-from featsharp.backbones.loading import first_line, pair
+from featsharp.backbones.loading import pair
 from featsharp.backbones.options import Options, parse_whitening
-from featsharp.errors import ConfigError
+from featsharp.errors import ConfigError, first_line
 
 
 def choose_whitening(options: Options, config: Mapping[str, Any], place: str) -> dict[str, Any]:

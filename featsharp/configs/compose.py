@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Any, TypeVar
 
 from featsharp.backbones.models import MODELS
-from featsharp.errors import ConfigError, MissingDependencyError, unknown_name
+from featsharp.errors import ConfigError, MissingDependencyError, first_line, unknown_name
 from featsharp.names import UpsamplerName, parse_upsampler
 from featsharp.training.config import LoopConfig, RunConfig, check_values, flatten
 from featsharp.training.distillation import DistillConfig
@@ -146,7 +146,7 @@ def _check_overrides(overrides: Sequence[str], kind: type[LoopConfig]) -> None:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except (HydraException, RecursionError) as error:
         raise ConfigError(
-            f"cannot read the overrides: {str(error).splitlines()[0]}; write key=value, and values that have any of "
+            f"cannot read the overrides: {first_line(error)}; write key=value, and values that have any of "
             "= { } , in quotes of their own: \"key='value'\""
         ) from error
     keys, groups = _key_types(kind), DEFAULTS[kind][1]
