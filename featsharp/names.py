@@ -13,8 +13,9 @@ Their options are stored beside the names as values of JSON: :func:`plain_value`
 import json
 import os
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -23,6 +24,7 @@ from featsharp.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors")
 _UPSAMPLER = re.compile(r"(?P<name>[\w.:-]*\w)-(?P<factor>-?\d+(\.\d+)?)x")
 # Characters of paths that have a meaning among the options of a backbone.
 _ESCAPES = str.maketrans({"%": "%25", "&": "%26", "+": "%2B"})
@@ -119,6 +121,39 @@ def split_label(text: str) -> tuple[str, str]:
     if not separator or "?" in label or "/" in label or "\\" in label or os.path.isfile(text):
         return "", text
     return readable(label), name
+
+
+def label_encoders(texts: Sequence[str]) -> dict[str, str]:
+    """Label encoders: by the label of ``LABEL=NAME``, else by the name.
+
+    Of a file that is the shortest end of its path, without suffix, that no other file has.
+
+    Raises:
+        ConfigError: For two of one label.
+
+    >>> label_encoders(["bilinear-2x", "runs/a/last.pth", "runs/b/last.pth", "ours=c.pth"])
+    {'bilinear-2x': 'bilinear-2x', 'a/last': 'runs/a/last.pth', 'b/last': 'runs/b/last.pth', 'ours': 'c.pth'}
+    """
+    pairs = [split_label(text) for text in texts]
+    files = [PurePath(name).with_suffix("").parts if not label and _is_file(name) else () for label, name in pairs]
+    labelled: dict[str, str] = {}
+    for index, (label, name) in enumerate(pairs):
+        others = files[:index] + files[index + 1 :]
+        label = label or readable(_shortest_end(files[index], others) if files[index] else name)
+        if label in labelled:
+            raise ConfigError(f"two encoders are called {label!r}; name them apart: LABEL={name}")
+        labelled[label] = name
+    return labelled
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(CHECKPOINT_ENDINGS) or os.path.isfile(name)
+
+
+def _shortest_end(parts: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
+    """Return the fewest last parts of a path that distinguish it from the others; all where none do."""
+    count = next((n for n in range(1, len(parts)) if all(parts[-n:] != other[-n:] for other in others)), len(parts))
+    return PurePath(*parts[-count:]).as_posix()
 
 
 def readable(text: str) -> str:

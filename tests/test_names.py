@@ -11,7 +11,7 @@ from featsharp.bench.workloads import list_workloads
 from featsharp.cli.main import main
 from featsharp.configs.compose import compose
 from featsharp.errors import ConfigError
-from featsharp.names import BackboneName, parse_backbone, parse_upsampler
+from featsharp.names import BackboneName, label_encoders, parse_backbone, parse_upsampler
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.registration import resolve_upsampler
 
@@ -106,6 +106,23 @@ def test_an_option_is_given_once():
 def test_curves_read_as_they_are_written():
     for text in ("views?passes=4&views=hr-dv2", 'a?b=[1, 2]&c=%2B&d="4"&e=true', "module:function"):
         assert parse_upsampler(parse_upsampler(text).curve) == parse_upsampler(text)
+
+
+def test_labels_are_the_shortest_ends_of_paths(tmp_path):
+    assert label_encoders(["a/x.pth", "b/x.pth", "a/y.pth"]) == {"a/x": "a/x.pth", "b/x": "b/x.pth", "y": "a/y.pth"}
+    # One path is the end of another.
+    assert list(label_encoders(["x.pth", "a/x.pth", "/b/a/x.pth"])) == ["x", "a/x", "b/a/x"]
+    # What has a label needs no room.
+    assert label_encoders(["mine=a/x.pth", "b/x.pth"]) == {"mine": "a/x.pth", "x": "b/x.pth"}
+    assert label_encoders(["runs/lr=1e-3/x.pth"]) == {"x": "runs/lr=1e-3/x.pth"}
+    assert list(label_encoders(["vits14-focus/featsharp-2x", "tile-1.5x"])) == [
+        "vits14-focus/featsharp-2x",
+        "tile-1.5x",
+    ]
+    assert label_encoders([]) == {}
+    for same in (["a/x.pth", "a/x.pth"], ["x=a.pth", "x=b.pth"], ["x=a.pth", "b/x.pth"], ["x.pth", "x.safetensors"]):
+        with pytest.raises(ConfigError, match=r"two encoders are called .*LABEL="):
+            label_encoders(same)
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,13 @@ from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
 from featsharp.bench.choice import read_measured
 from featsharp.bench.measure import describe_noise, find_failure, measure_memory, noise, time_interleaved
-from featsharp.bench.workloads import build_encoder, label_files, needs_function, needs_training, shipped_weights
+from featsharp.bench.workloads import build_encoder, needs_function, needs_training, shipped_weights
 from featsharp.builder import load_from_file
 from featsharp.data import open_source
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.memory import format_memory, parse_memory
 from featsharp.model import SharpEncoder
-from featsharp.names import dtype_name, parse_upsampler
+from featsharp.names import dtype_name, label_encoders, parse_upsampler
 from featsharp.settings import PlainTask, Quality, setting
 from featsharp.terminal import align, with_progress
 from featsharp.upsamplers import UPSAMPLERS
@@ -186,7 +186,7 @@ class RecommendTask(PlainTask):
                 candidates[label] = kind, partial(build_encoder, backbone, label, self.factor)
         for name in shipped_weights(self.backbone, self.factor):
             candidates[name] = SHIPPED, partial(load_from_file, name, featurizer=backbone)
-        for name, path in label_files(self.checkpoint or ()).items():
+        for name, path in label_encoders(self.checkpoint or ()).items():
             if name in candidates:
                 raise ConfigError(f"two candidates are called {name!r}; name the checkpoint: LABEL={path}")
             candidates[name] = CHECKPOINT, partial(load_from_file, path, featurizer=backbone)

@@ -12,7 +12,6 @@ All make the same number of cells at a factor, factor x the tokens of the native
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from featsharp.backbones.base import Backbone
 from featsharp.builder import SharpEncoder, content_key, create_encoder, load_from_file
 from featsharp.errors import ConfigError, FeatSharpError
-from featsharp.names import is_function_name, parse_upsampler, plain_value, split_label
+from featsharp.names import is_function_name, label_encoders, parse_upsampler, plain_value
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.tiling import window_starts
 from featsharp.settings import PlainTask, setting
@@ -124,7 +123,7 @@ def list_workloads(
         if not is_function_name(name) and name not in (DIRECT, PASSES):
             UPSAMPLERS[name]  # unknown ones are refused before anything is measured
     points, skipped = [], []
-    for label, path in label_files(checkpoints).items():
+    for label, path in label_encoders(checkpoints).items():
         if label in curves:
             raise ConfigError(f"two curves are called {label!r}; name the checkpoint: LABEL={path}")
         encoder = load_from_file(path, featurizer=backbone).to(device)
@@ -216,32 +215,6 @@ def backbone_passes(backbone: Backbone, function: Callable[[], object]) -> list[
     finally:
         hook.remove()
     return batches
-
-
-def label_files(texts: Sequence[str]) -> dict[str, str]:
-    """Label files: by the label of ``LABEL=FILE``, else the shortest end of the path that no other file has.
-
-    Shipped weights have their whole name.
-
-    Raises:
-        ConfigError: For two files of one label.
-    """
-    labels, paths = zip(*map(split_label, texts), strict=True) if texts else ((), ())
-    parts = [Path(path).parts for path in paths]
-    files: dict[str, str] = {}
-    for index, (label, path) in enumerate(zip(labels, paths, strict=True)):
-        others = [other for i, other in enumerate(parts) if i != index and not labels[i]]
-        name = label or (path if path in list_weights() else _shortest_end(parts[index], others))
-        if name in files:
-            raise ConfigError(f"two files are called {name!r}; name them apart: LABEL={path}")
-        files[name] = path
-    return files
-
-
-def _shortest_end(parts: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
-    """Return the fewest last parts of a path that distinguish it from the others; all where none do."""
-    count = next((n for n in range(1, len(parts)) if all(parts[-n:] != other[-n:] for other in others)), len(parts))
-    return PurePath(*parts[-count:]).as_posix()
 
 
 def _backbone_workload(backbone: Backbone, curve: str, factor: float, batch_size: int) -> Workload:
