@@ -152,7 +152,8 @@ def resolve_backbone(name: str | BackboneName) -> BackboneName:
 def runs_code(name: str) -> bool:
     """Tell whether building a backbone of this name may run code that is in no installed package."""
     target = resolve_backbone(name)
-    return target.prefix == "hub" or "trust" in target.options
+    family = FAMILIES.get(target.prefix)
+    return "trust" in target.options or (family is not None and family.runs_code)
 
 
 def _build(name: BackboneName) -> Backbone:
