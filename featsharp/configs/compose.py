@@ -94,7 +94,7 @@ def options_of(group: str) -> dict[str, str]:
     if group == "model":
         entries = {name: f"{model.description}." for name, model in MODELS.items()}
     elif group == "upsampler":
-        entries = {name: f"{UPSAMPLERS[name].description}." for name in UPSAMPLERS.names()}
+        entries = {name: f"{UPSAMPLERS[name].description}." for name in UPSAMPLERS}
     folder = files("featsharp.configs").joinpath(group)
     for file in folder.iterdir() if folder.is_dir() else ():
         if file.name.endswith(".yaml"):
@@ -240,7 +240,7 @@ def _key_types(schema: Any, prefix: str = "") -> dict[str, Any]:
         if dataclasses.is_dataclass(field.type):
             types |= _key_types(field.type, f"{prefix}{field.name}.")
     if schema is RunConfig:
-        for name in OBJECTIVES.names():
+        for name in OBJECTIVES:
             types |= _key_types(config_type(name), "objective.")
     return types
 
