@@ -39,7 +39,7 @@ class SharpEncoder(Model):
     """The sharp encoder of ``featsharp.model`` that is built here, so that it can be loaded and saved by name.
 
     Attributes:
-        facts: What its file says of its training: ``config``, ``step``, or ``card`` for weights that ship; else empty.
+        facts: Record of its training in its file: ``config``, ``step``, or ``card`` for weights that ship; else empty.
     """
 
     def __init__(self, *parts: Any, **options: Any) -> None:
@@ -270,7 +270,7 @@ def load_from_file(
 
 
 def _read_facts(content: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Any]:
-    """Collect what a file says of its training."""
+    """Collect the record of the training from a file."""
     facts = {"config": content["config"], "step": (content["training"] or {}).get("step")}
     card = Path(path).with_suffix(".md")
     if WEIGHTS in Path(path).parents and card.is_file():

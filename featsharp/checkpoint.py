@@ -218,7 +218,7 @@ class Wheel(NamedTuple):
 
     Attributes:
         backbone: Name of the backbone that reads it.
-        requirement: What pip installs.
+        requirement: Package and version for pip.
         module: Folder of the installed wheel.
         file: Path in that folder.
         sha256: Of the file.

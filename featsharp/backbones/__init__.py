@@ -93,7 +93,7 @@ def register_backbone(name: str, description: str) -> Callable[[Factory], Factor
     """Decorator: make ``create_backbone(name)`` call the decorated factory, which takes no argument.
 
     Args:
-        name: What users write.
+        name: Name for ``create_backbone``.
         description: One line for ``featsharp ls``.
     """
 

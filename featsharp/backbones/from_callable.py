@@ -200,7 +200,7 @@ def from_callable(
 
 
 def wrap_unknown(name: str, module: Callable[[Tensor], Any], options: Options, **facts: Any) -> Backbone:
-    """Wrap a module of a kind that no family knows.
+    """Wrap a module that belongs to no family.
 
     Args:
         name: The name of ``create_backbone``.

@@ -240,7 +240,7 @@ def _self_test(backbone: Backbone) -> None:
 
 
 def _whitening_of(name: str, conditioner: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of a conditioner that whitens each channel; what it makes of 0 and 1 says both."""
+    """Mean and standard deviation of a conditioner that whitens each channel; computed from its results for 0 and 1."""
     exact = copy.deepcopy(conditioner).double()
     pixels = torch.linspace(0, 1, 48, dtype=torch.float64).reshape(1, 3, 4, 4)
     with torch.no_grad():
@@ -301,7 +301,7 @@ def _load(name: str, repository: str, folder: Path | None, entry: str, arguments
 def _explained(
     name: str, repository: str, folder: Path | None, entry: str, arguments: dict[str, Any]
 ) -> Iterator[None]:
-    """Errors of foreign code as ours, with what to do."""
+    """Turn errors of foreign code into errors of the package, with the remedy."""
     try:
         yield
     except ImportError as error:

@@ -76,7 +76,7 @@ def _open_clip_repository(model: str) -> str | None:
 
 
 def _in_torch_hub(entry: str) -> bool | None:
-    """False without the code of the repository; with it only that code knows the files of its weights."""
+    """Return False without the code of the repository, which names the files of its weights; None with it."""
     from torch.hub import get_dir
 
     if Path(entry).parent.exists():

@@ -21,7 +21,7 @@ from featsharp.names import parse_backbone
 
 
 def project_to_text(backbone: str) -> str:
-    """Add to the name of an open_clip backbone, unless it says otherwise, that features are in the space of text."""
+    """Add ``project=true``, features in the space of text, to the name of an open_clip backbone without that option."""
     name = resolve_backbone(backbone)
     if name.prefix != "open_clip" or "project" in name.options:
         return backbone

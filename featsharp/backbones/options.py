@@ -1,4 +1,4 @@
-"""Options of a backbone: arguments of ``create_backbone``, or ``?key=value`` in a name; one table says their values."""
+"""Options of a backbone: arguments of ``create_backbone``, or ``?key=value`` in a name; one table has their values."""
 
 import os
 import re

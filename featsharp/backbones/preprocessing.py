@@ -61,7 +61,7 @@ def read_image_processor(name: str, place: str, options: Options) -> tuple[dict[
 
 
 def _processor_whitening(config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation of pixels in [0, 1]; None where the processor does not say them."""
+    """Mean and standard deviation of pixels in [0, 1]; None where the processor has none."""
     whitens = config.get("do_normalize", "image_mean" in config)
     if not config or (whitens and not ("image_mean" in config and "image_std" in config)):
         return None

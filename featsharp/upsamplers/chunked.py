@@ -87,7 +87,7 @@ class ChunkedUpsampler(Upsampler):
             size: (H, W) of the whole map.
 
         Returns:
-            What takes the place of ``low_res``.
+            A tensor in place of ``low_res`` for :meth:`prepare_chunks`.
         """
         return low_res
 

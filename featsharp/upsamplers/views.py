@@ -1,7 +1,7 @@
 """Views: the map that best explains several passes over the picture, shifted and zoomed. Nothing is trained.
 
-FeatUp and FeatSharp train a network so that its map, pooled to the backbone's grid, says what the backbone says about
-views of the picture. With pooling fixed to the mean over a cell that objective is quadratic in the map, and
+FeatUp and FeatSharp train a network so that its map, pooled to the backbone's grid, matches the backbone's features
+of views of the picture. With pooling fixed to the mean over a cell that objective is quadratic in the map, and
 :mod:`featsharp.ops.reconstruct` has its minimum. As far as we know, the combination of whole pictures, windows and a
 larger picture in one estimate is ours. Relatives: those of :data:`RELATIVES`, which average what shifted pictures give,
 and FeatUp's implicit network (arXiv 2403.10516), which fits the same views by gradient steps.
@@ -270,7 +270,7 @@ class ViewReconstruction(ChunkedUpsampler):
 
 @register_upsampler("learned-views", "the map of one or five views, refined by a block that learned from many views")
 class LearnedViews(ViewReconstruction):
-    """Few views, and FeatSharp's local block that has learned what many views say.
+    """Few views, refined by FeatSharp's local block, which is trained to match the map of many views.
 
     The map solved from the views passes through a linear mix with the bilinear map and then, beside an encoding of the
     picture, through :class:`LocalBlock`. It starts as the map of its views (of one pass: the bilinear map), and learns
