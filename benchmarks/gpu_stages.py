@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from gpu_checks import device_checks, draw_views, kernel_checks
 
-from featsharp.backbones.loading import read_state, set_native_size
+from featsharp.backbones.loading import set_native_size
 from featsharp.backbones.vits14_focus import PATCH_SIZE, FocusBackbone, FocusViT, fill_focus_model
 from featsharp.bench.encode import measure_workloads
 from featsharp.bench.measure import find_failure, measure_memory, noise, time_interleaved
 from featsharp.bench.ops import Case, op_cases
 from featsharp.bench.throughput import ThroughputTask, find_attention
 from featsharp.bench.workloads import Workload, backbone_passes, build_encoder, list_workloads, needs_function
+from featsharp.checkpoint import read_state_dict
 from featsharp.names import dtype_name
 from featsharp.ops.backends import use_backend
 from featsharp.ops.blocks import limit_chunks
@@ -69,7 +70,7 @@ class Setup:
     def state(self) -> dict[str, torch.Tensor]:
         """Weights of the backbone in float32: of the file, or random ones, which take the same time."""
         if self.weights is not None:
-            return {name: x.float() for name, x in read_state(self.weights).items()}
+            return {name: x.float() for name, x in read_state_dict(self.weights).items()}
         with torch.device("meta"):
             shapes = {name: x.shape for name, x in FocusViT().state_dict().items()}
         generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -333,7 +333,7 @@ def case_of(text: str) -> Case:
     return Case(label, shlex.split(overrides))
 
 
-def main() -> None:
+def main(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of photographs (default: a few that are made here)")
     parser.add_argument("--case", action="append", metavar="LABEL=OVERRIDES", help="may be given several times")
@@ -346,7 +346,7 @@ def main() -> None:
         help="not time on the clock (but for the wait for data): for a machine that others use, too; with --threads 1",
     )
     parser.add_argument("--output", type=Path, default=RESULT)
-    arguments, overrides = parser.parse_known_args()
+    arguments, overrides = parser.parse_known_args(given)
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     now = time.process_time if arguments.processor_time else time.perf_counter
@@ -355,7 +355,7 @@ def main() -> None:
         data = arguments.data or make_photos(Path(folder) / "photos")
         summaries = measure(cases, [f"train_data_dir={data}", *overrides], arguments.steps, arguments.rounds, now)
     # Do not publish the path of the photographs.
-    shown = [Path(word).name if word == arguments.data else word for word in sys.argv[1:]]
+    shown = [Path(word).name if word == arguments.data else word for word in given]
     device = "cuda" if torch.cuda.is_available() and "device=cpu" not in overrides else "cpu"
     content = {
         "command": shlex.join(["python", "benchmarks/training_step.py", *shown]),
@@ -372,4 +372,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

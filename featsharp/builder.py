@@ -13,17 +13,24 @@ import torch
 from featsharp.backbones import create_backbone, runs_code
 from featsharp.backbones.base import Backbone
 from featsharp.card import MADE, write_card
-from featsharp.checkpoint import ENCODER_FILE, WEIGHTS_SUFFIX, read_checkpoint, restoring, write_checkpoint
-from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, unknown_name
+from featsharp.checkpoint import (
+    ENCODER_FILE,
+    WEIGHTS_SUFFIX,
+    describe_mismatch,
+    read_checkpoint,
+    restoring,
+    write_checkpoint,
+)
+from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, shorten, unknown_name
 from featsharp.files import write_file
 from featsharp.layers.bias_buffer import BiasBuffer
 from featsharp.layers.spectral import folded_state
 from featsharp.model import SharpEncoder as Model
-from featsharp.names import is_function_name, parse_upsampler, plain_value, split_options
+from featsharp.names import is_function_name, parse_upsampler, plain_value
 from featsharp.normalizers import NORMALIZERS
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import Upsampler
-from featsharp.upsamplers.registration import create_upsampler, default_factor, read_trait, resolve_upsampler
+from featsharp.upsamplers.registration import create_upsampler, read_trait, resolve_upsampler
 from featsharp.weights import HOME, hub, list_weights
 from featsharp.weights.published import refuse_published
 
@@ -32,7 +39,7 @@ class SharpEncoder(Model):
     """The sharp encoder of ``featsharp.model`` that is built here, so that it can be loaded and saved by name.
 
     Attributes:
-        facts: What its file says of its training: ``config``, ``step``, or ``card`` for weights that ship; else empty.
+        facts: Record of its training in its file: ``config``, ``step``, or ``card`` for weights that ship; else empty.
     """
 
     def __init__(self, *parts: Any, **options: Any) -> None:
@@ -146,8 +153,8 @@ def create_encoder(
 
     Args:
         backbone: A name of ``list_backbones()`` or a backbone (see ``from_callable`` for your own model).
-        upsampler: A name of ``list_upsamplers()``, also with its factor as "bilinear-2x", or an upsampler built for
-            that backbone.
+        upsampler: A name of ``list_upsamplers()``, also with its factor and options as "views-2x?passes=4", or an
+            upsampler built for that backbone.
         factor: Factor in each direction, at least 1, fractions for methods that allow them; None: that of the name,
             else 2 (1 for methods that have no other). Refused if it contradicts the name or the object.
         upsampler_options: Keyword arguments of the upsampler's class; only with a name.
@@ -172,7 +179,7 @@ def create_encoder(
             )
         module, name = upsampler, None
     else:
-        name, factor = resolve_upsampler(upsampler, factor)
+        name, factor, options = resolve_upsampler(upsampler, factor, options)
         module = create_upsampler(name, backbone, factor, options=options)
     grid = backbone.grid_size(backbone.input_size)
     encoder = SharpEncoder(
@@ -223,15 +230,13 @@ def load_from_file(
     """
     if isinstance(featurizer, str) and f"{featurizer}/{path}" in list_weights():
         path = f"{featurizer}/{path}"
-    text, options = split_options(str(path)) if not Path(path).exists() else (str(path), {})
-    name, factor = parse_upsampler(text, UPSAMPLERS)
-    if (name in UPSAMPLERS or (is_function_name(name) and factor is not None)) and not Path(path).exists():
+    if not Path(path).exists() and _is_upsampler(str(path)):
         if featurizer is None:
             raise ConfigError(
                 f"{path} is no file but an untrained upsampler; give it a backbone: featurizer='vits14-focus' "
                 "(--backbone on the command line)"
             )
-        return _untrained_encoder(featurizer, name, factor, options, max_memory)
+        return _untrained_encoder(featurizer, str(path), max_memory)
     if torch.get_default_device().type == "meta":
         raise ConfigError(
             f"{path} cannot be loaded under torch's default device meta, which holds no values; load it outside, or "
@@ -265,7 +270,7 @@ def load_from_file(
 
 
 def _read_facts(content: Mapping[str, Any], path: str | PathLike[str]) -> dict[str, Any]:
-    """Collect what a file says of its training."""
+    """Collect the record of the training from a file."""
     facts = {"config": content["config"], "step": (content["training"] or {}).get("step")}
     card = Path(path).with_suffix(".md")
     if HOME in Path(path).parents and card.is_file():
@@ -282,22 +287,20 @@ def _find_file(path: str | PathLike[str]) -> str | PathLike[str]:
         return shipped
     if Path(path).suffix not in (".pth", WEIGHTS_SUFFIX):
         refuse_published(str(path))
-        unknown = unknown_name("upsampler", parse_upsampler(str(path))[0], [*UPSAMPLERS, *list_weights()])
+        unknown = unknown_name("upsampler", parse_upsampler(str(path)).name, [*UPSAMPLERS, *list_weights()])
         raise CheckpointError(f"checkpoint {path} does not exist; {unknown}")
     return path
 
 
-def _untrained_encoder(
-    featurizer: str | Backbone,
-    name: str,
-    factor: float | None,
-    options: dict[str, Any],
-    max_memory: int | str | None,
-) -> SharpEncoder:
+def _is_upsampler(text: str) -> bool:
+    """Return whether a pseudo-path names an upsampler, or a function with a factor."""
+    parsed = parse_upsampler(text, UPSAMPLERS)
+    return parsed.name in UPSAMPLERS or (is_function_name(parsed.name) and parsed.factor is not None)
+
+
+def _untrained_encoder(featurizer: str | Backbone, text: str, max_memory: int | str | None) -> SharpEncoder:
     """Build the encoder of a pseudo-path."""
-    if is_function_name(name):
-        name, options = "custom", {**options, "function": name}
-    factor = default_factor(name) if factor is None else factor
+    name, factor, options = resolve_upsampler(text)
     if read_trait(name, "trainable"):
         raise ConfigError(
             f"{name} has to be trained; give a checkpoint of it, or build it untrained: "
@@ -438,29 +441,17 @@ def content_key(encoder: Model) -> str:
 def load_model_state(encoder: Model, state: Mapping[str, torch.Tensor], source: object) -> None:
     """Load :func:`model_state` into an encoder; missing, surplus, misshapen and NaN tensors are errors."""
     expected = {key: value for key, value in encoder.state_dict().items() if not key.startswith("backbone.")}
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & state.keys())
-        if expected[key].shape != state[key].shape
-    ]
+    if problems := describe_mismatch(state, expected):
+        raise CheckpointError(f"checkpoint {source} {problems}")
     types = [
         f"{key} {state[key].dtype} instead of {expected[key].dtype}"
-        for key in sorted(expected.keys() & state.keys())
+        for key in sorted(state)
         if expected[key].is_floating_point() != state[key].is_floating_point()
     ]
     diverged = [key for key, value in sorted(state.items()) if not value.isfinite().all()]
-    for problem, keys in (
-        ("lacks", missing),
-        ("has unknown", unexpected),
-        ("has other shapes:", shapes),
-        ("has other types:", types),
-        ("holds NaN or infinite values in", diverged),
-    ):
+    for problem, keys in (("has other types:", types), ("holds NaN or infinite values in", diverged)):
         if keys:
-            raise CheckpointError(
-                f"checkpoint {source} {problem} {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
-            )
+            raise CheckpointError(f"checkpoint {source} {problem} {shorten(keys)}")
     encoder.load_state_dict(state, strict=False)
 
 

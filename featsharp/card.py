@@ -26,7 +26,7 @@ def write_card(
 
     Args:
         encoder: Built from names.
-        training: What its file says: ``config`` and ``step`` of the run, or ``card``, the text of another card.
+        training: From its file: ``config`` and ``step`` of the run, or ``card``, the text of another card.
         sections: Headings and texts to add.
         licence: SPDX identifier; None: the card says that none is stated.
     """

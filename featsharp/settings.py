@@ -1,5 +1,6 @@
-"""Settings of tasks and runs: dataclass fields that are also flags, or have a range."""
+"""Settings of tasks and runs: dataclass fields that are also flags, or have a range; flags that name encoders."""
 
+import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from featsharp.names import plain_value
 if TYPE_CHECKING:
     import torch
 
+# The backbone that works without a model hub.
+DEFAULT_BACKBONE = "vits14-focus"
 # Maps an encoder to its scores by name, where higher is better; the first ranks.
 Quality = Callable[[Any], dict[str, float]]
 
@@ -49,16 +52,42 @@ class PlainTask:
         raise NotImplementedError
 
 
-def setting(default: Any, help: str, **argparse: Any) -> Any:
+def add_encoders(parser: argparse.ArgumentParser) -> None:
+    """Add the flags --checkpoint and --upsampler of everything that takes several encoders."""
+    parser.add_argument("--checkpoint", nargs="+", metavar="[LABEL=]FILE", help="trained files")
+    parser.add_argument(
+        "--upsampler",
+        nargs="+",
+        metavar="[LABEL=]NAME-FACTORx",
+        help="training-free upsamplers, such as bilinear-2x; implicit-2x?steps=400 is fitted to each picture",
+    )
+
+
+def add_backbone(parser: argparse.ArgumentParser, text: str = "default: the checkpoint's own", **options: Any) -> None:
+    """Add the flags --backbone and --allow-functions of everything that loads encoders."""
+    parser.add_argument("--backbone", help=f"name of the backbone; {text}", **options)
+    parser.add_argument(
+        "--allow-functions",
+        action="store_true",
+        help="let the checkpoint import functions that it names; runs their code",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser, text: str = "auto, cpu, cuda, mps, ...") -> None:
+    """Add the flag --device."""
+    parser.add_argument("--device", default="auto", help=text)
+
+
+def setting(default: Any, help: str, **options: Any) -> Any:
     """Make a dataclass field that becomes a flag.
 
     Args:
         default: Of the field.
         help: Its line in the help of the command.
-        argparse: Further arguments of ``add_argument``: type, nargs, choices, required, metavar. Types beyond those of
+        options: Further arguments of ``add_argument``: type, nargs, choices, required, metavar. Types beyond those of
             argparse are "count" (a whole number of at least 1) and "size" (HxW).
     """
-    return dataclasses.field(default=default, metadata={"help": help, **argparse})
+    return dataclasses.field(default=default, metadata={"help": help, **options})
 
 
 def setting_fields(task: Any) -> "list[dataclasses.Field[Any]]":

@@ -235,8 +235,8 @@ def _gradient_of_the_inputs(build: Build, device: str) -> None:
     bias = torch.zeros(1, CHANNELS, 1, 1, device=device, requires_grad=True)
     image = _photo(1, (24, 24), device).requires_grad_()
 
-    def encode(images: Tensor, **options: Any) -> tuple[Tensor, None]:
-        return patch_statistics(images.detach(), **options)[0] + bias, None
+    def encode(images: Tensor, *, patch_stride: int | None = None) -> tuple[Tensor, None]:
+        return patch_statistics(images.detach(), patch_stride=patch_stride)[0] + bias, None
 
     out = upsampler(image, encode, _pixels(3, 3))
     assert out.summary is None, "made a summary where the backbone has none"

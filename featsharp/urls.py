@@ -1,4 +1,4 @@
-"""URLs: told from paths, and redacted, so that passwords and tokens are not shown."""
+"""URLs: distinguished from paths, and redacted, so that passwords and tokens are not shown."""
 
 import re
 

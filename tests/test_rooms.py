@@ -23,9 +23,11 @@ def rooms() -> Iterator[ModuleType]:
 
 
 def assert_within(rooms: ModuleType, name: str, walk: object) -> None:
-    files, climbs = rooms.LIMITS[name]
-    assert len(walk.walked) <= files, list(walk.walked)
-    assert len(walk.climbs) <= climbs, list(walk.climbs)
+    for files, climbs, (most_files, most_climbs) in zip(
+        (walk.entered, walk.walked), (walk.climbs_entered, walk.climbs), rooms.LIMITS[name], strict=True
+    ):
+        assert len(files) <= most_files, list(files)
+        assert len(climbs) <= most_climbs, list(climbs)
     assert walk.walked.keys() <= walk.entered.keys()
 
 

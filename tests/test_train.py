@@ -582,7 +582,7 @@ def test_mistakes_cost_one_line_and_no_training(photos, capsys, overrides, said)
 @pytest.mark.parametrize(
     ("upsampler", "overrides", "said"),
     [
-        ("featup-2x", [], "linear_fit is for FeatSharp"),
+        ("featup-2x", [], "linear_fit is for upsamplers with a linear_weight"),
         ("featsharp-linear-2x", ["linear_fit.ridge=0"], "linear_fit.ridge must be above 0"),
         ("featsharp-published-2x", [], "use start='mix'"),
     ],

@@ -25,7 +25,6 @@ def test_the_writer_of_the_page_writes_its_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEATSHARP_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "my_writers", raising=False)
     (command,) = re.findall(r"python -m featsharp.train (.* viz.type=my_writers:Files)$", PAGE, re.MULTILINE)
     small = "num_training_steps=2 log_frequency=1 batch_size=1 num_workers=0 normalizer.num_samples=4 progress=false"
     assert main([*command.replace("vits14-focus", "toy-vit").split(), *small.split()]) == 0

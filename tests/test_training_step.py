@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -40,9 +39,8 @@ def test_the_command_times_a_real_training_and_leaves_it_as_it_was(script, tmp_p
     cases = ["--case", "plain=", "--case", "from disk=feature_cache.samples=4"]
     sizes = ["--steps", "2", "--rounds", "1", "--threads", str(threads), "--output", str(tmp_path / "step.md")]
     small = ["model=toy-vit", "batch_size=2", "num_workers=0", "device=cpu"]
-    monkeypatch.setattr(sys, "argv", ["training_step.py", *cases, *sizes, *small])
     monkeypatch.setattr(script, "keep_freed_memory", lambda: None)  # which cannot be undone
-    script.main()
+    script.main([*cases, *sizes, *small])
     assert torch.Tensor.backward is backward
     content = json.loads((tmp_path / "step.json").read_text())
     for case in content["cases"]:

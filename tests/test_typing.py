@@ -15,7 +15,7 @@ SNIPPET = """
 # mypy: disallow-incomplete-defs, check-untyped-defs, disallow-untyped-decorators, warn-unused-ignores
 # mypy: warn-return-any, no-implicit-reexport, strict-equality, extra-checks
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -30,7 +30,7 @@ from featsharp.backbones import Backbone
 from featsharp.data import Picture, picture_to_tensor
 from featsharp.extraction import MappedFeatures
 from featsharp.training.loggers import VizWriter
-from featsharp.upsamplers import Encode, StridedEncode, Upsampler
+from featsharp.upsamplers import Encode, Upsampler
 
 encoder = load_from_file("vits14-focus/featsharp-2x", max_memory="2GiB")
 assert_type(encoder, SharpEncoder)
@@ -65,12 +65,15 @@ class Nearest(Upsampler):
         return UpsampleFeatures(low_res, low_res.repeat_interleave(2, -1).repeat_interleave(2, -2), summary)
 
 
-def call_with_custom_features(upsampler: Upsampler, encode: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> Tensor:
-    return upsampler.forward(images, encode, (64, 64)).high_res
+def shrink(images: Tensor, *, patch_stride: int | None = None) -> tuple[Tensor, Tensor | None]:
+    return images[..., ::8, ::8], None
 
 
-strided: StridedEncode = encoder.encode
-encode: Encode = strided
+def call_with_custom_features(upsampler: Upsampler) -> Tensor:
+    return upsampler.forward(images, shrink, (64, 64)).high_res
+
+
+encode: Encode = encoder.encode
 
 
 class PrintWriter(VizWriter):

@@ -97,7 +97,7 @@ def register_backbone(name: str, description: str) -> Callable[[Factory], Factor
     """Decorator: make ``create_backbone(name)`` call the decorated factory, which takes no argument.
 
     Args:
-        name: What users write.
+        name: Name for ``create_backbone``.
         description: One line for ``featsharp ls``.
     """
 
@@ -166,7 +166,8 @@ def check_name(name: str | BackboneName) -> None:
 def runs_code(name: str) -> bool:
     """Tell whether building a backbone of this name may run code that is in no installed package."""
     target = resolve_backbone(name)
-    return target.prefix == "hub" or "trust" in target.options
+    family = FAMILIES.get(target.prefix)
+    return "trust" in target.options or (family is not None and family.runs_code)
 
 
 def _build(name: BackboneName) -> Backbone:

@@ -7,7 +7,6 @@ Convention:
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,6 +19,7 @@ from featsharp.device import check_autocast, check_weights, use_one_thread_after
 from featsharp.errors import ConfigError, InputError
 from featsharp.layers.input_conditioner import IMAGENET_MEAN as IMAGENET_MEAN
 from featsharp.layers.input_conditioner import IMAGENET_STD as IMAGENET_STD
+from featsharp.layers.input_conditioner import check_whitening
 from featsharp.ops.resize import size_of
 
 
@@ -71,7 +71,7 @@ class Backbone(nn.Module):
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.input_size = input_size
-        self.mean, self.std = check_whitening(name, mean, std)
+        self.mean, self.std = check_whitening(mean, std, f"backbone {name!r}")
         self.summary_dim = summary_dim
         self.flexible = flexible
         self._hash: tuple[object, str] | None = None
@@ -242,30 +242,6 @@ class Backbone(nn.Module):
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, patch_size={self.patch_size}, embed_dim={self.embed_dim}, flexible={self.flexible}"
-
-
-def check_whitening(name: str, mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and deviation of pixels in [0, 1] as tuples; ConfigError for what cannot be those."""
-    try:
-        means, deviations = ([float(value) for value in values] for values in (mean, std))
-    except (TypeError, ValueError):
-        means = deviations = []
-    if (
-        len(means) != 3
-        or len(deviations) != 3
-        or not all(map(math.isfinite, means + deviations))
-        or min(deviations) <= 0
-    ):
-        raise ConfigError(
-            f"mean and std of backbone {name!r} are three numbers each, those of std above 0; got mean={mean!r}, "
-            f"std={std!r}"
-        )
-    if max(map(abs, means)) > 1:
-        raise ConfigError(
-            f"mean and std of backbone {name!r} are those of pixels in [0, 1]; got mean={mean!r}, std={std!r}. Divide "
-            "both by 255 where they are for 0..255"
-        )
-    return tuple(means), tuple(deviations)
 
 
 def embeds_patches(layer: object, patch_size: int) -> bool:

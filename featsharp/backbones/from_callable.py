@@ -20,11 +20,11 @@ from featsharp.backbones.base import (
     IMAGENET_STD,
     Backbone,
     BackboneOutput,
-    check_whitening,
     embeds_patches,
 )
 from featsharp.backbones.options import Options
-from featsharp.errors import ConfigError
+from featsharp.errors import ConfigError, first_line
+from featsharp.layers.input_conditioner import check_whitening
 from featsharp.ops.resize import check_size
 
 Layout = Literal["BCHW", "BNC"]
@@ -155,7 +155,7 @@ def from_callable(
     if not callable(module):
         raise ConfigError(f"from_callable takes a module or function of images; got {type(module).__name__}")
     input_size = check_size("input_size", input_size, "pixels")
-    mean, std = check_whitening(name, mean, std)
+    mean, std = check_whitening(mean, std, f"backbone {name!r}")
     probe = Probe(module, name, input_size, output)
     raw = probe.run(input_size)
     native = probe.shape_of(raw)
@@ -200,7 +200,7 @@ def from_callable(
 
 
 def wrap_unknown(name: str, module: Callable[[Tensor], Any], options: Options, **facts: Any) -> Backbone:
-    """Wrap a module of a kind that no family knows.
+    """Wrap a module that belongs to no family.
 
     Args:
         name: The name of ``create_backbone``.
@@ -252,7 +252,7 @@ class Probe:
             return self.module(self.images(size))
         except Exception as error:  # whatever a foreign module raises, the message has to say what was tried
             raise ConfigError(
-                f"{self.name!r} fails on whitened images [1, 3, {size[0]}, {size[1]}]: {_reason(error)}; "
+                f"{self.name!r} fails on whitened images [1, 3, {size[0]}, {size[1]}]: {first_line(error)}; "
                 f"pass the input_size=(h, w) that it was made for"
             ) from error
 
@@ -445,7 +445,3 @@ def _named(raw: Any, keys: tuple[str, ...]) -> Tensor | None:
 
 def _is_tensor(value: Any, *dims: int) -> bool:
     return isinstance(value, Tensor) and value.ndim in dims
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -31,15 +31,14 @@ from featsharp.backbones.loading import (
     cannot_fetch,
     fill,
     find_weights,
-    first_line,
     pair,
-    read_state,
     seeded_weights,
     square_patch,
     whole_patches,
 )
 from featsharp.backbones.options import Options
-from featsharp.errors import ConfigError, MissingDependencyError, unknown_name
+from featsharp.checkpoint import read_state_dict
+from featsharp.errors import ConfigError, MissingDependencyError, first_line, unknown_name
 from featsharp.ops.resize import size_of
 
 DEFAULT_SIZE = (224, 224)  # for modules that do not say theirs
@@ -82,7 +81,7 @@ def build(name: str, spec: str, options: Options) -> Backbone:
         raise ConfigError(f"hub:{spec} is a RADIO model, which takes its checkpoint as ?version=FILE, not as weights")
     if options.weights is not None:
         path = find_weights(options.weights, ("model.safetensors", "model.pth"))
-        fill(model, read_state(path), f"{path} is not a checkpoint of hub:{spec}")
+        fill(model, read_state_dict(path), f"{path} is not a checkpoint of hub:{spec}")
     if is_radio:
         return RadioBackbone(name, model, options)
     # Transformers of timm share some of these methods.
@@ -241,7 +240,7 @@ def _self_test(backbone: Backbone) -> None:
 
 
 def _whitening_of(name: str, conditioner: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of a conditioner that whitens each channel; what it makes of 0 and 1 says both."""
+    """Mean and standard deviation of a conditioner that whitens each channel; computed from its results for 0 and 1."""
     exact = copy.deepcopy(conditioner).double()
     pixels = torch.linspace(0, 1, 48, dtype=torch.float64).reshape(1, 3, 4, 4)
     with torch.no_grad():
@@ -302,7 +301,7 @@ def _load(name: str, repository: str, folder: Path | None, entry: str, arguments
 def _explained(
     name: str, repository: str, folder: Path | None, entry: str, arguments: dict[str, Any]
 ) -> Iterator[None]:
-    """Errors of foreign code as ours, with what to do."""
+    """Turn errors of foreign code into errors of the package, with the remedy."""
     try:
         yield
     except ImportError as error:

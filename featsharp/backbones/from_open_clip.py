@@ -35,7 +35,6 @@ from featsharp.backbones.loading import (
     cannot_fetch,
     fill,
     find_weights,
-    first_line,
     import_optional,
     seeded_weights,
     square_patch,
@@ -43,7 +42,7 @@ from featsharp.backbones.loading import (
 )
 from featsharp.backbones.options import Options
 from featsharp.backbones.preprocessing import choose_whitening
-from featsharp.errors import CheckpointError, ConfigError, unknown_name
+from featsharp.errors import CheckpointError, ConfigError, first_line, unknown_name
 from featsharp.ops.resize import size_of
 
 INSTALL_OPEN_CLIP = 'pip install "featsharp[open_clip]"'
@@ -81,10 +80,10 @@ def build(name: str, spec: str, options: Options) -> Backbone:
         MissingDependencyError: When open_clip or the weights are absent and the weights cannot be fetched.
     """
     open_clip = import_optional("open_clip", f"backbone {name!r}", INSTALL_OPEN_CLIP)
-    source = _find(open_clip, name, spec, options)
+    source = find_source(open_clip, name, spec, options)
     model = _build(open_clip, source)
     if options.pretrained:
-        _load_visual(model, source.weights or _download(open_clip, name, spec, tag=source.tag), spec)
+        _load_visual(model, source.weights or download_file(open_clip, name, spec, tag=source.tag), spec)
     usual = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     config = {key: source.preprocess.get(key) or value for key, value in usual.items()}
     whitening = choose_whitening(options, config, f"preprocess_cfg of {source.place}")
@@ -371,12 +370,14 @@ def resample_positions(table: Tensor, native: tuple[int, int], grid: tuple[int, 
     return torch.cat([table[:1], cells[0].flatten(1).T.to(table.dtype)])
 
 
-def _find(open_clip: Any, name: str, spec: str, options: Options) -> Source:
+def find_source(open_clip: Any, name: str, spec: str, options: Options) -> Source:
     """The source that ``spec`` and the option ``weights`` mean."""
     folder = Path(spec.removeprefix(DIRECTORY)).expanduser()
     files = (open_clip.constants.HF_SAFE_WEIGHTS_NAME, open_clip.constants.HF_WEIGHTS_NAME)
     if spec.startswith(HUB):  # its files lie in one local directory once fetched
-        source = _from_directory(open_clip, _download(open_clip, name, spec, open_clip.constants.HF_CONFIG_NAME).parent)
+        source = _from_directory(
+            open_clip, download_file(open_clip, name, spec, open_clip.constants.HF_CONFIG_NAME).parent
+        )
     elif folder.is_dir():
         source = _from_directory(open_clip, folder)
         if options.pretrained and options.weights is None:
@@ -429,7 +430,7 @@ def _from_directory(open_clip: Any, folder: Path) -> Source:
     return source
 
 
-def _download(
+def download_file(
     open_clip: Any, name: str, spec: str, file: str | None = None, tag: Mapping[str, Any] | None = None
 ) -> Path:
     """A file on this machine, the checkpoint for None, fetched by open_clip if it is not there yet."""

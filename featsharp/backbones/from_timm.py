@@ -33,16 +33,14 @@ from featsharp.backbones.loading import (
     call_leaving_out,
     cannot_fetch,
     find_weights,
-    first_line,
     import_optional,
     seeded_weights,
-    shorten,
     square_patch,
     whole_patches,
 )
 from featsharp.backbones.options import DEFAULTS, Facet, Options
 from featsharp.backbones.preprocessing import choose_whitening
-from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError
+from featsharp.errors import BackboneMismatchError, CheckpointError, ConfigError, first_line, shorten
 
 INSTALL_TIMM = 'pip install "featsharp[timm]"'
 # As timm looks for them in a directory of its own.

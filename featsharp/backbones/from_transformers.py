@@ -23,18 +23,16 @@ from featsharp.backbones.loading import (
     call_leaving_out,
     cannot_fetch,
     check_version,
-    first_line,
     import_optional,
     pair,
-    read_state,
     seeded_weights,
-    shorten,
     square_patch,
     whole_patches,
 )
 from featsharp.backbones.options import Options
 from featsharp.backbones.preprocessing import quiet, read_image_processor
-from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError
+from featsharp.checkpoint import read_state_dict
+from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError, first_line, shorten
 from featsharp.ops.resize import size_of
 
 INSTALL_HF = 'pip install "featsharp[hf]"'
@@ -460,7 +458,7 @@ def _load(kind: Any, name: str, place: str, config: Any, arguments: dict[str, An
     """
     file = os.path.isfile(place)
     if file:
-        arguments = {**arguments, "state_dict": read_state(place)}
+        arguments = {**arguments, "state_dict": read_state_dict(place)}
     try:
         model, report = call_leaving_out(
             kind.from_pretrained,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.backbones.base import Backbone
-from featsharp.checkpoint import read_tensors
-from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError
+from featsharp.checkpoint import describe_mismatch
+from featsharp.errors import CheckpointError, ConfigError, MissingDependencyError, first_line
 from featsharp.files import list_files
 
 Made = TypeVar("Made")
@@ -80,27 +80,6 @@ def find_weights(place: str, names: Sequence[str]) -> Path:
     return others[0]
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict, alone in its file or under ``state_dict``, ``model`` or ``teacher``.
-
-    Raises:
-        CheckpointError: For a file that cannot be read, or holds something else.
-    """
-    try:
-        if str(path).endswith(".safetensors"):
-            state: Any = read_tensors(path)[0]
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever reading a foreign file raises, the message has to name it
-        raise CheckpointError(f"{path} cannot be read as a state dict ({first_line(error)})") from error
-    for key in ("state_dict", "model", "teacher"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} holds no state dict")
-    return state
-
-
 def fill(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load ``state`` into ``module``, which it has to fill exactly.
 
@@ -112,15 +91,8 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     Raises:
         CheckpointError: With the names that are missing, that the module does not have, or of another shape.
     """
-    wanted = module.state_dict()
-    wrong = {
-        "missing": wanted.keys() - state.keys(),
-        "not in the model": state.keys() - wanted.keys(),
-        "of another shape": {key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape},
-    }
-    if any(wrong.values()):
-        lists = "; ".join(f"{what}: {shorten(sorted(keys))}" for what, keys in wrong.items() if keys)
-        raise CheckpointError(f"{source}; {lists}")
+    if problems := describe_mismatch(state, module.state_dict()):
+        raise CheckpointError(f"{source}: it {problems}")
     module.load_state_dict(state, strict=True)
 
 
@@ -173,14 +145,3 @@ def square_patch(name: str, size: Any) -> int:
     if height != width:
         raise ConfigError(f"backbone {name!r} has {height}x{width} patches; only square ones work")
     return int(height)
-
-
-def first_line(error: BaseException) -> str:
-    """First line of a foreign error, for a message of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def shorten(texts: Collection[str], separator: str = ", ", shown: int = 5) -> str:
-    """The first of many texts in one line, with how many more there are."""
-    more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
-    return separator.join(list(texts)[:shown]) + more if texts else "none"

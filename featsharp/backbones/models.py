@@ -7,6 +7,7 @@ descriptions repeat some for the reader and are tested against it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ class Family:
             which ``build`` reads from the name.
         weight_files: Any one of these is a whole set of weights in a repository of the Hugging Face hub.
         weight_indexes: Files there that list others, which together are one.
+        repository: Name of the repository there for a MODEL; None where the name does not say it.
+        has_weights: Whether the weights of a MODEL are on this machine, for families that keep them elsewhere; None
+            where only building it can tell.
+        runs_code: Whether building a model runs code of its repository.
     """
 
     build: "str | Callable[[str, str, Options], Backbone]"
@@ -35,6 +40,9 @@ class Family:
     options: tuple[str, ...] | None = ()
     weight_files: tuple[str, ...] = ()
     weight_indexes: tuple[str, ...] = ()
+    repository: Callable[[str], str | None] = lambda model: model
+    has_weights: Callable[[str], bool | None] | None = None
+    runs_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,26 @@ class Model:
     build: "str | Callable[[], Backbone]" = ""
 
 
+def _timm_repository(model: str) -> str | None:
+    """MODEL.TAG is in a repository of that name."""
+    return f"timm/{model}" if "." in model else None
+
+
+def _open_clip_repository(model: str) -> str | None:
+    return model.removeprefix("hf-hub:") if model.startswith("hf-hub:") else None
+
+
+def _in_torch_hub(entry: str) -> bool | None:
+    """Return False without the code of the repository, which names the files of its weights; None with it."""
+    from torch.hub import get_dir
+
+    if Path(entry).parent.exists():
+        return None
+    owner, _, rest = entry.partition("/")
+    folder = f"{owner}_{rest.partition('/')[0].partition(':')[0]}_*"
+    return None if any(Path(get_dir()).glob(folder)) else False
+
+
 _INNER = ("layer", "facet", "summary", "pretrained", "img_size", "weights")
 
 FAMILIES: dict[str, Family] = {
@@ -76,6 +104,8 @@ FAMILIES: dict[str, Family] = {
         "hub:OWNER/REPO[:REF]/ENTRY",
         "a module of a torch.hub repository, or hub:DIR/ENTRY",
         (*_INNER, "mean", "std", "trust", "version", "adaptor_names"),
+        has_weights=_in_torch_hub,
+        runs_code=True,
     ),
     "open_clip": Family(
         "featsharp.backbones.from_open_clip:build",
@@ -83,6 +113,7 @@ FAMILIES: dict[str, Family] = {
         "any CLIP-type model of open_clip, or a local directory of one",
         (*_INNER, "project"),
         ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+        repository=_open_clip_repository,
     ),
     "student": Family(
         "featsharp.backbones.student:build",
@@ -95,6 +126,7 @@ FAMILIES: dict[str, Family] = {
         "any vision transformer or CNN of timm, or timm:DIR with its config and weights",
         (*_INNER, "mean", "std"),
         ("model.safetensors", "pytorch_model.bin"),
+        repository=_timm_repository,
     ),
 }
 

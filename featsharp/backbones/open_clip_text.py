@@ -13,15 +13,15 @@ from torch import Tensor
 
 from featsharp.backbones import resolve_backbone
 from featsharp.backbones.base import Backbone
-from featsharp.backbones.from_open_clip import DIRECTORY, INSTALL_OPEN_CLIP, _download, _find
-from featsharp.backbones.loading import first_line, import_optional, seeded_weights
+from featsharp.backbones.from_open_clip import DIRECTORY, INSTALL_OPEN_CLIP, download_file, find_source
+from featsharp.backbones.loading import import_optional, seeded_weights
 from featsharp.backbones.options import Options
-from featsharp.errors import ConfigError, InputError, MissingDependencyError
+from featsharp.errors import ConfigError, InputError, MissingDependencyError, first_line
 from featsharp.names import parse_backbone
 
 
 def project_to_text(backbone: str) -> str:
-    """Add to the name of an open_clip backbone, unless it says otherwise, that features are in the space of text."""
+    """Add ``project=true``, features in the space of text, to the name of an open_clip backbone without that option."""
     name = resolve_backbone(backbone)
     if name.prefix != "open_clip" or "project" in name.options:
         return backbone
@@ -54,7 +54,7 @@ class TextTower:
             )
         open_clip = import_optional("open_clip", f"the text of {backbone.name!r}", INSTALL_OPEN_CLIP)
         spec = name.model.partition(":")[2]
-        source = _find(open_clip, backbone.name, spec, options)
+        source = find_source(open_clip, backbone.name, spec, options)
         local = source.place not in ("open_clip",) and not spec.startswith(("hf-hub:", DIRECTORY))
         model_name = f"{DIRECTORY}{spec}" if local else spec if ":" in spec else spec.partition("/")[0]
         try:
@@ -72,7 +72,7 @@ class TextTower:
                 force_quick_gelu=bool((source.tag or {}).get("quick_gelu", False)),
             )
         if options.pretrained:
-            weights = source.weights or _download(open_clip, backbone.name, spec, tag=source.tag)
+            weights = source.weights or download_file(open_clip, backbone.name, spec, tag=source.tag)
             open_clip.load_checkpoint(self._model, str(weights))
         self._model.visual = None
         self._model.eval()

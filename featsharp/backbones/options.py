@@ -1,6 +1,5 @@
-"""Options of a backbone: arguments of ``create_backbone``, or ``?key=value`` in a name; one table says their values."""
+"""Options of a backbone: arguments of ``create_backbone``, or ``?key=value`` in a name; one table has their values."""
 
-import math
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,10 +9,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from featsharp.errors import ConfigError, unknown_name
+from featsharp.layers.input_conditioner import Whitening, three_numbers
 
 Facet = Literal["token", "query", "key", "value"]
 Summary = Literal["default", "cls", "pool", "projected", "mean", "none"]
-Triple = tuple[float, float, float]
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Those of every backbone, whatever its library.
@@ -53,8 +52,8 @@ class Options:
     pretrained: bool = True
     img_size: tuple[int, int] | None = None
     weights: str | None = None
-    mean: Triple | None = None
-    std: Triple | None = None
+    mean: Whitening | None = None
+    std: Whitening | None = None
     trust: bool = False
     version: str | None = None
     adaptor_names: tuple[str, ...] = ()
@@ -95,7 +94,7 @@ def parse_options(model: str, texts: Mapping[str, str], supported: Collection[st
     return options
 
 
-def parse_whitening(option: str, values: Any) -> Triple:
+def parse_whitening(option: str, values: Any) -> Whitening:
     """Mean or standard deviation of the three channels.
 
     Args:
@@ -107,19 +106,15 @@ def parse_whitening(option: str, values: Any) -> Triple:
         ConfigError: For another count, numbers that are not finite, and a standard deviation that is not above zero.
     """
     parts = values.split(",") if isinstance(values, str) else values
-    try:
-        numbers = [float(part) for part in (parts if isinstance(parts, list | tuple) else [parts])]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) == 1:
-        numbers *= 3
+    parts = parts if isinstance(parts, list | tuple) else [parts]
     positive = option.endswith("std")
-    if len(numbers) != 3 or not all(math.isfinite(n) and (n > 0 or not positive) for n in numbers):
+    numbers = three_numbers(3 * parts if len(parts) == 1 else parts, positive=positive)
+    if numbers is None:
         raise ConfigError(
             f"option {option} is a number or three with commas, finite{' and above 0' if positive else ''}, such as "
             f"0.5,0.5,0.5; got {values!r}"
         )
-    return numbers[0], numbers[1], numbers[2]
+    return numbers
 
 
 def _parse_flag(option: str, text: str) -> bool:

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from featsharp.backbones.base import IMAGENET_MEAN, IMAGENET_STD
-from featsharp.backbones.loading import first_line, pair
+from featsharp.backbones.loading import pair
 from featsharp.backbones.options import Options, parse_whitening
-from featsharp.errors import ConfigError
+from featsharp.errors import ConfigError, first_line
 
 
 def choose_whitening(options: Options, config: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def read_image_processor(name: str, place: str, options: Options) -> tuple[dict[
 
 
 def _processor_whitening(config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation of pixels in [0, 1]; None where the processor does not say them."""
+    """Mean and standard deviation of pixels in [0, 1]; None where the processor has none."""
     whitens = config.get("do_normalize", "image_mean" in config)
     if not config or (whitens and not ("image_mean" in config and "image_std" in config)):
         return None

@@ -127,9 +127,9 @@ def measure_cost(encoder: SharpEncoder, *, repeat: int = 2) -> dict[str, float]:
     }
     operations: list[int] = []
 
-    def encode(images: Tensor, **options: int) -> BackboneOutput:
+    def encode(images: Tensor, *, patch_stride: int | None = None) -> BackboneOutput:
         with counting() as counter:  # of a real run: views compute their matrices from values
-            out = encoder.encode(images, **options)
+            out = encoder.encode(images, patch_stride=patch_stride)
         operations.append(counter.flops.get_total_flops())
         return out
 

@@ -42,8 +42,8 @@ class FlopsTask(CurvesTask):
         Returns:
             "rows", one per curve and factor: "cells" of the result, "passes" through the backbone, operations of the
             "backbone", the "upsampler" with its "normalizer" and in "total", their ratio to one pass at the native
-            size, "relative", the operators "uncounted", "options" of the upsampler and "key" of the encoder's content.
-            "skipped": points that could not be counted, with the reason.
+            size, "relative", the operators "uncounted", given "options" of the upsampler and "key" of the encoder's
+            content. "skipped": points that could not be counted, with the reason.
         """
         backbone = create_backbone(self.backbone)
         backbone.autocast_dtype = dtype

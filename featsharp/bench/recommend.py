@@ -21,13 +21,13 @@ from featsharp.backbones import create_backbone
 from featsharp.backbones.base import Backbone
 from featsharp.bench.choice import read_measured
 from featsharp.bench.measure import describe_noise, find_failure, measure_memory, noise, time_interleaved
-from featsharp.bench.workloads import build_encoder, label_files, needs_function, needs_training, shipped_weights
+from featsharp.bench.workloads import build_encoder, needs_function, needs_training, shipped_weights
 from featsharp.builder import load_from_file
 from featsharp.data import open_source
 from featsharp.errors import ConfigError, FeatSharpError
 from featsharp.memory import format_memory, parse_memory
 from featsharp.model import SharpEncoder
-from featsharp.names import dtype_name
+from featsharp.names import dtype_name, label_encoders, parse_upsampler
 from featsharp.settings import PlainTask, Quality, setting
 from featsharp.terminal import align, with_progress
 from featsharp.upsamplers import UPSAMPLERS
@@ -178,14 +178,15 @@ class RecommendTask(PlainTask):
     def _candidates(self, backbone: Backbone) -> dict[str, tuple[str, Callable[[], SharpEncoder]]]:
         """List kind and builder by name: upsamplers, shipped weights, checkpoints."""
         candidates: dict[str, tuple[str, Callable[[], SharpEncoder]]] = {}
-        names = (resolve_upsampler(text, self.factor)[0] for text in self.upsampler or UPSAMPLERS.names())
-        for name in sorted(names):
-            if not needs_function(name) and (self.factor == 1 or default_factor(name) != 1):
+        for text in sorted(self.upsampler or UPSAMPLERS.names()):
+            name, _, options = resolve_upsampler(text, self.factor)
+            if (options or not needs_function(name)) and (self.factor == 1 or default_factor(name) != 1):
                 kind = NEEDS_TRAINING if needs_training(name) else READY
-                candidates[name] = kind, partial(build_encoder, backbone, name, self.factor)
+                label = parse_upsampler(text, UPSAMPLERS).curve
+                candidates[label] = kind, partial(build_encoder, backbone, label, self.factor)
         for name in shipped_weights(self.backbone, self.factor):
             candidates[name] = SHIPPED, partial(load_from_file, name, featurizer=backbone)
-        for name, path in label_files(self.checkpoint or ()).items():
+        for name, path in label_encoders(self.checkpoint or ()).items():
             if name in candidates:
                 raise ConfigError(f"two candidates are called {name!r}; name the checkpoint: LABEL={path}")
             candidates[name] = CHECKPOINT, partial(load_from_file, path, featurizer=backbone)

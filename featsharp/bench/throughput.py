@@ -54,7 +54,7 @@ class ThroughputTask(CurvesTask):
             "rows", one per curve and factor: "cells" of the result and "passes" through the backbone per image;
             "time", milliseconds of a batch with quartiles and runs; "ms_per_image", "us_per_token" (microseconds per
             cell), "linear_ms_per_image"; "backbone_ms_per_image", of its backbone passes alone; "peak_bytes" of a batch
-            beside weights and input; "normalizer" and "options" of the upsampler, "key" of the encoder's content.
+            beside weights and input; "normalizer" and given "options" of the upsampler, "key" of the encoder's content.
             "skipped": points that could not be measured, with the reason. And the settings of the measurement.
 
         Raises:

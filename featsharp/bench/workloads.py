@@ -12,7 +12,6 @@ All make the same number of cells at a factor, factor x the tokens of the native
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -21,13 +20,13 @@ from torch import Tensor
 from featsharp.backbones.base import Backbone
 from featsharp.builder import SharpEncoder, content_key, create_encoder, load_from_file
 from featsharp.errors import ConfigError, FeatSharpError
-from featsharp.names import is_function_name, parse_upsampler, plain_value, split_label
+from featsharp.names import is_function_name, label_encoders, parse_upsampler, plain_value
 from featsharp.normalizers import FeatureStatistics
 from featsharp.ops.tiling import window_starts
 from featsharp.settings import PlainTask, setting
 from featsharp.upsamplers import UPSAMPLERS
 from featsharp.upsamplers.base import check_factor, scale_length
-from featsharp.upsamplers.registration import default_factor, default_options, read_trait
+from featsharp.upsamplers.registration import default_factor, read_trait, resolve_upsampler
 from featsharp.weights import list_weights
 
 DIRECT, PASSES = "direct", "passes"
@@ -65,7 +64,7 @@ class CurvesTask(PlainTask):
 class Workload:
     """A point of a curve, not yet measured."""
 
-    curve: str  # DIRECT, PASSES, the name of an upsampler or the label of a checkpoint
+    curve: str  # DIRECT, PASSES, the name of an upsampler with its options, or the label of a checkpoint
     factor: float
     module: Backbone | SharpEncoder
     input_shape: tuple[int, ...]  # [B, 3, H, W] of the images
@@ -80,12 +79,11 @@ class Workload:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Entries of a result: "normalizer", all "options" of the upsampler, "key"; None of a backbone alone."""
+        """Entries of a result: "normalizer", given "options" of the upsampler, "key"; None of a backbone alone."""
         if isinstance(self.module, Backbone):
             return {"normalizer": None, "options": None, "key": None}
         recipe = self.module.recipe
-        options = plain_value(default_options(recipe["upsampler"]) | recipe["options"])
-        return {"normalizer": recipe["normalizer"], "options": options, "key": self.key}
+        return {"normalizer": recipe["normalizer"], "options": plain_value(recipe["options"]), "key": self.key}
 
 
 def list_workloads(
@@ -102,8 +100,8 @@ def list_workloads(
 
     Args:
         backbone: Shared by all.
-        curves: :data:`DIRECT`, :data:`PASSES`, names of upsamplers, ``module:function`` for a custom one; each measured
-            at ``factors``, or with -FACTORx after its name at that one.
+        curves: :data:`DIRECT`, :data:`PASSES`, names of upsamplers, also with options, ``module:function`` for a custom
+            one; each measured at ``factors``, or with -FACTORx after its name at that one.
         factors: In each direction; checkpoints have their own.
         device: Of backbone and encoders.
         checkpoints: ``[LABEL=]FILE`` each, trained for that backbone.
@@ -115,17 +113,17 @@ def list_workloads(
         CheckpointError: For a file that cannot be read, or was trained for another backbone.
     """
     named = [parse_upsampler(curve, UPSAMPLERS) for curve in curves]
-    curves = [name for name, _ in named]
+    curves = [one.curve for one in named]
     at = [
-        (name, check_factor(f, "any", "a curve of cost"))
-        for name, fixed in named
-        for f in ([fixed] if fixed else factors)
+        (one.curve, check_factor(f, "any", "a curve of cost"))
+        for one in named
+        for f in ([one.factor] if one.factor else factors)
     ]
-    for name in curves:
+    for name, _, _ in named:
         if not is_function_name(name) and name not in (DIRECT, PASSES):
             UPSAMPLERS[name]  # unknown ones are refused before anything is measured
     points, skipped = [], []
-    for label, path in label_files(checkpoints).items():
+    for label, path in label_encoders(checkpoints).items():
         if label in curves:
             raise ConfigError(f"two curves are called {label!r}; name the checkpoint: LABEL={path}")
         encoder = load_from_file(path, featurizer=backbone).to(device)
@@ -162,12 +160,11 @@ def build_encoder(
 
     Args:
         backbone: Name or object.
-        upsampler: Name, or ``module:function`` for a custom one.
+        upsampler: Name, also with options, or ``module:function`` for a custom one.
         factor: In each direction.
         normalizer: Name; None: PHI-S, the default of training, for a trainable upsampler, otherwise none.
     """
-    options = {"function": upsampler} if is_function_name(upsampler) else {}
-    name = "custom" if options else upsampler
+    name, factor, options = resolve_upsampler(upsampler, factor)
     if normalizer is None:
         normalizer = TRAINING_NORMALIZER if needs_training(name) else "none"
     encoder = create_encoder(backbone, name, factor, upsampler_options=options, normalizer=normalizer)
@@ -218,32 +215,6 @@ def backbone_passes(backbone: Backbone, function: Callable[[], object]) -> list[
     finally:
         hook.remove()
     return batches
-
-
-def label_files(texts: Sequence[str]) -> dict[str, str]:
-    """Label files: by the label of ``LABEL=FILE``, else the shortest end of the path that no other file has.
-
-    Shipped weights have their whole name.
-
-    Raises:
-        ConfigError: For two files of one label.
-    """
-    labels, paths = zip(*map(split_label, texts), strict=True) if texts else ((), ())
-    parts = [Path(path).parts for path in paths]
-    files: dict[str, str] = {}
-    for index, (label, path) in enumerate(zip(labels, paths, strict=True)):
-        others = [other for i, other in enumerate(parts) if i != index and not labels[i]]
-        name = label or (path if path in list_weights() else _shortest_end(parts[index], others))
-        if name in files:
-            raise ConfigError(f"two files are called {name!r}; name them apart: LABEL={path}")
-        files[name] = path
-    return files
-
-
-def _shortest_end(parts: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
-    """Return the fewest last parts of a path that distinguish it from the others; all where none do."""
-    count = next((n for n in range(1, len(parts)) if all(parts[-n:] != other[-n:] for other in others)), len(parts))
-    return PurePath(*parts[-count:]).as_posix()
 
 
 def _backbone_workload(backbone: Backbone, curve: str, factor: float, batch_size: int) -> Workload:

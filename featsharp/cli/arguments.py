@@ -8,25 +8,21 @@ from pathlib import Path
 
 from featsharp.errors import ConfigError, DataError, missing_checkpoint
 from featsharp.files import check_writable
+from featsharp.names import CHECKPOINT_ENDINGS
+from featsharp.settings import DEFAULT_BACKBONE, add_backbone, add_device, add_encoders
 
-# The backbone that works without a model hub.
-DEFAULT_BACKBONE = "vits14-focus"
-CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors")
-
-
-def add_backbone(parser: argparse.ArgumentParser, text: str = "default: the checkpoint's own") -> None:
-    """Add the flags --backbone and --allow-functions of everything that loads encoders."""
-    parser.add_argument("--backbone", help=f"name of the backbone; {text}")
-    parser.add_argument(
-        "--allow-functions",
-        action="store_true",
-        help="let the checkpoint import functions that it names; runs their code",
-    )
-
-
-def add_device(parser: argparse.ArgumentParser, text: str = "auto, cpu, cuda, mps, ...") -> None:
-    """Add the flag --device."""
-    parser.add_argument("--device", default="auto", help=text)
+__all__ = [
+    "CHECKPOINT_ENDINGS",
+    "DEFAULT_BACKBONE",
+    "add_backbone",
+    "add_device",
+    "add_encoders",
+    "check_inputs",
+    "check_result",
+    "parse_count",
+    "parse_size",
+    "protect_files",
+]
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -16,15 +16,22 @@ import importlib
 import inspect
 import json
 import math
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from featsharp.cli.arguments import DEFAULT_BACKBONE, add_backbone, add_device, check_result, parse_count, parse_size
+from featsharp.cli.arguments import (
+    DEFAULT_BACKBONE,
+    add_backbone,
+    add_device,
+    add_encoders,
+    check_result,
+    parse_count,
+    parse_size,
+)
 from featsharp.errors import ConfigError
-from featsharp.names import readable, split_label
+from featsharp.names import label_encoders
 from featsharp.settings import setting_fields, settings_of
 from featsharp.terminal import say
 
@@ -224,7 +231,6 @@ def find_subjects(
     arguments: argparse.Namespace, device: "torch.device", dtype: "torch.dtype | None"
 ) -> "list[Subject]":
     """List the encoders of a command, without loading them."""
-    subjects: dict[str, Subject] = {}
     wanted = [(text, False) for text in arguments.checkpoint or []] + [(t, True) for t in arguments.upsampler or []]
     if not wanted and arguments.task == "pareto":
         from featsharp.bench.workloads import list_ready
@@ -232,13 +238,11 @@ def find_subjects(
         wanted = [(name, True) for name in list_ready(arguments.backbone or DEFAULT_BACKBONE)]
     if not wanted:
         raise ConfigError("which encoders? Give --checkpoint FILE ... or --upsampler NAME-FACTORx ..., or both")
-    for text, free in wanted:
-        label, name = split_label(text)
-        label = label or (name if free or not os.path.isfile(name) else readable(Path(name).stem))
-        if label in subjects:
-            raise ConfigError(f"two encoders are called {label!r}; name them: LABEL={name}")
-        subjects[label] = _subject(label, name, arguments, free, device, dtype)
-    return list(subjects.values())
+    labelled = label_encoders([text for text, _ in wanted]).items()
+    return [
+        _subject(label, name, arguments, free, device, dtype)
+        for (label, name), (_, free) in zip(labelled, wanted, strict=True)
+    ]
 
 
 def image_quality(images: Path, limit: int) -> "Callable[[SharpEncoder], dict[str, float]]":
@@ -277,13 +281,7 @@ def load_downsampler(checkpoint: str, encoder: "SharpEncoder") -> "nn.Module | N
 
 
 def _add_encoders(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", nargs="+", metavar="[LABEL=]FILE", help="trained files")
-    parser.add_argument(
-        "--upsampler",
-        nargs="+",
-        metavar="[LABEL=]NAME-FACTORx",
-        help="training-free upsamplers, such as bilinear-2x; implicit-2x?steps=400 is fitted to each picture",
-    )
+    add_encoders(parser)
     add_backbone(parser, "default: the checkpoint's own, else vits14-focus")
 
 

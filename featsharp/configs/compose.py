@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,8 @@ from importlib.resources import files
 from typing import Any, TypeVar
 
 from featsharp.backbones.models import MODELS
-from featsharp.errors import ConfigError, MissingDependencyError, unknown_name
-from featsharp.names import parse_upsampler
+from featsharp.errors import ConfigError, MissingDependencyError, first_line, unknown_name
+from featsharp.names import UpsamplerName, parse_upsampler
 from featsharp.training.config import LoopConfig, RunConfig, check_values, flatten
 from featsharp.training.distillation import DistillConfig
 from featsharp.training.objectives import OBJECTIVES, ObjectiveConfig, config_type
@@ -93,7 +94,7 @@ def options_of(group: str) -> dict[str, str]:
     if group == "model":
         entries = {name: f"{model.description}." for name, model in MODELS.items()}
     elif group == "upsampler":
-        entries = {name: f"{UPSAMPLERS[name].description}." for name in UPSAMPLERS.names()}
+        entries = {name: f"{UPSAMPLERS[name].description}." for name in UPSAMPLERS}
     folder = files("featsharp.configs").joinpath(group)
     for file in folder.iterdir() if folder.is_dir() else ():
         if file.name.endswith(".yaml"):
@@ -125,11 +126,16 @@ def _quote_texts(overrides: Sequence[str], kind: type[LoopConfig]) -> list[str]:
             except HydraException:
                 wrong = True
             if wrong:
-                # Backslashes count only before a quote.
-                escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), value)
-                override = f"{key}='{escaped}'"
+                override = f"{key}={_quote(value)}"
         quoted.append(override)
     return quoted
+
+
+def _quote(text: str) -> str:
+    """Quote a text for Hydra's grammar."""
+    # Backslashes count only before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), text)
+    return f"'{escaped}'"
 
 
 def _check_overrides(overrides: Sequence[str], kind: type[LoopConfig]) -> None:
@@ -140,7 +146,7 @@ def _check_overrides(overrides: Sequence[str], kind: type[LoopConfig]) -> None:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except (HydraException, RecursionError) as error:
         raise ConfigError(
-            f"cannot read the overrides: {str(error).splitlines()[0]}; write key=value, and values that have any of "
+            f"cannot read the overrides: {first_line(error)}; write key=value, and values that have any of "
             "= { } , in quotes of their own: \"key='value'\""
         ) from error
     keys, groups = _key_types(kind), DEFAULTS[kind][1]
@@ -175,8 +181,9 @@ def _store_names() -> None:
 
 
 def _expand_groups(overrides: Sequence[str]) -> list[str]:
-    """Write the factor of ``upsampler=NAME-FACTORx`` as its key, and ``GROUP=NAME`` with the "+" that Hydra needs."""
-    given = next((text.partition("=")[2] for text in overrides if text.startswith("upsampler.factor=")), None)
+    """Write factor and options of ``upsampler=NAME-FACTORx?key=value`` as keys, ``GROUP=NAME`` with Hydra's "+"."""
+    values = {key.lstrip("+"): value for key, _, value in (text.partition("=") for text in overrides)}
+    given = values.get("upsampler.factor")
     appended = {group for group in NAMED if any(text.startswith((f"+{group}=", f"++{group}=")) for text in overrides)}
     expanded: list[str] = []
     for override in overrides:
@@ -185,7 +192,7 @@ def _expand_groups(overrides: Sequence[str]) -> list[str]:
         if group not in NAMED:
             expanded.append(override)
             continue
-        name, factor = (value, None) if group == "model" else parse_upsampler(value, options_of(group))
+        name, factor, options = UpsamplerName(value) if group == "model" else parse_upsampler(value, options_of(group))
         # A name without "+" replaces one that has it.
         expanded.append(f"{group}={name}" if key == group and group in appended else f"+{group}={name}")
         appended.add(group)
@@ -193,6 +200,11 @@ def _expand_groups(overrides: Sequence[str]) -> list[str]:
             expanded.append(f"++upsampler.factor={factor:.15g}")
             if given not in (None, f"{factor:g}", str(factor)):
                 raise ConfigError(f"{override} and upsampler.factor={given} differ; give one factor")
+        for option, one in options.items():
+            at = f"upsampler.options.{option}"
+            if at in values:
+                raise ConfigError(f"{override} and {at}={values[at]} give one option twice; give it once")
+            expanded.append(f"++{at}={_quote(one) if isinstance(one, str) else json.dumps(one)}")
     return expanded
 
 
@@ -228,7 +240,7 @@ def _key_types(schema: Any, prefix: str = "") -> dict[str, Any]:
         if dataclasses.is_dataclass(field.type):
             types |= _key_types(field.type, f"{prefix}{field.name}.")
     if schema is RunConfig:
-        for name in OBJECTIVES.names():
+        for name in OBJECTIVES:
             types |= _key_types(config_type(name), "objective.")
     return types
 

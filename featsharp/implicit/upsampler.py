@@ -12,7 +12,7 @@ from featsharp.backbones.base import Backbone
 from featsharp.builder import SharpEncoder, create_encoder, load_from_file
 from featsharp.errors import ConfigError
 from featsharp.implicit.fit import FitConfig, Fitter
-from featsharp.names import parse_upsampler, split_options
+from featsharp.names import parse_upsampler
 from featsharp.ops.resize import resize
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
 
@@ -68,17 +68,17 @@ def load_encoder(
     Raises:
         ConfigError: For options that a fit does not have, and an implicit encoder without a backbone.
     """
-    text, options = split_options(str(path)) if not Path(path).exists() else (str(path), {})
-    name, factor = parse_upsampler(text)
-    if name != NAME or Path(path).exists():
+    given = None if Path(path).exists() else parse_upsampler(str(path))
+    if given is None or given.name != NAME:
         return load_from_file(path, featurizer=featurizer, allow_functions=allow_functions)
     if featurizer is None:
         raise ConfigError(f"{path} is fitted to each picture; give it a backbone: --backbone vits14-focus")
     backbone = create_backbone(featurizer)
+    options = dict(given.options)
     steps = options.pop("steps", 400)
     try:
         config = FitConfig(**options)
     except TypeError as error:
         known = ", ".join(("steps", *FitConfig.__dataclass_fields__))
         raise ConfigError(f"{path}: {error}; a fit has {known}") from error
-    return create_encoder(backbone, Implicit(backbone, factor or 2, steps, config)).requires_grad_(False)
+    return create_encoder(backbone, Implicit(backbone, given.factor or 2, steps, config)).requires_grad_(False)

@@ -1,7 +1,8 @@
 """Whitening of pixels, the first step of every encoder."""
 
+import math
 import warnings
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,30 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Whitening = tuple[float, ...]
 
 
-def check_whitening(mean: Sequence[float], std: Sequence[float]) -> tuple[Whitening, Whitening]:
-    """Return mean and deviation as tuples; raise ConfigError unless they are three numbers each, std above 0."""
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ConfigError(f"mean and std are three numbers each, std above 0; got mean={mean}, std={std}")
-    return tuple(mean), tuple(std)
+def three_numbers(values: Any, *, positive: bool) -> Whitening | None:
+    """Return values as three finite numbers, above 0 where ``positive``; None for others."""
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        return None
+    valid = len(numbers) == 3 and all(math.isfinite(n) and (n > 0 or not positive) for n in numbers)
+    return numbers if valid else None
+
+
+def check_whitening(mean: Any, std: Any, owner: str = "") -> tuple[Whitening, Whitening]:
+    """Return the mean and deviation of pixels in [0, 1] as tuples; ConfigError, with the owner, for other values."""
+    means, deviations = three_numbers(mean, positive=False), three_numbers(std, positive=True)
+    of = f" of {owner}" if owner else ""
+    if means is None or deviations is None:
+        raise ConfigError(
+            f"mean and std{of} are three numbers each, those of std above 0; got mean={mean!r}, std={std!r}"
+        )
+    if max(map(abs, means)) > 1:
+        raise ConfigError(
+            f"mean and std{of} are those of pixels in [0, 1]; got mean={mean!r}, std={std!r}. Divide both by 255 where "
+            "they are for 0..255"
+        )
+    return means, deviations
 
 
 class InputConditioner(nn.Module):

@@ -134,7 +134,7 @@ def pooling_matrix(span: Span, cells: int, size: int) -> "FloatArray":
     """Compute the means over the cells of a view of an axis of the map, read linearly between its centres.
 
     Args:
-        span: What the view shows of the axis, from -1 to 2.
+        span: Part of the axis that the view shows, from -1 to 2.
         cells: Of the view along the axis.
         size: Cells of the map along the axis.
 

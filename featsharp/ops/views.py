@@ -69,7 +69,7 @@ class View:
         Args:
             base: [B, C, H, W]; B divides the number of views.
             size: (h, w) of the result.
-            padding_mode: What lies outside of the base: "reflection", "zeros" or "border".
+            padding_mode: Values outside of the base: "reflection", "zeros" or "border".
 
         Returns:
             [N, C, h, w] in the dtype of ``base``.

@@ -41,7 +41,7 @@ def warp(
         homography: [B, 3, 3], view to base.
         size: (h, w) of the view.
         mode: "bilinear", "bicubic" or "nearest".
-        padding_mode: What lies outside of the base image: "reflection", "zeros" or "border".
+        padding_mode: Values outside of the base image: "reflection", "zeros" or "border".
 
     Returns:
         [B, C, h, w] in the dtype of ``base``.

@@ -82,7 +82,7 @@ class DistillConfig(LoopConfig):
 
     Attributes:
         teachers: A backbone, or a list of them.
-        upsamplers: What ``load_from_file`` takes, "none" for none; one for all teachers, or a list of one for each.
+        upsamplers: Names or files for ``load_from_file``, "none" for none; one for all teachers or one for each.
         factor: Student's grid over that of the low-resolution pass of the teachers.
         spatial_loss: "mse" or "cosine-l1".
         spatial_weight, summary_weight: Of the two losses.

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from featsharp.device import find_device
-from featsharp.errors import DistributedError
+from featsharp.errors import DistributedError, first_line
 from featsharp.normalizers import FeatureStatistics
 
 T = TypeVar("T")
@@ -154,7 +154,7 @@ def run_together(call: Callable[[], object]) -> None:
         if not _lost_another(error):
             raise
         raise DistributedError(
-            f"lost another process of this run ({str(error).splitlines()[0]}); its own error is further up, or in its "
+            f"lost another process of this run ({first_line(error)}); its own error is further up, or in its "
             "own log. One that only took longer needs a larger distributed_timeout"
         ) from error
 

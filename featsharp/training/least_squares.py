@@ -1,4 +1,4 @@
-"""The linear part of FeatSharp in closed form, before (or instead of) training by steps.
+"""The ``linear_weight`` of an upsampler in closed form, before (or instead of) training by steps.
 
 Area pooling and warping are linear and the same for every channel, so the multi-view objective with mean squared errors
 is a linear least-squares problem in the weight that mixes the inputs:
@@ -51,8 +51,8 @@ def check_linear_fit(upsampler: Upsampler, ridge: float) -> Tensor:
     weight = upsampler.linear_weight
     if weight is None:
         raise ConfigError(
-            f"linear_fit is for FeatSharp, whose inputs are mixed linearly; this {type(upsampler).__name__} has no "
-            "such weight; take FeatSharp and use start='mix', or linear_fit.samples=0"
+            f"linear_fit is for upsamplers with a linear_weight, such as learned-views and featsharp with start='mix'; "
+            f"this {type(upsampler).__name__} has none; take one of those, or linear_fit.samples=0"
         )
     if not ridge > 0:
         raise ConfigError(f"linear_fit.ridge must be above 0; got {ridge:g}")
@@ -107,7 +107,7 @@ def fit_linear(
     low_res_size: tuple[int, int],
     world: World,
 ) -> list[tuple[str, str]]:
-    """Fit the linear weight of the encoder's FeatSharp to the samples of an objective, over all processes.
+    """Fit the linear weight of the encoder's upsampler to the samples of an objective, over all processes.
 
     Returns:
         Names of skipped images, and reasons.

@@ -24,7 +24,7 @@ from featsharp.upsamplers import (  # noqa: F401  (registers them)
     uplift,
     views,
 )
-from featsharp.upsamplers.base import Encode, GuidedUpsampler, StridedEncode, UpsampleFeatures, Upsampler
+from featsharp.upsamplers.base import Encode, GuidedUpsampler, UpsampleFeatures, Upsampler
 from featsharp.upsamplers.custom import from_function
 from featsharp.upsamplers.registration import (
     UPSAMPLERS,
@@ -36,7 +36,6 @@ __all__ = [
     "UPSAMPLERS",
     "Encode",
     "GuidedUpsampler",
-    "StridedEncode",
     "UpsampleFeatures",
     "Upsampler",
     "create_upsampler",

@@ -63,6 +63,7 @@ class AnyUp(ChunkedGuidedUpsampler):
     trainable = True
     needs = "image"
     paper = "AnyUp, arXiv 2510.12764"
+    options = ("guidance_scale", "query_padding")
 
     def __init__(
         self,

@@ -32,27 +32,15 @@ class Encode(Protocol):
     """A function from images to features, such as ``SharpEncoder.encode``.
 
     Args:
-        images: [N, 3, h*p, w*p], whitened, patches of p pixels.
+        images: [N, 3, H, W], whitened, whole patches of p pixels.
+        patch_stride: Pixels from token to token, for the upsampler "stride"; None: the patch size.
 
     Returns:
-        Features [N, C, h, w] and the summary [N, C_s], or None where the backbone has none.
+        Features [N, C, h, w], with ``1 + (H - p) // patch_stride`` tokens along an axis of H pixels, and the summary
+        [N, C_s], or None where the backbone has none.
     """
 
-    def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor | None]: ...
-
-
-class StridedEncode(Protocol):
-    """An :class:`Encode` whose patches may overlap, as the upsampler "stride" needs it.
-
-    Args:
-        images: See :class:`Encode`.
-        patch_stride: Pixels from token to token; left out for the patch size.
-
-    Returns:
-        As :class:`Encode`, with ``1 + (H - p) // patch_stride`` tokens along an axis of H pixels.
-    """
-
-    def __call__(self, images: Tensor, /, *, patch_stride: int = ...) -> tuple[Tensor, Tensor | None]: ...
+    def __call__(self, images: Tensor, /, *, patch_stride: int | None = None) -> tuple[Tensor, Tensor | None]: ...
 
 
 class _Features(NamedTuple):
@@ -172,6 +160,9 @@ class Upsampler(nn.Module):
             is added, "no" where the result is regressed.
         paper: Source of the method.
         num_maps: Number of maps of C channels in the result, one after the other on the channel axis.
+        options: Keyword arguments of the class, for messages.
+        backbone_facts: Further ones, "mean", "std", "patch_size" or "flexible", that :func:`create_upsampler` fills in
+            from the backbone's attributes of these names.
         function_options: Options that may name code to be imported, as "module:function".
         presets: Options worth comparing, as names are written with them ("passes=4"), the defaults ("") among them.
         window: Side in cells of the largest window of the method; None without one.
@@ -183,6 +174,8 @@ class Upsampler(nn.Module):
     keeps_space: Literal["yes", "nearly", "no"] = "yes"
     paper: str = ""
     num_maps: int = 1
+    options: tuple[str, ...] = ()
+    backbone_facts: tuple[str, ...] = ()
     function_options: tuple[str, ...] = ()
     presets: tuple[str, ...] = ("",)
     window: int | None = None

@@ -53,6 +53,7 @@ class CARAFE(GuidedUpsampler):
     needs = "nothing"
     keeps_space = "yes"
     paper = "CARAFE, arXiv 1905.02188"
+    options = ("kernel_size", "encoder_kernel", "compressed", "border", "start")
 
     def __init__(
         self,

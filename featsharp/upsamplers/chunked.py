@@ -1,6 +1,6 @@
 """Upsamplers that compute their map chunk by chunk, and the planning that keeps them within a given amount of memory.
 
-A method implements ``prepare_chunks`` of one of the two bases; without a limit the whole map is one chunk. With one,
+A method implements ``prepare_chunks`` and says its ``halo``; without a limit the whole map is one chunk. With one,
 the low-resolution pass comes first, and its memory is that of a pass through the backbone. Then the tiles are encoded,
 as many at a time as fit, into the map that is to be returned, and the upsampler overwrites that map chunk by chunk with
 the result, in chunks as large as fit. The memory of a chunk is predicted from shapes alone (:mod:`featsharp.memory`).
@@ -8,12 +8,14 @@ the result, in chunks as large as fit. The memory of a chunk is predicted from s
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
 
 from featsharp.errors import ConfigError, InputError
-from featsharp.layers.tiles import Process, encode_with_tiles, shrinks, write_tile_map
+from featsharp.layers.tiles import Process, encode_in_batches, encode_with_tiles, shrinks, write_tile_map
 from featsharp.memory import PeakMeter, format_memory, predict, return_freed_memory
 from featsharp.ops.boxes import Box, whole
 from featsharp.ops.resize import resize, size_of
@@ -44,7 +46,7 @@ Allocate = Callable[[Tensor, tuple[int, ...], torch.dtype], Tensor]
 
 
 class ChunkedUpsampler(Upsampler):
-    """Base of methods that can compute their map chunk by chunk; derive from one of its two kinds below.
+    """Base of methods that can compute their map chunk by chunk, such as the two kinds below.
 
     Attributes:
         halo: Cells of the tile map around a chunk, in each direction, that the chunk depends on (0 without tiles). None
@@ -55,54 +57,43 @@ class ChunkedUpsampler(Upsampler):
     halo: int | None = 0
     uses_tiles: bool = False
 
-    def bind_tiles(self, low_res: Tensor, image: Tensor, size: tuple[int, int], read_tiles: ReadTiles) -> ComputeChunk:
-        """Prepare chunks of cells alone, whose tiles are read by ``read_tiles`` where the method uses them."""
-        raise NotImplementedError
-
-    def encode_rest(
-        self,
-        low_res: Tensor,
-        image: Tensor,
-        encode: Encode,
-        low_res_size: tuple[int, int],
-        size: tuple[int, int],
-        batch: int,
-    ) -> Tensor:
-        """Encode what all chunks share beside the low-resolution pass; the result takes the place of ``low_res``.
-
-        Args:
-            low_res: [1, C, h, w].
-            image: [1, 3, height, width], any size.
-            encode: See :class:`Encode`.
-            low_res_size: (h, w) in pixels of the low-resolution pass.
-            size: (H, W) of the whole map.
-            batch: Most images of that size given to ``encode`` at once.
-        """
-        return low_res
-
-    def rest_bytes(self, low_res: Tensor) -> tuple[int, float]:
-        """Predict the bytes that :meth:`encode_rest` takes beside its passes, and its largest pass in small ones."""
-        return 0, 1
-
-
-class ChunkedGuidedUpsampler(ChunkedUpsampler, GuidedUpsampler):
-    """A guided upsampler that works in chunks; subclasses implement ``prepare_chunks`` instead of ``upsample_to``."""
-
-    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
+    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> Callable[..., Tensor]:
         """Compute all that chunks of a map share, and return the function that computes a chunk.
 
         Args:
-            low_res: [B, C, h, w].
+            low_res: [B, C, h, w], or what :meth:`encode_rest` made of it.
             image: [B, 3, height, width], whitened, any size.
             size: (H, W) of the whole map.
 
         Returns:
-            A function of a box of cells that returns their features [B, C, *box.size].
+            A function of a box of cells that returns their features [B, C, *box.size]. That of a
+            :class:`TiledUpsampler` is a function of the box and of the tile map of this box and ``halo`` cells around
+            it, as far as they exist (None for options that use no tiles).
         """
         raise NotImplementedError
 
-    def bind_tiles(self, low_res: Tensor, image: Tensor, size: tuple[int, int], read_tiles: ReadTiles) -> ComputeChunk:
-        return self.prepare_chunks(low_res, image, size)
+    def encode_rest(
+        self, low_res: Tensor, image: Tensor, encode: Encode, low_res_size: tuple[int, int], size: tuple[int, int]
+    ) -> Tensor:
+        """Encode what all chunks share beside the low-resolution pass, for methods with passes that are no tiles.
+
+        Its memory is predicted: shapes must not depend on values.
+
+        Args:
+            low_res: [B, C, h, w].
+            image: [B, 3, height, width], any size.
+            encode: See :class:`Encode`.
+            low_res_size: (h, w) in pixels of the low-resolution pass.
+            size: (H, W) of the whole map.
+
+        Returns:
+            A tensor in place of ``low_res`` for :meth:`prepare_chunks`.
+        """
+        return low_res
+
+
+class ChunkedGuidedUpsampler(ChunkedUpsampler, GuidedUpsampler):
+    """A guided upsampler that works in chunks; subclasses implement ``prepare_chunks`` instead of ``upsample_to``."""
 
     def upsample_to(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         return self.prepare_chunks(features, image, size)(whole(size))
@@ -139,24 +130,6 @@ class TiledUpsampler(ChunkedUpsampler):
             (low_res, summary), tiles = encode(resize(image, low_res_size)), None
         size = self.high_res_grid(low_res, output_size)
         return UpsampleFeatures(low_res, self.fuse(low_res, image, tiles, size), summary)
-
-    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeTiledChunk:
-        """Compute all that chunks of a map share, and return the function that computes a chunk.
-
-        Args:
-            low_res: [B, C, h, w].
-            image: [B, 3, height, width], whitened, any size.
-            size: (H, W) of the whole map.
-
-        Returns:
-            A function of a box of cells and of the tile map of this box and ``halo`` cells around it, as far as they
-            exist (None for options that use no tiles), that returns the features [B, C, *box.size].
-        """
-        raise NotImplementedError
-
-    def bind_tiles(self, low_res: Tensor, image: Tensor, size: tuple[int, int], read_tiles: ReadTiles) -> ComputeChunk:
-        compute = self.prepare_chunks(low_res, image, size)
-        return lambda box: compute(box, read_tiles(box))
 
     def fuse(self, low_res: Tensor, image: Tensor, tiles: Tensor | None, size: tuple[int, int]) -> Tensor:
         """Compute the whole map from low-resolution features and the tile map.
@@ -350,8 +323,8 @@ def upsample_in_chunks(
         if isinstance(upsampler, TiledUpsampler) and upsampler.uses_tiles:
             upsampler.write_tiles(target, one, encode, low_res_size, grid, plan.tile_batch)
             read_tiles = _OverwrittenTiles(target, upsampler.halo or 0, features).read
-        features = upsampler.encode_rest(features, one, encode, low_res_size, size, plan.tile_batch)
-        compute = upsampler.bind_tiles(features, one, size, read_tiles)
+        features = upsampler.encode_rest(features, one, _split_batches(encode, plan.tile_batch), low_res_size, size)
+        compute = _bind_tiles(upsampler, features, one, size, read_tiles)
         for box in _split(size, plan.chunk):
             box.cut(target).copy_(finish(compute(box)))
     some = [summary for summary in summaries if summary is not None]
@@ -369,6 +342,39 @@ def _split(size: tuple[int, int], chunk: tuple[int, int]) -> list[Box]:
 
 def _read_no_tiles(box: Box) -> None:
     return None
+
+
+def _bind_tiles(
+    upsampler: ChunkedUpsampler, low_res: Tensor, image: Tensor, size: tuple[int, int], read_tiles: ReadTiles
+) -> ComputeChunk:
+    """Prepare chunks of cells alone, whose tiles are read by ``read_tiles`` where the method takes them."""
+    compute = upsampler.prepare_chunks(low_res, image, size)
+    return (lambda box: compute(box, read_tiles(box))) if isinstance(upsampler, TiledUpsampler) else compute
+
+
+def _split_batches(encode: Encode, limit: int) -> Encode:
+    """Wrap ``encode`` so that it is given at most ``limit`` images at once."""
+
+    def encode_some(images: Tensor, *, patch_stride: int | None = None) -> tuple[Tensor, Tensor | None]:
+        return encode_in_batches(images, partial(encode, patch_stride=patch_stride), limit)
+
+    return encode_some
+
+
+def _predict_rest(
+    upsampler: ChunkedUpsampler, low_res: Tensor, image: Tensor, low_res_size: tuple[int, int], size: tuple[int, int]
+) -> tuple[int, float]:
+    """Predict the bytes that :meth:`encode_rest` takes beside its passes, and its largest pass in small ones."""
+    patch, largest = low_res_size[0] // low_res.shape[2], 1.0
+
+    def encode(images: Tensor, *, patch_stride: int | None = None) -> tuple[Tensor, None]:
+        nonlocal largest
+        largest = max(largest, prod(size_of(images)) / prod(low_res_size))
+        grid = (1 + (side - patch) // (patch_stride or patch) for side in size_of(images))
+        return images.new_empty(len(images), low_res.shape[1], *grid, dtype=low_res.dtype), None
+
+    taken, _ = predict(upsampler.encode_rest, low_res, image, _split_batches(encode, 1), low_res_size, size)
+    return taken, largest
 
 
 def _make_plan(
@@ -393,7 +399,7 @@ def _make_plan(
     large = size[0] * (low_res_size[0] // grid[0]), size[1] * (low_res_size[1] // grid[1])
     if upsampler.uses_tiles and shrinks(images, large):
         large_bytes = images.shape[1] * large[0] * large[1] * images.element_size()
-    rest_bytes, largest_pass = upsampler.rest_bytes(low_res)
+    rest_bytes, largest_pass = _predict_rest(upsampler, low_res, images[:1], low_res_size, size)
     held_for_passes = held + large_bytes + rest_bytes
 
     available = int((1 - UNCOUNTED_FRACTION) * max_memory) - UNCOUNTED_BYTES
@@ -433,7 +439,7 @@ def _make_one_chunk(
     box = Box(top, top + chunk[0], left, left + chunk[1])
     tiles: Tensor | None = None
     cached = None
-    compute = upsampler.bind_tiles(low_res, image, size, lambda box: tiles)
+    compute = _bind_tiles(upsampler, low_res, image, size, lambda box: tiles)
     if upsampler.uses_tiles:
         # _OverwrittenTiles caches two times the rows above, and the columns to the left.
         halo = upsampler.halo or 0

@@ -38,6 +38,7 @@ class FromFunction(GuidedUpsampler):
     needs = "a function of yours"
     function_options = ("function",)
     keeps_space = "no"  # unknown
+    options = ("function",)
 
     def __init__(self, embed_dim: int, factor: float, *, function: UpsampleFunction | str | None = None) -> None:
         super().__init__(embed_dim, factor)

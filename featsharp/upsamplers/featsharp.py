@@ -21,7 +21,7 @@ import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,7 @@ class FeatSharp(TiledUpsampler):
     needs = "image, tiles"
     keeps_space = "nearly"
     paper = "FeatSharp, arXiv 2502.16025"
+    options = ("inputs", "window", "attention", "ffn", "layer_norm", "position", "widths", "start", "max_tile_batch")
 
     def __init__(
         self,
@@ -274,8 +275,8 @@ class ProgressiveFeatSharp(Upsampler):
     Args:
         embed_dim: Channels C, a multiple of 8.
         factor: A whole number above 1; 4 is two levels.
-        inputs, window, attention, ffn, layer_norm, position, widths, start: Of every level; see :class:`FeatSharp`.
         max_tile_batch: Most images given to the backbone at once; None: all tiles of a scale.
+        level: Keyword arguments of every level's :class:`FeatSharp`.
     """
 
     factors = "whole"
@@ -283,40 +284,14 @@ class ProgressiveFeatSharp(Upsampler):
     needs = "image, tiles"
     keeps_space = "nearly"
     paper = "FeatSharp, arXiv 2502.16025"
+    options = FeatSharp.options
 
-    def __init__(
-        self,
-        embed_dim: int,
-        factor: float,
-        *,
-        inputs: Sequence[str] = ("jbu", "tiles"),
-        window: int = 7,
-        attention: bool = True,
-        ffn: bool = True,
-        layer_norm: bool = True,
-        position: Position = "alibi",
-        widths: Widths = "lean",
-        start: Start = "mix",
-        max_tile_batch: int | None = None,
-    ) -> None:
+    def __init__(self, embed_dim: int, factor: float, *, max_tile_batch: int | None = None, **level: Any) -> None:
         super().__init__(embed_dim, factor)
-        self.window = window if attention else None
         self.max_tile_batch = check_tile_batch(max_tile_batch)
-        self.levels = nn.ModuleList(
-            FeatSharp(
-                embed_dim,
-                step,
-                inputs=inputs,
-                window=window,
-                attention=attention,
-                ffn=ffn,
-                layer_norm=layer_norm,
-                position=position,
-                widths=widths,
-                start=start,
-            )
-            for step in level_factors(self.factor) or [1]
-        )
+        steps = level_factors(self.factor) or [1]
+        self.levels = nn.ModuleList(FeatSharp(embed_dim, step, **level) for step in steps)
+        self.window = self._levels()[0].window
 
     @property
     def input_upsample_factor(self) -> float:

@@ -75,6 +75,7 @@ class FeatUp(ChunkedGuidedUpsampler):
     trainable = True
     needs = "image"
     paper = "FeatUp, arXiv 2403.10516"
+    options = ("start", "flavour", "final_fixup")
 
     def __init__(
         self,

@@ -52,6 +52,7 @@ class JAFAR(ChunkedGuidedUpsampler):
     trainable = True
     needs = "image"
     paper = "JAFAR, arXiv 2506.11136"
+    options = ("image_kernel", "guidance_scale", "query_padding")
 
     def __init__(
         self,

@@ -87,6 +87,8 @@ class SuperResolution(_OnePass):
     keeps_space = "nearly"
     function_options = ("enlarge",)
     paper = "FeatSharp, arXiv 2502.16025, figure 5"
+    options = ("enlarge",)
+    backbone_facts = ("mean", "std")
 
     def __init__(
         self,

@@ -46,8 +46,8 @@ class UpsampleLayer(nn.Module):
         if isinstance(upsampler, str):
             if embed_dim is None:
                 raise ConfigError(f"how many channels? For example UpsampleLayer({upsampler!r}, 384)")
-            name, factor = resolve_upsampler(upsampler, factor)
-            built: Upsampler = build_upsampler(name, embed_dim, factor, options or {})
+            name, factor, options = resolve_upsampler(upsampler, factor, options)
+            built: Upsampler = build_upsampler(name, embed_dim, factor, options)
         else:
             if (embed_dim, factor, options) != (None, None, None):
                 raise ConfigError("an upsampler object brings its own channels, factor and options; leave them out")

@@ -52,6 +52,7 @@ class LiFT(GuidedUpsampler):
     needs = "image"
     keeps_space = "nearly"
     paper = "LiFT, arXiv 2403.14625"
+    options = ("image_scale",)
 
     def __init__(self, embed_dim: int, factor: float, *, image_scale: int = 16) -> None:
         super().__init__(embed_dim, factor)

@@ -62,6 +62,7 @@ class LoftUp(ChunkedGuidedUpsampler):
     needs = "image"
     keeps_space = "no"
     paper = "LoftUp, arXiv 2504.14032"
+    options = ("published",)
 
     def __init__(self, embed_dim: int, factor: float, *, published: bool = False) -> None:
         super().__init__(embed_dim, factor)

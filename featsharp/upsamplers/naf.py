@@ -65,6 +65,8 @@ class NAF(ChunkedGuidedUpsampler):
     needs = "image"
     paper = "NAF, arXiv 2511.18452"
     window = WINDOW
+    options = ("published",)
+    backbone_facts = ("mean", "std")
     periods: Tensor
 
     def __init__(

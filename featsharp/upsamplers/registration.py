@@ -1,14 +1,13 @@
 """The table of upsamplers: a name, a factory (embed_dim, factor, **options) and a line for ``featsharp ls``."""
 
 from collections.abc import Mapping
-from inspect import signature
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from featsharp.device import usual_defaults
 from featsharp.errors import ConfigError, unknown_name
-from featsharp.names import parse_upsampler, plain_value
+from featsharp.names import is_function_name, parse_upsampler, plain_value
 from featsharp.registry import Registry
 from featsharp.upsamplers.base import Upsampler
 
@@ -28,7 +27,7 @@ def create_upsampler(
     """Build an untrained upsampler for a backbone.
 
     Args:
-        name: One of :func:`list_upsamplers`, also with its factor: "bilinear-2x".
+        name: One of :func:`list_upsamplers`, also with its factor and options: "views-2x?passes=4".
         backbone: Anything with ``embed_dim``.
         factor: In each direction, at least 1, one of the method's ``factors``; None: that of the name, else
             :func:`default_factor`.
@@ -38,24 +37,39 @@ def create_upsampler(
         ConfigError: For an unknown name, an option that this upsampler does not have, a factor that it cannot have, or
             one that differs from the name's.
     """
-    name, factor = resolve_upsampler(name, factor)
-    # Upsamplers that undo the whitening need the backbone's; those that encode other pictures, which ones it takes.
-    wanted = {"mean", "std", "flexible", "patch_size"}.intersection(default_options(name))
-    known = {key: getattr(backbone, key) for key in wanted if hasattr(backbone, key)}
-    return build_upsampler(name, backbone.embed_dim, factor, known | dict(options or {}))
+    name, factor, options = resolve_upsampler(name, factor, options)
+    facts = {key: getattr(backbone, key) for key in read_trait(name, "backbone_facts") if hasattr(backbone, key)}
+    return build_upsampler(name, backbone.embed_dim, factor, facts | options)
 
 
-def resolve_upsampler(text: str, factor: float | None = None) -> tuple[str, float]:
-    """Resolve ``NAME[-FACTORx]`` and a factor beside it into the name and the factor.
+class ResolvedUpsampler(NamedTuple):
+    """All that :func:`build_upsampler` needs beside the channels."""
+
+    name: str
+    factor: float
+    options: dict[str, Any]
+
+
+def resolve_upsampler(
+    text: str, factor: float | None = None, options: Mapping[str, Any] | None = None
+) -> ResolvedUpsampler:
+    """Resolve ``NAME[-FACTORx][?key=value]`` and a factor and options beside it.
+
+    A function ``module:function`` is the option of the upsampler "custom".
 
     Raises:
-        ConfigError: For two different factors, or none and an unknown name.
+        ConfigError: For two different factors, or none and an unknown name, and for an option that is given twice.
     """
-    name, named = parse_upsampler(text, UPSAMPLERS)
+    name, named, written = parse_upsampler(text, UPSAMPLERS)
+    if is_function_name(name):
+        name, written = "custom", {**written, "function": name}
     if named is not None and factor is not None and named != factor:
         raise ConfigError(f"{text!r} has factor {named:g}, but factor={factor:g} is given too; leave one of them out")
+    for key in options or {}:
+        if key in written:
+            raise ConfigError(f"option {key} of upsampler {text!r} is given twice; give it once")
     factor = named if factor is None else factor
-    return name, default_factor(name) if factor is None else factor
+    return ResolvedUpsampler(name, default_factor(name) if factor is None else factor, {**written, **(options or {})})
 
 
 def default_factor(name: str) -> int:
@@ -66,25 +80,18 @@ def default_factor(name: str) -> int:
 @torch.inference_mode(False)  # tensors made in inference mode could never be trained
 def build_upsampler(name: str, embed_dim: int, factor: float, options: Mapping[str, Any]) -> Upsampler:
     """Build an upsampler by name; raises ConfigError for a name or an option that does not exist."""
-    allowed = default_options(name)
-    for option in options:
-        if option not in allowed:
-            raise unknown_name(f"option of upsampler {name!r}:", option, allowed)
     try:
         with usual_defaults() as device:
             upsampler = UPSAMPLERS[name].factory(embed_dim, factor, **plain_value(options))
         return upsampler.to(device)
-    except TypeError as error:  # an option of another type than it should be
+    except TypeError as error:  # an option that does not exist, or of another type than it should be
+        allowed = (*read_trait(name, "options"), *read_trait(name, "backbone_facts"))
+        unknown = [option for option in options if option not in allowed and repr(option) in str(error)]
+        if unknown and allowed:
+            raise unknown_name(f"option of upsampler {name!r}:", unknown[0], allowed) from error
         raise ConfigError(f"upsampler {name!r} cannot be built with {dict(options)}: {error}") from error
 
 
 def read_trait(name: str, trait: str) -> Any:
     """Read a class attribute of :class:`Upsampler` before one is built; its default for factories that are no class."""
     return getattr(UPSAMPLERS[name].factory, trait, getattr(Upsampler, trait))
-
-
-def default_options(name: str) -> dict[str, Any]:
-    """Keyword arguments that the factory of an upsampler takes, with their defaults."""
-    # A constructor states its options once, with types and defaults; a list beside it would have to repeat them.
-    parameters = signature(UPSAMPLERS[name].factory).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}

@@ -79,6 +79,7 @@ class ReSFU(ChunkedGuidedUpsampler):
     needs = "image"
     keeps_space = "yes"
     paper = "ReSFU, arXiv 2407.02283"
+    options = ("start",)
 
     def __init__(self, embed_dim: int, factor: float, *, start: Start = "bilinear") -> None:
         super().__init__(embed_dim, factor)
@@ -111,6 +112,7 @@ class TiledReSFU(TiledUpsampler):
     keeps_space = "yes"
     paper = "ReSFU, arXiv 2407.02283, with tiles as in FeatSharp, arXiv 2502.16025"
     halo = None  # norms are over the whole tile map
+    options = ("start", "max_tile_batch")
 
     def __init__(
         self, embed_dim: int, factor: float, *, start: Start = "bilinear", max_tile_batch: int | None = None

@@ -45,6 +45,7 @@ class ResizeConv(GuidedUpsampler):
     needs = "image"
     keeps_space = "nearly"
     paper = "FeatUp, arXiv 2403.10516"
+    options = ("start",)
 
     def __init__(self, embed_dim: int, factor: float, *, start: Start = "bilinear") -> None:
         super().__init__(embed_dim, factor)

@@ -49,6 +49,7 @@ class S2(Upsampler):
     needs = "image, tiles"
     keeps_space = "no"  # though each group of C channels does
     paper = "S2, arXiv 2403.13043"
+    options = ("scales", "overlap", "max_tile_batch")
 
     def __init__(
         self,

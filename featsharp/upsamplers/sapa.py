@@ -50,6 +50,7 @@ class SAPA(GuidedUpsampler):
     needs = "image"
     keeps_space = "yes"
     paper = "SAPA, arXiv 2209.12866"
+    options = ("border", "norm_guidance")
 
     def __init__(
         self, embed_dim: int, factor: float, *, border: SAPABorder = "clip", norm_guidance: bool = True

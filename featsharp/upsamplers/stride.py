@@ -20,7 +20,7 @@ from torch import Tensor
 
 from featsharp.errors import ConfigError
 from featsharp.ops.resize import resize, size_of
-from featsharp.upsamplers.base import StridedEncode, UpsampleFeatures, Upsampler
+from featsharp.upsamplers.base import Encode, UpsampleFeatures, Upsampler
 from featsharp.upsamplers.registration import register_upsampler
 
 
@@ -45,19 +45,14 @@ class Stride(Upsampler):
 
     Raises:
         ConfigError: When used with a factor above the patch size, or a backbone without patches that can overlap.
-        TypeError: When used with an ``encode`` that takes no ``patch_stride``.
     """
 
     needs = "backbone's patch embedding"
     keeps_space = "nearly"
     paper = "Dense ViT descriptors, arXiv 2112.05814"
 
-    def forward(  # type: ignore[override]  # it needs more of `encode` than other upsamplers
-        self,
-        image: Tensor,
-        encode: StridedEncode,
-        low_res_size: tuple[int, int],
-        output_size: tuple[int, int] | None = None,
+    def forward(
+        self, image: Tensor, encode: Encode, low_res_size: tuple[int, int], output_size: tuple[int, int] | None = None
     ) -> UpsampleFeatures:
         small = resize(image, low_res_size)
         low_res, summary = encode(small)

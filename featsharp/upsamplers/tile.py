@@ -26,6 +26,7 @@ class Tile(TiledUpsampler):
 
     needs = "image, tiles"
     keeps_space = "nearly"
+    options = ("overlap", "max_tile_batch")
 
     def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeTiledChunk:
         def compute(box: Box, tiles: Tensor | None) -> Tensor:

@@ -72,6 +72,7 @@ class UPLiFT(ChunkedGuidedUpsampler):
     needs = "image"
     paper = "UPLiFT, arXiv 2601.17950"
     window = WINDOW
+    options = ("published",)
 
     def __init__(self, embed_dim: int, factor: float, *, published: bool = False) -> None:
         super().__init__(embed_dim, factor)

@@ -1,7 +1,7 @@
 """Views: the map that best explains several passes over the picture, shifted and zoomed. Nothing is trained.
 
-FeatUp and FeatSharp train a network so that its map, pooled to the backbone's grid, says what the backbone says about
-views of the picture. With pooling fixed to the mean over a cell that objective is quadratic in the map, and
+FeatUp and FeatSharp train a network so that its map, pooled to the backbone's grid, matches the backbone's features
+of views of the picture. With pooling fixed to the mean over a cell that objective is quadratic in the map, and
 :mod:`featsharp.ops.reconstruct` has its minimum. As far as we know, the combination of whole pictures, windows and a
 larger picture in one estimate is ours. Relatives: those of :data:`RELATIVES`, which average what shifted pictures give,
 and FeatUp's implicit network (arXiv 2403.10516), which fits the same views by gradient steps.
@@ -12,7 +12,6 @@ see finer detail in another context, carry most of the rest; the larger picture 
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise, product
-from math import prod
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -26,7 +25,7 @@ from featsharp.ops.reconstruct import Span, ViewGrid, average, reconstruct
 from featsharp.ops.recording import is_open
 from featsharp.ops.resize import enlarge, resize, size_of
 from featsharp.upsamplers.base import Encode, UpsampleFeatures, check_tile_batch
-from featsharp.upsamplers.chunked import ChunkedUpsampler, ComputeChunk, ReadTiles
+from featsharp.upsamplers.chunked import ChunkedUpsampler, ComputeChunk
 from featsharp.upsamplers.registration import register_upsampler
 
 # How a whitened picture goes on beyond its edges: as its mirror image, as itself, or in its mean colour.
@@ -146,6 +145,8 @@ class ViewReconstruction(ChunkedUpsampler):
     keeps_space = "nearly"
     paper = "ours; see docs/experiments.md"
     presets = ("passes=2", "passes=4", "passes=5", "passes=8", "", *(f"views={name}" for name in RELATIVES))
+    options: tuple[str, ...] = ("passes", "views", "larger", "prior", "windows", "max_tile_batch")
+    backbone_facts: tuple[str, ...] = ("flexible", "patch_size")
 
     def __init__(
         self,
@@ -196,7 +197,7 @@ class ViewReconstruction(ChunkedUpsampler):
             )
         low_res, summary = encode(resize(image, low_res_size))
         size = self.high_res_grid(low_res, output_size)
-        solved = self.encode_rest(low_res, image, encode, low_res_size, size, self.max_tile_batch)
+        solved = self.encode_rest(low_res, image, encode, low_res_size, size)
         return UpsampleFeatures(low_res, resize(solved, size), summary)
 
     def solve(self, low_res: Tensor, grids: list[ViewGrid], size: tuple[int, int]) -> Tensor:
@@ -216,27 +217,15 @@ class ViewReconstruction(ChunkedUpsampler):
         return average(grids, size_of(prior), width=self.relative.width, circular=circular)
 
     def encode_rest(
-        self,
-        low_res: Tensor,
-        image: Tensor,
-        encode: Encode,
-        low_res_size: tuple[int, int],
-        size: tuple[int, int],
-        batch: int | None,
+        self, low_res: Tensor, image: Tensor, encode: Encode, low_res_size: tuple[int, int], size: tuple[int, int]
     ) -> Tensor:
-        return self.solve(low_res, self.encode_views(low_res, image, encode, low_res_size, batch), size)
+        return self.solve(low_res, self.encode_views(low_res, image, encode, low_res_size), size)
 
-    def rest_bytes(self, low_res: Tensor) -> tuple[int, float]:
-        # The cells of views twice while they are arranged; maps of the solver, which has one for each grid and six.
-        cells = sum(views.passes for views in self.views) + FINEST**2 * (self.larger > 0)
-        maps = 2 * cells + FINEST**2 * (len(self.views) + (self.larger > 0) + 6)
-        return 4 * maps * low_res.numel(), FINEST**2 if self.larger else 1
-
-    def bind_tiles(self, low_res: Tensor, image: Tensor, size: tuple[int, int], read_tiles: ReadTiles) -> ComputeChunk:
+    def prepare_chunks(self, low_res: Tensor, image: Tensor, size: tuple[int, int]) -> ComputeChunk:
         return lambda box: enlarge(low_res, size, box)
 
     def encode_views(
-        self, low_res: Tensor, image: Tensor, encode: Encode, low_res_size: tuple[int, int], batch: int | None
+        self, low_res: Tensor, image: Tensor, encode: Encode, low_res_size: tuple[int, int]
     ) -> list[ViewGrid]:
         """Encode the views of images.
 
@@ -245,7 +234,6 @@ class ViewReconstruction(ChunkedUpsampler):
             image: [B, 3, height, width], any size.
             encode: See :class:`Encode`.
             low_res_size: (h, w) in pixels of a pass.
-            batch: Most images given to ``encode`` at once; None: all of them.
         """
         grid, pixels = size_of(low_res), size_of(image)
         first = find_pixels(1, 0, pixels[0], grid[0]), find_pixels(1, 0, pixels[1], grid[1])
@@ -261,8 +249,8 @@ class ViewReconstruction(ChunkedUpsampler):
         pictures = [resize(cut_view(image, *box, beyond), low_res_size) for box in wanted]
         boxes = {first: low_res}
         if wanted:
-            features = encode_in_batches(torch.cat(pictures), encode, batch)[0].unflatten(0, (len(wanted), -1))
-            boxes |= dict(zip(wanted, features, strict=True))
+            features, _ = encode_in_batches(torch.cat(pictures), encode, self.max_tile_batch)
+            boxes |= dict(zip(wanted, features.unflatten(0, (len(wanted), -1)), strict=True))
         grids = []
         for views, (rows, cols) in zip(self.views, places, strict=True):
             cells = torch.cat([torch.cat([boxes[row, col] for col in cols], 3) for row in rows], 2)
@@ -282,7 +270,7 @@ class ViewReconstruction(ChunkedUpsampler):
 
 @register_upsampler("learned-views", "the map of one or five views, refined by a block that learned from many views")
 class LearnedViews(ViewReconstruction):
-    """Few views, and FeatSharp's local block that has learned what many views say.
+    """Few views, refined by FeatSharp's local block, which is trained to match the map of many views.
 
     The map solved from the views passes through a linear mix with the bilinear map and then, beside an encoding of the
     picture, through :class:`LocalBlock`. It starts as the map of its views (of one pass: the bilinear map), and learns
@@ -305,6 +293,8 @@ class LearnedViews(ViewReconstruction):
     needs = "image, views"
     keeps_space = "nearly"
     paper = "ours; block of FeatSharp, arXiv 2502.16025, figure 2"
+    options = ("passes", "window", "picture_dim", "linear", "max_tile_batch")
+    backbone_facts = ()
 
     def __init__(
         self,
@@ -350,18 +340,12 @@ class LearnedViews(ViewReconstruction):
     def linear_maps(self, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> Tensor:
         """Compute the maps that are mixed, [B, 2 C, H, W]."""
         low_res, _ = encode(resize(image, low_res_size))
-        return self._encode_maps(low_res, image, encode, low_res_size, self.max_tile_batch)
+        return self._encode_maps(low_res, image, encode, low_res_size)
 
     def encode_rest(
-        self,
-        low_res: Tensor,
-        image: Tensor,
-        encode: Encode,
-        low_res_size: tuple[int, int],
-        size: tuple[int, int],
-        batch: int | None,
+        self, low_res: Tensor, image: Tensor, encode: Encode, low_res_size: tuple[int, int], size: tuple[int, int]
     ) -> Tensor:
-        maps = self._encode_maps(low_res, image, encode, low_res_size, batch).to(self.mix.dtype)
+        maps = self._encode_maps(low_res, image, encode, low_res_size).to(self.mix.dtype)
         mixed = F.conv2d(maps, self.mix[..., None, None])
         if self.picture is not None:
             mixed = torch.cat([mixed, self.picture(image.to(mixed.dtype), size_of(mixed))], 1)
@@ -369,15 +353,9 @@ class LearnedViews(ViewReconstruction):
             mixed = self.block(mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return resize(mixed.to(low_res.dtype), (min(size[0], mixed.shape[-2]), min(size[1], mixed.shape[-1])))
 
-    def rest_bytes(self, low_res: Tensor) -> tuple[int, float]:
-        solver, largest = super().rest_bytes(low_res)
-        return solver + 4 * prod(self.high_res_grid(low_res)) * (2 * self.embed_dim + 8 * self.dim), largest
-
-    def _encode_maps(
-        self, low_res: Tensor, image: Tensor, encode: Encode, low_res_size: tuple[int, int], batch: int | None
-    ) -> Tensor:
+    def _encode_maps(self, low_res: Tensor, image: Tensor, encode: Encode, low_res_size: tuple[int, int]) -> Tensor:
         size = self.high_res_grid(low_res)
-        solved = self.solve(low_res, self.encode_views(low_res, image, encode, low_res_size, batch), size)
+        solved = self.solve(low_res, self.encode_views(low_res, image, encode, low_res_size), size)
         return torch.cat([resize(solved, size), resize(low_res, size)], 1)
 
 

@@ -5,8 +5,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from featsharp import settings
 from featsharp.errors import ConfigError
 from featsharp.names import split_label
+from featsharp.settings import DEFAULT_BACKBONE, add_backbone, add_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from featsharp.backbones.base import Backbone
     from featsharp.builder import SharpEncoder
 
-DEFAULT_BACKBONE = "vits14-focus"
 LOW_RES = "low resolution"
 # Encoders by label, those of one backbone together.
 Encoders = dict[str, "SharpEncoder"]
@@ -23,33 +24,15 @@ Encoders = dict[str, "SharpEncoder"]
 
 def add_encoders(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name encoders of a figure."""
-    parser.add_argument(
-        "--upsampler",
-        nargs="+",
-        metavar="[LABEL=]NAME-FACTORx",
-        help="training-free upsamplers, such as bilinear-2x; implicit-2x?steps=400 is fitted to each picture",
-    )
-    parser.add_argument("--checkpoint", nargs="+", metavar="[LABEL=]FILE", help="trained files")
-    parser.add_argument(
-        "--backbone", nargs="+", metavar="NAME", help=f"default: those of the checkpoints, else {DEFAULT_BACKBONE}"
-    )
+    settings.add_encoders(parser)
+    add_backbone(parser, f"default: those of the checkpoints, else {DEFAULT_BACKBONE}", nargs="+", metavar="NAME")
+    add_device(parser)
     parser.add_argument(
         "--real",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="add the backbone run on the enlarged image, where it takes other sizes than its own",
     )
-    add_loading(parser)
-
-
-def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Add the flags for loading checkpoints."""
-    parser.add_argument(
-        "--allow-functions",
-        action="store_true",
-        help="let a checkpoint import functions that it names; runs their code",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
 
 
 def load_encoders(arguments: argparse.Namespace) -> dict[str, Encoders]:

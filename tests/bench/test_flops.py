@@ -201,7 +201,7 @@ def test_no_upsampler_of_ours_needs_values(caplog, tmp_path):
     save_checkpoint(normalised, tmp_path / "last.pth")
     names = ("featsharp", "featup", "tile")
     result = FlopsTask("toy-vit", names, (2,), [str(tmp_path / "last.pth")]).run(CPU, None, progress=False)
-    assert row_of(result, "last.pth", 2)["total"] == row_of(result, "featsharp", 2)["total"]
+    assert row_of(result, "last", 2)["total"] == row_of(result, "featsharp", 2)["total"]
     assert caplog.records == []
 
 
@@ -219,7 +219,7 @@ def test_what_is_trained_pays_for_its_normalizer(result):
 
 
 def test_rows_name_the_options_that_were_measured(result):
-    assert row_of(result, "featsharp", 2)["options"].items() >= {"window": 7}.items()
+    assert row_of(result, "featsharp", 2)["options"] == {}
     assert row_of(result, "direct", 2)["options"] is None
     assert json.loads(json.dumps(result)) == result
 
@@ -248,7 +248,7 @@ def test_a_checkpoint_is_counted_with_the_options_and_weights_it_has(tmp_path):
         save_checkpoint(encoder, tmp_path / f"{name}.pth")
     files = [str(tmp_path / "linear.pth"), f"mine={tmp_path / 'block.pth'}"]
     result = FlopsTask("toy-vit", ("bilinear", "featsharp"), (2,), files).run(CPU, None, progress=False)
-    linear, block = row_of(result, "linear.pth", 2), row_of(result, "mine", 2)
+    linear, block = row_of(result, "linear", 2), row_of(result, "mine", 2)
     assert linear["total"] < block["total"] < row_of(result, "featsharp", 2)["total"]  # which has a normalizer
     assert linear["options"]["ffn"] is False
     assert linear["key"] == content_key(load_from_file(tmp_path / "linear.pth")) != block["key"]

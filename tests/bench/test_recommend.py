@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from featsharp.bench.recommend import RecommendTask, rank
-from featsharp.bench.workloads import label_files, shipped_weights
+from featsharp.bench.workloads import shipped_weights
 from featsharp.builder import create_encoder, save_checkpoint
 from featsharp.errors import ConfigError, DataError, InputError
 from featsharp.ops.boxes import whole
@@ -204,13 +204,13 @@ def test_checkpoints_take_part(planted, tmp_path):
     result = RecommendTask("toy-vit", upsampler=["bilinear"], checkpoint=files, repeat=2).run(
         CPU, None, False, quality=quality
     )
-    trained = row_of(result, "2x.pth")
+    trained = row_of(result, "2x")
     assert trained["kind"] == "checkpoint"
     assert trained["quality"] == {"zoom_cosine": 0.5, "fidelity": 1.25}
     assert isinstance(trained["rank"], int)
-    assert reason(result, "4x.pth") == "has factor 4, not 2"
+    assert reason(result, "4x") == "has factor 4, not 2"
     assert "was trained for backbone 'toy-cnn'" in reason(result, "other")
-    assert "does not exist" in reason(result, "none.pth")
+    assert "does not exist" in reason(result, "none")
 
 
 def test_two_checkpoints_of_one_name_both_take_part(planted, tmp_path):
@@ -222,27 +222,12 @@ def test_two_checkpoints_of_one_name_both_take_part(planted, tmp_path):
         CPU, None, False
     )
     assert {row["name"] for row in result["ranked"] if row["kind"] == "checkpoint"} == {
-        "one/checkpoints/last.pth",
-        "two/checkpoints/last.pth",
+        "one/checkpoints/last",
+        "two/checkpoints/last",
     }
 
 
-def test_labels_are_the_shortest_ends_of_paths(tmp_path):
-    assert label_files(["a/x.pth", "b/x.pth", "a/y.pth"]) == {
-        "a/x.pth": "a/x.pth",
-        "b/x.pth": "b/x.pth",
-        "y.pth": "a/y.pth",
-    }
-    # One path is the end of another.
-    assert list(label_files(["x.pth", "a/x.pth", "/b/a/x.pth"])) == ["x.pth", "a/x.pth", "b/a/x.pth"]
-    # What has a label needs no room.
-    assert label_files(["mine=a/x.pth", "b/x.pth"]) == {"mine": "a/x.pth", "x.pth": "b/x.pth"}
-    assert label_files(["runs/lr=1e-3/x.pth"]) == {"x.pth": "runs/lr=1e-3/x.pth"}
-    assert list(label_files(["vits14-focus/featsharp-2x"])) == ["vits14-focus/featsharp-2x"]
-    assert label_files([]) == {}
-    for same in (["a/x.pth", "a/x.pth"], ["x=a.pth", "x=b.pth"], ["x.pth=a.pth", "b/x.pth"]):
-        with pytest.raises(ConfigError, match=r"two files are called .*LABEL="):
-            label_files(same)
+def test_two_candidates_of_one_name():
     with pytest.raises(ConfigError, match="two candidates are called 'bilinear'; name the checkpoint: LABEL=a"):
         RecommendTask("toy-vit", checkpoint=["bilinear=a"]).run(CPU, None, progress=False)
 

@@ -113,9 +113,9 @@ def test_a_strong_ridge_keeps_the_start():
 def test_what_cannot_be_fitted_says_so():
     with pytest.raises(ConfigError, match=r"linear_fit.ridge must be above 0; got 0"):
         LinearFit(FeatSharp(8, 2, **LINEAR), 0)
-    with pytest.raises(ConfigError, match=r"use start='mix'"):
+    with pytest.raises(ConfigError, match=r"featsharp with start='mix'"):
         LinearFit(FeatSharp(8, 2, start="published"), 0.1)
     with pytest.raises(DataError, match=r"no view shows enough of its image"):
         LinearFit(FeatSharp(8, 2, **LINEAR), 0.1).solve()
-    with pytest.raises(ConfigError, match=r"linear_fit is for FeatSharp.*FeatUp has no such weight"):
+    with pytest.raises(ConfigError, match=r"linear_fit is for upsamplers with a linear_weight.*FeatUp has none"):
         fit_linear(create_encoder("toy-vit", "featup", 2), MULTI_VIEW, [], 0.1, SIZE, ALONE)

@@ -39,6 +39,7 @@ CASES = [
     ("featsharp", 2, {"inputs": ("resfu", "tiles")}),
     ("views", 2, {}),
     ("views", 4, {"passes": 8}),
+    ("learned-views", 2, {}),
     ("bilinear", 2.5, {}),
     ("tile", 1.5, {}),
     ("featup", 3.5, {}),

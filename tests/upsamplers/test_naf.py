@@ -137,7 +137,7 @@ def test_the_whitening_of_the_backbone_is_exchanged():
         expected = ours.upsample(features, whiten((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         out = theirs.upsample(features, whiten((0.5, 0.4, 0.3), (0.5, 0.6, 0.7)))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ConfigError, match="three numbers each, std above 0"):
+    with pytest.raises(ConfigError, match="three numbers each, those of std above 0"):
         NAF(4, 2, std=(1, 0, 1))
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from featsharp.backbones import create_backbone, from_callable
+from featsharp.backbones import from_callable
 from featsharp.builder import create_encoder
 from featsharp.errors import ConfigError, InputError
 from featsharp.ops.resize import resize
@@ -161,13 +161,6 @@ def test_beyond_the_patch_size():
         Stride(3, 2)(torch.randn(1, 3, 16, 16), mean_colour, (16, 16), (4, 20))
     with pytest.raises(InputError, match="nearest is 2x3"):
         Stride(3, 2)(torch.randn(1, 3, 16, 16), mean_colour, (16, 16), (1, 3))
-
-
-def test_a_function_that_knows_no_stride():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'patch_stride'"):
-        Stride(3, 2)(torch.randn(1, 3, 16, 16), lambda images: mean_colour(images), (16, 16))
-    with pytest.raises(TypeError, match="unexpected keyword argument 'patch_stride'"):
-        Stride(32, 2)(torch.randn(1, 3, 16, 16), create_backbone("toy-vit"), (16, 16))
 
 
 def test_a_backbone_without_patches():

@@ -1,5 +1,6 @@
 """Every registered upsampler passes the conformance suite; and the suite finds those that break their promises."""
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -140,6 +141,32 @@ def test_unknown_names_and_options():
         create_upsampler("bilinaer", Width(16), 2)
     with pytest.raises(ConfigError, match=r"upsampler 'tile': .*'overlapp'"):
         create_upsampler("tile", Width(16), 2, options={"overlapp": 1})
+
+
+@pytest.mark.parametrize("name", list_upsamplers())
+def test_declared_options_are_those_of_the_constructor(name):
+    kind = UPSAMPLERS[name].factory
+    if name == "featsharp-progressive":  # hands them on to its levels
+        kind = UPSAMPLERS["featsharp"].factory
+        assert UPSAMPLERS[name].factory.options == kind.options
+    parameters = inspect.signature(kind).parameters.values()
+    keywords = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    assert {*kind.options, *kind.backbone_facts} == keywords
+
+
+def test_options_of_a_users_class_need_no_declaration():
+    @register_upsampler("test-only", "registered by a test")
+    class Sharper(Bilinear):
+        def __init__(self, embed_dim, factor, amount=1.0):
+            super().__init__(embed_dim, factor)
+            self.amount = amount
+
+    try:
+        assert create_upsampler("test-only", Width(3), 2, options={"amount": 3}).amount == 3
+        with pytest.raises(ConfigError, match=r"cannot be built with \{'amuont': 3\}: .* argument 'amuont'"):
+            create_upsampler("test-only", Width(3), 2, options={"amuont": 3})
+    finally:
+        del UPSAMPLERS["test-only"]
 
 
 def test_create_from_a_backbone():

@@ -47,7 +47,7 @@ def local_attention(
         window: K, odd.
         bias: [N, K, K], added to the scaled scores; entry (i, j) belongs to the key at offset (i - K//2, j - K//2).
         scale: Factor on the scores, a number or a tensor of one element (it may need a gradient).
-        border: What stands beyond the edge of the map; see :data:`featsharp.ops.windows.Border`.
+        border: Values beyond the edge of the map; see :data:`featsharp.ops.windows.Border`.
         backend: Name of an implementation (``featsharp doctor`` lists them); None: the fastest that can run.
 
     Returns:

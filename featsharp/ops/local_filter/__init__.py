@@ -32,7 +32,7 @@ def local_filter(weights: Tensor, value: Tensor, *, border: Border = "zeros", ba
         weights: [B, f*H, f*W, N, K, K], f >= 1 whole, K odd; entry (i, j) belongs to the value at offset
             (i - K//2, j - K//2).
         value: [B, H, W, N, E].
-        border: What stands beyond the edge of the map; see :data:`featsharp.ops.windows.Border`. "clip" and "zeros"
+        border: Values beyond the edge of the map; see :data:`featsharp.ops.windows.Border`. "clip" and "zeros"
             are the same here: weights of values that do not exist are lost, not redistributed. Under "shift" an entry
             beyond the edge is that of the value K cells further in.
         backend: Name of an implementation (``featsharp doctor`` lists them); None: the fastest that can run.

@@ -16,7 +16,7 @@ from featsharp.errors import ConfigError, InputError
 from featsharp.model import SharpEncoder
 from featsharp.registry import Registry
 from featsharp.training.downsamplers import Downsampler
-from featsharp.upsamplers.base import GuidedUpsampler, StridedEncode
+from featsharp.upsamplers.base import Encode, GuidedUpsampler
 
 
 class Losses(NamedTuple):
@@ -161,7 +161,7 @@ def autocast(images: Tensor, dtype: torch.dtype | None) -> AbstractContextManage
     return nullcontext() if dtype is None else torch.autocast(images.device.type, dtype)
 
 
-def keep_autocast(encoder: SharpEncoder, images: Tensor) -> StridedEncode:
+def keep_autocast(encoder: SharpEncoder, images: Tensor) -> Encode:
     """Wrap ``encoder.encode`` in the caller's autocast, for an upsampler that runs under :func:`autocast`.
 
     Backbone passes have a separate setting, ``model.dtype``, and must have one type for targets and inputs.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from featsharp.errors import ConfigError, InputError
 from featsharp.names import readable, split_label
-from featsharp.visualization.encoders import add_loading
+from featsharp.settings import add_backbone, add_device
 from featsharp.visualization.grid import show_picture
 from featsharp.visualization.style import FAINT, INK, SMALL, TITLE, new_figure, wrap
 
@@ -30,9 +30,9 @@ PER_LINE = 6
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", nargs="+", metavar="[LABEL=]FILE", help="trained files with a bias buffer")
-    parser.add_argument("--backbone", nargs="+", metavar="NAME", help="backbones whose pattern is measured")
+    add_backbone(parser, "whose pattern is measured", nargs="+", metavar="NAME")
     parser.add_argument("--images", type=int, default=16, metavar="N", help="random images to measure on; default: 16")
-    add_loading(parser)
+    add_device(parser)
 
 
 def make_figure(arguments: argparse.Namespace) -> "Figure":
