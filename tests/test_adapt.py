@@ -30,6 +30,7 @@ def blurred(scale):
     return from_callable(lambda x: torch.cat([pool(x)] * 6, 1)[:, :16] * scale, patch_size=8, input_size=(64, 64))
 
 
+@pytest.mark.slow
 def test_the_table_has_all_and_the_student_is_the_one_measured(photos):
     result = adapt(create_backbone("toy-vit"), photos, minutes=1)
     assert list(result.fidelity) == ["bilinear", "views(4)", "views(5)", "views(16)", "views(16) chosen", STUDENT]

@@ -161,6 +161,7 @@ class Details(torch.nn.Module):
         return compute_details(tiles)
 
 
+@pytest.mark.slow
 @NEEDS_ONNX
 def test_means_of_odd_maps_hold_for_open_sizes():
     """Where cells do not divide a side, which ONNX has no operator for, and in whose quotients it rounds towards 0."""

@@ -129,11 +129,11 @@ def test_a_preset_of_another_objective_is_an_error():
     ("upsampler", "objective", "model"),
     [
         ("lift-2x", "reconstruction", "toy-cnn"),
-        ("lift-4x", "reconstruction", "toy-vit"),
+        pytest.param("lift-4x", "reconstruction", "toy-vit", marks=pytest.mark.slow),
         ("lift-2x", "multi-view", "toy-vit"),
-        ("featup-3x", "reconstruction", "toy-vit"),
-        ("jafar-2x", "jafar", "toy-vit"),
-        ("bilinear-1.5x", "multi-view", "toy-vit"),
+        pytest.param("featup-3x", "reconstruction", "toy-vit", marks=pytest.mark.slow),
+        pytest.param("jafar-2x", "jafar", "toy-vit", marks=pytest.mark.slow),
+        pytest.param("bilinear-1.5x", "multi-view", "toy-vit", marks=pytest.mark.slow),
     ],
 )
 def test_runs_train_validate_and_load(photos, upsampler, objective, model):

@@ -98,6 +98,7 @@ def python(code: str, folder: Path, **environment: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_every_module_and_the_commands_work_without_what_windows_lacks(tmp_path):
     for number in range(2):
         photo(tmp_path / f"photos/{number}.png", number)

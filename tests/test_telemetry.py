@@ -53,6 +53,7 @@ def use(code: str, folder) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_importing_and_using_opens_no_socket(tmp_path):
     done = use(USE, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

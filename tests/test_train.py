@@ -101,6 +101,7 @@ def last_of(output: str = "outputs") -> dict:
 # From end to end
 
 
+@pytest.mark.slow
 def test_the_command_trains_from_nested_tars_and_leaves_its_artifacts(shards, tmp_path, own_cache):
     """U5, U7, U12, U14, U16, U18, U19: one path for all three groups, no labels, a damaged member counted."""
     done = subprocess.run(

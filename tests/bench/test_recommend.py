@@ -232,6 +232,7 @@ def test_two_candidates_of_one_name():
         RecommendTask("toy-vit", checkpoint=["bilinear=a"]).run(CPU, None, progress=False)
 
 
+@pytest.mark.slow
 def test_weights_that_come_with_the_package_take_part():
     task = RecommendTask("vits14-focus", upsampler=["bilinear"], size=(56, 56), repeat=2)
     result = task.run(CPU, None, progress=False, quality=quality)

@@ -498,6 +498,7 @@ def test_batches_of_a_resumed_run_are_those_of_an_uninterrupted_one(server: str,
         assert all(same(*pair) for pair in zip(resumed, whole[first:], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 3])
 def test_fewer_shards_than_ranks_and_workers(server: str, shards: int) -> None:
     """Four readers: each batch is there, and a round of all of them holds (nearly) every image once."""

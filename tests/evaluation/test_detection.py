@@ -227,6 +227,7 @@ def test_pictures_on_their_side_give_the_same(twin):
     assert rows == expected
 
 
+@pytest.mark.slow
 def test_features_and_detectors_are_kept(twin, tmp_path):
     first, second = make_encoder(), make_encoder()
     expected = run(twin, first, cache_dir=tmp_path / "cache")

@@ -508,7 +508,7 @@ def test_a_square_picture_with_an_orientation_is_named(blocks):
     assert len(outcome["result"]["train_skipped"]) == len(outcome["skipped"]) == 1
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.slow), "val"])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -290,6 +290,7 @@ def write_folder_nyu(root: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", [write_labeled_nyu, write_folder_nyu])
 def test_depth_of_both_layouts(writer, tmp_path):
     task = ProtocolTask("nyu-depth", writer(tmp_path), **SMALL | {"epochs": 20})

@@ -84,6 +84,7 @@ def test_min_max_looks_at_one_image():
     assert torch.equal(min_max(torch.ones(1, 3, 2, 2)), torch.zeros(1, 3, 2, 2))
 
 
+@pytest.mark.slow
 def test_a_few_steps_lower_the_loss():
     encoder = encoder_of()
     objective = create_objective(encoder, JAFARConfig())

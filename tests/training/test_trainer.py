@@ -132,6 +132,7 @@ def assert_equal(found: object, expected: object) -> None:
         assert found == expected
 
 
+@pytest.mark.slow
 def test_loss_falls_and_the_run_ends_at_the_last_step(photos, tmp_path):
     """F1, U6."""
     writer = Recorder()
@@ -409,6 +410,7 @@ def test_another_number_of_readers_is_refused_where_it_changes_the_order(photos,
     assert "had 1 readers" in caplog.text
 
 
+@pytest.mark.slow
 def test_best_and_last_checkpoint_load(photos, tmp_path):
     """U19: scores decide which step is kept as the best; both files rebuild the encoder."""
     scores = {2: 1.0, 4: 3.0, 6: 2.0}
