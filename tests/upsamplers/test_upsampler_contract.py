@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from featsharp.backbones import create_backbone, from_callable
 from featsharp.builder import create_encoder, load_from_file, save_checkpoint
+from featsharp.checkpoint import read_checkpoint, write_checkpoint
 from featsharp.errors import CheckpointError, ConfigError
 from featsharp.testing import CHECKS, check_upsampler, run_check
 from featsharp.upsamplers import UPSAMPLERS, create_upsampler, list_upsamplers, register_upsampler
@@ -127,6 +128,13 @@ def test_checkpoints_import_nothing_unasked(name, tmp_path):
     save_checkpoint(create_encoder("toy-vit", name, 2, upsampler_options={option: text}), tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=f"would import code: {option}='{text}'"):
         load_from_file(tmp_path / "a.pth")
+    # Nor by a name that brings the function.
+    content = read_checkpoint(tmp_path / "a.pth")
+    for written in (f"{name}?{option}={text}", f"{name}-2x?{option}={text}", text):
+        content["encoder"]["recipe"] |= {"upsampler": written, "options": {}}
+        write_checkpoint(tmp_path / "b.pth", content)
+        with pytest.raises(ConfigError, match="unknown upsampler"):
+            load_from_file(tmp_path / "b.pth")
 
 
 def test_every_upsampler_says_what_it_is():
