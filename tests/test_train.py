@@ -585,7 +585,7 @@ def test_mistakes_cost_one_line_and_no_training(photos, capsys, overrides, said)
     [
         ("featup-2x", [], "linear_fit is for upsamplers with a linear_weight"),
         ("featsharp-linear-2x", ["linear_fit.ridge=0"], "linear_fit.ridge must be above 0"),
-        ("featsharp-published-2x", [], "use start='mix'"),
+        ("featsharp-published-2x", [], "featsharp with start='mix'"),
     ],
 )
 def test_what_cannot_be_fitted_is_said_before_the_statistics_are_collected(photos, capsys, upsampler, overrides, said):
