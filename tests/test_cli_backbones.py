@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,12 @@ def run(*arguments: str) -> int:
 
 
 @pytest.fixture
-def caches(monkeypatch) -> Path:
-    """Empty caches of the Hugging Face hub and of torch.hub."""
+def caches(monkeypatch) -> Iterator[Path]:
+    """Empty caches of the Hugging Face hub and of torch.hub; other tests find nothing of what is put there."""
     shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
     monkeypatch.setenv("TORCH_HOME", constants.HF_HUB_CACHE)
-    return Path(constants.HF_HUB_CACHE)
+    yield Path(constants.HF_HUB_CACHE)
+    shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
 
 
 def cached(cache: Path, repository: str, file: str, content: str = "") -> None:
@@ -102,7 +104,9 @@ def test_ls_says_which_weights_are_here(caches, capsys):
     assert run("ls", "backbones") == 0
     text = capsys.readouterr().out
     assert re.search(
-        r"^  dinov2-s +here +DINOv2-S/14.*\n +.* timm:vit_small_patch14_dinov2.lvd142m\?img_size=448$", text, re.M
+        r"^  dinov2-s +here +DINOv2-S/14(.*\n {20}.*)*\n += timm:vit_small_patch14_dinov2.lvd142m\?img_size=448$",
+        text,
+        re.M,
     )
     assert re.search(r"^  dinov2-b +no +DINOv2-B/14", text, re.M)
     assert re.search(r"^  toy-vit +here +tiny", text, re.M)
