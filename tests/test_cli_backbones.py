@@ -104,7 +104,7 @@ def test_ls_says_which_weights_are_here(caches, capsys):
     assert run("ls", "backbones") == 0
     text = capsys.readouterr().out
     assert re.search(
-        r"^  dinov2-s +here +DINOv2-S/14(.*\n {20}.*)*\n += timm:vit_small_patch14_dinov2.lvd142m\?img_size=448$",
+        r"^  dinov2-s +here +DINOv2-S/14[^=]*= timm:vit_small_patch14_dinov2.lvd142m\?img_size=448$",
         text,
         re.M,
     )
