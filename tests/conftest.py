@@ -27,7 +27,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}; tests: {config.getoption('-m')}"
 
 
-COVERED = 3  # parameters of a test that coverage follows: it doubles the time of all, and the rest run the same lines
+COVERED = 1  # parameters of a test that coverage follows: it doubles the time of all, and the rest run the same lines
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -144,7 +144,7 @@ def test_every_method_has_its_default_factor(name):
     assert create_upsampler(name, create_backbone("toy-vit")).factor == resolve_upsampler(name)[1]
 
 
-@pytest.mark.parametrize("name", ["bilinear", "bilinear-2x"])
+@pytest.mark.parametrize("name", ["bilinear", pytest.param("bilinear-2x", marks=pytest.mark.slow)])
 def test_commands_take_bilinear_and_bilinear_2x_alike(name, tmp_path, capsys):
     Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / "a.png")
     photo, out, encoder = str(tmp_path / "a.png"), str(tmp_path / "out"), ["--backbone", "toy-vit", "--upsampler", name]

@@ -165,7 +165,10 @@ def test_options_of_the_name_go_before_those_of_the_table():
     assert str(resolve_backbone("vit?weights=/a%26b")) == f"{MODELS['vit'].target}?weights=/a%26b"
 
 
-@pytest.mark.parametrize("name", TIMM_TARGETS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if number > 3 else []) for number, name in enumerate(TIMM_TARGETS)],
+)
 def test_timm_knows_the_weights_and_the_facts_of_the_description(name):
     timm = pytest.importorskip("timm")
     model_name, query = re.fullmatch(r"timm:([^?]+)\??(.*)", MODELS[name].target).groups()

@@ -26,9 +26,13 @@ OPTIONS = {
     "super-resolution": {"enlarge": enlarge},
     "anyup": {"guidance_scale": 2.0},  # its encoder takes long at full size
 }
-# They take ten times as long as the others, and UPLiFT far longer where bfloat16 is slow.
-LONG = {"anyup": pytest.mark.slow, "naf": pytest.mark.slow, "uplift": pytest.mark.full}
-NAMES = [pytest.param(n, marks=LONG.get(n, [])) for n in list_upsamplers()]
+# One of each kind: interpolation, tiles, views, guided, trained, local attention, local filter, a function.
+QUICK = ("bilinear", "custom", "featsharp", "featup", "jafar", "lift", "tile", "views")
+FULL = ("uplift",)  # takes far longer than the others where bfloat16 is slow
+NAMES = [
+    pytest.param(n, marks=[] if n in QUICK else pytest.mark.full if n in FULL else pytest.mark.slow)
+    for n in list_upsamplers()
+]
 
 
 def build(name):
