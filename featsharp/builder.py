@@ -300,7 +300,7 @@ def _is_upsampler(text: str) -> bool:
 
 def _untrained_encoder(featurizer: str | Backbone, text: str, max_memory: int | str | None) -> SharpEncoder:
     """Build the encoder of a pseudo-path."""
-    name, factor, options = resolve_upsampler(text)
+    name, factor, options = resolve_upsampler(text, functions=True)
     if read_trait(name, "trainable"):
         raise ConfigError(
             f"{name} has to be trained; give a checkpoint of it, or build it untrained: "

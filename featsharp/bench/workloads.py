@@ -164,7 +164,7 @@ def build_encoder(
         factor: In each direction.
         normalizer: Name; None: PHI-S, the default of training, for a trainable upsampler, otherwise none.
     """
-    name, factor, options = resolve_upsampler(upsampler, factor)
+    name, factor, options = resolve_upsampler(upsampler, factor, functions=True)
     if normalizer is None:
         normalizer = TRAINING_NORMALIZER if needs_training(name) else "none"
     encoder = create_encoder(backbone, name, factor, upsampler_options=options, normalizer=normalizer)

@@ -51,17 +51,21 @@ class ResolvedUpsampler(NamedTuple):
 
 
 def resolve_upsampler(
-    text: str, factor: float | None = None, options: Mapping[str, Any] | None = None
+    text: str, factor: float | None = None, options: Mapping[str, Any] | None = None, *, functions: bool = False
 ) -> ResolvedUpsampler:
     """Resolve ``NAME[-FACTORx][?key=value]`` and a factor and options beside it.
 
-    A function ``module:function`` is the option of the upsampler "custom".
+    Args:
+        text: The name as the user wrote it.
+        factor: Given beside it.
+        options: Given beside it.
+        functions: Whether ``module:function``, which runs code, is a name: of "custom" with that option.
 
     Raises:
         ConfigError: For two different factors, or none and an unknown name, and for an option that is given twice.
     """
     name, named, written = parse_upsampler(text, UPSAMPLERS)
-    if is_function_name(name):
+    if functions and is_function_name(name):
         name, written = "custom", {**written, "function": name}
     if named is not None and factor is not None and named != factor:
         raise ConfigError(f"{text!r} has factor {named:g}, but factor={factor:g} is given too; leave one of them out")
