@@ -149,7 +149,7 @@ def test_other_weights_are_refused_before_anything_is_measured(gpu, monkeypatch,
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_every_stage_runs_on_a_bare_machine(tmp_path):
     arguments = ["--device", "cpu", "--small", "--output", str(tmp_path)]

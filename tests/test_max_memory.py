@@ -79,7 +79,7 @@ def encode_under_limit(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_large_image_at_4x():
     result = encode_under_limit("featsharp", 4, 2048, 2048, "160MiB", "")
     assert result.stdout.strip() == "(1, 384, 148, 148)", result.stderr[-2000:]

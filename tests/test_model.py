@@ -332,7 +332,10 @@ def test_a_list_of_pictures_of_several_sizes_equals_them_one_by_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("upsampler", ["bilinear", "featsharp", "loftup", "naf", "uplift"])
+@pytest.mark.parametrize(
+    "upsampler",
+    ["featsharp", *(pytest.param(n, marks=pytest.mark.full) for n in ("bilinear", "loftup", "naf", "uplift"))],
+)
 def test_compiled_with_dynamic_shapes_in_one_graph(upsampler):
     """Without graph breaks; one graph serves all sizes at which position embeddings grow, one where they shrink."""
     encoder = fitted_encoder(upsampler)
