@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
+from ranks import is_abort_of_gloo, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from featsharp.builder import load_from_file
@@ -631,11 +631,6 @@ def test_full_disk_keeps_the_checkpoint(photos):
 # Several processes
 
 
-def is_abort_of_gloo(log: str) -> bool:
-    """Whether a thread of gloo ended its process (counted by benchmarks/two_processes.py)."""
-    return "SIGABRT" in log and re.search(r"terminate called after throwing an instance of 'gloo::", log) is not None
-
-
 @pytest.mark.parametrize(
     ("log", "expected"),
     [
@@ -662,12 +657,7 @@ def test_two_processes_equal_one_with_twice_the_batch(photos, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command = [*launcher, "featsharp/train.py", *arguments, *common, "batch_size=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for last in (False, True):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=200)
-        if last or not is_abort_of_gloo(done.stderr):
-            break
-        warnings.warn(f"gloo ended a process (pytorch issue 188266), tried again:\n{done.stderr}", stacklevel=1)
-        shutil.rmtree(tmp_path / "two", ignore_errors=True)
+    done = run_ranks(command, tmp_path / "two", cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     image = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

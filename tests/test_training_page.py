@@ -2,13 +2,13 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from ranks import run_ranks
 
 from featsharp.train import main
 
@@ -49,13 +49,12 @@ def test_several_processes_find_modules_of_the_working_folder(tmp_path):
     (tmp_path / "writers_of_mine.py").write_text(code)
     small = "num_training_steps=2 log_frequency=1 batch_size=1 num_workers=0 normalizer.num_samples=4 progress=false"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = subprocess.run(
+    done = run_ranks(
         [*launcher, *command.split(), *small.split(), "viz.type=writers_of_mine:Files"],
-        capture_output=True,
-        text=True,
+        tmp_path / "outputs",
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "FEATSHARP_CACHE": "cache"},
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     rows = (tmp_path / "outputs" / "toy-vit" / "64" / "scalars.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows if "loss/total" in row] == ["1", "2"]

@@ -83,12 +83,12 @@ def test_quartiles_far_apart_are_pointed_out():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the process's own peak is read from /proc")
 def test_memory_is_that_of_the_peak():
     def call():
-        large = torch.ones(30 * 2**18)  # 30 MiB
-        small = large[: 10 * 2**18].clone()
+        large = torch.ones(128 * 2**18)  # 128 MiB; the process itself grows or shrinks by up to ten
+        small = large[: 80 * 2**18].clone()
         del large
         return small.sum()
 
-    assert 38 * 2**20 <= measure_memory(call, CPU) <= 48 * 2**20
+    assert 196 * 2**20 <= measure_memory(call, CPU) <= 220 * 2**20
 
 
 def test_growing_outputs_are_timed_side_by_side():
