@@ -260,16 +260,18 @@ def test_mistakes_are_named_in_one_line(overrides, said):
     assert "object_type" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["2024_01", "007", "1e5", "true", "inf", ".5", "-3", "~/photos", "/data/größe", "/data/写真", "/data/a=b",
-     "/data/(1)", "/data/[x]", "/data/a#b", "/data/it's", "C:\\data\\", "C:\\it's",
-     "https://host/s-{000..099}.tar?part=1", "a;b&c!d"],
-)  # fmt: skip
-def test_texts_are_taken_as_they_are_written(text):
-    keys = ("val_data_dir", "output_subdir", "feature_cache.folder")
-    config = flatten(dataclasses.asdict(compose([*BASE, *(f"{key}={text}" for key in keys)])))
-    assert [config[key] for key in keys] == [text] * 3
+TEXTS = (
+    *("2024_01", "007", "1e5", "true", "inf", ".5", "-3", "~/photos", "/data/größe", "/data/写真", "/data/a=b"),
+    *("/data/(1)", "/data/[x]", "/data/a#b", "/data/it's", "C:\\data\\", "C:\\it's", "a;b&c!d"),
+    *("https://host/s-{000..099}.tar?part=1", "https://host/a%20b", "données"),
+)
+
+
+@pytest.mark.parametrize("texts", zip(*[iter(TEXTS)] * 3, strict=True))
+def test_texts_are_taken_as_they_are_written(texts):
+    given = dict(zip(("val_data_dir", "output_subdir", "feature_cache.folder"), texts, strict=True))
+    config = flatten(dataclasses.asdict(compose([*BASE, *(f"{key}={text}" for key, text in given.items())])))
+    assert {key: config[key] for key in given} == given
 
 
 @pytest.mark.slow

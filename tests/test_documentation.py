@@ -154,7 +154,10 @@ TRAININGS = sorted(
 )
 
 
-@pytest.mark.parametrize(("name", "words"), TRAININGS)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [pytest.param(*one, marks=pytest.mark.slow if number > 4 else []) for number, one in enumerate(TRAININGS)],
+)
 def test_commands_of_training_compose(name, words):
     compose(shlex.split(words.replace("NAME-FACTORx", "featup-2x")))
 

@@ -250,8 +250,10 @@ def command(*arguments: object, shell: str) -> subprocess.CompletedProcess[str]:
     "streams",
     [
         "| head -0; exit ${PIPESTATUS[0]}",
-        "> /dev/full; test $? = 1",
-        *(pytest.param(streams, marks=pytest.mark.slow) for streams in (">&-", ">&- 2>&-", "2> /dev/full")),
+        *(
+            pytest.param(s, marks=pytest.mark.slow)
+            for s in ("> /dev/full; test $? = 1", ">&-", ">&- 2>&-", "2> /dev/full")
+        ),
     ],
 )
 def test_a_stream_that_takes_nothing_ends_no_work(streams, tmp_path):
