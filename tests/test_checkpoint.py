@@ -4,6 +4,7 @@ import os
 import pickle
 import resource
 import stat
+import zipfile
 from contextlib import contextmanager
 
 import pytest
@@ -149,6 +150,18 @@ def test_damaged_bytes_give_our_error_or_none(tmp_path):
             read_checkpoint(path)
         except CheckpointError as error:
             assert "\n" not in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("pickled", [b"\x80\x02u.", b"\x80\x02]K\x01s.", b"\x80\x02h\x07."])
+def test_instructions_that_meet_nothing_are_damage(tmp_path, pickled):
+    """What a damaged pickle raises is of any kind: IndexError, KeyError, TypeError."""
+    write_checkpoint(tmp_path / "whole.pth", CONTENT)
+    path = tmp_path / "last.pth"
+    with zipfile.ZipFile(tmp_path / "whole.pth") as whole, zipfile.ZipFile(path, "w") as damaged:
+        for name in whole.namelist():
+            damaged.writestr(name, pickled if name.endswith("data.pkl") else whole.read(name))
+    with pytest.raises(CheckpointError, match=r"checkpoint .*last\.pth"):
+        read_checkpoint(path)
 
 
 class Malicious:

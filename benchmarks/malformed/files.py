@@ -104,7 +104,10 @@ def picture(draw: Random, lossless: bool = False) -> Malformed:
         image = image.convert(mode)
     if kind == "PNG" and mode == "I":
         image = image.convert("I;16")
-    data = encode(image, kind, **draw.choice(options))
+    chosen = draw.choice(options)
+    if (kind, mode) == ("PNG", "P") and "append_images" in chosen:  # Pillow 12.3 cannot write it
+        chosen = {}
+    data = encode(image, kind, **chosen)
     change = {"PNG": _change_png, "TIFF": _change_tiff, "JPEG": _change_jpeg}.get(kind)
     if change and draw.random() < 0.7:
         data, how = change(draw, data)

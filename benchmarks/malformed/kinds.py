@@ -11,6 +11,7 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
@@ -389,6 +390,8 @@ class Command(Kind):
 
     def attempt(self) -> tuple[str, str]:
         status, said = run(self.arguments)
+        if status == 0:  # what it was told to write over
+            self.written |= {name for flag, name in pairwise(self.arguments) if flag in ("-o", "--output", "--json")}
         return (REFUSED if status else PROCESSED), said
 
 

@@ -6,14 +6,14 @@ featsharp pack photos shards
 import argparse
 from pathlib import Path
 
-from featsharp.cli.arguments import check_inputs
+from featsharp.cli.arguments import check_inputs, parse_count
 from featsharp.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", help="folder of images, nested as you like")
     parser.add_argument("out", help="folder for the shards")
-    parser.add_argument("--images-per-shard", type=int, default=1000)
+    parser.add_argument("--images-per-shard", type=parse_count, default=1000)
     parser.add_argument("--overwrite", action="store_true", help="replace the shards that are in the folder")
 
 

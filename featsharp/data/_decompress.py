@@ -13,6 +13,7 @@ DAMAGE = (EOFError, zlib.error, lzma.LZMAError, OSError)
 
 _MAX_XZ_MEMORY = 1 << 28  # a header may claim any; xz -9 needs 65 MiB
 _CHUNK = 1 << 16
+_MAX_EMPTY = 64  # reads beyond the end
 
 
 class _Decoder(Protocol):
@@ -55,13 +56,28 @@ class Source:
 def decompress(source: Source) -> IO[bytes]:
     """Decompress a stream, recognised by its first bytes; others are returned as they are. Only for ``read(size)``."""
     head = source.head
+    stream: object = source
     if head.startswith(b"\x1f\x8b\x08"):
-        return cast(IO[bytes], gzip.GzipFile(fileobj=cast(BinaryIO, source), mode="rb"))  # only reads
-    if head.startswith(b"BZh") and head[4:10] == b"1AY&SY":
-        return io.BufferedReader(_Members(source, bz2.BZ2Decompressor))
-    if head.startswith((b"\xfd7zXZ\x00", b"\x5d\x00\x00\x80")):
-        return io.BufferedReader(_Members(source, lambda: lzma.LZMADecompressor(memlimit=_MAX_XZ_MEMORY)))
-    return cast(IO[bytes], source)
+        stream = gzip.GzipFile(fileobj=cast(BinaryIO, source), mode="rb")  # only reads
+    elif head.startswith(b"BZh") and head[4:10] == b"1AY&SY":
+        stream = io.BufferedReader(_Members(source, bz2.BZ2Decompressor))
+    elif head.startswith((b"\xfd7zXZ\x00", b"\x5d\x00\x00\x80")):
+        stream = io.BufferedReader(_Members(source, lambda: lzma.LZMADecompressor(memlimit=_MAX_XZ_MEMORY)))
+    return cast(IO[bytes], _Bounded(cast(IO[bytes], stream)))
+
+
+class _Bounded:
+    """A stream that is not read far beyond its end: tarfile would skip a member of any size there, part by part."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._empty = file, 0
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._empty += not data
+        if self._empty > _MAX_EMPTY:
+            raise EOFError("unexpected end of data")
+        return data
 
 
 class _Members(io.RawIOBase):

@@ -327,8 +327,7 @@ def train_head(
         path = folder / "heads" / f"{name}.safetensors"
         cached = load_probe(path, reader.encoder.device)
         if cached is not None:
-            probe, (images, skipped) = cached
-            return Head(reader, probe, images, [(name, reason) for name, reason in skipped])
+            return Head(reader, *cached)
         pairs, frames, targets, skipped = read_targets(cache, data.pairs, data.read, progress)
         logger.info("training a head on %d images", len(pairs))
         probe = fit(
@@ -341,7 +340,7 @@ def train_head(
             progress=progress,
         )
         try:
-            save_probe(probe, path, [len(pairs), skipped])
+            save_probe(probe, path, len(pairs), skipped)
         except FeatSharpError as error:
             logger.warning("the head is not kept, a stopped evaluation will train it again: %s", error)
         if cache_dir is None:
@@ -349,23 +348,23 @@ def train_head(
     return Head(reader, probe, len(pairs), skipped)
 
 
-def save_probe(probe: LinearProbe, path: Path, about: object) -> None:
-    """Write a probe with a JSON value."""
+def save_probe(probe: LinearProbe, path: Path, images: int, skipped: list[tuple[str, str]]) -> None:
+    """Write a probe with the number of images that it was trained on, and those left out."""
     state = {name: value.cpu().contiguous() for name, value in probe.state_dict().items()}
-    write_file(path, save(state, {"about": json.dumps(about)}))
+    write_file(path, save(state, {"about": json.dumps([images, skipped])}))
 
 
-def load_probe(path: Path, device: torch.device) -> tuple[LinearProbe, Any] | None:
+def load_probe(path: Path, device: torch.device) -> tuple[LinearProbe, int, list[tuple[str, str]]] | None:
     """Load a file of :func:`save_probe`, the probe as of :func:`fit_probe`; None without an intact file."""
     try:
         state, texts = read_tensors(path)
-        about = json.loads(texts["about"])
-        classes, channels = state["classify.weight"].shape[:2]
-    except (OSError, SafetensorError, KeyError, ValueError):
+        images, left_out = json.loads(texts["about"])
+        skipped = [(str(name), str(reason)) for name, reason in left_out]
+        probe = LinearProbe(*reversed(state["classify.weight"].shape[:2]))
+        probe.load_state_dict(state)
+        return probe.to(device).eval().requires_grad_(False), int(images), skipped
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
         return None
-    probe = LinearProbe(channels, classes)
-    probe.load_state_dict(state)
-    return probe.to(device).eval().requires_grad_(False), about
 
 
 def read_targets(

@@ -101,6 +101,8 @@ class ImplicitFeatures(nn.Module):
     def from_state(cls, state: Mapping[str, Tensor], render: int) -> "ImplicitFeatures":
         """Rebuild from :meth:`model_state`; a tensor that is missing, misshapen or not finite is a ValueError."""
         for key, value in state.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{key} is no tensor")
             if value.is_floating_point() and not value.isfinite().all():
                 raise ValueError(f"{key} holds NaN or infinite values")
         try:
@@ -140,5 +142,5 @@ def build_fitted(content: Mapping[str, Any], path: object) -> ImplicitFeatures:
         # Initial weights, which are replaced, must not change the caller's random state.
         with torch.random.fork_rng(devices=[]):
             return ImplicitFeatures.from_state(content["model"], content["settings"]["render"]).requires_grad_(False)
-    except ValueError as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"the fit {path} is damaged: {error}") from error

@@ -270,6 +270,18 @@ def test_a_member_of_negative_size_does_not_go_round_in_circles(tmp_path, size):
     assert len(source.skipped) == 1
 
 
+@pytest.mark.timeout(20)
+def test_a_member_of_any_size_in_a_stream_is_not_skipped_part_by_part():
+    start = plain_tar(range(2))
+    info = tarfile.TarInfo("x.png")
+    info.size = 1 << 62
+    data = start[: len(start) // 512 * 512] + info.tobuf(tarfile.GNU_FORMAT)
+    *intact, large, end = stream_tar(io.BytesIO(data))
+    assert [member.reason for member in intact] == ["", ""]
+    assert large.reason == "larger than 256 MiB"
+    assert "this member and all after it are lost" in end.reason
+
+
 def test_a_chain_of_headers_is_damage(tmp_path):
     (tmp_path / "0.png").write_bytes(picture())
     link = tarfile.TarInfo("././@LongLink")

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from patch_colour import lay_on_side
 from PIL import Image
+from safetensors.torch import save
 from torch import Tensor
 
 from featsharp.backbones.base import Backbone, BackboneOutput
 from featsharp.builder import create_encoder
+from featsharp.checkpoint import read_tensors
 from featsharp.cli.main import main
 from featsharp.errors import ConfigError, DataError
 from featsharp.evaluation.head import FeatureCache, FeatureReader, Head, Schedule, fit_probe, load_probe, save_probe
@@ -289,15 +291,20 @@ def test_a_probe_learns_a_linear_rule_from_labels_finer_than_its_map():
 def test_probes_come_back_from_files(tmp_path):
     maps, labels = torch.randn(3, 5, 4, 4), torch.randint(0, 3, (3, 8, 8)).short()
     probe = fit_probe(maps.__getitem__, labels, 3, cross_entropy, Schedule(5), torch.device("cpu"))
-    save_probe(probe, tmp_path / "x.safetensors", {"images": 3})
-    outcome = load_probe(tmp_path / "x.safetensors", torch.device("cpu"))
+    path, cpu = tmp_path / "x.safetensors", torch.device("cpu")
+    save_probe(probe, path, 3, [("a.png", "no label")])
+    outcome = load_probe(path, cpu)
     assert outcome is not None
-    assert outcome[1] == {"images": 3}
+    assert outcome[1:] == (3, [("a.png", "no label")])
     assert torch.equal(outcome[0](maps), probe(maps))
-    content = (tmp_path / "x.safetensors").read_bytes()
-    (tmp_path / "x.safetensors").write_bytes(content[:-7])
-    assert load_probe(tmp_path / "x.safetensors", torch.device("cpu")) is None
-    assert load_probe(tmp_path / "none", torch.device("cpu")) is None
+    content = path.read_bytes()
+    state, texts = read_tensors(path)
+    damaged = [content[:-7], save(state, {"about": "[3, 4]"}), save(state, {"about": "7.5"}), save(state, {})]
+    damaged += [save({"x": state["classify.weight"]}, texts), save({**state, "x": torch.ones(2)}, texts)]
+    for data in damaged:
+        path.write_bytes(data)
+        assert load_probe(path, cpu) is None
+    assert load_probe(tmp_path / "none", cpu) is None
 
 
 # What is kept on disk

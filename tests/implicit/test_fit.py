@@ -245,6 +245,7 @@ def test_files_that_are_no_fit(tmp_path):
         ("network.layer.weight", torch.zeros(2, 2), "size mismatch"),
         ("projection.mean", torch.full((32,), float("nan")), "projection.mean holds NaN"),
         ("base", None, "lacks base"),
+        ("base", "text", "base is no tensor"),
     ],
 )
 def test_damaged_fits(tmp_path, key, value, said):
