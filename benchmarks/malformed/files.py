@@ -334,9 +334,10 @@ def safetensors(draw: Random, data: bytes) -> Malformed:
     tensors = [name for name in header if name != "__metadata__"]
     name = draw.choice(tensors)
     if how == "entry":
+        other = header[draw.choice(tensors)]
         header[name] = change_value(draw, header[name])
         if draw.random() < 0.3:
-            header[name] = {**header[draw.choice(tensors)], "dtype": draw.choice(("F32", "F64", "I8", "BOOL", "X"))}
+            header[name] = {**other, "dtype": draw.choice(("F32", "F64", "I8", "BOOL", "X"))}
     elif how == "metadata" and "__metadata__" in header:
         key = draw.choice(sorted(header["__metadata__"]))
         text = header["__metadata__"][key]
