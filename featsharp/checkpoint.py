@@ -273,6 +273,14 @@ def restoring(path: object) -> Iterator[None]:
         ) from error
 
 
+def read_step(training: Mapping[str, Any]) -> int:
+    """Return the number of steps that were made, which seeds those that follow; ValueError for none that can be."""
+    step = int(training["step"])
+    if step < 0:
+        raise ValueError(f"{step} steps")
+    return step
+
+
 class _HashingFile:
     """A writable file that hashes the bytes written to it."""
 

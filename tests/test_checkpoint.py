@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from featsharp.checkpoint import VERSION, read_checkpoint, write_checkpoint
+from featsharp.checkpoint import VERSION, read_checkpoint, read_step, write_checkpoint
 from featsharp.errors import CheckpointError
 from featsharp.files import remove_leftovers
 
@@ -225,3 +225,9 @@ def test_a_flipped_bit_is_noticed(tmp_path):
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"cannot be read .the checksum of .* is wrong"):
         read_checkpoint(path)
+
+
+def test_steps_are_counted_from_zero():
+    assert read_step({"step": 3}) == 3
+    with pytest.raises(ValueError, match="-1 steps"):
+        read_step({"step": -1})

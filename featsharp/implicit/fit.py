@@ -27,7 +27,7 @@ from torch import Tensor
 
 from featsharp.backbones.base import Backbone
 from featsharp.builder import check_backbone, create_encoder
-from featsharp.checkpoint import read_checkpoint, restoring, write_checkpoint
+from featsharp.checkpoint import read_checkpoint, read_step, restoring, write_checkpoint
 from featsharp.data.images import Picture, decode_image, image_to_tensor
 from featsharp.device import usual_defaults
 from featsharp.errors import CheckpointError, ConfigError, InputError, unknown_name
@@ -287,7 +287,7 @@ class Fitter:
             self.fitted.load_state_dict(content["model"])
             self.objective.load_state_dict(training["objective"])
             self.optimizer.load_state_dict(training["optimizer"])
-            self.step = int(training["step"])
+            self.step = read_step(training)
 
 
 @contextmanager

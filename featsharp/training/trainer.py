@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from featsharp.builder import check_backbone, save_checkpoint
-from featsharp.checkpoint import ENCODER_FILE, FileKind, read_checkpoint, restoring
+from featsharp.checkpoint import ENCODER_FILE, FileKind, read_checkpoint, read_step, restoring
 from featsharp.data.loader import Batch, Positions, S, SampleDataset, StepSampler, load_batches
 from featsharp.data.skips import SkipLog
 from featsharp.device import autocast_dtype, usual_defaults
@@ -293,7 +293,7 @@ class Loop(Generic[S]):
             load_optimizer(self.optimizer, state["optimizer"])
             if state.get("scaler"):
                 self.scaler.load_state_dict(state["scaler"])
-            self.step, self.is_new = state["step"], False
+            self.step, self.is_new = read_step(state), False
             self.validated = state.get("validated", self.step)
             self.best_score, self.best_among = state["best_score"], state.get("best_among")
             self.schedule = build_schedule(self.optimizer, self.config.optim, self.config.num_training_steps, self.step)
