@@ -238,18 +238,27 @@ def test_defaults_of_the_schema_are_those_of_the_base_file():
         (["views.jitter_zoom=[1.5,1.2]"], "views.jitter_zoom must be"),
         (["views.perspective=[0.1]"], "views.perspective must be"),
         (["views.jitter_zoom=[0.95,inf]"], "views.jitter_zoom must be"),
-        (["views.rotation=1e400"], "views.rotation must be at least 0 and finite"),
-        (["views.flip=7"], "views.flip must be at most 1; got 7"),
-        (["optim.learning_rate=-1"], "optim.learning_rate must be at least 0"),
-        (["optim.clip_norm=nan"], "optim.clip_norm must be at least 0 and finite; got nan"),
-        (["batch_size"], "key=value"),
-        (["batch_size=a=b"], "in quotes of their own"),
-        (["val_data_dir='a'b"], "in quotes of their own"),
-        (["val_data_dir=a,b"], "To use it as string, quote the value"),
-        (["val_data_dir=s-000.tar", "val_data_dir=s-001.tar"], "val_data_dir is given 2 times"),
-        (["viz.type=tensorbord"], "did you mean 'tensorboard'?"),
-        (["viz.type=null"], "viz.type is a name or a list of names"),
-        (["viz.mode=disabled"], "viz.mode must be online, offline or null; got 'disabled'"),
+        pytest.param(
+            *(["views.rotation=1e400"], "views.rotation must be at least 0 and finite"), marks=pytest.mark.slow
+        ),
+        pytest.param(*(["views.flip=7"], "views.flip must be at most 1; got 7"), marks=pytest.mark.slow),
+        pytest.param(*(["optim.learning_rate=-1"], "optim.learning_rate must be at least 0"), marks=pytest.mark.slow),
+        pytest.param(
+            *(["optim.clip_norm=nan"], "optim.clip_norm must be at least 0 and finite; got nan"), marks=pytest.mark.slow
+        ),
+        pytest.param(*(["batch_size"], "key=value"), marks=pytest.mark.slow),
+        pytest.param(*(["batch_size=a=b"], "in quotes of their own"), marks=pytest.mark.slow),
+        pytest.param(*(["val_data_dir='a'b"], "in quotes of their own"), marks=pytest.mark.slow),
+        pytest.param(*(["val_data_dir=a,b"], "To use it as string, quote the value"), marks=pytest.mark.slow),
+        pytest.param(
+            *(["val_data_dir=s-000.tar", "val_data_dir=s-001.tar"], "val_data_dir is given 2 times"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(*(["viz.type=tensorbord"], "did you mean 'tensorboard'?"), marks=pytest.mark.slow),
+        pytest.param(*(["viz.type=null"], "viz.type is a name or a list of names"), marks=pytest.mark.slow),
+        pytest.param(
+            *(["viz.mode=disabled"], "viz.mode must be online, offline or null; got 'disabled'"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_mistakes_are_named_in_one_line(overrides, said):

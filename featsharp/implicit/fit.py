@@ -39,6 +39,7 @@ from featsharp.implicit.projection import Projection
 from featsharp.ops.resize import resize
 from featsharp.ops.views import View
 from featsharp.training.downsamplers import DOWNSAMPLERS
+from featsharp.training.optim import restore_optimizer
 
 # Views that the projection is fitted to, and that the backbone encodes at once.
 PROJECTION_VIEWS = 50
@@ -286,7 +287,7 @@ class Fitter:
             training = content["training"]
             self.fitted.load_state_dict(content["model"])
             self.objective.load_state_dict(training["objective"])
-            self.optimizer.load_state_dict(training["optimizer"])
+            restore_optimizer(self.optimizer, training["optimizer"])
             self.step = read_step(training)
 
 

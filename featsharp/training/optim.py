@@ -108,10 +108,19 @@ def build_schedule(
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Restore the optimiser's state; learning rates and weight decays stay those of the configuration."""
     settings = [(group.get("initial_lr", group["lr"]), group["weight_decay"]) for group in optimizer.param_groups]
-    optimizer.load_state_dict(dict(state))
+    restore_optimizer(optimizer, state)
     for group, (rate, decay) in zip(optimizer.param_groups, settings, strict=True):
         group["initial_lr"] = group["lr"] = rate
         group["weight_decay"] = decay
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Restore the optimiser's state; ValueError for one that it could not step with."""
+    optimizer.load_state_dict(dict(state))
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if not isinstance(value, Tensor) or (value.numel() > 1 and value.shape != parameter.shape):
+                raise ValueError(f"{name} of the optimiser is not as large as its weights")
 
 
 def build_scaler(device: torch.device, autocast_dtype: torch.dtype | None) -> torch.amp.GradScaler:

@@ -62,7 +62,13 @@ def build(family: str, **arguments):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# One of each kind of tokens and positions.
+QUICK = ("dinov2 registers", "dinov3", "siglip2", "eva02", "radio", "deit distilled")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
 def family(request) -> str:
     return request.param
 

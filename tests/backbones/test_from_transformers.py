@@ -285,7 +285,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
     return get
 
 
-@pytest.fixture(params=CASES)
+QUICK = ("dinov2_with_registers", "dinov3", "clip", "siglip", "naflex", "sam", "convnext")  # one of each kind
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES])
 def family(request: pytest.FixtureRequest, saved: Callable[[str], Saved]) -> Saved:
     return saved(request.param)
 

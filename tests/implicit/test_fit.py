@@ -219,6 +219,17 @@ def test_another_picture_size_or_backbone_is_refused(tmp_path):
         fitter(backbone="toy-cnn", resume=path)
 
 
+@pytest.mark.parametrize("change", [{"exp_avg": 0.5}, {"exp_avg": torch.zeros(3, 3, 3)}])
+def test_a_damaged_state_of_the_optimiser_is_refused(tmp_path, change):
+    path = tmp_path / "photo.pth"
+    fitter().run(2, path)
+    content = torch.load(path, weights_only=True)
+    content["training"]["optimizer"]["state"][0].update(change)
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match="exp_avg of the optimiser is not as large as its weights"):
+        fitter(resume=path)
+
+
 def test_fewer_steps_than_made_are_refused(tmp_path):
     made = fitter()
     made.run(3, tmp_path / "photo.pth")
