@@ -27,7 +27,6 @@ def test_the_cost_of_an_upsampler_is_that_of_its_products():
 
 
 @pytest.mark.parametrize(("factor", "passes"), [(1, 2), pytest.param(2, 5, marks=pytest.mark.full)])
-@pytest.mark.slow
 def test_bench_writes_what_it_prints(factor, passes, tmp_path, capsys):
     file = tmp_path / "new" / "ops.json"
     arguments = ("--factors", factor, "--repeat", "2", "--backbone", "toy-vit", "--no-scaling", "--json", file)
