@@ -65,8 +65,8 @@ def explain(error: Exception) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a foreign error, for a message of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """Return the first line of a foreign error, for a message of ours; of what it quotes from a file, the start."""
+    return (str(error)[:2000].strip() or type(error).__name__).splitlines()[0][:500].rstrip("\0").rstrip(". ")
 
 
 def shorten(texts: Collection[str], separator: str = ", ", shown: int = 5) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from featsharp.checkpoint import VERSION, read_checkpoint, read_step, write_checkpoint
-from featsharp.errors import CheckpointError
+from featsharp.errors import CheckpointError, first_line
 from featsharp.files import remove_leftovers
 
 CONTENT = {
@@ -225,6 +225,12 @@ def test_a_flipped_bit_is_noticed(tmp_path):
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"cannot be read .the checksum of .* is wrong"):
         read_checkpoint(path)
+
+
+def test_an_error_that_quotes_a_whole_file_is_cut():
+    assert first_line(ValueError("Unknown endianness: little" + "\0" * 10**6)) == "Unknown endianness: little"
+    assert first_line(ValueError("x" * 10**6 + "\nmore")) == "x" * 500
+    assert first_line(ValueError()) == "ValueError"
 
 
 def test_steps_are_counted_from_zero():
