@@ -27,16 +27,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from featsharp.checkpoint import read_tensors
 from featsharp.errors import DataError, FeatSharpError, MissingDependencyError
 from featsharp.evaluation.average_precision import score_detections
 from featsharp.evaluation.detector import MASK_CELLS, Detector, Objects, crop, detect, fit_detector
 from featsharp.evaluation.features import find_low_res_size, shown_size
-from featsharp.evaluation.head import FeatureCache, FeatureReader, Schedule, read_targets
+from featsharp.evaluation.head import FeatureCache, FeatureReader, Schedule, read_kept, read_skipped, read_targets
 from featsharp.evaluation.keys import digest, file_key
 from featsharp.evaluation.layouts.detection import LAYOUTS, DetectionData, DetectionSplit, open_detection
 from featsharp.evaluation.layouts.frames import Frame, decode_labelled
@@ -151,7 +149,6 @@ class DetectionTask(Task):
             loaded = _load(path, encoder, self.masks)
             if loaded is not None:
                 detector, (categories, images, skipped) = loaded
-                skipped = [(name, reason) for name, reason in skipped]
             else:
                 pairs, frames, objects, skipped = read_targets(cache, pairs, self._read_objects, run.progress)
                 categories = sorted({one.category for of_image in objects for one in of_image[0]})
@@ -303,13 +300,15 @@ def _annotation(category: int, box: Sequence[float], mask: np.ndarray | None) ->
     return annotation
 
 
-def _load(path: Path, encoder: SharpEncoder, masks: bool) -> tuple[Detector, Any] | None:
-    """Load a trained detector and what is known of it; None without an intact file."""
-    try:
-        state, texts = read_tensors(path)
-        about = json.loads(texts["about"])
-        detector = Detector(len(state["mean"]), len(about[0]), masks=masks)
+def _load(
+    path: Path, encoder: SharpEncoder, masks: bool
+) -> tuple[Detector, tuple[list[int], int, list[tuple[str, str]]]] | None:
+    """Load a trained detector, its categories, the number of its images and those left out; None without a file."""
+
+    def build(state: dict[str, Tensor], about: Any) -> tuple[Detector, tuple[list[int], int, list[tuple[str, str]]]]:
+        categories, images, skipped = about
+        detector = Detector(len(state["mean"]), len(categories), masks=masks)
         detector.load_state_dict(state)
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
-        return None
-    return detector.to(encoder.device).eval().requires_grad_(False), about
+        return detector.to(encoder.device).eval().requires_grad_(False), (categories, images, read_skipped(skipped))
+
+    return read_kept(path, build)

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 MapName = Literal["high_res", "low_res"]
 Target = TypeVar("Target")
+Kept = TypeVar("Kept")
 
 _WARM_UP = 0.02  # of the steps
 
@@ -356,15 +357,31 @@ def save_probe(probe: LinearProbe, path: Path, images: int, skipped: list[tuple[
 
 def load_probe(path: Path, device: torch.device) -> tuple[LinearProbe, int, list[tuple[str, str]]] | None:
     """Load a file of :func:`save_probe`, the probe as of :func:`fit_probe`; None without an intact file."""
-    try:
-        state, texts = read_tensors(path)
-        images, left_out = json.loads(texts["about"])
-        skipped = [(str(name), str(reason)) for name, reason in left_out]
+
+    def build(state: dict[str, Tensor], about: Any) -> tuple[LinearProbe, int, list[tuple[str, str]]]:
+        images, skipped = about
         probe = LinearProbe(*reversed(state["classify.weight"].shape[:2]))
         probe.load_state_dict(state)
-        return probe.to(device).eval().requires_grad_(False), int(images), skipped
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
+        return probe.to(device).eval().requires_grad_(False), int(images), read_skipped(skipped)
+
+    return read_kept(path, build)
+
+
+def read_kept(path: Path, build: Callable[[dict[str, Tensor], Any], Kept]) -> Kept | None:
+    """Build what an evaluation has kept from the tensors of a file and its JSON "about"; None without an intact file.
+
+    ``build`` raises what damage makes it meet.
+    """
+    try:
+        state, texts = read_tensors(path)
+        return build(state, json.loads(texts["about"]))
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError):
         return None
+
+
+def read_skipped(pairs: Sequence[Sequence[object]]) -> list[tuple[str, str]]:
+    """Return names and reasons as they were before they were JSON."""
+    return [(str(name), str(reason)) for name, reason in pairs]
 
 
 def read_targets(

@@ -20,13 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from featsharp.checkpoint import read_tensors
 from featsharp.errors import DataError, InputError
-from featsharp.evaluation.head import LinearProbe
+from featsharp.evaluation.head import LinearProbe, read_kept, read_skipped
 from featsharp.evaluation.keys import digest
 from featsharp.evaluation.layouts.layout import Sample
 from featsharp.files import write_file
@@ -292,20 +290,14 @@ def _save_state(
 
 def _load_state(folder: Path, name: str, epochs: int) -> _State | None:
     """Load the state after so many rounds; None without an intact file."""
-    path = _state_path(folder, name, epochs)
-    if not path.is_file():
-        return None
-    try:
-        tensors, texts = read_tensors(path)
-        about = json.loads(texts["about"])
-        outputs, channels = tensors["classify.weight"].shape[:2]
+
+    def build(tensors: dict[str, Tensor], about: Any) -> _State:
         moments = {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
-        probe = LinearProbe(channels, outputs).eval()
+        probe = LinearProbe(*reversed(tensors["classify.weight"].shape[:2])).eval()
         probe.load_state_dict({key: value for key, value in tensors.items() if key not in moments})
-        skipped = [(name, reason) for name, reason in about["skipped"]]
-        return _State(probe, moments, epochs, about["usable"], skipped)
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
-        return None
+        return _State(probe, moments, epochs, about["usable"], read_skipped(about["skipped"]))
+
+    return read_kept(_state_path(folder, name, epochs), build)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor], device: torch.device) -> None:
