@@ -144,6 +144,7 @@ class Extraction:
             {
                 "options": {
                     "encoder": f"{encoder.caption} on {encoder.backbone.name}",
+                    "backbone": encoder.backbone.name,
                     "weights": content_key(encoder)[:16],
                     "autocast": encoder.backbone.autocast_dtype and dtype_name(encoder.backbone.autocast_dtype),
                     **asdict(options),
