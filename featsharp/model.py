@@ -41,13 +41,13 @@ class PreparedImage(NamedTuple):
     image_size: tuple[int, int]  # (h, w) in pixels before it was scaled
 
 
-def _check_window(upsampler: Upsampler, backbone: Backbone) -> None:
+def _check_window(window: int, upsampler: Upsampler, backbone: Backbone) -> None:
     """Raise ConfigError for a window that is larger than the map at the native size of the backbone."""
     tokens = backbone.grid_size(backbone.input_size)
     grid = upsampler.high_res_grid(torch.empty(1, 1, *tokens, dtype=torch.float32, device="meta"))
-    if upsampler.window is not None and upsampler.window > 2 * max(grid) - 1:
+    if window > 2 * max(grid) - 1:
         raise ConfigError(
-            f"a window of {upsampler.window} is larger than the map: at the native size of backbone {backbone.name!r} "
+            f"a window of {window} is larger than the map: at the native size of backbone {backbone.name!r} "
             f"that is {grid[0]}x{grid[1]}, and a window of {2 * max(grid) - 1} sees all of it"
         )
 
@@ -88,7 +88,7 @@ class SharpEncoder(nn.Module):
                 f"{backbone.embed_dim}; build it for this backbone"
             )
         if upsampler.window is not None:
-            _check_window(upsampler, backbone)
+            _check_window(upsampler.window, upsampler, backbone)
         self.backbone = backbone
         self.normalizer = normalizer
         self.bias_buffer = bias_buffer

@@ -227,15 +227,15 @@ def _fit(
         raise ConfigError(f"{taken} and cannot work in chunks")
     # An encoder's limit is for the tensors beside the result; what else the process takes is known once it has run.
     left = limit - _result_bytes(call())
+    if left < 1:
+        raise ConfigError(f"{taken}; the result alone is as large")
     for _ in range(2):
-        if left < 1:
-            raise ConfigError(f"{taken}; the result alone is as large")
         encoder.max_memory = left
         _run(call)
         peak = measure_memory(call, device)
         if peak <= limit:
             return {"peak_bytes": peak, "in_parts": True}
-        left -= peak - limit
+        left = max(1, left - (peak - limit))
     raise ConfigError(f"{taken}, in chunks still {format_memory(peak)}")
 
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from featsharp.errors import CheckpointError, MissingDependencyError
+from featsharp.errors import CheckpointError, MissingDependencyError, first_line
 
 INSTALL = 'pip install "featsharp[hub]"'
 # Of a repository that holds a sharp encoder.
@@ -42,7 +42,7 @@ def fetch_file(repository: str, name: str, **options: Any) -> Path:
             "check the name, the network and, for a private repository, the token"
         )  # fmt: skip
         raise CheckpointError(
-            f"cannot fetch {name} of {repository} from the Hub ({_first_line(error)}), and there is no folder of that "
+            f"cannot fetch {name} of {repository} from the Hub ({first_line(error)}), and there is no folder of that "
             f"name; {hint}"
         ) from error
 
@@ -73,7 +73,7 @@ def push_folder(folder: Path, repository: str, *, message: str, private: bool | 
             "HF_HUB_OFFLINE is set" if library.constants.HF_HUB_OFFLINE else
             "check the name, the network and the token (hf auth login)"
         )  # fmt: skip
-        raise CheckpointError(f"cannot push to {repository} on the Hub ({_first_line(error)}); {hint}") from error
+        raise CheckpointError(f"cannot push to {repository} on the Hub ({first_line(error)}); {hint}") from error
 
 
 def _library() -> Any:
@@ -82,7 +82,3 @@ def _library() -> Any:
     except ImportError as error:
         raise MissingDependencyError(f"the Hub needs huggingface_hub ({error}); run: {INSTALL}") from error
     return huggingface_hub
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
